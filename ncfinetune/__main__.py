@@ -1,0 +1,54 @@
+"""The command line's front door: answers help and version at once, and imports what a command needs only then."""
+
+from __future__ import annotations
+
+import sys
+
+from ncfinetune import __version__
+
+HELP = """usage: ncfinetune COMMAND [OPTIONS]
+
+Transfer learning seen through neural collapse.
+
+commands:
+  fit        train:                 ncfinetune fit --config experiments/digits/pretrain.yaml
+             or piece by piece:     ncfinetune fit --model Supervised --model.backbone resnet18 --data Digits
+  validate   loss, accuracy and collapse on the validation set
+  test       the same on the test set
+             a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
+  predict    class probabilities, as a CSV file in the run's folder
+  report     a table and a picture of finished runs:  ncfinetune report runs/
+
+options:
+  -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
+                  'ncfinetune fit --model.help FineTuner' those of a model
+  --version       version
+"""
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: list[str] | None = None) -> int | None:
+    """Run a command; ``args`` are ``sys.argv[1:]`` unless given."""
+    args = sys.argv[1:] if args is None else args
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "--version":
+        print(f"ncfinetune {__version__}")
+    elif command == "report":
+        from ncfinetune.report import main as report
+
+        return report(args[1:])
+    elif command in _TRAINER_COMMANDS:
+        from ncfinetune.cli import main as run
+
+        run(args)
+    else:
+        known = ", ".join((*_TRAINER_COMMANDS, "report"))
+        print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
+        return 2
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Backbone: a timm network without its classifier, its layers by name.
+
+Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of layer ``l``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier.
+
+    Args:
+        name: Name of a timm architecture, as in ``timm.list_models()``.
+        pretrained: Load timm's weights for it (a download, or timm's local cache).
+        checkpoint: File whose weights to start from: of this package, of Lightning, timm or torchvision, or safetensors.
+        stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
+            of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
+        timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
+
+    Attributes:
+        net: The timm network.
+        dim: Width ``d`` of the penultimate features.
+        spec: The arguments that build the same architecture again, as plain data.
+
+    Raises:
+        ValueError: Unknown architecture (with the nearest names), a stem that the architecture does not have, or a
+            checkpoint that fits none of its parameters.
+        FileNotFoundError: No such checkpoint.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        stem: Literal["imagenet", "cifar"] = "imagenet",
+        **timm_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        _check_name(name)
+        self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs}
+        try:
+            self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
+        except TypeError as error:
+            raise ValueError(f"timm's {name!r} does not take {timm_kwargs}: {error}") from error
+        if stem == "cifar":
+            _shrink_stem(self.net, name)
+        self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
+        self.pool = Pool.of(self.net)
+        if checkpoint is not None:
+            self.load(checkpoint)
+
+    @classmethod
+    def build(cls, backbone: str | dict[str, Any] | Backbone) -> Backbone:
+        """A backbone from its name, its arguments or itself."""
+        if isinstance(backbone, Backbone):
+            return backbone
+        return cls(**({"name": backbone} if isinstance(backbone, str) else backbone))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Penultimate features of images ``x``, ``(N, d)``."""
+        features = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+        return features.flatten(1)
+
+    def stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Pooled outputs of named layers in one forward pass, ``{name: (N, d_l)}``.
+
+        ``"penultimate"`` is the name of what ``forward`` returns.
+        """
+        wanted = list(names)
+        with caught({name: self.layer(name) for name in wanted if name != PENULTIMATE}) as outputs:
+            penultimate = self(x)
+        pooled = {name: self.pool(outputs[name]) for name in wanted if name != PENULTIMATE}
+        return pooled | {PENULTIMATE: penultimate} if PENULTIMATE in wanted else pooled
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer of that dotted path.
+
+        Raises:
+            ValueError: There is none; names the blocks that exist and the nearest paths.
+        """
+        return next(iter(find_layers(self.net, [name]).values()))
+
+    def width(self, name: str) -> int:
+        """Width ``d_l`` of the pooled output of a layer, block or not."""
+        return self._probe({name: self.layer(name)})[name]
+
+    def load(self, checkpoint: str) -> None:
+        """Start from the weights in a file and log which of them fitted; see `load_weights`."""
+        rank_zero_info(load_weights(self.net, checkpoint))
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """Residual or transformer blocks in depth order, ``{name: d_l}``, found by one forward pass of a blank image."""
+        return self._probe({name: self.layer(name) for name in block_names(self.net)})
+
+    def _probe(self, layers: dict[str, nn.Module]) -> dict[str, int]:
+        first = next(self.net.parameters())
+        blank = torch.zeros(1, *self._input_size(), device=first.device, dtype=first.dtype)
+        modes = {module: module.training for module in self.modules()}
+        try:
+            with torch.no_grad(), caught(layers) as outputs:
+                self.eval()(blank)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return {name: self.pool(output).shape[1] for name, output in outputs.items()}
+
+    def _input_size(self) -> tuple[int, int, int]:
+        channels = self.spec.get("in_chans", 3)
+        patches = getattr(self.net, "patch_embed", None)
+        height, width = getattr(patches, "img_size", None) or self.net.pretrained_cfg["input_size"][1:]
+        return channels, height, width
+
+
+def load_weights(net: nn.Module, checkpoint: str) -> str:
+    """Load the weights of a checkpoint file into ``net`` where name and shape fit, and say in a line what did.
+
+    A prefix that all the weights of interest share (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a
+    classifier that the network does not have.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file holds no weights, or none that fit.
+    """
+    stored = _read_weights(Path(checkpoint))
+    own = net.state_dict()
+    stored = _without_prefix(stored, own)
+    fitting = {key: value for key, value in stored.items() if key in own and own[key].shape == value.shape}
+    missing = [key for key in own if key not in fitting]
+    unused = [key for key in stored if key not in fitting]
+    report = f"checkpoint {checkpoint}: {len(fitting)} of {len(own)} tensors of the network matched"
+    report += f"; not in the file or of another shape: {_some(missing)}" if missing else ""
+    report += f"; in the file but unused: {_some(unused)}" if unused else ""
+    if not any(key in fitting for key, _ in net.named_parameters()):
+        raise ValueError(f"{report}. Expected the weights of the same architecture.")
+    net.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"checkpoint {str(path)!r} holds no tensors, only {_some(list(content))}")
+    return weights
+
+
+def _without_prefix(stored: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``stored`` under the prefix with which most keys are known to ``own``."""
+    prefixes = {key[: -len(name)] for key in stored for name in own if key.endswith(name)} | {""}
+
+    def known(prefix: str) -> int:
+        return sum(key.startswith(prefix) and key[len(prefix) :] in own for key in stored)
+
+    prefix = max(sorted(prefixes, key=len), key=known)
+    return {key[len(prefix) :] if key.startswith(prefix) else key: value for key, value in stored.items()}
+
+
+def _check_name(name: str) -> None:
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        nearest = difflib.get_close_matches(base, timm.list_models(), n=4)
+        hint = f"nearest: {', '.join(nearest)}" if nearest else "see timm.list_models()"
+        raise ValueError(f"timm has no architecture {name!r}; {hint}")
+
+
+def _shrink_stem(net: nn.Module, name: str) -> None:
+    if not (isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool")):
+        raise ValueError(
+            f'stem="cifar" is for ResNets, and {name!r} is none; for small images give it its own arguments, '
+            "such as img_size and patch_size of a ViT"
+        )
+    conv = net.conv1
+    net.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+
+
+def _some(keys: list[str], most: int = 4) -> str:
+    return f"{len(keys)} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"

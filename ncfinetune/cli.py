@@ -1,0 +1,190 @@
+"""``ncfinetune fit | validate | test | predict``: LightningCLI with this package's classes, one link and plain errors."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib
+import inspect
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+# Imported for the command line alone: a class that is imported can be chosen by its short name.
+for _home in ("callbacks", "datamodules", "finetune", "supervised"):
+    importlib.import_module(f"ncfinetune.{_home}")
+
+_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given."""
+    NCFinetuneCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"logger": _LOGGER},
+        parser_class=PlainParser,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+class PlainParser(LightningArgumentParser):
+    """Takes no abbreviated options, and says in one line what is wrong with a command."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and one line."""
+        self.exit(2, f"error: {plain(message, self)}\n")
+
+
+class NCFinetuneCLI(LightningCLI):
+    """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the link from data to model, and the choice to test after training."""
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the configuration of a training run apart from those of later tests in the same folder."""
+        name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
+        self.save_config_kwargs["config_filename"] = name
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what they refuse is one line, and so is a folder that can't be written."""
+        given = self._get(self.config, "model.init_args.num_classes")
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            self.parser.error(str(error))
+        offered = getattr(self.datamodule, "num_classes", given)
+        if given is not None and given != offered:
+            self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
+        _check_writable(self.trainer.log_dir or self.trainer.default_root_dir, self.parser)
+
+    def after_fit(self) -> None:
+        """Test the last weights, if asked to."""
+        if self._get(self.config, "test_after_fit"):
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write class probabilities to ``predictions.csv`` in the run's folder."""
+        batches = self.trainer.predict(**kwargs)
+        probabilities = torch.cat([batch for batch in batches or [] if isinstance(batch, torch.Tensor)])
+        names = getattr(self.datamodule, "class_names", None) or list(range(probabilities.shape[1]))
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
+        with path.open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["index", "prediction", *names])
+            for index, row in enumerate(probabilities.tolist()):
+                table.writerow([index, names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
+        print(f"predictions: {path}")
+
+
+def _check_writable(folder: str, parser: PlainParser) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(
+            f"cannot write to the run folder {folder!r} ({error.strerror}); "
+            "choose another with --trainer.logger.init_args.save_dir"
+        )
+
+
+def plain(message: str, parser: LightningArgumentParser) -> str:
+    """One line of a jsonargparse error, with the names that exist where one was misspelt."""
+    for pattern, explain in _EXPLANATIONS.items():
+        if found := re.findall(pattern, message):
+            return explain(found[-1], message, parser)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("Does not validate", "Subtypes", "Errors"))]
+    return "; ".join(dict.fromkeys(kept))
+
+
+def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> str:
+    key = re.findall(r'Parser key "([\w.]+)"', message)[-1]
+    base = _BASES.get(key.split(".")[-1])
+    if base is None:
+        return f"{key}: no class {name!r}"
+    classes = {c.__name__: c.__module__ for c in _concrete_subclasses(base)}
+    own = sorted(c for c, module in classes.items() if module.startswith("ncfinetune."))
+    return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
+
+
+def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
+    path, option = found
+    module, name = path.rsplit(".", 1)
+    parameters = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
+
+
+def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:
+    option = found.split()[0].lstrip("-").split("=")[0]
+    options = sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
+    group = option.rsplit(".", 1)[0] + "."
+    siblings = [known for known in options if known.startswith(group)] or ["seed_everything", "trainer", "model", "data"]
+    return f"no option {option!r}; {_known(option, siblings, options)}"
+
+
+def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
+    folder = Path(path).parent
+    there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    shown = _known(Path(path).name, there, there) if there else f"no .yaml files in {str(folder)!r}"
+    return f"no file {path!r}; {shown}"
+
+
+_EXPLANATIONS = {
+    r"Expected a dot import path string: (\S+)": _unknown_class,
+    r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,
+    r"unrecognized arguments: (.+)": _unknown_option,
+    r"does not accept option '([\w.]+)'": _unknown_option,
+    r"File does not exist: '(.+?)'": _no_file,
+}
+_BASES = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+}
+
+
+def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(all_names), n=3)
+    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
+    return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
+
+
+def _concrete_subclasses(base: type) -> Iterator[type]:
+    for subclass in base.__subclasses__():
+        if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
+            yield subclass
+        yield from _concrete_subclasses(subclass)
+
+
+def _with_subparsers(parser: LightningArgumentParser) -> list[LightningArgumentParser]:
+    subcommands = getattr(parser, "_subcommands_action", None)
+    return [parser, *(subcommands.choices.values() if subcommands else [])]

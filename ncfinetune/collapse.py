@@ -1,0 +1,238 @@
+"""Neural collapse as numbers: class moments of features, and pure functions of them.
+
+Legend: ``N`` samples, ``K`` classes, ``P`` of them present (with samples), ``d`` feature width; ``mu_k`` class means,
+``mu_G`` the mean of the class means. Everything is float64. Absent classes are left out of every number.
+
+Sources: Papyan, Han, Donoho 2020 (arXiv 2008.08186) for NC1-NC4; Galanti, Gyorgy, Hutter 2022 (arXiv 2112.15121) for
+CDNV; Zhu et al. 2021 (arXiv 2105.02375) for the distances to a simplex ETF; Li et al. 2022 (arXiv 2212.12206) for the
+factor 1/K in NC1 and the numerical rank; Chan, Golub, LeVeque 1979 for the merging of moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class ClassMoments:
+    """First and second moments of features, class by class.
+
+    Args:
+        count: Samples a class, ``(K,)``.
+        mean: Class means, ``(K, d)``; zero where a class is absent.
+        variance: Mean squared distance to the class mean, ``(K,)``.
+        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; None if it was not kept.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+    within: Tensor | None
+
+    @property
+    def present(self) -> Tensor:
+        """Which classes have samples, ``(K,)``."""
+        return self.count > 0
+
+    @property
+    def global_mean(self) -> Tensor:
+        """``mu_G``, the mean of the present classes' means, ``(d,)``; not the mean of samples if classes differ in size."""
+        return self.mean[self.present].mean(0)
+
+    @property
+    def centred(self) -> Tensor:
+        """Present classes' means less ``mu_G``, ``(P, d)``.
+
+        Raises:
+            ValueError: Fewer than two classes are present, so that nothing lies between classes.
+        """
+        present = int(self.present.sum())
+        if present < 2:
+            raise ValueError(f"expected samples of at least two classes, got {present}: collapse is undefined")
+        return self.mean[self.present] - self.global_mean
+
+    @property
+    def between(self) -> Tensor:
+        """``Sigma_B``, the mean over present classes of ``(mu_k - mu_G)(mu_k - mu_G)^T``, ``(d, d)``."""
+        return self.centred.T @ self.centred / len(self.centred)
+
+
+def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
+    """Moments of features ``(N, d)`` with labels ``(N,)``, in two passes over them."""
+    features = features.double()
+    count = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
+    count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    mean = sums / count.clamp(min=1)[:, None]
+    residual = features - mean[labels]
+    squares = torch.zeros_like(count).index_add_(0, labels, residual.square().sum(1))
+    within = residual.T @ residual / max(len(features), 1)
+    return ClassMoments(count, mean, squares / count.clamp(min=1), within)
+
+
+def merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+    """Moments of the samples of ``a`` and ``b`` together (Chan, Golub, LeVeque 1979, eq. 1.5)."""
+    count = a.count + b.count
+    share = b.count / count.clamp(min=1)
+    step = (b.mean - a.mean) * (a.present & b.present)[:, None]
+    mean = torch.where(a.present[:, None], a.mean + share[:, None] * step, b.mean)
+    weight = a.count * share
+    squares = a.count * a.variance + b.count * b.variance + weight * step.square().sum(1)
+    within = None
+    if a.within is not None and b.within is not None:
+        scatter = a.count.sum() * a.within + b.count.sum() * b.within + (weight[:, None] * step).T @ step
+        within = scatter / count.sum().clamp(min=1)
+    return ClassMoments(count, mean, squares / count.clamp(min=1), within)
+
+
+def nc1(moments: ClassMoments) -> Tensor:
+    """Within-class variability ``trace(Sigma_W Sigma_B^+) / K`` (Papyan et al. 2020; factor 1/K as in Li et al. 2022).
+
+    ``Sigma_W`` weighs samples equally and ``Sigma_B`` classes, so that long-tailed data count in both as they are.
+    Taken in the subspace that the class means span, with no inverse of a ``d x d`` matrix: ``Sigma_B^+ / K`` is
+    ``T^T T`` with the rows of ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
+
+    Raises:
+        ValueError: Fewer than two classes, or ``moments.within`` is None.
+    """
+    if moments.within is None:
+        raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
+    rows = _whitening(moments.centred)
+    return ((rows @ moments.within) * rows).sum() if len(rows) else rows.new_tensor(torch.nan)
+
+
+def _whitening(centred: Tensor) -> Tensor:
+    """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``(P, d)``.
+
+    Through an eigendecomposition of the smaller of ``P x P`` and ``d x d``. Centring costs one dimension, so that at
+    most ``P - 1`` are kept.
+    """
+    classes, width = centred.shape
+    wide = classes <= width
+    squares, vectors = torch.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    rank = min(classes - 1, width)
+    squares, vectors = squares[-rank:], vectors[:, -rank:]
+    kept = squares > max(classes, width) * _EPS * squares[-1]
+    squares, vectors = squares[kept], vectors[:, kept]
+    return (vectors.T @ centred) / squares[:, None] if wide else vectors.T / squares.sqrt()[:, None]
+
+
+def nc1_ratio(moments: ClassMoments) -> Tensor:
+    """``trace(Sigma_W) / trace(Sigma_B)``: within-class variability without regard to direction."""
+    within = (moments.count * moments.variance).sum() / moments.count.sum()
+    return within / moments.centred.square().sum(1).mean()
+
+
+def cdnv_matrix(moments: ClassMoments) -> Tensor:
+    """Class-distance normalised variance of each pair, ``(K, K)`` (Galanti et al. 2022, definition 1).
+
+    ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, with ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
+    for absent classes.
+    """
+    mean = torch.where(moments.present[:, None], moments.mean - moments.global_mean, torch.nan)
+    norms = mean.square().sum(1)
+    distances = (norms[:, None] + norms - 2 * mean @ mean.T).clamp(min=0)
+    pairs = (moments.variance[:, None] + moments.variance) / (2 * distances)
+    return pairs.fill_diagonal_(torch.nan)
+
+
+def cdnv(moments: ClassMoments) -> Tensor:
+    """Class-distance normalised variance, the mean over pairs of present classes (Galanti et al. 2022)."""
+    classes = len(moments.centred)
+    return cdnv_matrix(moments)[moments.present][:, moments.present].nansum() / (classes * (classes - 1))
+
+
+def equinorm(moments: ClassMoments) -> Tensor:
+    """NC2, equal norms: standard deviation (over ``P``, not ``P - 1``) over mean of ``|mu_k - mu_G|`` (Papyan, fig. 2)."""
+    norms = moments.centred.norm(dim=1)
+    return norms.std(correction=0) / norms.mean()
+
+
+def equiangularity(moments: ClassMoments) -> Tensor:
+    """NC2, equal angles: mean of ``|cos(mu_k - mu_G, mu_l - mu_G) + 1/(P - 1)|`` over pairs (Papyan et al., fig. 4)."""
+    cosines = cosine_matrix(moments)
+    classes = len(cosines)
+    off = (cosines + 1 / (classes - 1)).abs().fill_diagonal_(0)
+    return off.sum() / (classes * (classes - 1))
+
+
+def cosine_matrix(moments: ClassMoments) -> Tensor:
+    """Cosines between the present classes' centred means, ``(P, P)``; -1/(P - 1) off the diagonal at full collapse."""
+    unit = torch.nn.functional.normalize(moments.centred, dim=1, eps=0)
+    return unit @ unit.T
+
+
+def etf_distance(moments: ClassMoments) -> Tensor:
+    """NC2 in one number: Frobenius distance of the means' normalised Gram matrix to a simplex ETF's (Zhu et al. 2021)."""
+    return _distance_to_etf(moments.centred @ moments.centred.T)
+
+
+def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
+    """NC3: ``|W/|W|_F - M/|M|_F|_F^2`` for the classifier's rows and the centred means (Papyan et al. 2020, fig. 5).
+
+    Between 0 (aligned) and 4 (opposed). Rows of absent classes are left out.
+
+    Args:
+        moments: Moments of the features in front of the classifier.
+        weight: The classifier's weight, ``(K, d)``.
+    """
+    rows = weight.double()[moments.present]
+    return (rows / rows.norm() - moments.centred / moments.centred.norm()).square().sum()
+
+
+def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:
+    """NC3 by structure: Frobenius distance of the normalised ``W M^T`` to a simplex ETF's Gram matrix (Zhu et al. 2021)."""
+    return _distance_to_etf(weight.double()[moments.present] @ moments.centred.T)
+
+
+def _distance_to_etf(products: Tensor) -> Tensor:
+    classes = len(products)
+    etf = torch.eye(classes, dtype=products.dtype, device=products.device) - 1 / classes
+    return (products / products.norm() - etf / (classes - 1) ** 0.5).norm()
+
+
+def nearest_mean(features: Tensor, moments: ClassMoments) -> Tensor:
+    """Label of the nearest present class mean for each of features ``(N, d)``, ``(N,)``.
+
+    Features are centred first: with an offset of 1e3, float32 distances decide at random.
+    """
+    labels = moments.present.nonzero().squeeze(1)
+    centred = features.double() - moments.global_mean
+    return labels[torch.cdist(centred, moments.centred).argmin(1)]
+
+
+def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """NC4: the share of samples that the classifier and the nearest class mean decide differently (Papyan, fig. 7).
+
+    Args:
+        features: Features in front of the classifier, ``(N, d)``.
+        moments: Class moments, fixed beforehand: of the training set, say.
+        weight: The classifier's weight, ``(K, d)``.
+        bias: The classifier's bias, ``(K,)``; without it the decisions are another classifier's.
+    """
+    logits = features.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    return (logits.argmax(1) != nearest_mean(features, moments)).double().mean()
+
+
+def numerical_rank(features: Tensor, labels: Tensor, num_classes: int, centred: bool = False) -> Tensor:
+    """Mean over present classes of ``|H_k|_F^2 / |H_k|_2^2`` (Li et al. 2022), ``H_k`` the class's features ``(n_k, d)``.
+
+    Args:
+        features: Features, ``(N, d)``.
+        labels: Labels, ``(N,)``.
+        num_classes: Number of classes ``K``.
+        centred: Take the class mean off first; the paper does not.
+    """
+    ranks = []
+    for label in range(num_classes):
+        rows = features[labels == label].double()
+        if len(rows):
+            rows = rows - rows.mean(0) if centred else rows
+            ranks.append(rows.square().sum() / torch.linalg.matrix_norm(rows, 2).square())
+    return torch.stack(ranks).mean()

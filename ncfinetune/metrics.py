@@ -1,0 +1,385 @@
+"""Neural-collapse metrics for torchmetrics: exact, streaming, of bounded size whatever the number of samples.
+
+The members that derive from class moments keep one state: for each class a count, a shift ``c_k`` (the mean of the
+class's first batch), and sums of ``z = h - c_k`` and of ``|z|^2``; `NC1` also keeps the sum of ``z z^T``. Because of the
+shift nothing cancels, however far the features lie from the origin and however collapsed they are. Features of float32
+and less are multiplied in float32, those of float64 in float64, and accumulated in float64.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from ncfinetune import collapse
+from ncfinetune.collapse import ClassMoments
+
+# Rows whose products are added up in float32 before they go into the float64 state.
+_RECENT_ROWS = 4096
+_BLOCK = 512
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and float32 products in float32: neither TF32 nor bfloat16."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class _CollapseMetric(Metric, ABC):
+    """What the family shares: checked input, float64 states that only ever move between devices.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        kwargs: What `torchmetrics.Metric` takes.
+
+    Raises:
+        ValueError: ``num_classes`` is below 2.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_classes < 2:
+            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
+        self.num_classes = num_classes
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        with torch.inference_mode(False):
+            super().reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Move, but never cast: a parent in half precision must not degrade the state. On MPS it stays on the CPU."""
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=tensor.device)).device
+            return tensor if device.type == "mps" else tensor.to(device)
+
+        with torch.inference_mode(False):
+            return super()._apply(move, exclude_state)
+
+    def _checked(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``features`` in float32 or float64, on the state's device.
+
+        Raises:
+            ValueError, TypeError: The input is not what ``update`` takes.
+        """
+        if features.ndim != 2:
+            raise ValueError(
+                f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features first, "
+                "such as features.mean((2, 3)) or features[:, 0]"
+            )
+        if not features.is_floating_point():
+            raise TypeError(f"expected floating-point features, got {features.dtype}")
+        if labels is not None:
+            self._check_labels(features, labels)
+        features = features.detach().to(self._state_device)
+        features = features if features.dtype == torch.float64 else features.float()
+        if not features.sum().isfinite():
+            self._check_finite(features)
+        return features
+
+    def _check_labels(self, features: Tensor, labels: Tensor) -> None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"expected integer labels, got {labels.dtype}")
+        if labels.ndim != 1 or len(labels) != len(features):
+            raise ValueError(
+                f"expected one label for each of {len(features)} features, got labels of shape {tuple(labels.shape)}"
+            )
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"expected labels in 0..{self.num_classes - 1} (num_classes={self.num_classes}), "
+                f"got {outside.unique().tolist()[:5]}"
+            )
+
+    def _check_finite(self, features: Tensor) -> None:
+        bad = int((~features.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(
+                f"expected finite features, got {bad} of {len(features)} samples with nan or inf "
+                f"in batch {self._update_count} since the last reset"
+            )
+
+    @property
+    def _state_device(self) -> torch.device:
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+
+class _MomentMetric(_CollapseMetric):
+    """A number of the class moments. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
+
+    Raises:
+        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, non-finite features, a width that changes. In
+            ``compute``: no samples yet, or samples of one class only.
+        TypeError: In ``update``: labels that are no integers, features that are no floats.
+    """
+
+    _keeps_scatter = False
+
+    count: Tensor
+    shift: Tensor
+    sums: Tensor
+    squares: Tensor
+    scatter: Tensor
+    recent: Tensor
+    weight: Tensor
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self._recent_rows = 0
+        per_class = torch.zeros(num_classes, dtype=torch.float64)
+        self.add_state("count", per_class, dist_reduce_fx="sum")
+        self.add_state("squares", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("sums", per_class.new_zeros(num_classes, 0), dist_reduce_fx="sum")
+        self.add_state("shift", per_class.new_zeros(num_classes, 0), dist_reduce_fx="mean")
+        self.add_state("weight", per_class.new_zeros(0, 0), dist_reduce_fx="mean")
+        if self._keeps_scatter:
+            self.add_state("scatter", per_class.new_zeros(0, 0), dist_reduce_fx="sum")
+            self.add_state("recent", torch.zeros(0, 0), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """Add samples.
+
+        Args:
+            features: Pooled features, ``(N, d)``, of any floating-point type.
+            labels: Integer labels in ``0..K-1``, ``(N,)``.
+            weight: The classifier's weight, ``(K, d)``, which `NC3` compares with the means; the last one counts.
+        """
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
+            features = self._checked(features, labels)
+            self._check_width(features, weight)
+            if weight is not None:
+                self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
+            labels = labels.to(self._state_device, torch.int64)
+            for part in range(0, len(features), _RECENT_ROWS):
+                rows = slice(part, part + _RECENT_ROWS)
+                self._add(features[rows], labels[rows])
+
+    @abstractmethod
+    def _value(self, moments: ClassMoments) -> Tensor:
+        """The metric as a function of the moments."""
+
+    def compute(self) -> Tensor:
+        """The metric over all samples since the last reset, float64."""
+        moments = self.moments()
+        if not moments.present.any():
+            raise ValueError(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
+        return self._value(moments)
+
+    def moments(self) -> ClassMoments:
+        """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
+        with torch.inference_mode(False), torch.no_grad():
+            return _moments(self.metric_state)
+
+    def _check_width(self, features: Tensor, weight: Tensor | None) -> None:
+        width = features.shape[1]
+        if self.shift.shape[1] not in (0, width):
+            raise ValueError(f"expected features of width {self.shift.shape[1]} as in earlier batches, got {width}")
+        if weight is not None and weight.shape != (self.num_classes, width):
+            raise ValueError(f"expected weight of shape {(self.num_classes, width)}, got {tuple(weight.shape)}")
+
+    def _resize(self, width: int) -> None:
+        """Give the states the width of the features; they start without."""
+        self.sums = self.sums.new_zeros(self.num_classes, width)
+        self.shift = self.shift.new_zeros(self.num_classes, width)
+        if self._keeps_scatter:
+            self.scatter = self.scatter.new_zeros(width, width)
+            self.recent = self.recent.new_zeros(width, width)
+
+    def _add(self, features: Tensor, labels: Tensor) -> None:
+        if self.shift.shape[1] == 0:
+            self._resize(features.shape[1])
+        self._choose_shifts(features, labels)
+        z = features - self.shift.to(features.dtype)[labels]
+        self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+        self.sums.index_add_(0, labels, z.double())
+        self.squares.index_add_(0, labels, z.square().sum(1).double())
+        if self._keeps_scatter:
+            self._add_scatter(z)
+
+    def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
+        """Shift each new class by the mean of its first samples, rounded to the features' type so that z is exact."""
+        new = (self.count[labels] == 0).nonzero().squeeze(1)
+        if len(new):
+            ones = torch.ones_like(new, dtype=torch.float64)
+            number = torch.zeros_like(self.count).index_add_(0, labels[new], ones).clamp(min=1)
+            sums = torch.zeros_like(self.shift).index_add_(0, labels[new], features[new].double())
+            self.shift += (sums / number[:, None]).to(features.dtype)
+
+    def _add_scatter(self, z: Tensor) -> None:
+        """Add the upper triangle of ``z^T z``, by blocks."""
+        target = self.scatter if z.dtype == torch.float64 else self.recent
+        for start in range(0, z.shape[1], _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            target[rows, start:].addmm_(z[:, rows].T, z[:, start:])
+        self._recent_rows += len(z)
+        if self._recent_rows >= _RECENT_ROWS:
+            self.scatter += self.recent
+            self.recent.zero_()
+            self._recent_rows = 0
+
+    def _hold(self, moments: ClassMoments) -> None:
+        """Make the state that of ``moments``."""
+        self.count, self.shift, self.sums = moments.count, moments.mean, torch.zeros_like(moments.mean)
+        self.squares = moments.count * moments.variance
+        if moments.within is not None:
+            self.scatter = moments.within * moments.count.sum()
+            self.recent = torch.zeros_like(self.scatter, dtype=torch.float32)
+            self._recent_rows = 0
+
+    def _merge(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Make the state that of several together, whatever their shifts."""
+        states = [state for state in states if state["shift"].shape[1]]
+        widths = {state["shift"].shape[1] for state in states}
+        if len(widths) > 1:
+            raise ValueError(f"expected states of features of one width to merge, got widths {sorted(widths)}")
+        if states:
+            with torch.inference_mode(False), torch.no_grad():
+                self._hold(reduce(collapse.merge, map(_moments, states)))
+                self.weight = next((s["weight"] for s in states if len(s["weight"])), self.weight).clone()
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
+        self._merge([self.metric_state, incoming_state])
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Make the state that of all processes together.
+
+        Moments are moved to the global class means, after which every tensor is a plain sum: one ``all_reduce`` each. A
+        ``dist_sync_fn`` of the user's own gathers the states, which are then merged one by one.
+        """
+        group = process_group or self.process_group
+        with torch.inference_mode(False), torch.no_grad():
+            if dist_sync_fn is gather_all_tensors:
+                self._sum_over_ranks(group)
+            else:
+                gathered = [dist_sync_fn(state, group=group) for state in self.metric_state.values()]
+                self._merge([dict(zip(self._defaults, states, strict=True)) for states in zip(*gathered, strict=True)])
+
+    def _sum_over_ranks(self, group: Any | None) -> None:
+        known = torch.tensor([self.shift.shape[1], len(self.weight) > 0], device=self.count.device)
+        dist.all_reduce(known, dist.ReduceOp.MAX, group=group)
+        width, weighted = int(known[0]), bool(known[1])
+        if width == 0:
+            return
+        if self.shift.shape[1] == 0:
+            self._resize(width)
+        local = self.moments()
+        count = _all_reduce(local.count.clone(), group)
+        mean = _all_reduce(local.count[:, None] * local.mean, group) / count.clamp(min=1)[:, None]
+        step = (local.mean - mean) * local.present[:, None]
+        moved = local.count[:, None] * step
+        squares = _all_reduce(local.count * local.variance + (moved * step).sum(1), group)
+        within = None
+        if local.within is not None:
+            scatter = _all_reduce(local.count.sum() * local.within + moved.T @ step, group)
+            within = scatter / count.sum().clamp(min=1)
+        self._hold(ClassMoments(count, mean, squares / count.clamp(min=1), within))
+        if weighted:
+            self._average_weight(group)
+
+    def _average_weight(self, group: Any | None) -> None:
+        """The weight as the ranks that saw one have it; they agree."""
+        seen = len(self.weight) > 0
+        holders = _all_reduce(self.count.new_tensor(float(seen)), group)
+        weight = self.weight.clone() if seen else torch.zeros_like(self.shift)
+        self.weight = _all_reduce(weight, group) / holders
+
+
+def _all_reduce(tensor: Tensor, group: Any | None) -> Tensor:
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _moments(state: Mapping[str, Tensor]) -> ClassMoments:
+    """Moments from shifted sums: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, ``mu_k = c_k + delta_k``."""
+    count, sums = state["count"], state["sums"]
+    delta = sums / count.clamp(min=1)[:, None]
+    squares = (state["squares"] - (sums * delta).sum(1)).clamp(min=0)
+    within = None
+    if "scatter" in state:
+        upper = (state["scatter"] + state["recent"]).triu()
+        within = (upper + upper.triu(1).T - sums.T @ delta) / count.sum().clamp(min=1)
+    return ClassMoments(count.clone(), state["shift"] + delta, squares / count.clamp(min=1), within)
+
+
+class NC1(_MomentMetric):
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; the one member of state ``(d, d)``."""
+
+    _keeps_scatter = True
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.nc1(moments)
+
+
+class NC1Ratio(_MomentMetric):
+    """Within-class variability by traces, `collapse.nc1_ratio`: ``trace(Sigma_W) / trace(Sigma_B)``."""
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.nc1_ratio(moments)
+
+
+class CDNV(_MomentMetric):
+    """Class-distance normalised variance, `collapse.cdnv`: mean over pairs of classes."""
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.cdnv(moments)
+
+
+class NC2Equinorm(_MomentMetric):
+    """Spread of the norms of the centred class means, `collapse.equinorm`."""
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.equinorm(moments)
+
+
+class NC2Equiangularity(_MomentMetric):
+    """Distance of the class means' cosines from -1/(K-1), `collapse.equiangularity`."""
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.equiangularity(moments)
+
+
+class NC2ETF(_MomentMetric):
+    """Distance of the class means from a simplex equiangular tight frame, `collapse.etf_distance`."""
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        return collapse.etf_distance(moments)
+
+
+class NC3(_MomentMetric):
+    """Distance of the classifier's rows from the class means, `collapse.self_duality`.
+
+    ``update(features, labels, weight)`` takes the classifier's weight ``(K, d)`` too.
+    """
+
+    def _value(self, moments: ClassMoments) -> Tensor:
+        if len(self.weight) == 0:
+            raise ValueError("NC3 needs the classifier's weight; give it to update(features, labels, weight=...)")
+        return collapse.self_duality(moments, self.weight)

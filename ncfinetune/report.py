@@ -1,0 +1,245 @@
+"""``ncfinetune report``: logged runs become one table and one picture.
+
+Everything is read from what a run left behind: its ``config.yaml`` and its TensorBoard event files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# What differs between the runs of one experiment: where they lie, and their seed.
+_NOT_THE_EXPERIMENT = ("seed_everything", "ckpt_path", "model.init_args.checkpoint", "data.init_args.seed")
+_NOT_THE_TASK = ("seed", "batch_size", "num_workers")
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the table of the runs under the given folders, and save table and picture."""
+    parser = argparse.ArgumentParser(
+        prog="ncfinetune report",
+        description="Make one table and one picture of finished runs, from their event files and configurations.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders in which runs lie, however deep")
+    parser.add_argument("--out", type=Path, help="folder for report.md and report.png; the first of RUNS unless given")
+    options = parser.parse_args(args)
+    try:
+        experiments = group(find_runs(options.runs))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = options.out or options.runs[0]
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(experiments)
+    (out / "report.md").write_text(text + "\n")
+    picture(experiments).savefig(out / "report.png", dpi=120)
+    print(f"{text}\n\ntable:       {out / 'report.md'}\npicture:     {out / 'report.png'}")
+    print(f"TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {options.runs[0]}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with the configuration and the event files of one training run."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        config = yaml.safe_load((self.path / "config.yaml").read_text())
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
+    def scalars(self) -> dict[str, list[float]]:
+        """Logged values by tag, in the order of their steps."""
+        events = EventAccumulator(str(self.path), size_guidance={"scalars": 0}).Reload()
+        return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    def last(self, tag: str) -> float | None:
+        """The last value logged under a tag, None if there is none."""
+        return self.scalars[tag][-1] if tag in self.scalars else None
+
+    def first(self, tag: str) -> float | None:
+        """The first value logged under a tag, None if there is none."""
+        return self.scalars[tag][0] if tag in self.scalars else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in their seed alone."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        """What was trained, in the words of Li et al. (arXiv 2212.12206) where they have one."""
+        return method_name(self.runs[0].config.get("model", {}))
+
+    @property
+    def task(self) -> str:
+        """What was learned: the datamodule and what selects its images."""
+        return task_name(self.runs[0].config.get("data", {}))
+
+    def layers(self) -> list[str]:
+        """Layers whose collapse on the training set was logged, in depth order."""
+        return [tag.removeprefix("nc1/train/") for tag in self.runs[0].scalars if tag.startswith("nc1/train/")]
+
+    def mean(self, tag: str, pick: Callable[[Run, str], float | None]) -> float:
+        """Mean of what ``pick`` takes from a tag over the runs that logged it; nan if none did."""
+        known = [value for run in self.runs if (value := pick(run, tag)) is not None]
+        return statistics.fmean(known) if known else math.nan
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Runs below the folders, by path.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: There is no run.
+    """
+    folders = list(folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {str(folder)!r}")
+    configs = {config for folder in folders for config in folder.rglob("config.yaml")}
+    runs = [Run(config.parent) for config in sorted(configs) if any(config.parent.glob("events.out.tfevents.*"))]
+    if not runs:
+        shown = ", ".join(map(str, folders))
+        raise ValueError(f"no runs below {shown}; expected folders with a config.yaml and TensorBoard event files")
+    return runs
+
+
+def group(runs: Iterable[Run]) -> list[Experiment]:
+    """Runs of the same configuration but for seed and place, in the order of their trained parameters."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_experiment_key(run.config), []).append(run)
+    experiments = [Experiment(tuple(members)) for members in groups.values()]
+    return sorted(experiments, key=lambda e: (e.task, e.runs[0].last("params/trained") or 0, e.method))
+
+
+def _experiment_key(config: dict[str, Any]) -> str:
+    kept = json.loads(json.dumps(config, default=str))
+    kept.get("trainer", {}).pop("logger", None)
+    kept.get("trainer", {}).pop("default_root_dir", None)
+    for path in _NOT_THE_EXPERIMENT:
+        *parents, name = path.split(".")
+        node = kept
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(name, None)
+    return json.dumps(kept, sort_keys=True)
+
+
+def method_name(model: dict[str, Any]) -> str:
+    """Name of the method that a model's configuration describes."""
+    name = str(model.get("class_path", "?")).rsplit(".", 1)[-1]
+    knobs = model.get("init_args") or {}
+    if name != "FineTuner":
+        return name
+    train, skip = knobs.get("train", "none"), knobs.get("skip_from")
+    layers = train if isinstance(train, str) else ", ".join(train)
+    base = {"none": "linear probe", "all": "full FT"}.get(layers)
+    if skip is None:
+        return base or f"layer FT {layers}"
+    return f"SCL FT {layers}" if skip == train else f"{base or f'layer FT {layers}'}, skip from {skip}"
+
+
+def task_name(data: dict[str, Any]) -> str:
+    """Name of the task that a datamodule's configuration describes."""
+    name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
+    chosen = {k: v for k, v in (data.get("init_args") or {}).items() if v is not None and k not in _NOT_THE_TASK}
+    words = [f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items()]
+    return ", ".join([name, *words])
+
+
+def table(experiments: Iterable[Experiment]) -> str:
+    """Markdown table, one experiment a row: mean and standard deviation (n - 1) over its runs."""
+    header = ("task", "method", "runs", "trained parameters", "test accuracy %", "NC1 before", "NC1 after")
+    rows = [header, *map(_row, experiments)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _row(experiment: Experiment) -> tuple[str, ...]:
+    runs = experiment.runs
+    return (
+        experiment.task,
+        experiment.method,
+        str(len(runs)),
+        _trained(runs[0]),
+        _spread([None if (value := run.last("test/acc")) is None else 100 * value for run in runs], ".1f"),
+        _spread([run.first("nc1/train/penultimate") for run in runs], ".3g"),
+        _spread([run.last("nc1/train/penultimate") for run in runs], ".3g"),
+    )
+
+
+def _trained(run: Run) -> str:
+    trained, total = run.last("params/trained"), run.last("params/total")
+    if trained is None or not total:
+        return "-"
+    # Event files hold float32, which counts to 2^24 exactly.
+    count = f"{int(trained):,}" if trained < 2**24 else f"{trained / 1e6:.1f} M"
+    return f"{count} ({100 * trained / total:.3g} %)"
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = format(statistics.fmean(known), form)
+    return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
+
+
+def picture(experiments: Sequence[Experiment]) -> Figure:
+    """NC1 over depth, and test accuracy against NC1: a row of two panels for each task."""
+    tasks = list(dict.fromkeys(experiment.task for experiment in experiments))
+    figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(3, 2))
+    for task, (left, right) in zip(tasks, panels, strict=True):
+        members = [experiment for experiment in experiments if experiment.task == task]
+        _draw_depth(left, members)
+        _draw_accuracy(right, members)
+        left.set_title(task, loc="left")
+    return figure
+
+
+def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
+    layers = max((experiment.layers() for experiment in experiments), key=len)
+    before = [experiments[0].mean("nc1/train/" + layer, Run.first) for layer in layers]
+    axes.plot(layers, before, "--", color="0.5", label="before")
+    for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
+        after = [experiment.mean("nc1/train/" + layer, Run.last) for layer in layers]
+        axes.plot(layers, after, "o-", color=colour, label=experiment.method, markersize=4)
+    axes.set(yscale="log", ylabel="NC1 of the training features\n(lower: more collapsed)")
+    axes.tick_params(axis="x", rotation=30)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_accuracy(axes: Axes, experiments: Sequence[Experiment]) -> None:
+    for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
+        points = [(run.last("nc1/train/penultimate"), run.last("test/acc")) for run in experiment.runs]
+        known = [(nc1, 100 * accuracy) for nc1, accuracy in points if nc1 is not None and accuracy is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), "o", color=colour, label=experiment.method)
+    axes.set(xscale="log", xlabel="NC1 of the features that reach the classifier", ylabel="test accuracy %")
+    axes.grid(alpha=0.3)
