@@ -1,23 +1,45 @@
-# make demo, make test, make lint. PYTHON= chooses the interpreter, VENV= the folder of the virtual environment.
+# make demo, make test, make lint. PYTHON= is the interpreter to build on, VENV= where the virtual environment goes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := $(BIN)/ncfinetune
-FIT := $(RUN) fit --config experiments/digits/downstream.yaml --config experiments/digits
 METHODS := linear_probe layer scl full
 SEEDS := 0 1 2
 
-.PHONY: demo test test-all lint
-.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint
 
-demo: $(VENV)/.installed-base
+# Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
+demo: $(VENV)/installed-package
 	rm -rf runs/demo
-	$(RUN) fit --config experiments/digits/pretrain.yaml
+	$(BIN)/ncfinetune fit --config experiments/digits/pretrain.yaml
 	$(foreach method,$(METHODS),$(foreach seed,$(SEEDS),$(call finetune,$(method),$(seed))))
-	$(RUN) report runs/demo
+	$(BIN)/ncfinetune report runs/demo
 
-# A command a line, so that make shows each as it runs.
 define finetune
-$(FIT)/$(1).yaml --seed_everything $(2) --data.seed $(2) --trainer.logger.version $(1)-seed$(2)
+$(BIN)/ncfinetune fit --config experiments/digits/downstream.yaml --config experiments/digits/$(1).yaml \
+	--seed_everything $(2) --data.init_args.seed $(2) --trainer.logger.init_args.version $(1)-seed$(2)
 
 endef
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ncfinetune callbacks datamodules
+
+# What is installed is remembered by a stamp and installed again only when the package's needs change.
+$(VENV)/installed-package: EXTRA :=
+$(VENV)/installed-test: EXTRA := [test]
+$(VENV)/installed-lint: EXTRA := [lint]
+$(VENV)/installed-%: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, and $(PYTHON) is not; name one with PYTHON=."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot make a virtual environment; install its venv module, or name another with PYTHON=."; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable ".$(EXTRA)" || \
+		{ echo "The packages could not be installed; is there a network, and a package index that pip reaches?"; exit 1; }
+	@touch $@

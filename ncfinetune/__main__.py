@@ -29,8 +29,8 @@ _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 def main(args: list[str] | None = None) -> int | None:
     """Run a command; ``args`` are ``sys.argv[1:]`` unless given."""
-    args = sys.argv[1:] if args is None else args
-    command = args[0] if args else "--help"
+    words = sys.argv[1:] if args is None else args
+    command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         print(HELP, end="")
     elif command == "--version":
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> int | None:
     elif command == "report":
         from ncfinetune.report import main as report
 
-        return report(args[1:])
+        return report(words[1:])
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.cli import main as run
 

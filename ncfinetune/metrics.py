@@ -383,3 +383,53 @@ class NC3(_MomentMetric):
         if len(self.weight) == 0:
             raise ValueError("NC3 needs the classifier's weight; give it to update(features, labels, weight=...)")
         return collapse.self_duality(moments, self.weight)
+
+
+class NC4(_CollapseMetric):
+    """Disagreement of the classifier with the nearest class mean, `collapse.disagreement`: a share in 0..1.
+
+    The means are fixed beforehand, which is what lets it stream: those of the training set, say, for a pass over the
+    validation set. ``update(features, labels, weight, bias)``; the labels are checked and play no part.
+
+    Args:
+        moments: The class moments whose means decide.
+        kwargs: What `torchmetrics.Metric` takes.
+    """
+
+    differ: Tensor
+    total: Tensor
+
+    def __init__(self, moments: ClassMoments, **kwargs: Any) -> None:
+        super().__init__(len(moments.count), **kwargs)
+        self._moments = moments
+        self.add_state("differ", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add samples.
+
+        Args:
+            features: Features in front of the classifier, ``(N, d)``.
+            labels: Integer labels in ``0..K-1``, ``(N,)``.
+            weight: The classifier's weight, ``(K, d)``.
+            bias: The classifier's bias, ``(K,)``.
+        """
+        shape = tuple(self._moments.mean.shape)
+        if tuple(weight.shape) != shape or features.shape[-1] != shape[1]:
+            raise ValueError(
+                f"expected weight of shape {shape} and features of width {shape[1]} as the class means have them, "
+                f"got {tuple(weight.shape)} and {features.shape[-1]}"
+            )
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
+            features = self._checked(features, labels)
+            if len(features):
+                moved = replace(self._moments, mean=self._moments.mean.to(features.device))
+                share = collapse.disagreement(features, moved, weight.to(features.device), bias)
+                self.differ = self.differ + share * len(features)
+                self.total = self.total + len(features)
+
+    def compute(self) -> Tensor:
+        """The share of samples on which the two disagree, float64."""
+        if self.total == 0:
+            raise ValueError("NC4.compute needs samples; call update(features, labels, weight, bias) first")
+        return self.differ / self.total

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ncfinetune import Backbone
+
+SMALL = {"name": "resnet18", "stem": "cifar", "channels": [4, 6, 8, 10]}
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "width"),
+    [("test_resnet", 4, 96), ("test_vit", 6, 64), ("test_convnext", 9, 64), ("resnet18", 8, 512), ("resnet50", 16, 2048)],
+)
+def test_layers_are_blocks_with_their_widths(name: str, blocks: int, width: int) -> None:
+    layers = Backbone(name).layers
+    assert len(layers) == blocks
+    assert list(layers.values())[-1] == width
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_features_are_what_timm_gives_its_classifier(name: str) -> None:
+    backbone = Backbone(name).eval()
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        features = backbone(images)
+        assert features.shape == (2, backbone.dim)
+        assert torch.equal(features, backbone.net(images))
+
+
+def test_stages_are_pooled_and_come_from_one_forward_pass() -> None:
+    backbone = Backbone("test_vit").eval()
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        stages = backbone.stages(images, ["blocks.2", "penultimate"])
+        tokens = backbone.net.forward_intermediates(images, [2], return_prefix_tokens=True, intermediates_only=True)
+    assert torch.equal(stages["penultimate"], backbone(images))
+    assert torch.allclose(stages["blocks.2"], tokens[0][1][:, 0], atol=1e-6)  # test_vit classifies by its class token
+
+
+def test_finding_the_layers_leaves_modes_and_statistics_alone() -> None:
+    backbone = Backbone(**SMALL)
+    backbone.net.layer1.eval()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    assert backbone.layers["layer1.1"] == 4
+    assert backbone.net.layer2.training
+    assert not backbone.net.layer1[0].training
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+def test_cifar_stem_keeps_the_size_of_the_image() -> None:
+    net = Backbone(**SMALL).net
+    assert net.maxpool(net.conv1(torch.zeros(1, 3, 8, 8))).shape[2:] == (8, 8)
+    assert (net.conv1.kernel_size, net.conv1.stride, net.conv1.padding) == ((3, 3), (1, 1), (1, 1))
+
+
+def test_spec_builds_the_same_architecture() -> None:
+    backbone = Backbone(**SMALL)
+    again = Backbone.build(backbone.spec)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in backbone.parameters()]
+    assert Backbone.build(backbone) is backbone
+    assert Backbone.build("test_resnet").spec["name"] == "test_resnet"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet81"}, "timm has no architecture 'resnet81'; nearest: resnet18"),
+        ({"name": "test_vit", "stem": "cifar"}, "stem=\"cifar\" is for ResNets, and 'test_vit' is none"),
+        ({"name": "resnet18", "chanels": 3}, "timm's 'resnet18' does not take {'chanels': 3}"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backbone(**arguments)
+
+
+@pytest.mark.parametrize("form", ["plain", "prefixed", "lightning", "safetensors"])
+def test_checkpoints_of_every_form_load(form: str, tmp_path: Path) -> None:
+    source = Backbone(**SMALL)
+    weights = source.net.state_dict()
+    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
+    if form == "safetensors":
+        save_file(weights, path)
+    elif form == "lightning":
+        torch.save({"state_dict": {f"backbone.net.{k}": v for k, v in weights.items()}, "epoch": 3}, path)
+    else:
+        prefix = "module." if form == "prefixed" else ""
+        torch.save({f"{prefix}{k}": v for k, v in weights.items()}, path)
+    loaded = Backbone(**SMALL, checkpoint=str(path))
+    assert all(torch.equal(v, weights[k]) for k, v in loaded.net.state_dict().items())
+
+
+def test_checkpoint_of_a_classifier_reports_what_is_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "timm.pth")
+    with caplog.at_level("INFO"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "timm.pth"))
+    assert "in the file but unused: 2 (fc.weight, fc.bias)" in caplog.text
+
+
+def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"0 of \d+ tensors of the network matched; not in the file .*unused: .*patch_embed"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "vit.pth"))
+
+
+def test_missing_and_empty_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint '.*none.pt'; expected a .ckpt"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "none.pt"))
+    torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match=r"holds no tensors, only 1 \(epoch\)"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "empty.pt"))

@@ -1,0 +1,92 @@
+"""The rooms of the package and the arrows between them; what is installed; what the front door imports."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ncfinetune
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ROOT / "ncfinetune"
+
+# Which of our modules each module may import. What is not listed here may not exist.
+IMPORTS = {
+    "ncfinetune": {"backbone", "finetune", "learner", "supervised"},
+    "ncfinetune.__main__": {"", "cli", "report"},
+    "ncfinetune.backbone": {"layers"},
+    "ncfinetune.cli": {""},
+    "ncfinetune.collapse": set(),
+    "ncfinetune.finetune": {"backbone", "heads", "layers", "learner"},
+    "ncfinetune.heads": set(),
+    "ncfinetune.layers": set(),
+    "ncfinetune.learner": {"backbone"},
+    "ncfinetune.metrics": {"", "collapse"},
+    "ncfinetune.report": set(),
+    "ncfinetune.supervised": {"backbone", "learner"},
+    "callbacks": {".tracker"},
+    "callbacks.features": {"layers"},
+    "callbacks.tracker": {"layers", "metrics", ".features"},
+    "datamodules": {".base", ".digits"},
+    "datamodules.base": set(),
+    "datamodules.digits": {".base"},
+}
+
+
+def _modules() -> dict[str, Path]:
+    files = [path for folder in ("ncfinetune", "callbacks", "datamodules") for path in (ROOT / folder).rglob("*.py")]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def _imports(path: Path) -> set[str]:
+    """What a file imports of ours: ``backbone`` for ncfinetune.backbone, ``.base`` for a neighbour, '' for the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.add("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.ImportFrom) and node.module == "ncfinetune":
+            names = {alias.name for alias in node.names}
+            found |= {name if name in _core_names() else "" for name in names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ncfinetune."):
+            found.add(node.module.removeprefix("ncfinetune."))
+        elif isinstance(node, ast.Import):
+            found |= {"" for alias in node.names if alias.name.split(".")[0] == "ncfinetune"}
+    return found
+
+
+def _core_names() -> set[str]:
+    return {path.stem for path in CORE.glob("*.py")}
+
+
+def test_every_module_has_its_place_in_the_import_table() -> None:
+    assert set(_modules()) == set(IMPORTS)
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_module_imports_only_what_the_table_allows(module: str) -> None:
+    assert _imports(_modules()[module]) <= IMPORTS[module]
+
+
+def test_every_package_folder_is_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    folders = {path.parent for path in _modules().values()}
+    mapped = dict(line.split(" = ") for line in config["options"]["package_dir"].split("\n") if line)
+    assert set(mapped) == set(config["options"]["packages"].split())
+    assert {ROOT / folder for folder in mapped.values()} == folders
+
+
+def test_public_names_can_be_imported_and_are_all_there_are() -> None:
+    assert [name for name in ncfinetune.__all__ if not hasattr(ncfinetune, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'Superviced'; it has Backbone, FineTuner"):
+        _ = ncfinetune.Superviced
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from ncfinetune.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "ncfinetune COMMAND" in done.stdout
