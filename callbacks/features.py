@@ -83,5 +83,7 @@ def find_classifier(module: nn.Module, num_classes: int) -> nn.Linear:
 
 def _network_of(module: nn.Module, layer: nn.Module) -> nn.Module:
     """The innermost timm network that holds ``layer``, since it knows how its outputs are pooled; else ``module``."""
-    networks = [m for m in module.modules() if hasattr(m, "pretrained_cfg") and any(part is layer for part in m.modules())]
+    networks = [
+        m for m in module.modules() if hasattr(m, "pretrained_cfg") and any(part is layer for part in m.modules())
+    ]
     return networks[-1] if networks else module

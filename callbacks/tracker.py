@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -186,7 +185,7 @@ def _plain_loader(trainer: Trainer) -> Iterable[Any]:
     offered = getattr(getattr(trainer, "datamodule", None), "train_plain_dataloader", None)
     if offered is not None:
         return offered()
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         return loader
     return DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)

@@ -25,7 +25,7 @@ class Backbone(nn.Module):
     Args:
         name: Name of a timm architecture, as in ``timm.list_models()``.
         pretrained: Load timm's weights for it (a download, or timm's local cache).
-        checkpoint: File whose weights to start from: of this package, of Lightning, timm or torchvision, or safetensors.
+        checkpoint: File with weights to start from: of this package, Lightning, timm or torchvision, or safetensors.
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
         timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
@@ -40,6 +40,8 @@ class Backbone(nn.Module):
             checkpoint that fits none of its parameters.
         FileNotFoundError: No such checkpoint.
     """
+
+    net: Any
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def layers(self) -> dict[str, int]:
-        """Residual or transformer blocks in depth order, ``{name: d_l}``, found by one forward pass of a blank image."""
+        """Residual or transformer blocks in depth order, ``{name: d_l}``, by one forward pass of a blank image."""
         return self._probe({name: self.layer(name) for name in block_names(self.net)})
 
     def _probe(self, layers: dict[str, nn.Module]) -> dict[str, int]:
@@ -129,8 +131,8 @@ class Backbone(nn.Module):
 def load_weights(net: nn.Module, checkpoint: str) -> str:
     """Load the weights of a checkpoint file into ``net`` where name and shape fit, and say in a line what did.
 
-    A prefix that all the weights of interest share (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a
-    classifier that the network does not have.
+    A prefix that the fitting weights share (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a
+    classifier, which the network does not have.
 
     Raises:
         FileNotFoundError: No such file.
@@ -187,7 +189,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"timm has no architecture {name!r}; {hint}")
 
 
-def _shrink_stem(net: nn.Module, name: str) -> None:
+def _shrink_stem(net: Any, name: str) -> None:
     if not (isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool")):
         raise ValueError(
             f'stem="cifar" is for ResNets, and {name!r} is none; for small images give it its own arguments, '

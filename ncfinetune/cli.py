@@ -1,4 +1,4 @@
-"""``ncfinetune fit | validate | test | predict``: LightningCLI with this package's classes, one link and plain errors."""
+"""``ncfinetune fit | validate | test | predict``: LightningCLI with our classes, one link and plain errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,7 +62,10 @@ class NCFinetuneCLI(LightningCLI):
         """Add the link from data to model, and the choice to test after training."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, test the last weights on the test set.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -101,7 +104,7 @@ class NCFinetuneCLI(LightningCLI):
         print(f"predictions: {path}")
 
 
-def _check_writable(folder: str, parser: PlainParser) -> None:
+def _check_writable(folder: str, parser: LightningArgumentParser) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -140,11 +143,22 @@ def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningAr
     return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
 
 
+def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
+    own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
+    parameters = sorted({name for c in own for name in inspect.signature(c).parameters})
+    return f"no option {option!r}; {_known(option, parameters, parameters)}"
+
+
 def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:
     option = found.split()[0].lstrip("-").split("=")[0]
     options = sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
     group = option.rsplit(".", 1)[0] + "."
-    siblings = [known for known in options if known.startswith(group)] or ["seed_everything", "trainer", "model", "data"]
+    siblings = [known for known in options if known.startswith(group)] or [
+        "seed_everything",
+        "trainer",
+        "model",
+        "data",
+    ]
     return f"no option {option!r}; {_known(option, siblings, options)}"
 
 
@@ -155,9 +169,10 @@ def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
     return f"no file {path!r}; {shown}"
 
 
-_EXPLANATIONS = {
+_EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,
+    r"^Option '([\w.]+)' is not accepted": _unknown_parameter_of_some_class,
     r"unrecognized arguments: (.+)": _unknown_option,
     r"does not accept option '([\w.]+)'": _unknown_option,
     r"File does not exist: '(.+?)'": _no_file,
@@ -178,7 +193,7 @@ def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
     return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
 
 
-def _concrete_subclasses(base: type) -> Iterator[type]:
+def _concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
     for subclass in base.__subclasses__():
         if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
             yield subclass

@@ -41,7 +41,7 @@ class ClassMoments:
 
     @property
     def global_mean(self) -> Tensor:
-        """``mu_G``, the mean of the present classes' means, ``(d,)``; not the mean of samples if classes differ in size."""
+        """``mu_G``, the mean of the present classes' means, ``(d,)``; of balanced samples, their mean."""
         return self.mean[self.present].mean(0)
 
     @property
@@ -95,7 +95,7 @@ def nc1(moments: ClassMoments) -> Tensor:
 
     ``Sigma_W`` weighs samples equally and ``Sigma_B`` classes, so that long-tailed data count in both as they are.
     Taken in the subspace that the class means span, with no inverse of a ``d x d`` matrix: ``Sigma_B^+ / K`` is
-    ``T^T T`` with the rows of ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
+    ``T^T T`` for the ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
 
     Raises:
         ValueError: Fewer than two classes, or ``moments.within`` is None.
@@ -131,7 +131,7 @@ def nc1_ratio(moments: ClassMoments) -> Tensor:
 def cdnv_matrix(moments: ClassMoments) -> Tensor:
     """Class-distance normalised variance of each pair, ``(K, K)`` (Galanti et al. 2022, definition 1).
 
-    ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, with ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
+    ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
     mean = torch.where(moments.present[:, None], moments.mean - moments.global_mean, torch.nan)
@@ -148,7 +148,7 @@ def cdnv(moments: ClassMoments) -> Tensor:
 
 
 def equinorm(moments: ClassMoments) -> Tensor:
-    """NC2, equal norms: standard deviation (over ``P``, not ``P - 1``) over mean of ``|mu_k - mu_G|`` (Papyan, fig. 2)."""
+    """NC2, equal norms: standard deviation (by ``P``) over mean of ``|mu_k - mu_G|`` (Papyan et al., fig. 2)."""
     norms = moments.centred.norm(dim=1)
     return norms.std(correction=0) / norms.mean()
 
@@ -168,7 +168,7 @@ def cosine_matrix(moments: ClassMoments) -> Tensor:
 
 
 def etf_distance(moments: ClassMoments) -> Tensor:
-    """NC2 in one number: Frobenius distance of the means' normalised Gram matrix to a simplex ETF's (Zhu et al. 2021)."""
+    """NC2 in one number: distance of the means' normalised Gram matrix to a simplex ETF's (Zhu et al. 2021)."""
     return _distance_to_etf(moments.centred @ moments.centred.T)
 
 
@@ -186,7 +186,7 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:
-    """NC3 by structure: Frobenius distance of the normalised ``W M^T`` to a simplex ETF's Gram matrix (Zhu et al. 2021)."""
+    """NC3 by structure: distance of the normalised ``W M^T`` to a simplex ETF's Gram matrix (Zhu et al. 2021)."""
     return _distance_to_etf(weight.double()[moments.present] @ moments.centred.T)
 
 
@@ -221,7 +221,7 @@ def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: 
 
 
 def numerical_rank(features: Tensor, labels: Tensor, num_classes: int, centred: bool = False) -> Tensor:
-    """Mean over present classes of ``|H_k|_F^2 / |H_k|_2^2`` (Li et al. 2022), ``H_k`` the class's features ``(n_k, d)``.
+    """Mean over present classes of ``|H_k|_F^2 / |H_k|_2^2`` (Li et al. 2022), ``H_k`` the class's features.
 
     Args:
         features: Features, ``(N, d)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -75,6 +76,11 @@ class FineTuner(Classifier):
             return self.head(self.backbone(x))
         features = self.backbone.stages(x, [PENULTIMATE, self.skip_from])
         return self.head(features[PENULTIMATE], features[self.skip_from])
+
+    def on_fit_start(self) -> None:
+        """Log the counts of parameters; silence Lightning's warning of modules in eval mode, since they are to be."""
+        super().on_fit_start()
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""

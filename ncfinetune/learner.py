@@ -44,6 +44,10 @@ class Learner(LightningModule, ABC):
         self._optimizer = optimizer or torch.optim.AdamW
         self._lr_scheduler = lr_scheduler
 
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+
     def configure_optimizers(self) -> Any:
         """The optimiser of the parameters that require a gradient, and its scheduler."""
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
@@ -104,7 +108,8 @@ class Classifier(Learner):
         offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if offered != self.num_classes:
             raise ValueError(
-                f"the model has num_classes={self.num_classes}, the data {offered}; give the model num_classes={offered}"
+                f"the model has num_classes={self.num_classes}, the data {offered}; "
+                f"give the model num_classes={offered}"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -123,7 +128,7 @@ class Classifier(Learner):
         """Class probabilities ``(N, K)``."""
         return self(batch[0]).softmax(1)
 
-    def _classify(self, batch: Batch, batch_idx: int, split: str, accuracy: nn.Module) -> Tensor:
+    def _classify(self, batch: Batch, batch_idx: int, split: str, accuracy: Any) -> Tensor:
         images, labels = batch
         if batch_idx == 0 or labels.device.type == "cpu":  # elsewhere the check would stall the device at each step
             _check_labels(labels, self.num_classes)
@@ -131,7 +136,15 @@ class Classifier(Learner):
         loss = nn.functional.cross_entropy(logits, labels)
         accuracy(logits, labels)
         size, sync = len(labels), split != "train"
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=sync)
+        self.log(
+            f"{split}/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=size,
+            sync_dist=sync,
+        )
         self.log(f"{split}/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
 

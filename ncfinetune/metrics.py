@@ -1,7 +1,7 @@
 """Neural-collapse metrics for torchmetrics: exact, streaming, of bounded size whatever the number of samples.
 
 The members that derive from class moments keep one state: for each class a count, a shift ``c_k`` (the mean of the
-class's first batch), and sums of ``z = h - c_k`` and of ``|z|^2``; `NC1` also keeps the sum of ``z z^T``. Because of the
+class's first batch), and sums of ``z = h - c_k`` and of ``|z|^2``; `NC1` also keeps the sum of ``z z^T``. Thanks to the
 shift nothing cancels, however far the features lie from the origin and however collapsed they are. Features of float32
 and less are multiplied in float32, those of float64 in float64, and accumulated in float64.
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
@@ -86,8 +87,8 @@ class _CollapseMetric(Metric, ABC):
         """
         if features.ndim != 2:
             raise ValueError(
-                f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features first, "
-                "such as features.mean((2, 3)) or features[:, 0]"
+                f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features "
+                "first, such as features.mean((2, 3)) or features[:, 0]"
             )
         if not features.is_floating_point():
             raise TypeError(f"expected floating-point features, got {features.dtype}")
@@ -110,7 +111,7 @@ class _CollapseMetric(Metric, ABC):
         if len(outside):
             raise ValueError(
                 f"expected labels in 0..{self.num_classes - 1} (num_classes={self.num_classes}), "
-                f"got {outside.unique().tolist()[:5]}"
+                f"got {sorted(set(outside.tolist()))[:5]}"
             )
 
     def _check_finite(self, features: Tensor) -> None:
@@ -130,8 +131,8 @@ class _MomentMetric(_CollapseMetric):
     """A number of the class moments. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
 
     Raises:
-        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, non-finite features, a width that changes. In
-            ``compute``: no samples yet, or samples of one class only.
+        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, non-finite features, a width that changes.
+            In ``compute``: no samples yet, or samples of one class only.
         TypeError: In ``update``: labels that are no integers, features that are no floats.
     """
 
@@ -248,7 +249,7 @@ class _MomentMetric(_CollapseMetric):
             self.recent = torch.zeros_like(self.scatter, dtype=torch.float32)
             self._recent_rows = 0
 
-    def _merge(self, states: Sequence[dict[str, Tensor]]) -> None:
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Make the state that of several together, whatever their shifts."""
         states = [state for state in states if state["shift"].shape[1]]
         widths = {state["shift"].shape[1] for state in states}
@@ -317,7 +318,7 @@ def _all_reduce(tensor: Tensor, group: Any | None) -> Tensor:
     return tensor
 
 
-def _moments(state: Mapping[str, Tensor]) -> ClassMoments:
+def _moments(state: Mapping[str, Any]) -> ClassMoments:
     """Moments from shifted sums: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, ``mu_k = c_k + delta_k``."""
     count, sums = state["count"], state["sums"]
     delta = sums / count.clamp(min=1)[:, None]
@@ -330,7 +331,7 @@ def _moments(state: Mapping[str, Tensor]) -> ClassMoments:
 
 
 class NC1(_MomentMetric):
-    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; the one member of state ``(d, d)``."""
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a state of ``(d, d)``."""
 
     _keeps_scatter = True
 

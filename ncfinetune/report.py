@@ -174,7 +174,9 @@ def table(experiments: Iterable[Experiment]) -> str:
     header = ("task", "method", "runs", "trained parameters", "test accuracy %", "NC1 before", "NC1 after")
     rows = [header, *map(_row, experiments)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
@@ -216,16 +218,19 @@ def picture(experiments: Sequence[Experiment]) -> Figure:
     panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(3, 2))
     for task, (left, right) in zip(tasks, panels, strict=True):
         members = [experiment for experiment in experiments if experiment.task == task]
-        _draw_depth(left, members)
-        _draw_accuracy(right, members)
         left.set_title(task, loc="left")
+        _draw_depth(left, members)
+        if len(members) > 1:
+            _draw_accuracy(right, members)
+        else:
+            right.set_axis_off()
     return figure
 
 
 def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
     layers = max((experiment.layers() for experiment in experiments), key=len)
     before = [experiments[0].mean("nc1/train/" + layer, Run.first) for layer in layers]
-    axes.plot(layers, before, "--", color="0.5", label="before")
+    axes.plot(layers, before, color="0.8", linewidth=5, label="before")
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
         after = [experiment.mean("nc1/train/" + layer, Run.last) for layer in layers]
         axes.plot(layers, after, "o-", color=colour, label=experiment.method, markersize=4)

@@ -24,7 +24,7 @@ def sigma_b(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def nc1(features: np.ndarray, labels: np.ndarray) -> float:
     """trace(Sigma_W Sigma_B^+) / K (Papyan et al. 2020) through the singular vectors of the centred means."""
     means = class_means(features, labels)
-    u, s, vt = np.linalg.svd((means - means.mean(0)) / np.sqrt(len(means)), full_matrices=False)
+    _, s, vt = np.linalg.svd((means - means.mean(0)) / np.sqrt(len(means)), full_matrices=False)
     rank = min(len(means) - 1, features.shape[1])
     inverse = vt[:rank].T @ np.diag(s[:rank] ** -2) @ vt[:rank]
     return float(np.trace(sigma_w(features, labels) @ inverse) / len(means))

@@ -12,7 +12,13 @@ SMALL = {"name": "resnet18", "stem": "cifar", "channels": [4, 6, 8, 10]}
 
 @pytest.mark.parametrize(
     ("name", "blocks", "width"),
-    [("test_resnet", 4, 96), ("test_vit", 6, 64), ("test_convnext", 9, 64), ("resnet18", 8, 512), ("resnet50", 16, 2048)],
+    [
+        ("test_resnet", 4, 96),
+        ("test_vit", 6, 64),
+        ("test_convnext", 9, 64),
+        ("resnet18", 8, 512),
+        ("resnet50", 16, 2048),
+    ],
 )
 def test_layers_are_blocks_with_their_widths(name: str, blocks: int, width: int) -> None:
     layers = Backbone(name).layers
@@ -102,7 +108,9 @@ def test_checkpoint_of_a_classifier_reports_what_is_unused(tmp_path: Path, caplo
 
 def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=r"0 of \d+ tensors of the network matched; not in the file .*unused: .*patch_embed"):
+    with pytest.raises(
+        ValueError, match=r"0 of \d+ tensors of the network matched; not in the file .*unused: .*patch_embed"
+    ):
         Backbone("test_resnet", checkpoint=str(tmp_path / "vit.pth"))
 
 

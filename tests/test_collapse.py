@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 
+import reference
 from ncfinetune import collapse
 from ncfinetune.collapse import class_moments, merge
 

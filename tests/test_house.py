@@ -42,7 +42,7 @@ def _modules() -> dict[str, Path]:
 
 
 def _imports(path: Path) -> set[str]:
-    """What a file imports of ours: ``backbone`` for ncfinetune.backbone, ``.base`` for a neighbour, '' for the package."""
+    """What a file imports of ours: ``backbone`` for ncfinetune.backbone, ``.base`` for a neighbour, '' for the top."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

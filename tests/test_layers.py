@@ -34,12 +34,17 @@ def test_a_pattern_names_layers_by_the_end_of_their_path(pattern: str, names: li
 
 
 def test_layers_come_in_the_order_of_the_module_not_of_the_patterns() -> None:
-    assert list(find_layers(_network(), ["blocks.5", "blocks.2", "blocks.[45]"])) == ["blocks.2", "blocks.4", "blocks.5"]
+    assert list(find_layers(_network(), ["blocks.5", "blocks.2", "blocks.[45]"])) == [
+        "blocks.2",
+        "blocks.4",
+        "blocks.5",
+    ]
 
 
 def test_unknown_layer_names_the_blocks_and_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"no layer fits 'block.1'; expected a block \(net.blocks.0, net.blocks.1\) or .*: blocks.1"
+        ValueError,
+        match=r"no layer fits 'block.1'; expected a block \(net.blocks.0, net.blocks.1\) or .*: blocks.1",
     ):
         find_layers(_network(2), ["block.1"])
 

@@ -1,0 +1,162 @@
+"""Learners: what trains, what is frozen, what is saved, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncfinetune import Backbone, FineTuner, Supervised
+from ncfinetune.datamodules import Digits
+
+SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+KNOBS = [
+    ("none", None),
+    ("layer3.0", None),
+    ("layer3.0", "layer3.0"),
+    (["layer4.*"], "layer2.1"),
+    ("all", None),
+]
+
+
+def _sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def _trainer(folder: Path, **arguments) -> Trainer:
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": "cpu",
+    }
+    return Trainer(default_root_dir=folder, **{"max_epochs": 1, "enable_checkpointing": False, **quiet, **arguments})
+
+
+@pytest.mark.parametrize(("train", "skip_from"), KNOBS)
+def test_only_what_is_named_changes(train, skip_from, tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train=train, skip_from=skip_from, optimizer=_sgd)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _trainer(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    prefixes = {"none": [], "all": ["backbone."], "layer3.0": ["backbone.net.layer3.0."]}.get(
+        train if isinstance(train, str) else "", ["backbone.net.layer4."]
+    )
+    expected = {key for key in before if key.startswith(("head.", *prefixes))}
+    # timm starts the last normalisation of a block at zero and the block's other weights may stand still for a step;
+    # counters of batches are integers and change wherever statistics do.
+    assert changed <= expected
+    assert {key for key in changed if "running_mean" in key} == {key for key in expected if "running_mean" in key}
+    assert any(key.startswith("head.") for key in changed)
+
+
+@pytest.mark.parametrize(("train", "skip_from"), KNOBS)
+def test_optimiser_gets_what_trains_and_modes_agree(train, skip_from) -> None:
+    model = FineTuner(3, SMALL, train=train, skip_from=skip_from)
+    held = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    for mode in (True, False):
+        model.train(mode)
+        for module in model.backbone.modules():
+            own = list(module.parameters(recurse=False))
+            if own:
+                assert module.training == (mode and own[0].requires_grad)
+
+
+def test_skip_connection_adds_the_pooled_layer_padded_with_zeros() -> None:
+    model = FineTuner(3, SMALL, train="none", skip_from="layer2.0").eval()
+    images = torch.randn(2, 1, 8, 8)
+    stages = model.backbone.stages(images, ["penultimate", "layer2.0"])
+    features = stages["penultimate"].clone()
+    features[:, :6] += stages["layer2.0"]
+    assert torch.allclose(model(images), model.head.fc(features))
+
+
+@pytest.mark.parametrize("skip_from", [None, "layer4.0"])
+def test_linear_probe_trains_as_many_parameters_as_its_classifier(skip_from: str | None) -> None:
+    model = FineTuner(3, SMALL, train="none", skip_from=skip_from)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 10 + 3
+
+
+def test_unknown_layer() -> None:
+    with pytest.raises(ValueError, match=r"no layer fits 'layer3.2'; expected a block \(layer1.0, .*nearest: layer3"):
+        FineTuner(3, SMALL, train="layer3.2")
+    with pytest.raises(ValueError, match="no layer fits 'blocks.1'"):
+        FineTuner(3, SMALL, skip_from="blocks.1")
+
+
+def test_fine_tuning_starts_from_the_checkpoint_of_pre_training(tmp_path: Path) -> None:
+    data = Digits([0, 1, 2, 3], shots=4, batch_size=8)
+    source = Supervised(4, Backbone(**SMALL), optimizer=_sgd)
+    trainer = _trainer(tmp_path)
+    trainer.fit(source, data)
+    trainer.save_checkpoint(tmp_path / "source.ckpt")
+    path = str(tmp_path / "source.ckpt")
+    assert set(torch.load(path, weights_only=True)["hyper_parameters"]) == {"num_classes", "backbone"}
+    tuned = FineTuner(3, SMALL, checkpoint=path)
+    for key, value in source.backbone.state_dict().items():
+        assert torch.equal(tuned.backbone.state_dict()[key], value)
+    again = Supervised.load_from_checkpoint(path, weights_only=True)
+    assert torch.equal(again.head.weight, source.head.weight)
+
+
+def test_fine_tuned_model_loads_without_the_file_it_started_from(tmp_path: Path) -> None:
+    torch.save(Backbone(**SMALL).state_dict(), tmp_path / "source.pt")
+    model = FineTuner(3, SMALL, checkpoint=str(tmp_path / "source.pt"), train="layer3.0", skip_from="layer3.0")
+    trainer = _trainer(tmp_path)
+    trainer.fit(model, Digits([0, 1, 2], shots=4))
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    (tmp_path / "source.pt").unlink()
+    again = FineTuner.load_from_checkpoint(tmp_path / "tuned.ckpt").eval()
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    def model() -> FineTuner:
+        torch.manual_seed(0)
+        return FineTuner(
+            3,
+            SMALL,
+            train="layer3.0",
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
+        )
+
+    data = Digits([0, 1, 2], shots=4, batch_size=12)  # one batch an epoch: its order does not matter
+    whole = model()
+    _trainer(tmp_path, max_epochs=4).fit(whole, data)
+    half = _trainer(tmp_path, max_epochs=2)
+    half.fit(model(), data)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = model()
+    _trainer(tmp_path, max_epochs=4).fit(resumed, data, ckpt_path=tmp_path / "half.ckpt")
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_num_classes_that_contradicts_the_data_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model has num_classes=4, the data 3; give the model num_classes=3"):
+        _trainer(tmp_path).fit(Supervised(4, SMALL), Digits([0, 1, 2]))
+
+
+def test_label_beyond_num_classes_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 4), batch_size=8)
+    model = Supervised(3, SMALL)
+    trainer = _trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"expected labels in 0..2, since num_classes=3, got 3; .* at least 4"):
+        trainer.fit(model, loader, loader)
+    assert trainer.global_step == 0
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected num_classes of at least 2, got 1"):
+        Supervised(1, SMALL)
+
+
+def test_predictions_are_probabilities(tmp_path: Path) -> None:
+    data = Digits([0, 1, 2])
+    batches = _trainer(tmp_path).predict(Supervised(3, SMALL), data)
+    probabilities = torch.cat(batches)
+    assert torch.allclose(probabilities.sum(1), torch.ones(len(probabilities)))

@@ -1,0 +1,219 @@
+"""NeuralCollapseTracker on modules of ours and of others."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import reference
+from ncfinetune import FineTuner, Supervised
+from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.callbacks.features import FeatureTap
+from ncfinetune.datamodules import Digits
+
+SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+
+
+class Stranger(LightningModule):
+    """A module as somebody else would write it."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(noise))
+        self.classify = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.features(x).mean((2, 3)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _loader(shuffle: bool = False) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(60) % 3
+    images = torch.randn(60, 1, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1)
+    return DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=shuffle)
+
+
+def _trainer(folder: Path, *callbacks: NeuralCollapseTracker, **arguments: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    logger = CSVLogger(folder, name="", version="run")
+    return Trainer(
+        logger=logger, callbacks=list(callbacks), accelerator="cpu", **{"max_epochs": 2, **quiet, **arguments}
+    )
+
+
+def _nc1(module: nn.Module, layer: nn.Module, loader: DataLoader) -> float:
+    """NC1 of a layer's spatial means over a loader, by the reference."""
+    caught: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda m, i, o: caught.append(o.mean((2, 3))))
+    with torch.no_grad():
+        module.eval()
+        labels = [labels for images, labels in loader if module(images) is not None]
+    handle.remove()
+    return reference.nc1(torch.cat(caught).numpy(), torch.cat(labels).numpy())
+
+
+def test_values_are_those_of_the_weights_after_the_epoch(tmp_path: Path) -> None:
+    model = Stranger(noise=0.5)
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(3, layers=["features.0", "penultimate"]))
+    trainer.fit(model, _loader(shuffle=True), _loader())
+    for name, layer in {"features.0": model.features[0], "penultimate": model.features[3]}.items():
+        expected = pytest.approx(_nc1(model, layer, _loader()), rel=1e-5)
+        assert trainer.callback_metrics[f"nc1/train/{name}"].item() == expected
+        assert trainer.callback_metrics[f"nc1/val/{name}"].item() == expected
+
+
+def test_training_set_is_measured_before_the_first_step(tmp_path: Path) -> None:
+    model = Stranger()
+    expected = _nc1(model, model.features[3], _loader())
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(3))
+    trainer.fit(model.train(), _loader(), _loader())
+    rows = np.genfromtxt(tmp_path / "run" / "metrics.csv", delimiter=",", names=True)
+    steps, values = rows["step"], rows["nc1trainpenultimate"]
+    measured = {int(step): value for step, value in zip(steps, values, strict=True) if not np.isnan(value)}
+    assert sorted(measured) == [0, 3, 7]
+    assert measured[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_tracked_run_ends_in_the_same_weights(noise: float, tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ((), (NeuralCollapseTracker(3, layers=["features.*", "penultimate"]),)):
+        seed_everything(0, verbose=False)
+        model = Stranger(noise)
+        _trainer(tmp_path, *callbacks, max_epochs=3).fit(model, _loader(shuffle=True), _loader())
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_modes_and_stage_are_as_they_were_and_hooks_are_gone(tmp_path: Path) -> None:
+    class Watched(Stranger):
+        def on_train_epoch_end(self) -> None:  # runs after the callbacks
+            assert self.trainer.training
+            assert self.features[1].training
+            assert not self.features[0].training
+
+    model = Watched()
+    model.features[0].eval()
+    with pytest.warns(UserWarning, match="eval mode at the start"):
+        _trainer(tmp_path, NeuralCollapseTracker(3, layers=["features.0", "penultimate"])).fit(
+            model, _loader(), _loader()
+        )
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("train", ["none", "all"])
+def test_our_learners_by_the_words_of_the_backbone(train: str, tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train=train, skip_from="layer2.1")
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(layers=["layer*.1", "penultimate"]), max_epochs=1)
+    data = Digits([0, 1, 2], shots=8)
+    trainer.fit(model, data)
+    logged = {name for name in trainer.callback_metrics if name.startswith("nc1/train/")}
+    assert logged == {f"nc1/train/{name}" for name in ("layer1.1", "layer2.1", "layer3.1", "layer4.1", "penultimate")}
+    for name in ("layer1.1", "layer2.1"):
+        loader = [data.on_after_batch_transfer(batch, 0) for batch in data.train_plain_dataloader()]
+        expected = _nc1(model, model.backbone.layer(name), loader)
+        assert trainer.callback_metrics[f"nc1/train/{name}"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_epochs_between_passes_and_their_length(tmp_path: Path) -> None:
+    class Counted(Stranger):
+        passed = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passed += self.trainer.validating
+            return super().forward(x)
+
+    model = Counted()
+    tracker = NeuralCollapseTracker(3, train_every_n_epochs=2, max_train_batches=2)
+    _trainer(tmp_path, tracker, max_epochs=5, limit_val_batches=0).fit(model, _loader(), _loader())
+    assert model.passed == 3 * 2  # before the first epoch, after the second and the fourth
+
+
+def test_no_pass_when_never(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(3, train_every_n_epochs=0))
+    trainer.fit(Stranger(), _loader(), _loader())
+    assert {name for name in trainer.callback_metrics if name.startswith("nc1")} == {"nc1/val/penultimate"}
+
+
+def test_test_set_is_measured_as_it_passes(tmp_path: Path) -> None:
+    model = Supervised(3, SMALL)
+    trainer = _trainer(tmp_path, NeuralCollapseTracker())
+    trainer.test(model, Digits([0, 1, 2]), verbose=False)
+    assert trainer.callback_metrics["nc1/test/penultimate"] > 0
+
+
+def test_half_precision_features_are_measured_in_single(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()).bfloat16()
+    tap = FeatureTap(model, ["0"], 3)
+    tap.open = True
+    model(torch.randn(2, 1, 5, 5).bfloat16())
+    assert tap.take()["0"].dtype == torch.float32
+    assert tap.take() == {}
+
+
+def test_images_without_augmentation_are_asked_of_the_datamodule(tmp_path: Path) -> None:
+    class Asked(Digits):
+        asked = 0
+
+        def train_plain_dataloader(self) -> DataLoader:
+            self.asked += 1
+            return super().train_plain_dataloader()
+
+    data = Asked([0, 1, 2], shots=8)
+    _trainer(tmp_path, NeuralCollapseTracker()).fit(Supervised(3, SMALL), data)
+    assert data.asked == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "feature.0"}, r"no layer fits 'feature.0'; .*nearest: features.0"),
+        (
+            {"num_classes": 5},
+            r"no linear layer with num_classes=5 outputs, .*Linear layers \(outputs\): classify \(3\)",
+        ),
+        ({"num_classes": None}, r"needs the number of classes, .*NeuralCollapseTracker\(num_classes=...\)"),
+    ],
+)
+def test_what_cannot_be_tracked_is_said_before_the_first_epoch(arguments: dict, message: str, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(**{"num_classes": 3, **arguments}), limit_val_batches=0)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Stranger(), _loader(), _loader())
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_every_n_epochs": -1}, "expected train_every_n_epochs of at least 0, got -1"),
+        ({"max_train_batches": 0}, "expected max_train_batches of at least 1, or None for all, got 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapseTracker(**arguments)
+
+
+def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
+    class Unlabelled(Stranger):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self(batch[0]).sum()
+
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 6, 6)), batch_size=4)
+    with pytest.raises(ValueError, match=r"expected batches \(images, labels\), got list"):
+        _trainer(tmp_path, NeuralCollapseTracker(3), limit_val_batches=0).fit(Unlabelled(), loader, loader)
