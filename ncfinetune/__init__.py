@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, so that the command line answers --help at once.
-_HOME = {
-    "Backbone": "backbone",
-    "FineTuner": "finetune",
-    "Learner": "learner",
-    "Supervised": "supervised",
-}
+_HOME = {"Backbone": "backbone", "FineTuner": "finetune", "Learner": "learner", "Supervised": "supervised"}
 __all__ = ["Backbone", "FineTuner", "Learner", "Supervised"]
 
 # In a checkout the folders callbacks and datamodules lie beside this one; an installation has them inside it.

@@ -62,10 +62,7 @@ class NCFinetuneCLI(LightningCLI):
         """Add the link from data to model, and the choice to test after training."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_argument(
-            "--test_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, test the last weights on the test set.",
+            "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
         )
 
     def before_instantiate_classes(self) -> None:

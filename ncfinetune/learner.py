@@ -136,15 +136,7 @@ class Classifier(Learner):
         loss = nn.functional.cross_entropy(logits, labels)
         accuracy(logits, labels)
         size, sync = len(labels), split != "train"
-        self.log(
-            f"{split}/loss",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=size,
-            sync_dist=sync,
-        )
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=sync)
         self.log(f"{split}/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
 

@@ -331,7 +331,7 @@ def _moments(state: Mapping[str, Any]) -> ClassMoments:
 
 
 class NC1(_MomentMetric):
-    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a state of ``(d, d)``."""
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a ``(d, d)`` state."""
 
     _keeps_scatter = True
 

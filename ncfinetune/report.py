@@ -131,7 +131,7 @@ def group(runs: Iterable[Run]) -> list[Experiment]:
     for run in runs:
         groups.setdefault(_experiment_key(run.config), []).append(run)
     experiments = [Experiment(tuple(members)) for members in groups.values()]
-    return sorted(experiments, key=lambda e: (e.task, e.runs[0].last("params/trained") or 0, e.method))
+    return sorted(experiments, key=lambda e: (e.task, e.runs[0].last("params/trained") or 0, e.method.lower()))
 
 
 def _experiment_key(config: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def _spread(values: Sequence[float | None], form: str) -> str:
     if not known:
         return "-"
     mean = format(statistics.fmean(known), form)
-    return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
+    return f"{mean} ± {statistics.stdev(known):.2g}" if len(known) > 1 else mean
 
 
 def picture(experiments: Sequence[Experiment]) -> Figure:

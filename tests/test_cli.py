@@ -25,12 +25,7 @@ QUIET = [
 
 
 def _fit(folder: Path, version: str, *words: str) -> Path:
-    place = [
-        "--trainer.logger.init_args.save_dir",
-        str(folder),
-        "--trainer.logger.init_args.version",
-        version,
-    ]
+    place = ["--trainer.logger.init_args.save_dir", str(folder), "--trainer.logger.init_args.version", version]
     main(["fit", *QUIET, "--trainer.max_epochs", "1", *place, *words])
     return folder / version
 
@@ -152,39 +147,18 @@ def test_front_door_as_a_module(word: str) -> None:
 def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = ["--trainer.callbacks+=NeuralCollapseTracker", "--test_after_fit", "true"]
     for seed in ("0", "1"):
-        words = [
-            "--model",
-            "FineTuner",
-            *PIECES[2:],
-            *tracker,
-            "--seed_everything",
-            seed,
-            "--data.seed",
-            seed,
-        ]
-        _fit(
-            tmp_path / "runs",
-            f"scl-{seed}",
-            *words,
-            "--model.train",
-            "layer3.0",
-            "--model.skip_from",
-            "layer3.0",
-        )
+        words = ["--model", "FineTuner", *PIECES[2:], *tracker, "--seed_everything", seed, "--data.seed", seed]
+        _fit(tmp_path / "runs", f"scl-{seed}", *words, "--model.train", "layer3.0", "--model.skip_from", "layer3.0")
         _fit(tmp_path / "runs", f"full-{seed}", *words, "--model.train", "all")
     _fit(tmp_path / "runs", "source", *PIECES)
     capsys.readouterr()
     assert report([str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [(row[1], row[2]) for row in rows[2:]] == [
-        ("SCL FT layer3.0", "2"),
-        ("Supervised", "1"),
-        ("full FT", "2"),
-    ]
+    assert [(row[1], row[2]) for row in rows[2:]] == [("SCL FT layer3.0", "2"), ("full FT", "2"), ("Supervised", "1")]
     assert rows[2][3].startswith("1,214 (")
     assert all("±" in cell for cell in rows[2][4:])
-    assert rows[3][4:] == ["-", "-", "-"]
+    assert rows[4][4:] == ["-", "-", "-"]
     assert (tmp_path / "runs" / "report.md").read_text().strip() in printed
     assert (tmp_path / "runs" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")

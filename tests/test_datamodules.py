@@ -40,10 +40,7 @@ def test_fewer_shots_are_among_more() -> None:
 
 @pytest.mark.parametrize(
     ("shots", "message"),
-    [
-        (31, "expected shots of at most 30, which is all of class 'a', got 31"),
-        (0, "expected shots of at least 1"),
-    ],
+    [(31, "expected shots of at most 30, which is all of class 'a', got 31"), (0, "expected shots of at least 1")],
 )
 def test_shots_that_are_not_there(shots: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -11,13 +11,7 @@ from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.datamodules import Digits
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
-KNOBS = [
-    ("none", None),
-    ("layer3.0", None),
-    ("layer3.0", "layer3.0"),
-    (["layer4.*"], "layer2.1"),
-    ("all", None),
-]
+KNOBS = [("none", None), ("layer3.0", None), ("layer3.0", "layer3.0"), (["layer4.*"], "layer2.1"), ("all", None)]
 
 
 def _sgd(parameters) -> torch.optim.Optimizer:
@@ -25,12 +19,7 @@ def _sgd(parameters) -> torch.optim.Optimizer:
 
 
 def _trainer(folder: Path, **arguments) -> Trainer:
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "accelerator": "cpu",
-    }
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     return Trainer(default_root_dir=folder, **{"max_epochs": 1, "enable_checkpointing": False, **quiet, **arguments})
 
 

@@ -43,8 +43,7 @@ def test_layers_come_in_the_order_of_the_module_not_of_the_patterns() -> None:
 
 def test_unknown_layer_names_the_blocks_and_the_nearest() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"no layer fits 'block.1'; expected a block \(net.blocks.0, net.blocks.1\) or .*: blocks.1",
+        ValueError, match=r"no layer fits 'block.1'; expected a block \(net.blocks.0, net.blocks.1\) or .*: blocks.1"
     ):
         find_layers(_network(2), ["block.1"])
 
