@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
@@ -79,12 +79,47 @@ class _CollapseMetric(Metric, ABC):
         with torch.inference_mode(False):
             return super()._apply(move, exclude_state)
 
-    def _checked(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+    @abstractmethod
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Make the state that of several together."""
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric of this kind, or of its state."""
+        super().merge_state(incoming_state)
+        self._computed = None  # the base class would give the value from before, or warn that there was no update
+        self._update_count += 1
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
+        self._merge([self.metric_state, incoming_state])
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Make the state that of all processes together: gather all, then merge."""
+        gathered = [
+            dist_sync_fn(state, group=process_group or self.process_group) for state in self.metric_state.values()
+        ]
+        self._merge([dict(zip(self._defaults, states, strict=True)) for states in zip(*gathered, strict=True)])
+
+    def _checked(self, features: Tensor, labels: Tensor) -> Tensor:
         """``features`` in float32 or float64, on the state's device.
 
         Raises:
             ValueError, TypeError: The input is not what ``update`` takes.
         """
+        self._check_shape(features)
+        self._check_labels(features, labels)
+        features = features.detach().to(self._state_device)
+        features = features if features.dtype == torch.float64 else features.float()
+        if not features.sum().isfinite():
+            self._check_finite(features)
+        return features
+
+    def _check_shape(self, features: Tensor) -> None:
         if features.ndim != 2:
             raise ValueError(
                 f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features "
@@ -92,13 +127,6 @@ class _CollapseMetric(Metric, ABC):
             )
         if not features.is_floating_point():
             raise TypeError(f"expected floating-point features, got {features.dtype}")
-        if labels is not None:
-            self._check_labels(features, labels)
-        features = features.detach().to(self._state_device)
-        features = features if features.dtype == torch.float64 else features.float()
-        if not features.sum().isfinite():
-            self._check_finite(features)
-        return features
 
     def _check_labels(self, features: Tensor, labels: Tensor) -> None:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -113,6 +141,10 @@ class _CollapseMetric(Metric, ABC):
                 f"expected labels in 0..{self.num_classes - 1} (num_classes={self.num_classes}), "
                 f"got {sorted(set(outside.tolist()))[:5]}"
             )
+
+    def _check_width(self, features: Tensor, earlier: int) -> None:
+        if earlier not in (0, features.shape[1]):
+            raise ValueError(f"expected features of width {earlier} as in earlier batches, got {features.shape[1]}")
 
     def _check_finite(self, features: Tensor) -> None:
         bad = int((~features.isfinite()).any(1).sum())
@@ -169,7 +201,8 @@ class _MomentMetric(_CollapseMetric):
         """
         with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
             features = self._checked(features, labels)
-            self._check_width(features, weight)
+            self._check_width(features, self.shift.shape[1])
+            self._check_weight(features.shape[1], weight)
             if weight is not None:
                 self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
             labels = labels.to(self._state_device, torch.int64)
@@ -193,10 +226,7 @@ class _MomentMetric(_CollapseMetric):
         with torch.inference_mode(False), torch.no_grad():
             return _moments(self.metric_state)
 
-    def _check_width(self, features: Tensor, weight: Tensor | None) -> None:
-        width = features.shape[1]
-        if self.shift.shape[1] not in (0, width):
-            raise ValueError(f"expected features of width {self.shift.shape[1]} as in earlier batches, got {width}")
+    def _check_weight(self, width: int, weight: Tensor | None) -> None:
         if weight is not None and weight.shape != (self.num_classes, width):
             raise ValueError(f"expected weight of shape {(self.num_classes, width)}, got {tuple(weight.shape)}")
 
@@ -260,28 +290,18 @@ class _MomentMetric(_CollapseMetric):
                 self._hold(reduce(collapse.merge, map(_moments, states)))
                 self.weight = next((s["weight"] for s in states if len(s["weight"])), self.weight).clone()
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
-        missing = [name for name in self._defaults if name not in incoming_state]
-        if missing:
-            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
-        self._merge([self.metric_state, incoming_state])
-
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        """Make the state that of all processes together.
+        """Make the state that of all processes together, by one ``all_reduce`` a tensor.
 
-        Moments are moved to the global class means, after which every tensor is a plain sum: one ``all_reduce`` each. A
-        ``dist_sync_fn`` of the user's own gathers the states, which are then merged one by one.
+        Moments are moved to the global class means, after which every tensor is a plain sum.
         """
-        group = process_group or self.process_group
+        if dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
         with torch.inference_mode(False), torch.no_grad():
-            if dist_sync_fn is gather_all_tensors:
-                self._sum_over_ranks(group)
-            else:
-                gathered = [dist_sync_fn(state, group=group) for state in self.metric_state.values()]
-                self._merge([dict(zip(self._defaults, states, strict=True)) for states in zip(*gathered, strict=True)])
+            self._sum_over_ranks(process_group or self.process_group)
 
     def _sum_over_ranks(self, group: Any | None) -> None:
         known = torch.tensor([self.shift.shape[1], len(self.weight) > 0], device=self.count.device)
@@ -415,6 +435,7 @@ class NC4(_CollapseMetric):
             weight: The classifier's weight, ``(K, d)``.
             bias: The classifier's bias, ``(K,)``.
         """
+        self._check_shape(features)
         shape = tuple(self._moments.mean.shape)
         if tuple(weight.shape) != shape or features.shape[-1] != shape[1]:
             raise ValueError(
@@ -429,8 +450,139 @@ class NC4(_CollapseMetric):
                 self.differ = self.differ + share * len(features)
                 self.total = self.total + len(features)
 
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for name in self._defaults:
+            setattr(self, name, sum(state[name] for state in states))
+
     def compute(self) -> Tensor:
         """The share of samples on which the two disagree, float64."""
         if self.total == 0:
             raise ValueError("NC4.compute needs samples; call update(features, labels, weight, bias) first")
         return self.differ / self.total
+
+
+class NumericalRank(_CollapseMetric):
+    """Mean over present classes of ``|H_k|_F^2 / |H_k|_2^2`` (Li et al. 2022), from a sketch of each class's features.
+
+    The Frobenius norm is exact. The spectral norm is that of a Frequent Directions sketch of ``rows`` rows a class
+    (Liberty 2013, arXiv 1206.0594): it never exceeds the true one, and ``|H|_2^2 - |B|_2^2 <= |H|_F^2 / (rows + 1)``.
+    So a class of exact rank ``r < rows`` gets at least ``r``, at most ``r / (1 - r / (rows + 1))``; exactly ``r``
+    if it has at most ``rows`` samples. Sketches of parts merge under the same bound.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        rows: Rows of a class's sketch; the state is ``(K, rows, d)`` in float64.
+        kwargs: What `torchmetrics.Metric` takes.
+    """
+
+    sketch: Tensor
+    energy: Tensor
+
+    def __init__(self, num_classes: int, rows: int = 32, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        if rows < 1:
+            raise ValueError(f"expected rows of at least 1, got {rows}")
+        self.rows = rows
+        self.add_state("energy", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sketch", torch.zeros(num_classes, rows, 0, dtype=torch.float64), dist_reduce_fx=None)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add samples: features ``(N, d)`` and their labels ``(N,)``."""
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
+            features = self._checked(features, labels).double()
+            if self.sketch.shape[2] == 0:
+                self.sketch = self.sketch.new_zeros(self.num_classes, self.rows, features.shape[1])
+            self._check_width(features, self.sketch.shape[2])
+            labels = labels.to(self._state_device, torch.int64)
+            self.energy.index_add_(0, labels, features.square().sum(1))
+            for label in sorted(set(labels.tolist())):
+                self._add(label, features[labels == label])
+
+    def compute(self) -> Tensor:
+        """The mean numerical rank, float64."""
+        present = self.energy > 0
+        if not present.any():
+            raise ValueError("NumericalRank.compute needs samples; call update(features, labels) first")
+        largest = torch.linalg.matrix_norm(self.sketch[present], 2).square()
+        return (self.energy[present] / largest).mean()
+
+    def _add(self, label: int, rows: Tensor) -> None:
+        for part in torch.split(rows, 4 * self.rows):
+            self.sketch[label] = _shrunk(torch.cat([self.sketch[label], part]), self.rows)
+
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.energy = torch.stack([state["energy"] for state in states]).sum(0)
+            sketches = [state["sketch"] for state in states if state["sketch"].shape[2]]
+            if sketches:
+                self.sketch = torch.stack([_shrunk(torch.cat(rows), self.rows) for rows in zip(*sketches, strict=True)])
+
+
+def _shrunk(stack: Tensor, rows: int) -> Tensor:
+    """A step of Frequent Directions, ``(m, d)`` to ``(rows, d)``: singular values squared less the largest left out."""
+    if len(stack) <= rows:
+        return stack
+    squares, vectors = torch.linalg.eigh(stack @ stack.T)
+    left_out = squares[-rows - 1].clamp(min=0)
+    squares, vectors = squares[-rows:], vectors[:, -rows:]
+    kept = ((squares - left_out) / squares).clamp(min=0).nan_to_num(0).sqrt()
+    return (kept * vectors).T @ stack
+
+
+# The family by the names under which it is logged; the shared state's largest keeper leads.
+MEMBERS: dict[str, type[Any]] = {
+    "nc1": NC1,
+    "nc1_ratio": NC1Ratio,
+    "cdnv": CDNV,
+    "nc2_equinorm": NC2Equinorm,
+    "nc2_equiangularity": NC2Equiangularity,
+    "nc2_etf": NC2ETF,
+    "nc3": NC3,
+    "numerical_rank": NumericalRank,
+}
+_DEFAULT_MEMBERS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf")
+
+
+class CollapseCollection(MetricCollection):
+    """A MetricCollection whose members that derive from class moments update and synchronise one state once."""
+
+    def __init__(self, metrics: dict[str, _CollapseMetric], **kwargs: Any) -> None:
+        moments = [name for name, metric in metrics.items() if isinstance(metric, _MomentMetric)]
+        others = [[name] for name in metrics if name not in moments]
+        groups = [sorted(moments, key=lambda name: not metrics[name]._keeps_scatter)] if moments else []
+        super().__init__(dict(metrics), compute_groups=[*groups, *others], **kwargs)
+
+    def compute(self) -> dict[str, Any]:
+        """All members, by name."""
+        members = dict(self.items(keep_base=True, copy_state=False))
+        leaders = [members[group[0]] for group in self.compute_groups.values()]
+        syncs = {name: metric._to_sync for name, metric in members.items()}
+        with ExitStack() as stack:
+            for leader in leaders:
+                stack.enter_context(leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync))
+            for metric in members.values():
+                metric._to_sync = False
+            try:
+                return super().compute()
+            finally:
+                for name, metric in members.items():
+                    metric._to_sync = syncs[name]
+
+
+def neural_collapse(num_classes: int, members: Sequence[str] = _DEFAULT_MEMBERS, **kwargs: Any) -> CollapseCollection:
+    """The family as one collection: ``update(features=, labels=)``, and ``weight=`` for ``nc3``.
+
+    Without ``nc1`` there is no ``(d, d)`` state, and an update costs a pass over the batch.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        members: Which of `MEMBERS`, by name.
+        kwargs: What `torchmetrics.MetricCollection` takes, such as ``prefix``.
+
+    Raises:
+        ValueError: A name that is no member.
+    """
+    unknown = [name for name in members if name not in MEMBERS]
+    if unknown:
+        raise ValueError(f"expected members among {', '.join(MEMBERS)}, got {', '.join(unknown)}")
+    return CollapseCollection({name: MEMBERS[name](num_classes) for name in members}, **kwargs)

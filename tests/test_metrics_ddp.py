@@ -1,0 +1,102 @@
+"""The family over several processes: the number that one process would give, whatever each has seen."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_metrics import FAMILY, K, N, _data, _expected, _update
+
+from ncfinetune.metrics import MEMBERS, neural_collapse
+
+# Which samples each rank gets, of 240 sorted by class.
+SHARDS = {
+    "even": [slice(0, 120), slice(120, N)],
+    "uneven": [slice(0, 7), slice(7, N)],
+    "one rank empty": [slice(0, 0), slice(0, 100), slice(100, N)],
+    "the last rank empty": [slice(0, N), slice(0, 0)],
+}
+
+
+def _worker(rank: int, world: int, store: str, task: Callable[[int], Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        results.put((rank, task(rank)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(world: int, folder: Path, task: Callable[[int], Any]) -> list[Any]:
+    """What the task returns on each of ``world`` forked processes."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    arguments = (world, str(folder / "store"), task, results)
+    processes = [context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=60) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    return [found[rank] for rank in range(world)]
+
+
+def _sorted_data() -> dict[str, torch.Tensor]:
+    data = _data()
+    order = data["labels"].argsort()
+    return {**data, "features": data["features"][order], "labels": data["labels"][order]}
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_ranks_agree_on_the_number_of_one_process(shards: str, tmp_path: Path) -> None:
+    data, parts = _sorted_data(), SHARDS[shards]
+
+    def task(rank: int) -> dict[str, tuple[float, float]]:
+        torch.manual_seed(rank)
+        values = {}
+        for name, (make, _) in FAMILY.items():
+            metric = make()
+            if parts[rank].stop > parts[rank].start:
+                for rows in torch.arange(N)[parts[rank]].split(50):
+                    _update(metric, data, rows)
+            values[name] = (metric.compute().item(), int(metric._update_count))
+        return values
+
+    for values in _run(len(parts), tmp_path, task):
+        for name, (value, _) in values.items():
+            assert value == pytest.approx(_expected(name, data), rel=1e-12), name
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None:
+    data, parts = _sorted_data(), SHARDS["uneven"]
+
+    def task(rank: int) -> tuple[dict[str, float], list[int], dict[str, float]]:
+        sizes: list[int] = []
+        reduce = dist.all_reduce
+        dist.all_reduce = lambda tensor, *args, **kwargs: (
+            sizes.append(tensor.numel()) or reduce(tensor, *args, **kwargs)
+        )
+        collection = neural_collapse(K, [name for name in MEMBERS if name != "numerical_rank"])
+        x, y = data["features"][parts[rank]], data["labels"][parts[rank]]
+        collection.update(x, y, data["weight"])
+        assert sizes == []
+        once = {name: value.item() for name, value in collection.compute().items()}
+        reduced, local = list(sizes), collection["nc1"].count.sum().item()
+        assert local == len(x)  # the state is this rank's own again
+        collection.update(x, y, data["weight"])
+        return once, reduced, {name: value.item() for name, value in collection.compute().items()}
+
+    for once, sizes, twice in _run(2, tmp_path, task):
+        for name, value in once.items():
+            assert value == pytest.approx(_expected(name, data), rel=1e-12)
+            assert twice[name] == pytest.approx(value, rel=1e-12)  # every sample twice changes no mean
+        d = data["features"].shape[1]
+        assert sorted(sizes) == sorted([2, K, K * d, K, d * d, 1, K * d])
