@@ -28,7 +28,7 @@ from ncfinetune.collapse import ClassMoments
 
 # Rows whose products are added up in float32 before they go into the float64 state.
 _RECENT_ROWS = 4096
-_BLOCK = 512
+_BLOCK = 128
 
 
 @contextmanager
@@ -230,45 +230,47 @@ class _MomentMetric(_CollapseMetric):
         if weight is not None and weight.shape != (self.num_classes, width):
             raise ValueError(f"expected weight of shape {(self.num_classes, width)}, got {tuple(weight.shape)}")
 
-    def _resize(self, width: int) -> None:
-        """Give the states the width of the features; they start without."""
+    def _resize(self, width: int, dtype: torch.dtype) -> None:
+        """Give the states the width of the features, and the shifts their type; they start without."""
         self.sums = self.sums.new_zeros(self.num_classes, width)
-        self.shift = self.shift.new_zeros(self.num_classes, width)
+        self.shift = torch.zeros_like(self.sums, dtype=dtype)
         if self._keeps_scatter:
             self.scatter = self.scatter.new_zeros(width, width)
             self.recent = self.recent.new_zeros(width, width)
 
     def _add(self, features: Tensor, labels: Tensor) -> None:
         if self.shift.shape[1] == 0:
-            self._resize(features.shape[1])
+            self._resize(features.shape[1], features.dtype)
         self._choose_shifts(features, labels)
-        z = features - self.shift.to(features.dtype)[labels]
+        shift = self.shift[labels].to(features.dtype)
+        z = torch.sub(features, shift, out=shift)
         self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.sums.index_add_(0, labels, z.double())
-        self.squares.index_add_(0, labels, z.square().sum(1).double())
+        self.squares.index_add_(0, labels, torch.linalg.vecdot(z, z).double())
         if self._keeps_scatter:
             self._add_scatter(z)
 
     def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
-        """Shift each new class by the mean of its first samples, rounded to the features' type so that z is exact."""
+        """Shift each new class by the mean of its first samples."""
         new = (self.count[labels] == 0).nonzero().squeeze(1)
         if len(new):
             ones = torch.ones_like(new, dtype=torch.float64)
             number = torch.zeros_like(self.count).index_add_(0, labels[new], ones).clamp(min=1)
-            sums = torch.zeros_like(self.shift).index_add_(0, labels[new], features[new].double())
-            self.shift += (sums / number[:, None]).to(features.dtype)
+            sums = torch.zeros_like(self.sums).index_add_(0, labels[new], features[new].double())
+            self.shift += (sums / number[:, None]).to(self.shift.dtype)
 
     def _add_scatter(self, z: Tensor) -> None:
         """Add the upper triangle of ``z^T z``, by blocks."""
         target = self.scatter if z.dtype == torch.float64 else self.recent
+        self._recent_rows += len(z)
+        settle = self._recent_rows >= _RECENT_ROWS
         for start in range(0, z.shape[1], _BLOCK):
             rows = slice(start, start + _BLOCK)
             target[rows, start:].addmm_(z[:, rows].T, z[:, start:])
-        self._recent_rows += len(z)
-        if self._recent_rows >= _RECENT_ROWS:
-            self.scatter += self.recent
-            self.recent.zero_()
-            self._recent_rows = 0
+            if settle:
+                self.scatter[rows, start:] += self.recent[rows, start:]
+                self.recent[rows, start:] = 0
+        self._recent_rows = 0 if settle else self._recent_rows
 
     def _hold(self, moments: ClassMoments) -> None:
         """Make the state that of ``moments``."""
@@ -310,7 +312,7 @@ class _MomentMetric(_CollapseMetric):
         if width == 0:
             return
         if self.shift.shape[1] == 0:
-            self._resize(width)
+            self._resize(width, torch.float64)
         local = self.moments()
         count = _all_reduce(local.count.clone(), group)
         mean = _all_reduce(local.count[:, None] * local.mean, group) / count.clamp(min=1)[:, None]

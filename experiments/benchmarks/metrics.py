@@ -1,0 +1,171 @@
+"""Time and memory of the metric family against the usual way of computing the same numbers.
+
+The usual way, written here as the field writes it: a pass for the class means, a pass for the d x d covariance within
+classes, a float32 pseudo-inverse of the one between. Both get the same features in the same batches, in one process and
+on one thread, in turn; the ratio is taken pair by pair. Memory is the peak of a fresh process that makes its features
+batch by batch, less what it held before the first one.
+
+    python experiments/benchmarks/metrics.py [--repeats 5] [--out experiments/results/metrics.md]
+"""
+
+import argparse
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ncfinetune.metrics import neural_collapse
+
+SIZES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
+TARGETS = [1.5, 2.0, 2.5, 3.5]
+SAMPLES, BATCH = 50_000, 256
+MEMBERS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3")
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def batches(classes: int, dim: int, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noisy class means of norm about sqrt(d), batch by batch."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(classes, dim, generator=generator)
+    for start in range(0, samples, BATCH):
+        labels = torch.randint(0, classes, (min(BATCH, samples - start),), generator=generator)
+        yield means[labels] + torch.randn(len(labels), dim, generator=generator), labels
+
+
+def ours(data: Batches | Iterator[tuple[Tensor, Tensor]], classes: int, weight: Tensor | None) -> dict[str, float]:
+    collection = neural_collapse(classes, MEMBERS)
+    for features, labels in data:
+        collection.update(features, labels, weight)
+        weight = None  # it stays the same, and the collection has it
+    return {name: value.item() for name, value in collection.compute().items()}
+
+
+def usual(data: Batches, classes: int, weight: Tensor) -> dict[str, float]:
+    dim = weight.shape[1]
+    sums, count = torch.zeros(classes, dim), torch.zeros(classes)
+    for features, labels in data:
+        sums.index_add_(0, labels, features)
+        count += torch.bincount(labels, minlength=classes)
+    means = sums / count[:, None]
+    centred = means - means.mean(0)
+
+    sigma_w, variance = torch.zeros(dim, dim), torch.zeros(classes)
+    for features, labels in data:
+        residual = features - means[labels]
+        sigma_w += residual.T @ residual
+        variance.index_add_(0, labels, residual.square().sum(1))
+    sigma_w /= count.sum()
+    variance /= count
+    sigma_b = centred.T @ centred / classes
+
+    norms = centred.norm(dim=1)
+    cosines = (centred / norms[:, None]) @ (centred / norms[:, None]).T
+    off = ~torch.eye(classes, dtype=torch.bool)
+    distances = torch.cdist(means, means).square()
+    gram = centred @ centred.T
+    etf = (torch.eye(classes) - 1 / classes) / (classes - 1) ** 0.5
+    pairs = (variance[:, None] + variance) / (2 * distances)
+    return {
+        "nc1": (torch.trace(sigma_w @ torch.linalg.pinv(sigma_b)) / classes).item(),
+        "nc1_ratio": (torch.trace(sigma_w) / torch.trace(sigma_b)).item(),
+        "cdnv": pairs[off].mean().item(),
+        "nc2_equinorm": (norms.std(correction=0) / norms.mean()).item(),
+        "nc2_equiangularity": (cosines[off] + 1 / (classes - 1)).abs().mean().item(),
+        "nc2_etf": (gram / gram.norm() - etf).norm().item(),
+        "nc3": (weight / weight.norm() - centred / centred.norm()).square().sum().item(),
+    }
+
+
+def seconds(task: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
+    start = time.perf_counter()
+    values = task()
+    return time.perf_counter() - start, values
+
+
+def compare(classes: int, dim: int, repeats: int) -> tuple[list[float], list[float], float]:
+    """Seconds of ours and of the usual way, and the largest relative difference between their numbers."""
+    data, weight = list(batches(classes, dim, SAMPLES)), torch.randn(classes, dim)
+    seconds(lambda: ours(data[:20], classes, weight))
+    seconds(lambda: usual(data[:20] + data[-180:], classes, weight))
+    pairs = [
+        (seconds(lambda: ours(data, classes, weight)), seconds(lambda: usual(data, classes, weight)))
+        for _ in range(repeats)
+    ]
+    (_, mine), (_, theirs) = pairs[0]
+    apart = max(abs(mine[name] - theirs[name]) / abs(theirs[name]) for name in MEMBERS)
+    return [a[0] for a, _ in pairs], [b[0] for _, b in pairs], apart
+
+
+def _grown(classes: int, dim: int, samples: int, answer: "multiprocessing.Queue[float]") -> None:
+    torch.set_num_threads(1)
+    ours(batches(10, 8, 1000), 10, torch.randn(10, 8))
+    before = _peak()
+    ours(batches(classes, dim, samples), classes, torch.randn(classes, dim))
+    answer.put(_peak() - before)
+
+
+def _peak() -> float:
+    """Peak memory of this process in MB, as Linux counts it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def megabytes(classes: int, dim: int, samples: int) -> float:
+    """Growth of a fresh process's peak memory over an evaluation, its inputs included."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_grown, args=(classes, dim, samples, answer))
+    process.start()
+    grown = answer.get(timeout=600)
+    process.join()
+    return grown
+
+
+def state_megabytes(classes: int, dim: int) -> float:
+    collection = neural_collapse(classes, MEMBERS)
+    collection.update(*next(batches(classes, dim, BATCH)), torch.randn(classes, dim))
+    leader = collection["nc1"]
+    return sum(state.numel() * state.element_size() for state in leader.metric_state.values()) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/metrics.md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w") as file:
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            print(line, file=file, flush=True)
+
+        say(
+            f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {SAMPLES:,} samples in batches of"
+        )
+        say(
+            f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Medians (least to most) of the pairs.\n"
+        )
+        say(
+            "| K | d | ours, s | usual way, s | usual / ours | asked for | state, MB | peak at 10,000, MB | peak, MB | apart |"
+        )
+        say("|---|---|---|---|---|---|---|---|---|---|")
+        for (classes, dim), target in zip(SIZES, TARGETS, strict=True):
+            mine, theirs, apart = compare(classes, dim, options.repeats)
+            ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+            short, long = megabytes(classes, dim, 10_000), megabytes(classes, dim, SAMPLES)
+            say(
+                f"| {classes} | {dim} | {statistics.median(mine):.2f} | {statistics.median(theirs):.2f} | "
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {target} | "
+                f"{state_megabytes(classes, dim):.0f} | {short:.0f} | {long:.0f} | {apart:.0e} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
