@@ -12,10 +12,11 @@ Transfer learning seen through neural collapse.
 
 commands:
   fit        train:                 ncfinetune fit --config experiments/digits/pretrain.yaml
-             or piece by piece:     ncfinetune fit --model Supervised --model.backbone resnet18 --data Digits
+             or piece by piece:     ncfinetune fit --data Digits --model Supervised \\
+                                        --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'
   validate   loss, accuracy and collapse on the validation set
   test       the same on the test set
-             a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
+             a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
   predict    class probabilities, as a CSV file in the run's folder
   report     a table and a picture of finished runs:  ncfinetune report runs/
 

@@ -89,8 +89,11 @@ class NCFinetuneCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write class probabilities to ``predictions.csv`` in the run's folder."""
-        batches = self.trainer.predict(**kwargs)
-        probabilities = torch.cat([batch for batch in batches or [] if isinstance(batch, torch.Tensor)])
+        batches: list[Any] = self.trainer.predict(**kwargs) or []
+        if not batches or not all(isinstance(batch, torch.Tensor) and batch.ndim == 2 for batch in batches):
+            name = type(self.model).__name__
+            self.parser.error(f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't")
+        probabilities = torch.cat(batches)
         names = getattr(self.datamodule, "class_names", None) or list(range(probabilities.shape[1]))
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
         with path.open("w", newline="") as file:

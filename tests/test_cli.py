@@ -169,3 +169,10 @@ def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no runs below" in capsys.readouterr().err
     assert report([str(tmp_path / "nowhere")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_predict_refuses_what_is_no_table_of_probabilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boring = "lightning.pytorch.demos.boring_classes.Boring"
+    words = ["--model", boring + "Model", "--data", boring + "DataModule", "--trainer.limit_predict_batches", "0"]
+    error = _refusal(capsys, "predict", *QUIET, *words)
+    assert error.endswith("the class probabilities (N, K) that predict_step returns; BoringModel's doesn't")
