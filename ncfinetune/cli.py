@@ -92,7 +92,9 @@ class NCFinetuneCLI(LightningCLI):
         batches: list[Any] = self.trainer.predict(**kwargs) or []
         if not batches or not all(isinstance(batch, torch.Tensor) and batch.ndim == 2 for batch in batches):
             name = type(self.model).__name__
-            self.parser.error(f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't")
+            self.parser.error(
+                f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
+            )
         probabilities = torch.cat(batches)
         names = getattr(self.datamodule, "class_names", None) or list(range(probabilities.shape[1]))
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"

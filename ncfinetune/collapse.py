@@ -11,6 +11,7 @@ factor 1/K in NC1 and the numerical rank; Chan, Golub, LeVeque 1979 for the merg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class ClassMoments:
         """``mu_G``, the mean of the present classes' means, ``(d,)``; of balanced samples, their mean."""
         return self.mean[self.present].mean(0)
 
-    @property
+    @cached_property
     def centred(self) -> Tensor:
         """Present classes' means less ``mu_G``, ``(P, d)``.
 
@@ -103,7 +104,7 @@ def nc1(moments: ClassMoments) -> Tensor:
     if moments.within is None:
         raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
     rows = _whitening(moments.centred)
-    return ((rows @ moments.within) * rows).sum() if len(rows) else rows.new_tensor(torch.nan)
+    return torch.tensordot(rows @ moments.within, rows) if len(rows) else rows.new_tensor(torch.nan)
 
 
 def _whitening(centred: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -216,13 +216,12 @@ class _MomentMetric(_CollapseMetric):
 
     def compute(self) -> Tensor:
         """The metric over all samples since the last reset, float64."""
-        moments = self.moments()
-        if not moments.present.any():
-            raise ValueError(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
-        return self._value(moments)
+        return self._value(self.moments())
 
     def moments(self) -> ClassMoments:
         """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
+        if not self.count.any():
+            raise ValueError(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
         with torch.inference_mode(False), torch.no_grad():
             return _moments(self.metric_state)
 
@@ -254,13 +253,12 @@ class _MomentMetric(_CollapseMetric):
         """Shift each new class by the mean of its first samples."""
         new = (self.count[labels] == 0).nonzero().squeeze(1)
         if len(new):
-            ones = torch.ones_like(new, dtype=torch.float64)
-            number = torch.zeros_like(self.count).index_add_(0, labels[new], ones).clamp(min=1)
-            sums = torch.zeros_like(self.sums).index_add_(0, labels[new], features[new].double())
-            self.shift += (sums / number[:, None]).to(self.shift.dtype)
+            classes, index, number = torch.unique(labels[new], return_inverse=True, return_counts=True)
+            sums = self.sums.new_zeros(len(classes), features.shape[1]).index_add_(0, index, features[new].double())
+            self.shift[classes] = (sums / number[:, None]).to(self.shift.dtype)
 
     def _add_scatter(self, z: Tensor) -> None:
-        """Add the upper triangle of ``z^T z``, by blocks."""
+        """Add the blocks of ``z^T z`` on and above the diagonal."""
         target = self.scatter if z.dtype == torch.float64 else self.recent
         self._recent_rows += len(z)
         settle = self._recent_rows >= _RECENT_ROWS
@@ -313,7 +311,7 @@ class _MomentMetric(_CollapseMetric):
             return
         if self.shift.shape[1] == 0:
             self._resize(width, torch.float64)
-        local = self.moments()
+        local = _moments(self.metric_state)
         count = _all_reduce(local.count.clone(), group)
         mean = _all_reduce(local.count[:, None] * local.mean, group) / count.clamp(min=1)[:, None]
         step = (local.mean - mean) * local.present[:, None]
@@ -347,8 +345,12 @@ def _moments(state: Mapping[str, Any]) -> ClassMoments:
     squares = (state["squares"] - (sums * delta).sum(1)).clamp(min=0)
     within = None
     if "scatter" in state:
-        upper = (state["scatter"] + state["recent"]).triu()
-        within = (upper + upper.triu(1).T - sums.T @ delta) / count.sum().clamp(min=1)
+        within = state["scatter"] + state["recent"]  # in place from here on: it is as large as the state
+        for start in range(0, len(within), _BLOCK):
+            rows, below = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            within[below, rows] = within[rows, below].T
+        within.addmm_(sums.T, delta, alpha=-1)
+        within /= count.sum().clamp(min=1)
     return ClassMoments(count.clone(), state["shift"] + delta, squares / count.clamp(min=1), within)
 
 
@@ -554,21 +556,28 @@ class CollapseCollection(MetricCollection):
         groups = [sorted(moments, key=lambda name: not metrics[name]._keeps_scatter)] if moments else []
         super().__init__(dict(metrics), compute_groups=[*groups, *others], **kwargs)
 
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add samples to each shared state once; keywords that a member does not take are left out."""
+        for group in self.compute_groups.values():
+            leader, *_ = members = [getattr(self, name) for name in group]
+            leader.update(*args, **leader._filter_kwargs(**kwargs))
+            for member in members:
+                member._computed = None
+
     def compute(self) -> dict[str, Any]:
-        """All members, by name."""
-        members = dict(self.items(keep_base=True, copy_state=False))
-        leaders = [members[group[0]] for group in self.compute_groups.values()]
-        syncs = {name: metric._to_sync for name, metric in members.items()}
-        with ExitStack() as stack:
-            for leader in leaders:
-                stack.enter_context(leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync))
-            for metric in members.values():
-                metric._to_sync = False
-            try:
-                return super().compute()
-            finally:
-                for name, metric in members.items():
-                    metric._to_sync = syncs[name]
+        """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
+        values: dict[str, Any] = {}
+        for group in self.compute_groups.values():
+            leader, *others = members = [getattr(self, name) for name in group]
+            if not others:
+                values[group[0]] = leader.compute()
+                continue
+            with leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync):
+                moments = leader.moments()
+                for name, member in zip(group, members, strict=True):
+                    member.weight = leader.weight
+                    values[name] = member._value(moments)
+        return {self._set_name(name): values[name] for name in self.keys(keep_base=True)}
 
 
 def neural_collapse(num_classes: int, members: Sequence[str] = _DEFAULT_MEMBERS, **kwargs: Any) -> CollapseCollection:

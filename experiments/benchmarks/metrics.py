@@ -153,7 +153,7 @@ def main() -> None:
             f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Medians (least to most) of the pairs.\n"
         )
         say(
-            "| K | d | ours, s | usual way, s | usual / ours | asked for | state, MB | peak at 10,000, MB | peak, MB | apart |"
+            "| K | d | ours, s | usual way, s | usual / ours | asked for | state, MB | peak at N/5, MB | peak, MB | apart |"
         )
         say("|---|---|---|---|---|---|---|---|---|---|")
         for (classes, dim), target in zip(SIZES, TARGETS, strict=True):
