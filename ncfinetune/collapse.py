@@ -135,11 +135,14 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
-    mean = torch.where(moments.present[:, None], moments.mean - moments.global_mean, torch.nan)
-    norms = mean.square().sum(1)
-    distances = (norms[:, None] + norms - 2 * mean @ mean.T).clamp(min=0)
-    pairs = (moments.variance[:, None] + moments.variance) / (2 * distances)
-    return pairs.fill_diagonal_(torch.nan)
+    centred, variance = moments.centred, moments.variance[moments.present]
+    norms = centred.square().sum(1)
+    distances = torch.addmm(norms[:, None] + norms, centred, centred.T, alpha=-2).clamp_(min=0)
+    pairs = (variance[:, None] + variance).div_(distances.mul_(2)).fill_diagonal_(torch.nan)
+    present = moments.present.nonzero().squeeze(1)
+    matrix = pairs.new_full((len(moments.count), len(moments.count)), torch.nan)
+    matrix[present[:, None], present] = pairs
+    return matrix
 
 
 def cdnv(moments: ClassMoments) -> Tensor:
@@ -183,7 +186,7 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    return (rows / rows.norm() - moments.centred / moments.centred.norm()).square().sum()
+    return torch.sub(rows / rows.norm(), moments.centred, alpha=1 / moments.centred.norm().item()).square().sum()
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Neural-collapse metrics for torchmetrics: exact, streaming, of bounded size whatever the number of samples.
 
 The members that derive from class moments keep one state: for each class a count, a shift ``c_k`` (the mean of the
-class's first batch), and sums of ``z = h - c_k`` and of ``|z|^2``; `NC1` also keeps the sum of ``z z^T``. Thanks to the
-shift nothing cancels, however far the features lie from the origin and however collapsed they are. Features of float32
-and less are multiplied in float32, those of float64 in float64, and accumulated in float64.
+class's first samples), and sums of ``z = h - c_k`` and of ``|z|^2``; `NC1` also keeps the sum of ``z z^T``. Thanks to
+the shift nothing cancels, however far the features lie from the origin and however collapsed they are. Features of
+float32 and less are multiplied in float32, those of float64 in float64, once enough of them wait for it to be worth a
+product of matrices; everything is accumulated in float64.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 """
@@ -26,9 +27,10 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from ncfinetune import collapse
 from ncfinetune.collapse import ClassMoments
 
-# Rows whose products are added up in float32 before they go into the float64 state.
-_RECENT_ROWS = 4096
-_BLOCK = 128
+# Rows that wait to be multiplied together: enough for a product at full speed, few enough for float32 to add up.
+_WAITING_ROWS = 1024
+# Rows treated at a time before that, so that what is made of them fits in a processor's cache.
+_ROWS = 256
 
 
 @contextmanager
@@ -100,10 +102,9 @@ class _CollapseMetric(Metric, ABC):
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
         """Make the state that of all processes together: gather all, then merge."""
-        gathered = [
-            dist_sync_fn(state, group=process_group or self.process_group) for state in self.metric_state.values()
-        ]
-        self._merge([dict(zip(self._defaults, states, strict=True)) for states in zip(*gathered, strict=True)])
+        tensors = {name: state for name, state in self.metric_state.items() if isinstance(state, Tensor)}
+        gathered = [dist_sync_fn(state, group=process_group or self.process_group) for state in tensors.values()]
+        self._merge([dict(zip(tensors, states, strict=True)) for states in zip(*gathered, strict=True)])
 
     def _checked(self, features: Tensor, labels: Tensor) -> Tensor:
         """``features`` in float32 or float64, on the state's device.
@@ -135,8 +136,8 @@ class _CollapseMetric(Metric, ABC):
             raise ValueError(
                 f"expected one label for each of {len(features)} features, got labels of shape {tuple(labels.shape)}"
             )
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(outside):
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            outside = labels[(labels < 0) | (labels >= self.num_classes)]
             raise ValueError(
                 f"expected labels in 0..{self.num_classes - 1} (num_classes={self.num_classes}), "
                 f"got {sorted(set(outside.tolist()))[:5]}"
@@ -175,12 +176,11 @@ class _MomentMetric(_CollapseMetric):
     sums: Tensor
     squares: Tensor
     scatter: Tensor
-    recent: Tensor
     weight: Tensor
+    waiting: list[Tensor]
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self._recent_rows = 0
         per_class = torch.zeros(num_classes, dtype=torch.float64)
         self.add_state("count", per_class, dist_reduce_fx="sum")
         self.add_state("squares", per_class.clone(), dist_reduce_fx="sum")
@@ -189,7 +189,7 @@ class _MomentMetric(_CollapseMetric):
         self.add_state("weight", per_class.new_zeros(0, 0), dist_reduce_fx="mean")
         if self._keeps_scatter:
             self.add_state("scatter", per_class.new_zeros(0, 0), dist_reduce_fx="sum")
-            self.add_state("recent", torch.zeros(0, 0), dist_reduce_fx="sum")
+            self.add_state("waiting", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """Add samples.
@@ -199,16 +199,15 @@ class _MomentMetric(_CollapseMetric):
             labels: Integer labels in ``0..K-1``, ``(N,)``.
             weight: The classifier's weight, ``(K, d)``, which `NC3` compares with the means; the last one counts.
         """
-        with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
+        with torch.inference_mode(False), torch.no_grad():
             features = self._checked(features, labels)
             self._check_width(features, self.shift.shape[1])
             self._check_weight(features.shape[1], weight)
             if weight is not None:
                 self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
             labels = labels.to(self._state_device, torch.int64)
-            for part in range(0, len(features), _RECENT_ROWS):
-                rows = slice(part, part + _RECENT_ROWS)
-                self._add(features[rows], labels[rows])
+            for rows, their_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+                self._add(rows, their_labels)
 
     @abstractmethod
     def _value(self, moments: ClassMoments) -> Tensor:
@@ -220,34 +219,44 @@ class _MomentMetric(_CollapseMetric):
 
     def moments(self) -> ClassMoments:
         """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
-        if not self.count.any():
+        moments = _moments(self.metric_state)
+        if not moments.present.any():
             raise ValueError(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
-        with torch.inference_mode(False), torch.no_grad():
-            return _moments(self.metric_state)
+        return moments
+
+    @property
+    def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
+        """The state by name; no samples wait."""
+        self._settle()
+        return super().metric_state
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return super()._copy_state_dict()
 
     def _check_weight(self, width: int, weight: Tensor | None) -> None:
         if weight is not None and weight.shape != (self.num_classes, width):
             raise ValueError(f"expected weight of shape {(self.num_classes, width)}, got {tuple(weight.shape)}")
 
-    def _resize(self, width: int, dtype: torch.dtype) -> None:
+    def _widen(self, width: int, dtype: torch.dtype) -> None:
         """Give the states the width of the features, and the shifts their type; they start without."""
         self.sums = self.sums.new_zeros(self.num_classes, width)
         self.shift = torch.zeros_like(self.sums, dtype=dtype)
         if self._keeps_scatter:
             self.scatter = self.scatter.new_zeros(width, width)
-            self.recent = self.recent.new_zeros(width, width)
 
     def _add(self, features: Tensor, labels: Tensor) -> None:
         if self.shift.shape[1] == 0:
-            self._resize(features.shape[1], features.dtype)
+            self._widen(features.shape[1], features.dtype)
         self._choose_shifts(features, labels)
-        shift = self.shift[labels].to(features.dtype)
-        z = torch.sub(features, shift, out=shift)
+        z = torch.sub(features, self.shift.index_select(0, labels))  # exact in float64 where either of the two is
         self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.sums.index_add_(0, labels, z.double())
-        self.squares.index_add_(0, labels, torch.linalg.vecdot(z, z).double())
+        self.squares.index_add_(0, labels, z.square().sum(1).double())
         if self._keeps_scatter:
-            self._add_scatter(z)
+            self.waiting.append(z.to(features.dtype))
+            if sum(map(len, self.waiting)) >= _WAITING_ROWS:
+                self._settle()
 
     def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
         """Shift each new class by the mean of its first samples."""
@@ -257,18 +266,15 @@ class _MomentMetric(_CollapseMetric):
             sums = self.sums.new_zeros(len(classes), features.shape[1]).index_add_(0, index, features[new].double())
             self.shift[classes] = (sums / number[:, None]).to(self.shift.dtype)
 
-    def _add_scatter(self, z: Tensor) -> None:
-        """Add the blocks of ``z^T z`` on and above the diagonal."""
-        target = self.scatter if z.dtype == torch.float64 else self.recent
-        self._recent_rows += len(z)
-        settle = self._recent_rows >= _RECENT_ROWS
-        for start in range(0, z.shape[1], _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            target[rows, start:].addmm_(z[:, rows].T, z[:, start:])
-            if settle:
-                self.scatter[rows, start:] += self.recent[rows, start:]
-                self.recent[rows, start:] = 0
-        self._recent_rows = 0 if settle else self._recent_rows
+    def _settle(self) -> None:
+        """Add the products ``z z^T`` of the samples that wait, in the blocks on and above the diagonal."""
+        if not (self._keeps_scatter and self.waiting):
+            return
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(self._state_device):
+            z = torch.cat(self.waiting)
+            self.waiting = []
+            for rows in _blocks(z.shape[1]):
+                self.scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
 
     def _hold(self, moments: ClassMoments) -> None:
         """Make the state that of ``moments``."""
@@ -276,8 +282,6 @@ class _MomentMetric(_CollapseMetric):
         self.squares = moments.count * moments.variance
         if moments.within is not None:
             self.scatter = moments.within * moments.count.sum()
-            self.recent = torch.zeros_like(self.scatter, dtype=torch.float32)
-            self._recent_rows = 0
 
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Make the state that of several together, whatever their shifts."""
@@ -310,7 +314,7 @@ class _MomentMetric(_CollapseMetric):
         if width == 0:
             return
         if self.shift.shape[1] == 0:
-            self._resize(width, torch.float64)
+            self._widen(width, torch.float64)
         local = _moments(self.metric_state)
         count = _all_reduce(local.count.clone(), group)
         mean = _all_reduce(local.count[:, None] * local.mean, group) / count.clamp(min=1)[:, None]
@@ -338,17 +342,22 @@ def _all_reduce(tensor: Tensor, group: Any | None) -> Tensor:
     return tensor
 
 
+def _blocks(width: int) -> Iterator[slice]:
+    """Blocks of rows of the ``(d, d)`` state: enough to leave out near half of it, each enough for a fast product."""
+    size = max(64, width // 16)
+    return (slice(start, start + size) for start in range(0, width, size))
+
+
 def _moments(state: Mapping[str, Any]) -> ClassMoments:
     """Moments from shifted sums: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, ``mu_k = c_k + delta_k``."""
     count, sums = state["count"], state["sums"]
     delta = sums / count.clamp(min=1)[:, None]
-    squares = (state["squares"] - (sums * delta).sum(1)).clamp(min=0)
+    squares = (state["squares"] - torch.linalg.vecdot(sums, delta)).clamp(min=0)
     within = None
     if "scatter" in state:
-        within = state["scatter"] + state["recent"]  # in place from here on: it is as large as the state
-        for start in range(0, len(within), _BLOCK):
-            rows, below = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
-            within[below, rows] = within[rows, below].T
+        within = state["scatter"].clone()  # in place from here on: it is as large as the state
+        for rows in _blocks(len(within)):
+            within[rows.stop :, rows] = within[rows, rows.stop :].T
         within.addmm_(sums.T, delta, alpha=-1)
         within /= count.sum().clamp(min=1)
     return ClassMoments(count.clone(), state["shift"] + delta, squares / count.clamp(min=1), within)
@@ -562,7 +571,8 @@ class CollapseCollection(MetricCollection):
             leader, *_ = members = [getattr(self, name) for name in group]
             leader.update(*args, **leader._filter_kwargs(**kwargs))
             for member in members:
-                member._computed = None
+                if member._computed is not None:
+                    member._computed = None
 
     def compute(self) -> dict[str, Any]:
         """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""

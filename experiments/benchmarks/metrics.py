@@ -130,7 +130,8 @@ def state_megabytes(classes: int, dim: int) -> float:
     collection = neural_collapse(classes, MEMBERS)
     collection.update(*next(batches(classes, dim, BATCH)), torch.randn(classes, dim))
     leader = collection["nc1"]
-    return sum(state.numel() * state.element_size() for state in leader.metric_state.values()) / 2**20
+    tensors = [state for state in leader.metric_state.values() if isinstance(state, Tensor)]
+    return sum(state.numel() * state.element_size() for state in tensors) / 2**20
 
 
 def main() -> None:
@@ -149,12 +150,9 @@ def main() -> None:
         say(
             f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {SAMPLES:,} samples in batches of"
         )
-        say(
-            f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Medians (least to most) of the pairs.\n"
-        )
-        say(
-            "| K | d | ours, s | usual way, s | usual / ours | asked for | state, MB | peak at N/5, MB | peak, MB | apart |"
-        )
+        say(f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Medians (least to most) of pairs.")
+        say("")
+        say("| K | d | ours, s | usual, s | usual / ours | asked for | state, MB | peak at N/5 | peak, MB | apart |")
         say("|---|---|---|---|---|---|---|---|---|---|")
         for (classes, dim), target in zip(SIZES, TARGETS, strict=True):
             mine, theirs, apart = compare(classes, dim, options.repeats)
