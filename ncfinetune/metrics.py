@@ -206,7 +206,7 @@ class _MomentMetric(_CollapseMetric):
             if weight is not None:
                 self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
             labels = labels.to(self._state_device, torch.int64)
-            for rows, their_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+            for rows, their_labels in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS), strict=True):
                 self._add(rows, their_labels)
 
     @abstractmethod
@@ -587,7 +587,7 @@ class CollapseCollection(MetricCollection):
                 for name, member in zip(group, members, strict=True):
                     member.weight = leader.weight
                     values[name] = member._value(moments)
-        return {self._set_name(name): values[name] for name in self.keys(keep_base=True)}
+        return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}
 
 
 def neural_collapse(num_classes: int, members: Sequence[str] = _DEFAULT_MEMBERS, **kwargs: Any) -> CollapseCollection:

@@ -376,6 +376,28 @@ def test_collection_updates_one_state_and_agrees_with_its_members() -> None:
     assert [len(group) for group in collection.compute_groups.values()] == [7, 1]
 
 
+def test_collection_as_a_metric_is_forwarded_pickled_resumed_and_reset() -> None:
+    data, members = _data(), ("cdnv", "nc1", "nc2_etf")
+    halves = [(data["features"][rows], data["labels"][rows]) for rows in (slice(0, 90), slice(90, N))]
+    collection = neural_collapse(K, members)
+    for rows, half in zip((slice(0, 90), slice(90, N)), halves, strict=True):
+        values = collection(*half)
+        assert {k: v.item() for k, v in values.items()} == {
+            name: pytest.approx(_expected(name, data, rows), rel=1e-12) for name in members
+        }
+    expected = {name: pytest.approx(_expected(name, data), rel=1e-12) for name in members}
+    assert {k: v.item() for k, v in pickle.loads(pickle.dumps(collection)).compute().items()} == expected
+    assert collection["cdnv"].compute().item() == expected["cdnv"]
+    resumed = neural_collapse(K, members)
+    for part in (collection, resumed):
+        part.reset()
+        part.persistent(True)
+    collection.update(*halves[0])
+    resumed.load_state_dict(collection.state_dict())
+    resumed.update(*halves[1])
+    assert {k: v.item() for k, v in resumed.compute().items()} == expected
+
+
 @pytest.mark.parametrize("members", [("cdnv", "nc1"), ("nc3", "cdnv", "nc1")])
 def test_collection_in_any_order_of_members(members: tuple[str, ...]) -> None:
     data = _data()
