@@ -19,6 +19,10 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 
 
+class UndefinedCollapse(ValueError):
+    """There are no samples, or none of a second class, so that nothing lies between classes."""
+
+
 @dataclass(frozen=True)
 class ClassMoments:
     """First and second moments of features, class by class.
@@ -50,11 +54,11 @@ class ClassMoments:
         """Present classes' means less ``mu_G``, ``(P, d)``.
 
         Raises:
-            ValueError: Fewer than two classes are present, so that nothing lies between classes.
+            UndefinedCollapse: Fewer than two classes are present.
         """
         present = int(self.present.sum())
         if present < 2:
-            raise ValueError(f"expected samples of at least two classes, got {present}: collapse is undefined")
+            raise UndefinedCollapse(f"expected samples of at least two classes, got {present}: collapse is undefined")
         return self.mean[self.present] - self.global_mean
 
     @property
@@ -99,7 +103,8 @@ def nc1(moments: ClassMoments) -> Tensor:
     ``T^T T`` for the ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
 
     Raises:
-        ValueError: Fewer than two classes, or ``moments.within`` is None.
+        UndefinedCollapse: Fewer than two classes are present.
+        ValueError: ``moments.within`` is None.
     """
     if moments.within is None:
         raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")

@@ -25,12 +25,16 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
-from ncfinetune.collapse import ClassMoments
+from ncfinetune.collapse import ClassMoments, UndefinedCollapse
 
 # Rows that wait to be multiplied together: enough for a product at full speed, few enough for float32 to add up.
 _WAITING_ROWS = 1024
 # Rows treated at a time before that, so that what is made of them fits in a processor's cache.
 _ROWS = 256
+
+
+class NonFiniteFeatures(ValueError):
+    """Features hold nan or inf."""
 
 
 @contextmanager
@@ -150,7 +154,7 @@ class _CollapseMetric(Metric, ABC):
     def _check_finite(self, features: Tensor) -> None:
         bad = int((~features.isfinite()).any(1).sum())
         if bad:
-            raise ValueError(
+            raise NonFiniteFeatures(
                 f"expected finite features, got {bad} of {len(features)} samples with nan or inf "
                 f"in batch {self._update_count} since the last reset"
             )
@@ -164,8 +168,9 @@ class _MomentMetric(_CollapseMetric):
     """A number of the class moments. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
 
     Raises:
-        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, non-finite features, a width that changes.
-            In ``compute``: no samples yet, or samples of one class only.
+        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, a width that changes.
+        NonFiniteFeatures: In ``update``: nan or inf.
+        UndefinedCollapse: In ``compute``: no samples yet, or samples of one class only.
         TypeError: In ``update``: labels that are no integers, features that are no floats.
     """
 
@@ -215,14 +220,11 @@ class _MomentMetric(_CollapseMetric):
 
     def compute(self) -> Tensor:
         """The metric over all samples since the last reset, float64."""
-        return self._value(self.moments())
+        return self._value_of_some(self.moments())
 
     def moments(self) -> ClassMoments:
         """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
-        moments = _moments(self.metric_state)
-        if not moments.present.any():
-            raise ValueError(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
-        return moments
+        return _moments(self.metric_state)
 
     @property
     def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
@@ -233,6 +235,11 @@ class _MomentMetric(_CollapseMetric):
     def _copy_state_dict(self) -> dict[str, Any]:
         self._settle()
         return super()._copy_state_dict()
+
+    def _value_of_some(self, moments: ClassMoments) -> Tensor:
+        if not moments.present.any():
+            raise UndefinedCollapse(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
+        return self._value(moments)
 
     def _check_weight(self, width: int, weight: Tensor | None) -> None:
         if weight is not None and weight.shape != (self.num_classes, width):
@@ -576,18 +583,23 @@ class CollapseCollection(MetricCollection):
 
     def compute(self) -> dict[str, Any]:
         """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
+        return self.compute_with_moments()[0]
+
+    def compute_with_moments(self) -> tuple[dict[str, Any], ClassMoments | None]:
+        """What ``compute`` gives, and the moments it was computed from; None if no member derives from them."""
         values: dict[str, Any] = {}
+        moments = None
         for group in self.compute_groups.values():
-            leader, *others = members = [getattr(self, name) for name in group]
-            if not others:
+            leader, *_ = members = [getattr(self, name) for name in group]
+            if not isinstance(leader, _MomentMetric):
                 values[group[0]] = leader.compute()
                 continue
             with leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync):
-                moments = leader.moments()
-                for name, member in zip(group, members, strict=True):
-                    member.weight = leader.weight
-                    values[name] = member._value(moments)
-        return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}
+                moments, weight = leader.moments(), leader.weight
+            for name, member in zip(group, members, strict=True):
+                member.weight = weight
+                values[name] = member._value_of_some(moments)
+        return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}, moments
 
 
 def neural_collapse(num_classes: int, members: Sequence[str] = _DEFAULT_MEMBERS, **kwargs: Any) -> CollapseCollection:
