@@ -5,7 +5,8 @@ Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,35 +15,44 @@ from torch.utils.hooks import RemovableHandle
 
 from ncfinetune.layers import PENULTIMATE, Pool, find_layers
 
+Pooling = Callable[[Tensor], Tensor]
+
 
 class FeatureTap:
     """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while ``open``.
 
-    The name ``penultimate`` stands for the input of the classifier: the last `torch.nn.Linear` with ``num_classes``
-    outputs.
-
     Args:
         module: The module to listen to.
-        layers: Names or patterns of its layers, as `find_layers` reads them, and ``penultimate``.
-        num_classes: Number of classes ``K``.
+        layers: Names or patterns of its layers, as `find_layers` reads them; ``penultimate`` is the classifier's input.
+        classifier: The classifier; needed for ``penultimate``.
+        pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features.
+
+    Attributes:
+        names: The layers' names in depth order, ``penultimate`` last.
+        open: Whether features are kept.
 
     Raises:
-        ValueError: No such layer, or no classifier.
+        ValueError: No such layer.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[str], num_classes: int) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[str], classifier: nn.Linear | None = None, pool: Pooling | None = None
+    ) -> None:
         self.open = False
         self._caught: dict[str, Tensor] = {}
+        self._how: dict[str, str] = {}
         self._handles: list[RemovableHandle] = []
         found = find_layers(module, [name for name in layers if name != PENULTIMATE])
-        pools = {name: Pool.of(_network_of(module, layer)) for name, layer in found.items()}
         for name, layer in found.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name, pools[name])))
+            catch = self._hook(name, pool or Pool.of(_network_of(module, layer)))
+            self._handles.append(layer.register_forward_hook(lambda m, args, output, catch=catch: catch(output)))
         self.names = list(found)
-        if PENULTIMATE in layers:
-            hook = self._hook(PENULTIMATE, Pool())
-            classifier = find_classifier(module, num_classes)
-            self._handles.append(classifier.register_forward_pre_hook(lambda m, args: hook(m, args, args[0])))
+        if PENULTIMATE in layers and classifier is not None:
+            catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, classifier)))
+            hook = classifier.register_forward_pre_hook(
+                lambda m, args, kwargs, catch=catch: catch(args[0] if args else kwargs["input"]), with_kwargs=True
+            )
+            self._handles.append(hook)
             self.names.append(PENULTIMATE)
 
     def take(self) -> dict[str, Tensor]:
@@ -50,33 +60,72 @@ class FeatureTap:
         caught, self._caught = self._caught, {}
         return caught
 
+    def describe(self) -> str:
+        """A line on each layer that ran: what it put out, and how that was pooled."""
+        return "; ".join(f"{name} {how}" for name, how in self._how.items())
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str, pool: Pool) -> Any:
-        def catch(module: nn.Module, args: Any, output: Tensor) -> None:
+    def _hook(self, name: str, pool: Pooling | Pool) -> Callable[[Any], None]:
+        def catch(output: Any) -> None:
             if self.open:
-                dtype = torch.promote_types(output.dtype, torch.float32)
-                self._caught[name] = pool(output.detach(), dtype)
+                tensor = next(_tensors(output), None)
+                if tensor is None:
+                    raise TypeError(
+                        f"expected layer {name!r} to put out a tensor, or something that holds one, "
+                        f"got {type(output).__name__}; name another layer"
+                    )
+                tensor = tensor.detach()
+                dtype = torch.promote_types(tensor.dtype, torch.float32)
+                if isinstance(pool, Pool):
+                    pooled = pool(tensor, dtype)
+                    self._how[name] = f"{tuple(tensor.shape)} {pool.describe(tensor.ndim)}"
+                else:
+                    pooled = pool(tensor).to(dtype)
+                    self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
+                self._caught[name] = pooled
 
         return catch
 
 
-def find_classifier(module: nn.Module, num_classes: int) -> nn.Linear:
-    """The last linear layer with ``num_classes`` outputs.
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a layer puts out: itself, or those in a tuple, a mapping or a dataclass, in their order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def find_classifier(module: nn.Module, num_classes: int | None, name: str = "auto") -> nn.Linear:
+    """The classifier: the layer of that name, or, for ``auto``, the last linear layer with ``num_classes`` outputs.
 
     Raises:
         ValueError: There is none; names the linear layers that exist.
+        TypeError: The layer of that name is not linear.
     """
+    if name != "auto":
+        (layer,) = find_layers(module, [name]).values()
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"expected the classifier {name!r} to be a torch.nn.Linear, got {type(layer).__name__}")
+        return layer
     linear = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     fitting = [layer for layer in linear.values() if layer.out_features == num_classes]
     if not fitting:
         some = ", ".join(f"{path} ({layer.out_features})" for path, layer in list(linear.items())[-5:])
         raise ValueError(
             f"no linear layer with num_classes={num_classes} outputs, whose input is the layer 'penultimate'; "
-            f"name the layers to measure, or mend num_classes. Linear layers (outputs): {some or 'none'}"
+            f"name the layers to measure, or the classifier, or mend num_classes. "
+            f"Linear layers (outputs): {some or 'none'}"
         )
     return fitting[-1]
 

@@ -2,52 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.utils.data import DataLoader
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from ncfinetune.collapse import ClassMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.metrics import NC1
 
-from .features import FeatureTap
+from . import batches, figures
+from .features import FeatureTap, Pooling, find_classifier
+from .statistics import METRICS, LayerStatistics, Result
+
+_DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3", "nc4")
 
 
 class NeuralCollapseTracker(Callback):
-    """Logs the neural collapse of named layers of any LightningModule.
+    """Logs the neural collapse of named layers of any LightningModule, as ``<metric>/<train|val|test>/<layer>``.
 
     Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass. The
     training set gets a pass of its own, in eval mode, with fixed weights and without augmentation, once before the
-    first epoch and then after every ``train_every_n_epochs``; it costs what a validation over the training set costs
-    and leaves weights, modes and random numbers as they were.
+    first epoch and then after every ``train_every_n_epochs``; it costs what a validation over the training set costs.
+    A run ends in the same weights, bit for bit, as without the tracker.
 
-    Logs ``nc1/<train|val|test>/<layer>``: the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and
-    Donoho (2020), NC1; 0 is full collapse.
+    ``nc1`` is the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and Donoho (2020); 0 is full
+    collapse. ``nc3`` and ``nc4`` compare the classifier with the class means in front of it, ``nc4/val`` the decisions
+    on the validation set with the nearest mean of the training set: it is logged when both were measured with the same
+    weights. The functions of `ncfinetune.collapse` say what the others are.
+
+    TensorBoard also gets pictures, after passes over the training set that grow rarer (1st, 2nd, 3rd, 5th, 9th, 17th,
+    ..., last), and at the end of ``fit`` the last values as metrics of its HPARAMS page, which shows them only if the
+    logger has ``default_hp_metric=False``.
 
     Args:
-        num_classes: Number of classes; None asks the datamodule, then the module, for their ``num_classes``.
+        num_classes: Number of classes; None asks the datamodule, then the module and its hyper-parameters, for
+            ``num_classes``, and then the classifier if it is named.
         layers: Names or patterns of layers: the end of a module path (``layer3.1``), in which ``*`` stands for any part
             between dots (``blocks.*``), or ``penultimate`` for the input of the classifier. ``auto`` is
-            ``penultimate``.
+            ``penultimate``. Each layer costs the time of a matrix product of its batch's features and, for ``nc1``,
+            two matrices of its width squared in float64.
+        metrics: Which of the family, or ``all``. Without ``nc1`` nothing of the width squared is computed.
+            ``numerical_rank`` is the one that is not on unless asked for: it costs an eigendecomposition a class and
+            batch.
         train_every_n_epochs: Epochs between passes over the training set; 0 is never.
-        max_train_batches: Batches a pass over the training set takes at most; None is all.
+        max_train_batches: Batches that a pass over the training set takes at most, on each process; None is all.
+        classifier: The classifier's name; ``auto`` is the last linear layer with ``num_classes`` outputs.
+        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels)`` and mappings
+            with a key such as ``labels``.
+        forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
+            or its only child if it has no forward, on the inputs.
+        pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features.
+        figures: Draw pictures. A set of four takes about a second.
+        prog_bar: Show ``nc1`` in the progress bar.
+
+    Attributes:
+        values: The last value of everything logged, in float64.
+        history: ``{split: {epochs trained: {layer: nc1}}}``; part of the checkpoint.
 
     Raises:
-        ValueError: In ``setup``: no such layer, no classifier, or nobody knows the number of classes.
+        ValueError: In the constructor: an argument out of range. Before the first step: no such layer, no classifier,
+            nobody knows the number of classes, no labels in a batch, a layer that never runs.
     """
 
     def __init__(
         self,
         num_classes: int | None = None,
         layers: str | list[str] = "auto",
+        metrics: str | list[str] | None = None,
         train_every_n_epochs: int = 1,
         max_train_batches: int | None = None,
+        classifier: str = "auto",
+        batch_to_labels: Callable[[Any], Tensor] | None = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
+        pool: Pooling | None = None,
+        figures: bool = True,
+        prog_bar: bool = False,
     ) -> None:
         if train_every_n_epochs < 0:
             raise ValueError(f"expected train_every_n_epochs of at least 0, got {train_every_n_epochs}")
@@ -56,44 +93,101 @@ class NeuralCollapseTracker(Callback):
         self.num_classes = num_classes
         named = [layers] if isinstance(layers, str) else layers
         self.layers = [PENULTIMATE if name == "auto" else name for name in named]
+        self.metrics = _chosen(metrics)
         self.train_every_n_epochs = train_every_n_epochs
         self.max_train_batches = max_train_batches
+        self.classifier = classifier
+        self.batch_to_labels = batch_to_labels or batches.labels_of
+        self.forward = forward or batches.forward
+        self.pool = pool
+        self.figures = figures
+        self.prog_bar = prog_bar
+        self.values: dict[str, float] = {}
+        self.history: dict[str, dict[int, dict[str, float]]] = {}
         self._tap: FeatureTap | None = None
-        self._metrics: dict[str, NC1] = {}
+        self._classifier: nn.Linear | None = None
+        self._known_classes = 0
+        self._loader: Any = None
+        self._passes: dict[int, LayerStatistics] = {}
+        self._train_result: Result | None = None
+        self._measured_at: tuple[int, int] | None = None
+        self._drawn_at: int | None = None
+        self._described = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells several trackers of one run apart."""
+        return self._generate_state_key(layers=self.layers, metrics=list(self.metrics), classifier=self.classifier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured, so that a resumed run continues its curves and pictures."""
+        return {"values": self.values, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what has been measured."""
+        self.values, self.history = state_dict["values"], state_dict["history"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hook the layers."""
-        num_classes = self.num_classes or _known_num_classes(trainer, pl_module)
-        self._tap = FeatureTap(pl_module, self.layers, num_classes)
-        self._metrics = {name: NC1(num_classes) for name in self._tap.names}
+        """Hook the layers, unless the module makes them later, in ``configure_model``."""
+        if not is_overridden("configure_model", pl_module):
+            self._attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unhook the layers."""
+        """Unhook the layers, and let go of data and features."""
         if self._tap is not None:
             self._tap.remove()
-            self._tap = None
+        self._tap = self._classifier = self._loader = self._train_result = None
+        self._passes = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unhook the layers."""
         self.teardown(trainer, pl_module, "fit")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the layers if they are not yet."""
+        self._attach(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
         if self.train_every_n_epochs and trainer.global_step == 0:
             self._measure_training_set(trainer, pl_module)
-            values = {f"nc1/train/{name}": value.item() for name, value in self._compute().items()}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=0)
+                logger.log_metrics({k: v for k, v in self.values.items() if "/train/" in k}, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set every ``train_every_n_epochs``."""
-        if self.train_every_n_epochs and (trainer.current_epoch + 1) % self.train_every_n_epochs == 0:
-            self._measure_training_set(trainer, pl_module)
-            self._log(pl_module, "train")
+        """Measure the training set every ``train_every_n_epochs``, unless it was done before the epoch's validation."""
+        if self._due(trainer):
+            self._log(pl_module, self._measure_training_set(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what was measured last."""
+        self._draw(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the last values beside the hyper-parameters."""
+        layer = PENULTIMATE if PENULTIMATE in self.layers else self._tap.names[-1] if self._tap else ""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in self.values}
+        metrics |= {name: value for name, value in self.values.items() if name.endswith("/" + layer)}
+        for logger in _boards(trainer):
+            logger.log_hyperparams(dict(logger.hparams), metrics, step=trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the layers if they are not yet."""
+        self._attach(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the layers if they are not yet."""
+        self._attach(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to listen, unless Lightning only checks that validation runs."""
-        self._start(listen=not trainer.sanity_checking)
+        """Measure the training set if the epoch is over, then start to listen; nothing in a sanity check."""
+        if trainer.sanity_checking:
+            return
+        if self._due(trainer) and trainer.is_last_batch:
+            self._log(pl_module, self._measure_training_set(trainer, pl_module))
+        elif self._measured_at != (trainer.current_epoch, trainer.global_step):
+            self._train_result = None  # of other weights
+        self._start()
 
     def on_validation_batch_end(
         self,
@@ -105,12 +199,14 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._update(batch)
+        if not trainer.sanity_checking:
+            loader = _loaders(trainer.val_dataloaders)[dataloader_idx]
+            self._update(batch, loader, dataloader_idx, self._means())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation set."""
         if not trainer.sanity_checking:
-            self._log(pl_module, "val")
+            self._finish(trainer, pl_module, "val", len(_loaders(trainer.val_dataloaders)))
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to listen."""
@@ -126,46 +222,146 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._update(batch)
+        self._update(batch, _loaders(trainer.test_dataloaders)[dataloader_idx], dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test set."""
-        self._log(pl_module, "test")
+        self._finish(trainer, pl_module, "test", len(_loaders(trainer.test_dataloaders)))
 
-    def _start(self, listen: bool = True) -> None:
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tap is not None:
+            return
+        named = self.classifier != "auto"
+        self._known_classes = self.num_classes or _known_num_classes(trainer, pl_module) or 0
+        if not self._known_classes and not named:
+            raise ValueError(
+                "NeuralCollapseTracker needs the number of classes, and neither datamodule nor module has num_classes; "
+                "give it NeuralCollapseTracker(num_classes=...)"
+            )
+        if named or PENULTIMATE in self.layers:
+            self._classifier = find_classifier(pl_module, self._known_classes, self.classifier)
+            self._known_classes = self._known_classes or self._classifier.out_features
+        self._tap = FeatureTap(pl_module, self.layers, self._classifier, self.pool)
+
+    def _start(self) -> None:
         assert self._tap is not None
-        self._tap.open = listen
-        for metric in self._metrics.values():
-            metric.reset()
+        self._tap.open = True
+        self._tap.take()
+        self._passes = {}
 
-    def _update(self, batch: Any) -> None:
+    def _update(self, batch: Any, loader: Any = None, index: int = 0, means: ClassMoments | None = None) -> None:
         assert self._tap is not None
-        if self._tap.open:
-            labels = _labels(batch)
-            for name, features in self._tap.take().items():
-                self._metrics[name].to(features.device).update(features, labels)
+        if index not in self._passes:
+            self._passes[index] = LayerStatistics(self._tap.names, self._known_classes, self.metrics, means)
+        features, labels = self._tap.take(), self.batch_to_labels(batch)
+        statistics = self._passes[index]
+        new = batches.new_samples(loader, statistics.seen, len(labels))
+        statistics.seen += len(labels)
+        rows = max(map(len, features.values()), default=len(labels))
+        if rows != new:
+            sample = batches.sample_of_row(len(labels), rows, batch).to(labels.device)
+            kept = sample < new
+            features = {name: value[kept] if len(value) == rows else value for name, value in features.items()}
+            labels = labels[sample[kept]]
+        statistics.update(features, labels, self._classifier)
 
-    def _compute(self) -> dict[str, Tensor]:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str, loaders: int) -> None:
         assert self._tap is not None
         self._tap.open = False
-        return {name: metric.compute() for name, metric in self._metrics.items()}
+        for index in range(loaders):
+            if index not in self._passes:  # this process had no batch
+                self._passes[index] = LayerStatistics(self._tap.names, self._known_classes, self.metrics, self._means())
+            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
+            self._log(pl_module, self._compute(trainer, split, index, suffix))
 
-    def _log(self, pl_module: LightningModule, split: str) -> None:
-        for name, value in self._compute().items():
-            pl_module.log(f"nc1/{split}/{name}", value)
+    def _compute(self, trainer: Trainer, split: str, index: int = 0, suffix: str = "") -> dict[str, float]:
+        """What a pass found, by log name; remembered in ``values`` and ``history``."""
+        result = self._passes.pop(index).compute(split, trainer.strategy)
+        if split == "train":
+            self._train_result = result
+        if "nc1" in result.values and not suffix:
+            epochs = trainer.current_epoch + (trainer.global_step > 0)
+            self.history.setdefault(split, {})[epochs] = result.values["nc1"]
+        found = {
+            f"{metric}/{split}/{layer}{suffix}": value
+            for metric, layers in result.values.items()
+            for layer, value in layers.items()
+        }
+        self.values |= found
+        return found
 
-    def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            shown = self.prog_bar and name.startswith("nc1/")
+            pl_module.log(name, torch.tensor(value), on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True)
+
+    def _due(self, trainer: Trainer) -> bool:
+        now = (trainer.current_epoch, trainer.global_step)
+        every = self.train_every_n_epochs
+        fitting = trainer.state.fn == "fit" and now != self._measured_at
+        return bool(every) and fitting and (trainer.current_epoch + 1) % every == 0
+
+    def _means(self) -> ClassMoments | None:
+        """The training set's moments in front of the classifier, if they are of the present weights."""
+        return self._train_result.moments.get(PENULTIMATE) if self._train_result is not None else None
+
+    def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        loader = self._training_loader(trainer)
         self._start()
         with _evaluation(trainer, pl_module):
-            for batch in islice(_plain_loader(trainer), self.max_train_batches):
+            length = batches.pass_length(trainer, loader, self.max_train_batches)
+            for batch in islice(loader, length):
                 on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 with trainer.precision_plugin.forward_context():
-                    pl_module(on_device[0])
-                self._update(on_device)
+                    self.forward(pl_module, on_device)
+                self._update(on_device, loader)
+        assert self._tap is not None
+        self._tap.open = False
+        values = self._compute(trainer, "train")
+        self._measured_at = (trainer.current_epoch, trainer.global_step)
+        if not self._described:
+            rank_zero_info(f"NeuralCollapseTracker measures {self._tap.describe()}")
+            self._described = True
+        passes = len(self.history.get("train", {})) - 2
+        if passes < 1 or passes & (passes - 1) == 0:
+            self._draw(trainer)
+        return values
+
+    def _training_loader(self, trainer: Trainer) -> Any:
+        if self._loader is None:
+            self._loader, plain = batches.plain_loader(trainer)
+            if not plain:
+                rank_zero_info(
+                    "NeuralCollapseTracker measures the training set as its data set gives it, augmentation included; "
+                    "a datamodule's train_plain_dataloader() would be used instead"
+                )
+        return self._loader
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Draw the last pass over the training set into the loggers that take pictures."""
+        boards = _boards(trainer)
+        if not self.figures or self._train_result is None or not boards or self._drawn_at == trainer.global_step:
+            return
+        self._drawn_at = trainer.global_step
+        for name, figure in self._pictures(self._train_result).items():
+            for logger in boards:
+                logger.experiment.add_figure(f"neural_collapse/{name}", figure, global_step=trainer.global_step)
+
+    def _pictures(self, result: Result) -> dict[str, Figure]:
+        pictures = {}
+        if len(next(iter(self.history.get("train", {}).values()), {})) > 1:
+            pictures["depth"] = figures.depth(self.history["train"], "nc1")
+        layer, moments = next(reversed(result.moments.items()), ("", None))
+        if moments is not None:
+            pictures[f"cosines_{layer}"] = figures.cosines(moments)
+            pictures[f"spread_{layer}"] = figures.spread(moments)
+            if result.sample is not None:
+                pictures[f"projection_{layer}"] = figures.projection(moments, *result.sample)
+        return pictures
 
 
 @contextmanager
-def _evaluation(trainer: Trainer, module: torch.nn.Module) -> Iterator[None]:
+def _evaluation(trainer: Trainer, module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; on exit modes, the trainer's stage and the random numbers are as they were."""
     stage = trainer.state.stage
     modes = {part: part.training for part in module.modules()}
@@ -180,28 +376,26 @@ def _evaluation(trainer: Trainer, module: torch.nn.Module) -> Iterator[None]:
                 part.training = mode
 
 
-def _plain_loader(trainer: Trainer) -> Iterable[Any]:
-    """The training set without augmentation and in a fixed order, as far as its owner offers that."""
-    offered = getattr(getattr(trainer, "datamodule", None), "train_plain_dataloader", None)
-    if offered is not None:
-        return offered()
-    loader: Any = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        return loader
-    return DataLoader(loader.dataset, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
+def _chosen(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
+    names = _DEFAULT_METRICS if metrics is None else METRICS if metrics == "all" else metrics
+    names = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"expected metrics among {', '.join(METRICS)}, or 'all', got {', '.join(unknown) or 'none'}")
+    return names
 
 
-def _known_num_classes(trainer: Trainer, module: LightningModule) -> int:
-    for owner in (getattr(trainer, "datamodule", None), module):
-        if isinstance(known := getattr(owner, "num_classes", None), int):
-            return known
-    raise ValueError(
-        "NeuralCollapseTracker needs the number of classes, and neither datamodule nor module has num_classes; "
-        "give it NeuralCollapseTracker(num_classes=...)"
-    )
+def _known_num_classes(trainer: Trainer, module: LightningModule) -> int | None:
+    owners = (getattr(trainer, "datamodule", None), module, getattr(module, "hparams", None))
+    return next((known for owner in owners if isinstance(known := getattr(owner, "num_classes", None), int)), None)
 
 
-def _labels(batch: Any) -> Tensor:
-    if isinstance(batch, Sequence) and len(batch) >= 2 and isinstance(batch[1], Tensor):
-        return batch[1]
-    raise ValueError(f"NeuralCollapseTracker expected batches (images, labels), got {type(batch).__name__}")
+def _boards(trainer: Trainer) -> list[Any]:
+    """The loggers that take pictures and hyper-parameters, TensorBoard's way; none but on the first process."""
+    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
+    return [g for g in loggers if hasattr(g, "hparams") and hasattr(getattr(g, "experiment", None), "add_figure")]
+
+
+def _loaders(loaders: Any) -> list[Any]:
+    flattened = getattr(loaders, "flattened", loaders)
+    return list(flattened) if isinstance(flattened, list | tuple) else [flattened]

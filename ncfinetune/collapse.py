@@ -19,7 +19,7 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 
 
-class UndefinedCollapse(ValueError):
+class UndefinedCollapseError(ValueError):
     """There are no samples, or none of a second class, so that nothing lies between classes."""
 
 
@@ -54,11 +54,13 @@ class ClassMoments:
         """Present classes' means less ``mu_G``, ``(P, d)``.
 
         Raises:
-            UndefinedCollapse: Fewer than two classes are present.
+            UndefinedCollapseError: Fewer than two classes are present.
         """
         present = int(self.present.sum())
         if present < 2:
-            raise UndefinedCollapse(f"expected samples of at least two classes, got {present}: collapse is undefined")
+            raise UndefinedCollapseError(
+                f"expected samples of at least two classes, got {present}: collapse is undefined"
+            )
         return self.mean[self.present] - self.global_mean
 
     @property
@@ -103,7 +105,7 @@ def nc1(moments: ClassMoments) -> Tensor:
     ``T^T T`` for the ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
 
     Raises:
-        UndefinedCollapse: Fewer than two classes are present.
+        UndefinedCollapseError: Fewer than two classes are present.
         ValueError: ``moments.within`` is None.
     """
     if moments.within is None:

@@ -121,13 +121,26 @@ class Pool:
 
     @classmethod
     def of(cls, network: nn.Module) -> Pool:
-        """The pooling that a timm network applies to its last features; any other network gets the defaults."""
-        prefix_tokens = getattr(network, "num_prefix_tokens", 0)
+        """The pooling that a network applies to its last features, as far as its attributes tell.
+
+        A timm network says it outright; of others, one with a parameter ``cls_token`` or ``class_token`` (Hugging Face,
+        torchvision) takes its class token, and any other takes means.
+        """
+        prefix_tokens = getattr(network, "num_prefix_tokens", None)
+        if prefix_tokens is None:
+            prefix_tokens = sum(name.endswith(("cls_token", "class_token")) for name, _ in network.named_parameters())
         return cls(
             channels_last=getattr(network, "output_fmt", None) == "NHWC",
             prefix_tokens=prefix_tokens,
-            class_token=prefix_tokens > 0 and getattr(network, "global_pool", "") == "token",
+            class_token=prefix_tokens > 0 and getattr(network, "global_pool", "token") == "token",
         )
+
+    def describe(self, ndim: int) -> str:
+        """What becomes of an output of so many dimensions, in words."""
+        if ndim == 3:
+            skipped = f" behind the first {self.prefix_tokens}" if self.prefix_tokens else ""
+            return "class token" if self.class_token else f"mean of the tokens{skipped}"
+        return "mean over positions" if ndim == 4 else "as it is"
 
     def __call__(self, output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Pool ``output`` to ``(N, d)``, in ``dtype`` from before the first sum; None is the output's own.

@@ -25,7 +25,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
-from ncfinetune.collapse import ClassMoments, UndefinedCollapse
+from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
 
 # Rows that wait to be multiplied together: enough for a product at full speed, few enough for float32 to add up.
 _WAITING_ROWS = 1024
@@ -33,7 +33,7 @@ _WAITING_ROWS = 1024
 _ROWS = 256
 
 
-class NonFiniteFeatures(ValueError):
+class NonFiniteFeaturesError(ValueError):
     """Features hold nan or inf."""
 
 
@@ -69,6 +69,11 @@ class _CollapseMetric(Metric, ABC):
         if num_classes < 2:
             raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
+
+    def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
+        """Declare a state; one made in inference mode could not be added to outside it."""
+        with torch.inference_mode(False):
+            super().add_state(name, default.clone() if isinstance(default, Tensor) else default, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -154,7 +159,7 @@ class _CollapseMetric(Metric, ABC):
     def _check_finite(self, features: Tensor) -> None:
         bad = int((~features.isfinite()).any(1).sum())
         if bad:
-            raise NonFiniteFeatures(
+            raise NonFiniteFeaturesError(
                 f"expected finite features, got {bad} of {len(features)} samples with nan or inf "
                 f"in batch {self._update_count} since the last reset"
             )
@@ -169,8 +174,8 @@ class _MomentMetric(_CollapseMetric):
 
     Raises:
         ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, a width that changes.
-        NonFiniteFeatures: In ``update``: nan or inf.
-        UndefinedCollapse: In ``compute``: no samples yet, or samples of one class only.
+        NonFiniteFeaturesError: In ``update``: nan or inf.
+        UndefinedCollapseError: In ``compute``: no samples yet, or samples of one class only.
         TypeError: In ``update``: labels that are no integers, features that are no floats.
     """
 
@@ -238,7 +243,9 @@ class _MomentMetric(_CollapseMetric):
 
     def _value_of_some(self, moments: ClassMoments) -> Tensor:
         if not moments.present.any():
-            raise UndefinedCollapse(f"{type(self).__name__}.compute needs samples; call update(features, labels) first")
+            raise UndefinedCollapseError(
+                f"{type(self).__name__}.compute needs samples; call update(features, labels) first"
+            )
         return self._value(moments)
 
     def _check_weight(self, width: int, weight: Tensor | None) -> None:

@@ -204,9 +204,9 @@ def test_a_parent_of_another_precision_leaves_the_state_alone(name: str, cast: s
 
 @member
 def test_inference_mode_and_training_can_alternate(name: str) -> None:
-    data, metric = _data(), FAMILY[name][0]()
+    data = _data()
     with torch.inference_mode():
-        metric.reset()
+        metric = FAMILY[name][0]()
         _update(metric, {key: value.clone() for key, value in data.items()}, slice(0, 100))
     _update(metric, data, slice(100, N))
     with torch.inference_mode():

@@ -1,0 +1,153 @@
+"""Collapse of several layers over one pass of one data set.
+
+Legend: ``N`` samples of a batch, ``K`` classes, ``d`` feature width, ``M`` samples kept for a picture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.metrics import MEMBERS, NC4, NonFiniteFeaturesError, neural_collapse
+
+# What is measured in front of the classifier only.
+_OF_CLASSIFIER = ("nc3", "nc4")
+METRICS = (*MEMBERS, "nc4")
+_KEPT_SAMPLES = 1000
+
+
+@dataclass
+class Result:
+    """What a pass found.
+
+    Attributes:
+        values: ``{metric: {layer: value}}``; nan where the features do not define it.
+        moments: The class moments of each layer that has them.
+        sample: Some features ``(M, d)`` and labels ``(M,)`` of the last layer, of this process.
+    """
+
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    moments: dict[str, ClassMoments] = field(default_factory=dict)
+    sample: tuple[Tensor, Tensor] | None = None
+
+
+class LayerStatistics:
+    """Metrics of each layer, batch by batch; features that are not finite make a layer's metrics nan.
+
+    Args:
+        layers: The layers' names in depth order.
+        num_classes: Number of classes ``K``.
+        metrics: Names among `METRICS`; ``nc3`` and ``nc4`` are of the layer ``penultimate`` alone.
+        means: Moments whose class means decide for ``nc4``; None leaves it out.
+
+    Attributes:
+        seen: Samples that the process has been given.
+    """
+
+    def __init__(
+        self, layers: Sequence[str], num_classes: int, metrics: Sequence[str], means: ClassMoments | None = None
+    ) -> None:
+        self.layers = list(layers)
+        self.seen = 0
+        self._collections = {
+            layer: neural_collapse(
+                num_classes,
+                [name for name in metrics if name != "nc4" and (layer == PENULTIMATE or name not in _OF_CLASSIFIER)],
+            )
+            for layer in layers
+        }
+        wanted = means is not None and "nc4" in metrics and PENULTIMATE in layers
+        self._nc4 = NC4(means) if wanted and means is not None else None
+        self._broken: dict[str, str] = {}
+        self._ran: set[str] = set()
+        self._sample: tuple[Tensor, Tensor, Tensor] | None = None
+        self._generator = torch.Generator().manual_seed(0)
+
+    def update(self, features: Mapping[str, Tensor], labels: Tensor, classifier: nn.Linear | None) -> None:
+        """Add a batch: ``{layer: (N, d)}``, labels ``(N,)``, and the classifier for ``nc3`` and ``nc4``."""
+        for layer, rows in features.items():
+            if layer in self._broken:
+                continue
+            try:
+                self._add(layer, rows, labels, classifier)
+            except NonFiniteFeaturesError as error:
+                self._broken[layer] = str(error)
+        last = self.layers[-1]
+        if last in features and last not in self._broken:
+            self._keep(features[last], labels)
+
+    def _add(self, layer: str, features: Tensor, labels: Tensor, classifier: nn.Linear | None) -> None:
+        collection = self._collections[layer].to(features.device)
+        first = layer not in self._ran
+        self._ran.add(layer)
+        if classifier is None or layer != PENULTIMATE:
+            collection.update(features=features, labels=labels)
+            return
+        weight = {"weight": classifier.weight} if first else {}  # it stays the same
+        collection.update(features=features, labels=labels, **weight)
+        if self._nc4 is not None:
+            self._nc4.to(features.device).update(features, labels, classifier.weight, classifier.bias)
+
+    def _keep(self, features: Tensor, labels: Tensor) -> None:
+        """Keep a uniform sample: the rows that drew the largest numbers so far."""
+        draws = torch.rand(len(labels), generator=self._generator)
+        new = (draws, features.to("cpu", torch.float32), labels.cpu())
+        both = new if self._sample is None else tuple(map(torch.cat, zip(self._sample, new, strict=True)))
+        best = both[0].topk(min(_KEPT_SAMPLES, len(both[0]))).indices
+        self._sample = (both[0][best], both[1][best], both[2][best])
+
+    def compute(self, split: str, strategy: Any) -> Result:
+        """The metrics over all samples of all processes; all of them must call it.
+
+        Args:
+            split: Name of the data set, for messages.
+            strategy: The trainer's, which adds up numbers over the processes.
+
+        Raises:
+            ValueError: A layer never ran.
+        """
+        flags = torch.tensor(
+            [[layer in self._broken, layer in self._ran] for layer in self.layers], dtype=torch.float32
+        )
+        flags = strategy.reduce(flags.to(strategy.root_device), reduce_op="sum").cpu()
+        broken = {layer: bool(flag) for layer, flag in zip(self.layers, flags[:, 0], strict=True)}
+        silent = [layer for layer, ran in zip(self.layers, flags[:, 1], strict=True) if not ran]
+        if silent:
+            raise ValueError(
+                f"layer {silent[0]!r} never ran in a pass over the {split} set; name layers that the module's forward "
+                f"and its {split} step reach, and see that they run before any compiled copy of them"
+            )
+        result = Result(sample=None if self._sample is None else self._sample[1:])
+        for layer in self.layers:
+            if broken[layer]:
+                reason = self._broken.get(layer, "another process has features with nan or inf")
+                self._set(result, layer, self._undefined(layer, split, reason))
+            else:
+                self._measure(result, layer, split)
+        return result
+
+    def _measure(self, result: Result, layer: str, split: str) -> None:
+        try:
+            values, moments = self._collections[layer].compute_with_moments()
+        except UndefinedCollapseError as error:
+            values, moments = self._undefined(layer, split, str(error)), None
+        if layer == PENULTIMATE and self._nc4 is not None:
+            values["nc4"] = self._nc4.compute()
+        self._set(result, layer, values)
+        if moments is not None:
+            result.moments[layer] = moments
+
+    def _set(self, result: Result, layer: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            result.values.setdefault(name, {})[layer] = float(value)
+
+    def _undefined(self, layer: str, split: str, reason: str) -> dict[str, float]:
+        warnings.warn(f"the collapse of layer {layer!r} on the {split} set is logged as nan: {reason}", stacklevel=2)
+        return dict.fromkeys(map(str, self._collections[layer].keys()), float("nan"))
