@@ -76,9 +76,14 @@ def forward(module: nn.Module, batch: Any) -> None:
         network(batch[0] if isinstance(batch, Sequence) else batch)
 
 
+def defines(module: nn.Module, method: str) -> bool:
+    """Whether a module's author wrote the method, rather than torch or Lightning (either of its two packages)."""
+    home = getattr(type(module), method).__module__.split(".")[0]
+    return home not in ("torch", "lightning", "pytorch_lightning")
+
+
 def _network(module: nn.Module) -> nn.Module:
-    own = type(module).forward
-    if own.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning"):
+    if defines(module, "forward"):
         return module
     children = [child for child in module.children() if any(True for _ in child.parameters())]
     if len(children) == 1:
@@ -106,7 +111,7 @@ def plain_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
     sampler = range(trainer.global_rank, len(loader.dataset), trainer.world_size) if spread else None  # type: ignore
     again = DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1,
+        batch_size=_batch_size(loader),
         sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -118,10 +123,18 @@ def plain_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
     return again, offered is not None
 
 
+def _batch_size(loader: DataLoader[Any]) -> int | None:
+    """None where the data set makes the batches itself."""
+    if loader.batch_sampler is None:
+        return None
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+
+
 def pass_length(trainer: Any, loader: Iterable[Any], most: int | None) -> int | None:
     """Batches of a pass over the training set: no more than ``most``, nor than Lightning's own limit; None is all."""
     limits = [] if most is None else [most]
-    limited = trainer.limit_train_batches != 1.0 or trainer.overfit_batches
+    limit = trainer.limit_train_batches  # 1 is a batch, 1.0 is all of them
+    limited = isinstance(limit, int) or limit < 1.0 or trainer.overfit_batches
     if (limited or not hasattr(loader, "__len__")) and trainer.num_training_batches != float("inf"):
         limits.append(int(trainer.num_training_batches))
     return min(limits, default=None)

@@ -39,9 +39,9 @@ def depth(history: Mapping[int, Mapping[str, float]], metric: str) -> Figure:
 def cosines(moments: ClassMoments) -> Figure:
     """Cosines between the centred class means, as differences from -1/(P-1), where full collapse has them all."""
     figure, axes = _axes(5.2, 4.4)
-    matrix = cosine_matrix(moments).cpu()
+    matrix = cosine_matrix(moments)
     ideal = -1 / (len(matrix) - 1)
-    difference = (matrix - ideal).fill_diagonal_(0)
+    difference = (matrix - ideal).fill_diagonal_(0).cpu().numpy()
     image = axes.imshow(difference, cmap="PuOr", vmin=-1, vmax=1)
     figure.colorbar(image, ax=axes, label=f"cosine less its ideal, {ideal:.3g}")
     axes.set(title="angles between class means", xlabel="class", ylabel="class")
@@ -56,8 +56,8 @@ def spread(moments: ClassMoments) -> Figure:
     """Each class's spread around its mean against the distance of that mean from the others' centre."""
     figure, axes = _axes(5.2, 4.4)
     present = moments.present
-    within = moments.variance[present].sqrt().cpu()
-    between = moments.centred.norm(dim=1).cpu()
+    within = moments.variance[present].sqrt().cpu().numpy()
+    between = moments.centred.norm(dim=1).cpu().numpy()
     axes.scatter(between, within, s=24, color="#0072B2")
     if len(within) <= _MAX_NAMED_CLASSES:
         for label, x, y in zip(present.nonzero().squeeze(1).tolist(), between, within, strict=True):
@@ -76,12 +76,12 @@ def projection(moments: ClassMoments, features: Tensor, labels: Tensor) -> Figur
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     if len(directions) < 2:  # one-dimensional features
         directions = torch.cat([directions, torch.zeros_like(directions)])
-    points = (features.double() - moments.global_mean.cpu()) @ directions.T
-    means = centred @ directions.T
+    points = ((features.double() - moments.global_mean.cpu()) @ directions.T).numpy()
+    means = (centred @ directions.T).numpy()
     kinds = moments.present.nonzero().squeeze(1).tolist()
     colours = _shades(len(kinds), "turbo")
     for label, mean, colour in zip(kinds, means, colours, strict=True):
-        own = points[labels == label]
+        own = points[(labels == label).numpy()]
         axes.scatter(own[:, 0], own[:, 1], s=6, color=colour, alpha=0.5, linewidths=0)
         axes.scatter(mean[0], mean[1], s=70, marker="X", color=colour, edgecolors="black", linewidths=0.8)
         if len(kinds) <= _MAX_NAMED_CLASSES:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -111,6 +110,7 @@ class NeuralCollapseTracker(Callback):
         self._passes: dict[int, LayerStatistics] = {}
         self._train_result: Result | None = None
         self._measured_at: tuple[int, int] | None = None
+        self._passes_done = 0
         self._drawn_at: int | None = None
         self._described = False
 
@@ -121,15 +121,16 @@ class NeuralCollapseTracker(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has been measured, so that a resumed run continues its curves and pictures."""
-        return {"values": self.values, "history": self.history}
+        return {"values": self.values, "history": self.history, "passes": self._passes_done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what has been measured."""
         self.values, self.history = state_dict["values"], state_dict["history"]
+        self._passes_done = state_dict["passes"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hook the layers, unless the module makes them later, in ``configure_model``."""
-        if not is_overridden("configure_model", pl_module):
+        if not batches.defines(pl_module, "configure_model"):
             self._attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -293,7 +294,8 @@ class NeuralCollapseTracker(Callback):
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         for name, value in values.items():
             shown = self.prog_bar and name.startswith("nc1/")
-            pl_module.log(name, torch.tensor(value), on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True)
+            how = {"on_step": False, "on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
+            pl_module.log(name, torch.tensor(value), prog_bar=shown, **how)
 
     def _due(self, trainer: Trainer) -> bool:
         now = (trainer.current_epoch, trainer.global_step)
@@ -322,8 +324,8 @@ class NeuralCollapseTracker(Callback):
         if not self._described:
             rank_zero_info(f"NeuralCollapseTracker measures {self._tap.describe()}")
             self._described = True
-        passes = len(self.history.get("train", {})) - 2
-        if passes < 1 or passes & (passes - 1) == 0:
+        self._passes_done += 1
+        if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # ever rarer: after 0, 1, 2, 4, 8, ... others
             self._draw(trainer)
         return values
 

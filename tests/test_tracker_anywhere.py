@@ -1,0 +1,517 @@
+"""NeuralCollapseTracker in projects that have never heard of it, and in every regime that Lightning has."""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import pytorch_lightning
+import timm
+import torch
+import torchvision
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import reference
+from ncfinetune.callbacks import NeuralCollapseTracker
+
+K, N = 3, 50
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def _images(size: int = 16, channels: int = 3, number: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(number) % K
+    return torch.randn(number, channels, size, size, generator=generator) + labels.view(-1, 1, 1, 1), labels
+
+
+def _loader(batch_size: int = 16, shuffle: bool = False, **arguments: Any) -> DataLoader:
+    return DataLoader(TensorDataset(*_images()), batch_size=batch_size, shuffle=shuffle, **arguments)
+
+
+def _trainer(folder: Path, *callbacks: Any, library: Any = pl, **arguments: Any) -> Any:
+    given = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **QUIET, **arguments}
+    return library.Trainer(default_root_dir=folder, callbacks=list(callbacks), **given)
+
+
+def _training(library: Any, network: nn.Module) -> Any:
+    """A module as somebody else writes it: a network, a step, an optimiser, and no forward."""
+
+    class Stock(library.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            images, labels = batch
+            return nn.functional.cross_entropy(self.model(images), labels)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", self.training_step(batch, batch_idx), prog_bar=False)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.001)
+
+    return Stock()
+
+
+class HuggingFace(pl.LightningModule):
+    """Batches are mappings, and outputs of layers and network are no plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+        self.net = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=K))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(**batch).loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.001)
+
+
+class Mappings(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        images, labels = _images()
+        return {"pixel_values": images[index], "labels": labels[index]}
+
+
+def _nc1(run: Callable[[Tensor], Any], layer: nn.Module, pool: Callable[[Any], Tensor], take: str = "output") -> float:
+    """NC1 of a layer over the images in one forward pass, by the reference."""
+    caught: list[Tensor] = []
+    images, labels = _images()
+    handle = layer.register_forward_hook(lambda m, i, o: caught.append(pool(o if take == "output" else i[0])))
+    with torch.no_grad():
+        run(images)
+    handle.remove()
+    return reference.nc1(caught[0].numpy(), labels.numpy())
+
+
+LIBRARIES = pytest.mark.parametrize("library", [pl, pytorch_lightning], ids=["lightning", "pytorch_lightning"])
+
+
+@LIBRARIES
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchvision_resnet(library: Any, tmp_path: Path) -> None:
+    network = torchvision.models.resnet18(num_classes=K)
+    tracker = NeuralCollapseTracker(K, layers=["layer2.*", "auto"])
+    trainer = _trainer(tmp_path, tracker, library=library)
+    trainer.fit(_training(library, network), _loader(25, shuffle=True), _loader(25))
+    network.eval()
+    for split in ("train", "val"):
+        for name, layer, take in (("layer2.1", network.layer2[1], "output"), ("penultimate", network.fc, "input")):
+            pool = (lambda o: o.mean((2, 3))) if take == "output" else (lambda o: o)
+            value = tracker.values[f"nc1/{split}/{name}"]
+            assert value == pytest.approx(_nc1(network, layer, pool, take), rel=1e-5)
+            assert trainer.callback_metrics[f"nc1/{split}/{name}"].item() == pytest.approx(value, rel=1e-6)
+    logged = {name.split("/")[0] for name in tracker.values if name.endswith("val/penultimate")}
+    family = {"nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf"}
+    assert logged == family | {"nc3", "nc4"}
+    assert {name.split("/")[0] for name in tracker.values if name.endswith("layer2.0")} == family
+
+
+def test_hugging_face_transformer(tmp_path: Path) -> None:
+    module = HuggingFace()
+    loader = DataLoader(Mappings(), batch_size=16)
+    names = [name for name, _ in module.named_modules() if name.split(".")[-1].isdigit()]
+    tracker = NeuralCollapseTracker(K, layers=[names[1], "penultimate"])
+    _trainer(tmp_path, tracker).fit(module, loader, loader)
+    module.eval()
+
+    def run(images: Tensor) -> Any:
+        return module.net(pixel_values=images)
+
+    layer = module.get_submodule(names[1])
+    expected = _nc1(run, layer, lambda o: (o if isinstance(o, Tensor) else o[0])[:, 0])
+    assert tracker.values[f"nc1/val/{names[1]}"] == pytest.approx(expected, rel=1e-4)
+    expected = _nc1(run, module.net.classifier, lambda o: o, "input")
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("test_vit.r160_in1k", "blocks.2"), ("test_convnext.r160_in1k", "stages.1")]
+)
+def test_timm_networks(name: str, layer: str, tmp_path: Path) -> None:
+    size = {"img_size": 32} if "vit" in name else {}
+    network = timm.create_model(name, num_classes=K, **size)
+    data = DataLoader(TensorDataset(*_images(32)), batch_size=16)
+    tracker = NeuralCollapseTracker(K, layers=[layer, "auto"])
+    _trainer(tmp_path, tracker).fit(_training(pl, network), data, data)
+    assert tracker.values[f"nc1/val/{layer}"] > 0
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(tracker.values["nc1/train/penultimate"], rel=1e-9)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "network"])
+def test_compiled(whole: bool, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    network = torchvision.models.resnet18(num_classes=K)
+    module: Any = _training(pl, network)
+    if whole:
+        module = torch.compile(module, backend="eager")
+    else:
+        module.model = torch.compile(network, backend="eager")
+    tracker = NeuralCollapseTracker(K, layers=["layer3.1", "auto"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dynamo's own
+        _trainer(tmp_path, tracker, max_epochs=2).fit(module, _loader(25), _loader(25))
+    network.eval()
+    expected = _nc1(network, network.layer3[1], lambda o: o.mean((2, 3)))
+    assert tracker.values["nc1/val/layer3.1"] == pytest.approx(expected, rel=1e-5)
+    assert tracker.values["nc1/train/layer3.1"] == pytest.approx(expected, rel=1e-5)
+
+
+def _small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
+
+
+def test_layers_made_in_configure_model(tmp_path: Path) -> None:
+    class Late(pl.LightningModule):
+        def configure_model(self) -> None:
+            self.model = getattr(self, "model", None) or _small()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.001)
+
+    for run in ("fit", "validate"):
+        tracker = NeuralCollapseTracker(K)
+        trainer = _trainer(tmp_path, tracker)
+        trainer.fit(Late(), _loader(), _loader()) if run == "fit" else trainer.validate(
+            Late(), _loader(), verbose=False
+        )
+        assert tracker.values["nc1/val/penultimate"] > 0
+
+
+def test_nc4_compares_validation_with_the_means_of_the_training_set(tmp_path: Path) -> None:
+    network = _small()
+    tracker = NeuralCollapseTracker(K)
+    images, labels = _images(number=40)
+    other = DataLoader(TensorDataset(images + 0.8 * torch.randn_like(images), labels), batch_size=16)
+    _trainer(tmp_path, tracker).fit(_training(pl, network), _loader(), other)
+    with torch.no_grad():
+        train, val = network[:4](_images()[0]), network[:4](other.dataset.tensors[0])
+        means = reference.class_means(train.numpy(), _images()[1].numpy())
+        nearest = np.linalg.norm(val.numpy()[:, None] - means, axis=2).argmin(1)
+        differ = (nearest != network[4](val).argmax(1).numpy()).mean()
+    assert 0 < differ < 1
+    assert tracker.values["nc4/val/penultimate"] == pytest.approx(differ)
+    assert "nc4/train/penultimate" not in tracker.values
+    weight = network[4].weight.detach().numpy()
+    expected = reference.self_duality(val.numpy(), labels.numpy(), weight)
+    assert tracker.values["nc3/val/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_in_the_middle_of_an_epoch_has_no_nc4(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=2)
+    trainer = _trainer(tmp_path, tracker, max_epochs=1, val_check_interval=0.5)
+    trainer.fit(_training(pl, _small()), _loader(), _loader())
+    assert "nc1/val/penultimate" in tracker.values
+    assert "nc4/val/penultimate" not in tracker.values
+
+
+def test_several_validation_sets(tmp_path: Path) -> None:
+    images, labels = _images()
+    narrow = DataLoader(TensorDataset(images[:20] / 2, labels[:20]), batch_size=16)
+    tracker = NeuralCollapseTracker(K)
+    module: Any = _training(pl, _small())
+    module.validation_step = lambda batch, batch_idx, dataloader_idx=0: module.model(batch[0])
+    _trainer(tmp_path, tracker).fit(module, _loader(), [_loader(), narrow])
+    values = [tracker.values[f"nc1/val/penultimate/dataloader_idx_{i}"] for i in (0, 1)]
+    with torch.no_grad():
+        for value, loader in zip(values, (_loader(), narrow), strict=True):
+            features, kinds = module.model[:4](loader.dataset.tensors[0]), loader.dataset.tensors[1]
+            assert value == pytest.approx(reference.nc1(features.numpy(), kinds.numpy()), rel=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["(N, V, ...)", "list of views"])
+def test_several_views(stacked: bool, tmp_path: Path) -> None:
+    images, labels = _images()
+    views = [images, images + 0.1]
+    module: Any = _training(pl, _small())
+
+    def flat(batch: Any) -> Tensor:
+        return batch[0].flatten(0, 1) if stacked else torch.cat(batch[0])
+
+    module.training_step = lambda batch, batch_idx: module.model(flat(batch)).square().mean()
+    module.validation_step = lambda batch, batch_idx: module.model(flat(batch))
+    parts = torch.arange(N).split(16)
+    inputs = [torch.stack(views, 1)[rows] if stacked else [view[rows] for view in views] for rows in parts]
+    batches = [(part, labels[rows]) for part, rows in zip(inputs, parts, strict=True)]
+    data = DataLoader(batches, batch_size=None)
+    tracker = NeuralCollapseTracker(K, forward=lambda module, batch: module.model(flat(batch)))
+    _trainer(tmp_path, tracker).fit(module, data, data)
+    with torch.no_grad():
+        features = torch.cat([module.model[:4](view) for view in views])
+    expected = pytest.approx(reference.nc1(features.numpy(), labels.repeat(2).numpy()), rel=1e-5)
+    assert tracker.values["nc1/val/penultimate"] == expected
+    assert tracker.values["nc1/train/penultimate"] == expected
+
+
+def test_labels_and_pooling_of_ones_own(tmp_path: Path) -> None:
+    images, labels = _images()
+    onehot = nn.functional.one_hot(labels, K).float()
+    data = DataLoader(TensorDataset(images, onehot), batch_size=16)
+    module = _training(pl, _small())
+    tracker = NeuralCollapseTracker(
+        K, layers="1", batch_to_labels=lambda batch: batch[1].argmax(1), pool=lambda o: o.amax((2, 3))
+    )
+    _trainer(tmp_path, tracker).fit(module, data, data)
+    expected = _nc1(module.model, module.model[1], lambda o: o.amax((2, 3)))
+    assert tracker.values["nc1/val/1"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_number_of_classes_from_the_classifier_that_is_named(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(classifier="model.4")
+    _trainer(tmp_path, tracker).fit(_training(pl, _small()), _loader(), _loader())
+    assert tracker.values["nc1/val/penultimate"] > 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(zip(*_images(), strict=True))
+
+
+REGIMES: dict[str, tuple[dict[str, Any], int]] = {
+    "fast_dev_run": ({"fast_dev_run": True}, 16),
+    "limit_train_batches": ({"limit_train_batches": 2}, 32),
+    "overfit_batches": ({"overfit_batches": 1}, 16),
+    "gradient accumulation": ({"accumulate_grad_batches": 3}, N),
+    "16-mixed": ({"precision": "16-mixed"}, N),
+    "bf16-mixed": ({"precision": "bf16-mixed"}, N),
+    "bf16-true": ({"precision": "bf16-true"}, N),
+    "sanity check": ({"num_sanity_val_steps": 2}, N),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_regimes(regime: str, tmp_path: Path) -> None:
+    arguments, samples = REGIMES[regime]
+    seen: list[int] = []
+    tracker = NeuralCollapseTracker(K, layers=["0", "auto"])
+    module = _training(pl, _small())
+    update = tracker._update
+    tracker._update = lambda batch, *rest, **more: (seen.append(len(batch[1])), update(batch, *rest, **more))
+    trainer = _trainer(tmp_path, tracker, limit_val_batches=0, **arguments)
+    trainer.fit(module, _loader(), _loader())
+    validated = 16 if regime in ("fast_dev_run", "overfit_batches") else 0  # they overrule limit_val_batches
+    assert sum(seen) == 2 * samples + validated  # before the first step and after the epoch
+    assert np.isfinite(tracker.values["nc1/train/penultimate"])
+    if "16" in regime:
+        exact = _nc1(module.float().eval().model, module.model[4], lambda o: o, "input")
+        assert tracker.values["nc1/train/penultimate"] == pytest.approx(exact, rel=0.1)
+
+
+def test_sanity_check_is_not_measured(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=0)
+    trainer = _trainer(tmp_path, tracker, num_sanity_val_steps=2, max_epochs=0)
+    trainer.fit(_training(pl, _small()), _loader(), _loader())
+    assert tracker.values == {}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.* has .__len__. defined")
+def test_iterable_data(workers: int, tmp_path: Path) -> None:
+    loader = DataLoader(Stream(), batch_size=16, num_workers=workers)
+    tracker = NeuralCollapseTracker(K)
+    module = _training(pl, _small())
+    _trainer(tmp_path, tracker).fit(module, loader, _loader())
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(tracker.values["nc1/val/penultimate"], rel=1e-9)
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_evaluation_alone(run: str, tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K)
+    module: Any = _training(pl, _small())
+    module.test_step = module.validation_step
+    getattr(_trainer(tmp_path, tracker), run)(module, _loader(), verbose=False)
+    split = "val" if run == "validate" else "test"
+    expected = _nc1(module.eval().model, module.model[4], lambda o: o, "input")
+    assert tracker.values[f"nc1/{split}/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_that_accumulate_are_left_alone(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [NeuralCollapseTracker(K)]):
+        torch.manual_seed(0)
+        module = _training(pl, _small())
+        trainer = _trainer(tmp_path, *callbacks, max_epochs=3, accumulate_grad_batches=3, val_check_interval=1)
+        trainer.fit(module, _loader(), _loader())
+        ends.append(module.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_resumed_runs_continue_their_curves(tmp_path: Path) -> None:
+    whole = NeuralCollapseTracker(K, layers=["0", "auto"])
+    torch.manual_seed(0)
+    _trainer(tmp_path, whole, max_epochs=4).fit(_training(pl, _small()), _loader(), _loader())
+    torch.manual_seed(0)
+    half, again = (NeuralCollapseTracker(K, layers=["0", "auto"]) for _ in range(2))
+    trainer = _trainer(tmp_path, half, max_epochs=2)
+    trainer.fit(_training(pl, _small()), _loader(), _loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    torch.load(tmp_path / "half.ckpt", weights_only=True)
+    resumed = _trainer(tmp_path, again, max_epochs=4)
+    resumed.fit(_training(pl, _small()), _loader(), _loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert list(again.history["train"]) == [0, 1, 2, 3, 4]
+    for split, epochs in whole.history.items():
+        for epoch, layers in epochs.items():
+            assert again.history[split][epoch] == {k: pytest.approx(v, rel=1e-6) for k, v in layers.items()}
+
+
+def test_two_trackers_in_one_run_keep_their_own_state() -> None:
+    keys = {NeuralCollapseTracker(K, layers=layers).state_key for layers in ("auto", ["0", "auto"])}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ["nc1", "nc9"]}, "expected metrics among nc1, .*, or 'all', got nc9"),
+        ({"metrics": []}, "expected metrics among .*, got none"),
+    ],
+)
+def test_wrong_metrics(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapseTracker(K, **arguments)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.spare, self.sizes = _small(), nn.Linear(6, 2), Sizes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes(x)
+        return self.net(x)
+
+
+class Sizes(nn.Module):
+    def forward(self, x: Tensor) -> str:
+        return f"{len(x)}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": "spare"}, ValueError, "layer 'spare' never ran in a pass over the train set; name layers that"),
+        ({"layers": "sizes"}, TypeError, "expected layer 'sizes' to put out a tensor, .* got str; name another layer"),
+        ({"layers": "siezs"}, ValueError, "no layer fits 'siezs'; .*nearest: sizes"),
+        ({"classifier": "net.0"}, TypeError, "expected the classifier 'net.0' to be a torch.nn.Linear, got Conv2d"),
+        ({"num_classes": 2, "layers": "net.0"}, ValueError, r"expected labels in 0..1 \(num_classes=2\), got \[2\]"),
+    ],
+)
+def test_what_cannot_be_tracked(arguments: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(**{"num_classes": K, **arguments})
+    module = _training(pl, Unused())
+    trainer = _trainer(tmp_path, tracker, num_sanity_val_steps=0)
+    with pytest.raises(error, match=message):
+        trainer.fit(module, _loader(), _loader())
+    assert trainer.global_step == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_module_that_the_tracker_cannot_run(tmp_path: Path) -> None:
+    module: Any = _training(pl, _small())
+    module.other = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"since it has no forward and 2 children .*; give it .*forward=lambda"):
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(module, _loader(), _loader())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_one_warning_and_nan(value: float, tmp_path: Path) -> None:
+    images, labels = _images()
+    images[3] = value
+    broken = DataLoader(TensorDataset(images, labels), batch_size=16)
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=0)
+    trainer = _trainer(tmp_path, tracker, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="collapse of layer 'penultimate' on the val set is logged as nan") as caught:
+        trainer.fit(_training(pl, _small()), _loader(), broken)
+    assert len([w for w in caught if "collapse of layer" in str(w.message)]) == 1
+    assert np.isnan(tracker.values["nc1/val/penultimate"])
+    assert np.isnan(trainer.callback_metrics["nc1/val/penultimate"].item())
+    assert trainer.global_step == 4
+
+
+def test_one_class_alone_is_nan(tmp_path: Path) -> None:
+    images, _ = _images()
+    alone = DataLoader(TensorDataset(images, torch.zeros(N).long()), batch_size=16)
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=0)
+    with pytest.warns(UserWarning, match="logged as nan: expected samples of at least two classes, got 1"):
+        _trainer(tmp_path, tracker, num_sanity_val_steps=0).fit(_training(pl, _small()), _loader(), alone)
+    assert np.isnan(tracker.values["cdnv/val/penultimate"])
+
+
+def test_monitoring_stops_on_collapse(tmp_path: Path) -> None:
+    stop = pl.callbacks.EarlyStopping("nc1/train/penultimate", stopping_threshold=1e9, patience=99)
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(K), stop, max_epochs=5)
+    trainer.fit(_training(pl, _small()), _loader(), _loader())
+    assert trainer.current_epoch == 1
+
+
+def test_pictures_scalars_and_hyper_parameters_in_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    module = _training(pl, _small())
+    module.save_hyperparameters({"lr": 0.01})
+    tracker = NeuralCollapseTracker(K, layers=["0", "auto"])
+    _trainer(tmp_path, tracker, logger=[logger, CSVLogger(tmp_path)], max_epochs=6).fit(module, _loader(), _loader())
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    drawn = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+    names = ("depth", "cosines_penultimate", "spread_penultimate", "projection_penultimate")
+    assert drawn == {f"neural_collapse/{name}": [0, 4, 8, 16, 24] for name in names}
+    assert len(events.Scalars("nc1/train/penultimate")) == 1 + 6 + 1
+    metadata = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    for name in (b"nc1/train/penultimate", b"val/loss"):
+        assert name in metadata
+    assert b"nc1/train/0" not in metadata
+    assert [folder for folder in (tmp_path / "run").iterdir() if folder.is_dir()] == []
+
+
+def test_no_pictures_on_request(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    _trainer(tmp_path, NeuralCollapseTracker(K, figures=False), logger=logger).fit(
+        _training(pl, _small()), _loader(), _loader()
+    )
+    assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == []
+
+
+def test_progress_bar_on_request(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(K, prog_bar=True))
+    trainer.fit(_training(pl, _small()), _loader(), _loader())
+    shown = {name for name in trainer.progress_bar_metrics if "/" in name}
+    assert shown == {"nc1/train/penultimate", "nc1/val/penultimate"}
+
+
+def test_two_processes_find_what_one_does() -> None:
+    """Of 51 samples the sampler repeats one; of 33 one process has a batch of one more; 18 are a batch and a bit."""
+    script = Path(__file__).with_name("tracked_in_two_processes.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=150, cwd=script.parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    for number, (one, two) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert set(two) == set(one), number
+        assert {"nc1/train/0", "nc3/val/penultimate", "nc4/val/penultimate", "numerical_rank/val/0"} <= set(one)
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-10, abs=1e-14), (number, name)

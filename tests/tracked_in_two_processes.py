@@ -1,0 +1,98 @@
+"""Run by test_tracker_anywhere.py: what the tracker finds in one process and in two, as JSON on the last line.
+
+A process of its own, since Lightning forks in it.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncfinetune.callbacks import NeuralCollapseTracker
+
+K = 3
+
+
+class StandingStill(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0 * self.model(batch[0]).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@contextmanager
+def counted(calls: list[int]) -> Iterator[None]:
+    reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **kwargs: (calls.append(1), reduce(*args, **kwargs))[1]
+    try:
+        yield
+    finally:
+        torch.distributed.all_reduce = reduce
+
+
+def run(number: int, devices: int, folder: str) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(number) % K
+    images = torch.randn(number, 3, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    torch.manual_seed(0)
+    tracker = NeuralCollapseTracker(K, layers=["0", "auto"], metrics="all")
+    trainer = Trainer(
+        max_epochs=1,
+        precision="64-true",  # of float32 features, a batch of another size would round others
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        callbacks=[tracker],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    with tempfile.TemporaryDirectory() as out:
+        update, calls = tracker._update, []
+
+        def measured(*args: Any, **kwargs: Any) -> None:
+            with counted(calls):
+                update(*args, **kwargs)
+
+        tracker._update = measured  # type: ignore[method-assign]
+        finish = tracker.on_fit_end
+
+        def save(trainer: Trainer, module: LightningModule) -> None:
+            finish(trainer, module)
+            if trainer.is_global_zero:
+                torch.save((tracker.values, len(calls)), f"{out}/values.pt")
+
+        tracker.on_fit_end = save  # type: ignore[method-assign]
+        trainer.fit(StandingStill(), loader, loader)
+        values, reduced = torch.load(f"{out}/values.pt")
+    assert reduced == 0, "an update must not communicate"
+    return values
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in (51, 33, 18):
+            found[number] = [run(number, devices, folder) for devices in (1, 2)]
+    print(json.dumps(found))
