@@ -30,9 +30,16 @@ IMPORTS = {
     "callbacks": {".tracker"},
     "callbacks.features": {"layers"},
     "callbacks.tracker": {"layers", "metrics", ".features"},
-    "datamodules": {".base", ".digits"},
-    "datamodules.base": set(),
-    "datamodules.digits": {".base"},
+    "datamodules": {".base", ".digits", ".files", ".recipes", ".vision"},
+    "datamodules.base": {".images", ".recipes", ".splits", ".transforms"},
+    "datamodules.digits": {".base", ".images", ".recipes", ".splits"},
+    "datamodules.files": {".base", ".images", ".splits"},
+    "datamodules.images": {".recipes"},
+    "datamodules.recipes": {".transforms", ".trivial"},
+    "datamodules.splits": set(),
+    "datamodules.transforms": set(),
+    "datamodules.trivial": {".transforms"},
+    "datamodules.vision": {".base", ".files", ".images"},
 }
 
 
