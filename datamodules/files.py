@@ -83,7 +83,9 @@ class ImageFolder(FileDataModule):
 
     def parts(self) -> dict[str, Labelled]:
         """The parts that have folders, and the test part if it is cut off."""
-        parts = {name: _read_folder(folder, self.skip_broken) for name, folder in self._folders.items()}
+        parts = {
+            name: _read_folder(folder, self.class_names, self.skip_broken) for name, folder in self._folders.items()
+        }
         if self.test_fraction and "test" not in parts:
             cut = split_indices(parts["train"].own_labels, {"test": self.test_fraction}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
@@ -118,9 +120,12 @@ def _check_same_classes(names: dict[str, list[str]]) -> None:
             raise ValueError(f"expected the classes of train in {part}; it lacks {lacking} and has also {further}")
 
 
-def _read_folder(folder: Path, skip_broken: bool) -> Labelled:
-    found = datasets.ImageFolder(str(folder), is_valid_file=lambda path: not Path(path).name.startswith("."))
-    paths = [path for path, _ in found.samples]
+def _read_folder(folder: Path, class_names: list[str], skip_broken: bool) -> Labelled:
+    numbers = {name: label for label, name in enumerate(class_names)}
+    found = datasets.DatasetFolder.make_dataset(
+        str(folder), numbers, is_valid_file=lambda path: not Path(path).name.startswith(".")
+    )
+    paths = [path for path, _ in found]
     if skip_broken:
         left_out = broken_files(paths)
     else:
@@ -131,8 +136,8 @@ def _read_folder(folder: Path, skip_broken: bool) -> Labelled:
             raise ValueError(f"{len(left_out)} files are no images: {listed}; remove them, or give skip_broken=true")
         rank_zero_warn(f"left out {len(left_out)} files that cannot be read as images: {listed}")
     spared = set(left_out)
-    kept = [(path, label) for path, label in found.samples if path not in spared]
+    kept = [(path, label) for path, label in found if path not in spared]
     counts = Counter(label for _, label in kept)
-    if empty := [name for label, name in enumerate(found.classes) if not counts[label]]:
+    if empty := [name for label, name in enumerate(class_names) if not counts[label]]:
         raise FileNotFoundError(f"no images of {', '.join(empty)} in {str(folder)!r}")
     return Labelled.all([path for path, _ in kept], [label for _, label in kept])
