@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from .images import Batch, EpochSampler, FileImages, Labelled, TensorImages, mixed_seed
-from .recipes import Augmentation, apply_boxes, apply_changes, draw_boxes, draw_changes, recipe_for, to_floats
+from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
 from .splits import describe_counts, split_indices, take_fraction, take_shots
-from .transforms import resize
 
 # Fixed, so that no choice a user makes can move an image from one part to another.
 SPLIT_SEED = 0
@@ -170,9 +169,7 @@ class ImageDataModule(LightningDataModule, ABC):
         images, labels = batch
         trainer: Any = self.trainer
         training = trainer is not None and trainer.training
-        images = self._augment(images) if training else resize(to_floats(images), self.input_size[1])
-        mean, std = (v.to(images.device, non_blocking=True).view(-1, 1, 1) for v in (self.mean, self.std))
-        images = images.sub_(mean).div_(std)
+        images = self._augment(images) if training else render(images, self.input_size[1], self.mean, self.std)
         if training and self._mixers:
             images, labels = self._mix(images, labels)
         return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
@@ -257,20 +254,17 @@ class ImageDataModule(LightningDataModule, ABC):
         return FileImages(part, self.input_size[1])
 
     def _augment(self, images: Tensor) -> Tensor:
-        """uint8 images as augmented floats in 0..1: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views."""
+        """uint8 images augmented and normalised: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views."""
         generator = self._random()
         cropped = self.recipe.crops and not isinstance(self._parts["train"].images, Tensor)
         if images.ndim == 5:
             images = images.flatten(0, 1)
         elif self.views > 1:
             images = images.repeat_interleave(self.views, dim=0)
-        if self.recipe.crops and not cropped:
-            height, width = images.shape[2:]
-            boxes = draw_boxes(self.recipe, len(images), height, width, generator)
-            images = apply_boxes(images, boxes, self.input_size[1])
-        else:
-            images = resize(to_floats(images), self.input_size[1])
-        apply_changes(images, draw_changes(self.recipe, len(images), generator))
+        count, _, height, width = images.shape
+        boxes = draw_boxes(self.recipe, count, height, width, generator) if self.recipe.crops and not cropped else None
+        changes = draw_changes(self.recipe, count, generator)
+        images = render(images, self.input_size[1], self.mean, self.std, boxes, changes)
         return images.view(-1, self.views, *images.shape[1:]) if self.views > 1 else images
 
     def _mix(self, images: Tensor, labels: Tensor) -> Batch:

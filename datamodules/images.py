@@ -178,8 +178,10 @@ def read_image(path: str, size: int, boxes: Callable[[int, int], list[list[float
         raise ValueError(f"cannot read {path} as an image: {error}; mend or remove the file") from error
     x, y = pixels.width / width, pixels.height / height
     corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
-    views = [np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner)) for corner in corners]
-    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+    views = np.empty((len(corners), 3, size, size), np.uint8)
+    for view, corner in zip(views, corners, strict=True):
+        view[:] = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner)).transpose(2, 0, 1)
+    return torch.from_numpy(views)
 
 
 def _centre(height: int, width: int, size: int) -> list[list[float]]:
@@ -190,6 +192,9 @@ def _centre(height: int, width: int, size: int) -> list[list[float]]:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":  # convert() would copy it
+        image.load()
+        return image
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .transforms import blur, crop_resize, greyscale, jitter, on_some, resize, solarise
-from .trivial import TrivialDraw, apply_trivial, draw_trivial
+from .trivial import apply_trivial, draw_trivial
 
 # Tries at a crop that fits into the image, as in torchvision.
 _CROP_TRIES = 10
 # Float pixels that are worked on at a time on a CPU: they stay in its cache.
-_CPU_PIXELS = 2**18
+_CPU_PIXELS = 2**20
 # Below this side SimCLR leaves the blur out (appendix B.9).
 _BLUR_SIDE = 64
 
@@ -125,7 +125,8 @@ class Changes(NamedTuple):
     """What is done to each of ``N`` images: bools and floats ``(N,)``, ``order`` and ``factors`` ``(N, 4)``."""
 
     flip: Tensor
-    trivial: TrivialDraw
+    trivial: Tensor
+    trivial_strength: Tensor
     jitter: Tensor
     order: Tensor
     factors: Tensor
@@ -141,21 +142,17 @@ def draw_boxes(recipe: Recipe, count: int, height: int, width: int, generator: t
     Area and the logarithm of the aspect are uniform; of ten tries the first that fits is taken, and if none does, the
     largest box about the centre whose aspect is allowed. This is the rule of torchvision's ``RandomResizedCrop``.
     """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * (high - low) + low
-
-    limit = math.log(recipe.max_aspect)
-    area = height * width * uniform(recipe.min_area, 1, count, _CROP_TRIES)
-    aspect = uniform(-limit, limit, count, _CROP_TRIES).exp_()
+    drawn = torch.rand(count, 2 * _CROP_TRIES + 2, generator=generator)
+    area = (recipe.min_area + (1 - recipe.min_area) * drawn[:, :_CROP_TRIES]) * (height * width)
+    aspect = ((2 * drawn[:, _CROP_TRIES:-2] - 1) * math.log(recipe.max_aspect)).exp_()
     widths, heights = (area * aspect).sqrt_().round_(), (area / aspect).sqrt_().round_()
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
-    box_width, box_height = widths.gather(1, first).squeeze(1), heights.gather(1, first).squeeze(1)
-    top = ((height - box_height + 1) * uniform(0, 1, count)).floor_()
-    left = ((width - box_width + 1) * uniform(0, 1, count)).floor_()
-    boxes = torch.stack([top, left, box_height, box_width], dim=1)
-    boxes[~fits.any(1)] = torch.tensor(_central_box(recipe, height, width))
+    sides = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
+    corners = ((torch.tensor([height, width]) - sides + 1) * drawn[:, -2:]).floor_()
+    boxes = torch.cat([corners, sides], dim=1)
+    if not (some := fits.any(1)).all():
+        boxes[~some] = torch.tensor(_central_box(recipe, height, width))
     return boxes
 
 
@@ -176,9 +173,11 @@ def draw_changes(recipe: Recipe, count: int, generator: torch.Generator) -> Chan
     factors = torch.rand(count, 4, generator=generator)
     factors[:, :3] = low + factors[:, :3] * (1 + amounts - low)
     factors[:, 3] = (2 * factors[:, 3] - 1) * recipe.hue
+    trivial, trivial_strength = draw_trivial(count, recipe.trivial, generator)
     return Changes(
         flip=happens(recipe.flip),
-        trivial=draw_trivial(count, recipe.trivial, generator),
+        trivial=trivial,
+        trivial_strength=trivial_strength,
         jitter=happens(recipe.jitter),
         order=torch.rand(count, 4, generator=generator).argsort(1),
         factors=factors,
@@ -189,28 +188,48 @@ def draw_changes(recipe: Recipe, count: int, generator: torch.Generator) -> Chan
     )
 
 
-def apply_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop uint8 images ``(N, C, H, W)`` to their boxes and bring them to floats in 0..1, ``(N, C, S, S)``.
+def render(
+    images: Tensor, size: int, mean: Tensor, std: Tensor, boxes: Tensor | None = None, changes: Changes | None = None
+) -> Tensor:
+    """uint8 images as a model gets them: cropped or resized, changed, normalised. On a CPU a few are made at a time.
 
-    Where ``S`` is smaller than the images, the crops are made at the images' size and then shrunk with antialiasing.
+    Args:
+        images: Images, ``(N, C, H, W)``.
+        size: Side ``S``.
+        mean: Mean of each channel, for pixels in 0..1, ``(C,)``.
+        std: Standard deviation of each channel, for pixels in 0..1, ``(C,)``.
+        boxes: Crops, ``(N, 4)``; None is all of each image.
+        changes: Changes; None is none.
+
+    Returns:
+        Floats, ``(N, C, S, S)``.
     """
-    side = max(size, *images.shape[2:])
-    step = max(1, _CPU_PIXELS // (images.shape[1] * side**2)) if images.device.type == "cpu" else len(images)
-    parts = zip(torch.split(images, step), torch.split(boxes, step), strict=True)
-    return torch.cat([resize(crop_resize(to_floats(part), some, side), size) for part, some in parts])
+    count, channels = images.shape[:2]
+    mean, std = (v.to(images.device, non_blocking=True).view(-1, 1, 1) for v in (mean, std))
+    rendered = torch.empty(count, channels, size, size, device=images.device)
+    few = max(1, _CPU_PIXELS // (channels * size**2))
+    step = few if images.device.type == "cpu" else max(1, count)
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        some = images[part].to(torch.float32).div_(255)
+        some = resize(some, size) if boxes is None else _cropped(some, boxes[part], size)
+        if changes is not None:
+            apply_changes(some, Changes(*(values[part] for values in changes)))
+        torch.div(some.sub_(mean), std, out=rendered[part])
+    return rendered
+
+
+def _cropped(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of ``(S, S)``; where the images are larger, made at their size and shrunk with antialiasing."""
+    return resize(crop_resize(images, boxes, max(size, *images.shape[2:])), size)
 
 
 def apply_changes(images: Tensor, changes: Changes) -> None:
     """Make the changes, in the order of `Recipe`, on float images ``(N, C, S, S)`` in 0..1, where they lie."""
     kernel_size = max(3, images.shape[2] // 10 | 1)
     on_some(images, changes.flip, lambda some, _: some.flip(3))
-    apply_trivial(images, changes.trivial)
+    apply_trivial(images, changes.trivial, changes.trivial_strength)
     jitter(images, changes.jitter, changes.order, changes.factors)
     on_some(images, changes.grey, lambda some, _: greyscale(some).expand_as(some))
     on_some(images, changes.blur, lambda some, index: blur(some, changes.sigma[index], kernel_size))
     on_some(images, changes.solarise, lambda some, _: solarise(some, torch.full((len(some),), 0.5)))
-
-
-def to_floats(images: Tensor) -> Tensor:
-    """Pixels 0..255 as floats in 0..1."""
-    return images.to(torch.float32).div_(255)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,29 +22,26 @@ _STEPS = 31
 _Change = Callable[[Tensor, Tensor], Tensor]
 
 
-class TrivialDraw(NamedTuple):
-    """What is done to each image: ``change`` is an index into `CHANGES` or -1, ``strength`` its m; both ``(N,)``."""
+def draw_trivial(count: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a change for each of ``count`` images, with equal chances, and one of 31 equal steps of its strength.
 
-    change: Tensor
-    strength: Tensor
-
-
-def draw_trivial(count: int, probability: float, generator: torch.Generator) -> TrivialDraw:
-    """Draw a change for each of ``count`` images, with equal chances, and one of 31 equal steps of its strength."""
+    Returns:
+        Index into `CHANGES`, -1 where there is no change, and strength m; both ``(N,)``.
+    """
     change = torch.randint(len(CHANGES), (count,), generator=generator)
     step = torch.randint(_STEPS, (count,), generator=generator) / (_STEPS - 1)
     sign = 2.0 * torch.randint(2, (count,), generator=generator) - 1
     low, high, signed = torch.tensor([ranges for _, ranges in CHANGES.values()])[change].unbind(1)
     strength = (low + step * (high - low)) * torch.where(signed > 0, sign, 1.0)
     spared = torch.rand(count, generator=generator) >= probability
-    return TrivialDraw(change.masked_fill_(spared, -1), strength)
+    return change.masked_fill_(spared, -1), strength
 
 
-def apply_trivial(images: Tensor, draw: TrivialDraw) -> None:
-    """Change float images ``(N, C, H, W)`` in 0..1 where they lie."""
-    for number, (change, _) in enumerate(CHANGES.values()):
-        if change is not None:
-            on_some(images, draw.change == number, partial(_changed, change, draw.strength))
+def apply_trivial(images: Tensor, change: Tensor, strength: Tensor) -> None:
+    """Make the drawn changes on float images ``(N, C, H, W)`` in 0..1, where they lie."""
+    for number, (function, _) in enumerate(CHANGES.values()):
+        if function is not None:
+            on_some(images, change == number, partial(_changed, function, strength))
 
 
 def _changed(change: _Change, strength: Tensor, images: Tensor, index: Tensor) -> Tensor:

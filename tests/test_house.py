@@ -31,7 +31,7 @@ IMPORTS = {
     "callbacks.features": {"layers"},
     "callbacks.tracker": {"layers", "metrics", ".features"},
     "datamodules": {".base", ".digits", ".files", ".recipes", ".vision"},
-    "datamodules.base": {".images", ".recipes", ".splits", ".transforms"},
+    "datamodules.base": {".images", ".recipes", ".splits"},
     "datamodules.digits": {".base", ".images", ".recipes", ".splits"},
     "datamodules.files": {".base", ".images", ".splits"},
     "datamodules.images": {".recipes"},

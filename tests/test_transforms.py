@@ -12,15 +12,7 @@ from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as tv
 
 from ncfinetune.datamodules import transforms as ours
-from ncfinetune.datamodules.recipes import (
-    RECIPES,
-    Recipe,
-    apply_boxes,
-    apply_changes,
-    draw_boxes,
-    draw_changes,
-    recipe_for,
-)
+from ncfinetune.datamodules.recipes import RECIPES, Recipe, apply_changes, draw_boxes, draw_changes, recipe_for, render
 from ncfinetune.datamodules.trivial import CHANGES, apply_trivial, draw_trivial
 
 COUNT = 4000
@@ -47,7 +39,8 @@ def test_crops_that_shrink_are_antialiased() -> None:
     boxes = torch.tensor([2, 4, 30, 36]).expand(300, 4)
     whole = _each(images / 255, lambda x, _: tv.resized_crop(x, 2, 4, 30, 36, [40, 40], antialias=True))
     expected = tv.resize(whole, [16, 16], antialias=True)
-    torch.testing.assert_close(apply_boxes(images, boxes, 16), expected, atol=1e-5, rtol=0)
+    found = render(images, 16, torch.zeros(3), torch.ones(3), boxes)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -135,23 +128,24 @@ TRIVIAL = {
 def test_changes_of_trivialaugment_are_torchvisions(name: str) -> None:
     images = torch.randint(20, 230, (12, 3, 36, 41), dtype=torch.uint8)
     images[0] = 7  # of a single value
-    draw = draw_trivial(COUNT, 1.0, _generator())
-    strengths = draw.strength[draw.change == list(CHANGES).index(name)][:12]
+    change, strength = draw_trivial(COUNT, 1.0, _generator())
+    number = list(CHANGES).index(name)
+    strengths = strength[change == number][:12]
     expected = _each(images, lambda x, i: TRIVIAL[name](x, strengths[i].item()))
     floats = images / 255
-    apply_trivial(floats, type(draw)(torch.full((12,), list(CHANGES).index(name)), strengths))
+    apply_trivial(floats, torch.full((12,), number), strengths)
     # torchvision rounds down once or twice, and the nearest of two equally near pixels is a matter of rounding too.
     apart = (floats * 255 - expected).abs() > 2.01
     assert apart.float().mean() < 0.003
 
 
 def test_trivialaugment_draws_torchvisions_space() -> None:
-    draw = draw_trivial(20 * COUNT, 1.0, _generator())
-    assert chisquare(torch.bincount(draw.change, minlength=14)).pvalue > 1e-3
-    rotation = draw.strength[draw.change == list(CHANGES).index("rotate")]
+    change, strength = draw_trivial(20 * COUNT, 1.0, _generator())
+    assert chisquare(torch.bincount(change, minlength=14)).pvalue > 1e-3
+    rotation = strength[change == list(CHANGES).index("rotate")]
     assert len(rotation.unique()) == 61
     assert (rotation.min().item(), rotation.max().item()) == (-135, 135)
-    bits = draw.strength[draw.change == list(CHANGES).index("posterise")].round()
+    bits = strength[change == list(CHANGES).index("posterise")].round()
     expected = (8 - torch.arange(31) / (30 / 6)).round().int().bincount(minlength=9).double()
     assert chisquare(bits.int().bincount(minlength=9)[2:], expected[2:] * (len(bits) / 31)).pvalue > 1e-3
 
@@ -159,7 +153,7 @@ def test_trivialaugment_draws_torchvisions_space() -> None:
 def test_trivialaugment_spares_images_with_its_probability() -> None:
     images = torch.rand(COUNT, 1, 8, 8)
     before = images.clone()
-    apply_trivial(images, draw_trivial(COUNT, 0.0, _generator()))
+    apply_trivial(images, *draw_trivial(COUNT, 0.0, _generator()))
     assert torch.equal(images, before)
 
 
