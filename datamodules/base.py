@@ -24,6 +24,7 @@ from .splits import describe_counts, split_indices, take_fraction, take_shots
 
 # Fixed, so that no choice a user makes can move an image from one part to another.
 SPLIT_SEED = 0
+_PARTS = ("train", "val", "test")
 _VAL_FRACTION = 0.1
 _MOST_WORKERS = 8
 
@@ -185,7 +186,7 @@ class ImageDataModule(LightningDataModule, ABC):
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
         parts["train"] = self._few_labels(parts["train"])
-        return self._held({name: part for name, part in parts.items() if len(part.chosen)})
+        return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name].chosen)})
 
     def _few_labels(self, train: Labelled) -> Labelled:
         labels = train.own_labels

@@ -400,6 +400,27 @@ def test_files_are_decoded_and_labelled(folder: Path) -> None:
     assert torch.equal(images, _stored(_folder(folder, in_memory=True), "train")[0])
 
 
+def test_workers_are_chosen_by_where_images_lie_and_what_the_machine_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)), raising=False)
+    made = {
+        "memory": Digits([1, 2]),
+        "files": _folder(folder, num_workers=None),
+        "given": Digits([1, 2], num_workers=3),
+    }
+    loaders = {}
+    for name, data in made.items():
+        data.setup("fit")
+        loaders[name] = data.train_dataloader()
+    assert {name: loader.num_workers for name, loader in loaders.items()} == {"memory": 0, "files": 8, "given": 3}
+    assert [loader.persistent_workers for loader in loaders.values()] == [False, True, True]
+    assert not any(loader.pin_memory for loader in loaders.values())
+    made["files"].trainer = _trainer(strategy="ddp_fork", devices=2)
+    monkeypatch.setattr(pl.Trainer, "world_size", 1)
+    assert made["files"].train_dataloader().num_workers == 6
+
+
 def test_counts_of_the_classes_are_logged(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
     with caplog.at_level("INFO"):
         _folder(folder, shots=2).setup("fit")
@@ -434,7 +455,7 @@ def _part_without_images() -> None:
         (lambda: Digits(device_cache=True, num_workers=2), "expected num_workers of 0 with device_cache, got 2"),
         (lambda: Digits(mean=[0.1, 0.2]), r"expected mean of 1 numbers, got \[0.1, 0.2\]"),
         (lambda: Digits(std=[0.0]), r"expected std of 1 positive numbers, got \[0.0\]"),
-        (_part_without_images, "Digits has no val images, only test, train"),
+        (_part_without_images, "Digits has no val images, only train, test"),
     ],
 )
 def test_arguments_that_cannot_be(make: Callable[[], Any], message: str) -> None:

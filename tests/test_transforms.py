@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as tv
 
+from ncfinetune.datamodules import recipes
 from ncfinetune.datamodules import transforms as ours
 from ncfinetune.datamodules.recipes import RECIPES, Recipe, apply_changes, draw_boxes, draw_changes, recipe_for, render
 from ncfinetune.datamodules.trivial import CHANGES, apply_trivial, draw_trivial
@@ -250,3 +251,17 @@ def test_recipes_that_cannot_be(make: Callable[[], Recipe], message: str) -> Non
 def test_no_box_that_fits_gives_the_central_one() -> None:
     boxes = draw_boxes(Recipe(min_area=0.99, max_aspect=4 / 3), 3, 30, 90, _generator())
     assert boxes.tolist() == [[0, 25, 30, 40]] * 3
+
+
+def test_images_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (23, 3, 16, 16), dtype=torch.uint8)
+    recipe = Recipe(**{**RECIPES["simclr"].__dict__, "trivial": 0.5})
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    boxes, changes = draw_boxes(recipe, 23, 16, 16, _generator()), draw_changes(recipe, 23, _generator())
+    before = images.clone()
+    whole = render(images, 16, mean, std, boxes, changes)
+    monkeypatch.setattr(recipes, "_CPU_PIXELS", 5 * 3 * 16 * 16)
+    torch.testing.assert_close(render(images, 16, mean, std, boxes, changes), whole)
+    assert torch.equal(images, before)
+    plain = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(render(images, 16, mean, std), plain)
