@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC
 from collections import Counter
 from pathlib import Path
@@ -123,7 +124,7 @@ def _check_same_classes(names: dict[str, list[str]]) -> None:
 def _read_folder(folder: Path, class_names: list[str], skip_broken: bool) -> Labelled:
     numbers = {name: label for label, name in enumerate(class_names)}
     found = datasets.DatasetFolder.make_dataset(
-        str(folder), numbers, is_valid_file=lambda path: not Path(path).name.startswith(".")
+        str(folder), numbers, is_valid_file=lambda path: not os.path.basename(path).startswith(".")
     )
     paths = [path for path, _ in found]
     if skip_broken:

@@ -3,8 +3,8 @@
 torchvision's pipeline is what lightly and solo-learn put around each image. Both sides get the same images and batches,
 make the same recipe and normalised float tensors, in turn; the ratio is taken pair by pair. Without workers that is one
 process on one thread, and seconds are those that it had the processor; with workers they are the clock's. The images
-are patches of the photographs that come with scikit-learn. Memory is what a fresh process grows by when it sets up a CIFAR-10 of 60,000 images of noise and
-goes through the training images once.
+are patches of the photographs that come with scikit-learn. Memory is what a fresh process grows by when it sets up a
+CIFAR-10 of 60,000 images of noise and goes through the training images once.
 
     python experiments/benchmarks/augmentation.py [--repeats 5] [--out experiments/results/augmentation.md]
 """
@@ -139,32 +139,37 @@ def small_cases() -> Iterator[Case]:
     yield Case("the same with TrivialAugment", SMALL_COUNT, lambda: through(trivial), lambda: drain(chosen), "")
 
 
-def large_cases(root: Path) -> Iterator[Case]:
-    for i, array in enumerate(patches(LARGE_COUNT, *PHOTOGRAPH)):
+def write_photographs(root: Path, count: int, width: int, height: int) -> None:
+    for i, array in enumerate(patches(count, *PHOTOGRAPH)):
         folder = root / "train" / str(i % 2)
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(folder / f"{i}.jpg", quality=90)
+        Image.fromarray(array).resize((width, height)).save(folder / f"{i}.jpg", quality=90)
+
+
+def file_case(root: Path, count: int, kind: str, workers: int) -> Case:
+    files = training(ImageFolder(str(root), num_workers=workers, batch_size=32, val_fraction=0))
+    mine = files.train_dataloader()
+    images = torchvision.datasets.ImageFolder(str(root / "train"), pipeline(LARGE))
+    theirs = DataLoader(images, 32, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    name = f"crop and flip to 224x224 of JPEG files {kind}, {workers} workers"
+    return Case(name, count, lambda: through(files, mine), lambda: drain(theirs), "1", workers)
+
+
+def large_cases(root: Path) -> Iterator[Case]:
+    width, height = PHOTOGRAPH
+    write_photographs(root / "usual", LARGE_COUNT, width, height)
     for workers in (0, 2):
-        options: dict[str, Any] = {"num_workers": workers, "batch_size": 32, "val_fraction": 0}
-        files = training(ImageFolder(str(root), **options))
-        mine = files.train_dataloader()
-        theirs = DataLoader(
-            torchvision.datasets.ImageFolder(str(root / "train"), pipeline(LARGE)),
-            32,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-        name = f"crop and flip to 224x224 of JPEG files, {workers} workers"
-        yield Case(name, LARGE_COUNT, lambda d=files, m=mine: through(d, m), lambda t=theirs: drain(t), "1", workers)
-    options = {"num_workers": 0, "batch_size": 32, "val_fraction": 0}
-    views = training(ImageFolder(str(root), augmentation="simclr", strength=0.5, views=2, **options))
+        yield file_case(root / "usual", LARGE_COUNT, f"{width}x{height}", workers)
+    write_photographs(root / "large", 32, 4 * width, 4 * height)
+    yield file_case(root / "large", 32, f"{4 * width}x{4 * height}", 0)
+    options: dict[str, Any] = {"num_workers": 0, "batch_size": 32, "val_fraction": 0}
+    views = training(ImageFolder(str(root / "usual"), augmentation="simclr", strength=0.5, views=2, **options))
     blur = pil.RandomApply([pil.GaussianBlur(23, (0.1, 2.0))], p=0.5)
     chain = pipeline(LARGE, *COLOUR, blur)
-    pair = DataLoader(torchvision.datasets.ImageFolder(str(root / "train"), lambda x: [chain(x), chain(x)]), 32)
-    yield Case(
-        "two SimCLR views with blur, 224x224, 0 workers", LARGE_COUNT, lambda: through(views), lambda: drain(pair), ""
-    )
+    pairs = torchvision.datasets.ImageFolder(str(root / "usual" / "train"), lambda x: [chain(x), chain(x)])
+    theirs = DataLoader(pairs, 32, shuffle=True)
+    name = "two SimCLR views with blur, 224x224, 0 workers"
+    yield Case(name, LARGE_COUNT, lambda: through(views), lambda: drain(theirs), "")
 
 
 def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
