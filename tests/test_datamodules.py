@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
 from ncfinetune.datamodules.images import EpochSampler
 
@@ -233,6 +234,31 @@ def test_mixed_labels_are_shares_in_training_alone(mix: dict[str, float]) -> Non
     torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
     assert ((shares > 0.05).sum(1) == 2).any()
     assert model.labels("val").dtype == torch.int64
+
+
+class Frozen(Recorder):
+    """A classifier that does not learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.ReLU())
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0 * self(batch[0].flatten(0, 1)).sum()
+
+
+def test_collapse_is_measured_on_plain_training_images() -> None:
+    found = []
+    for arguments in ({}, {"augmentation": "simclr", "views": 2}):
+        torch.manual_seed(0)
+        trainer = _trainer(callbacks=[NeuralCollapseTracker()], limit_val_batches=0)
+        trainer.fit(Frozen(), Digits([1, 2, 3], **arguments))
+        found.append(trainer.callback_metrics["nc1/train/penultimate"].item())
+    assert found[0] == found[1]
 
 
 def _epochs(data: ImageDataModule, seed: int = 0, **arguments: Any) -> list[Tensor]:
