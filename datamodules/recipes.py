@@ -29,7 +29,7 @@ class Recipe:
 
     Args:
         min_area: Least share of the image's area that a random crop keeps; 1 is no crop.
-        max_aspect: Most that a crop is wider or higher than the image's shape asks for, as a ratio of sides.
+        max_aspect: Greatest ratio of a random crop's longer side to its shorter one.
         flip: Probability of mirroring left and right.
         trivial: Probability of one change drawn by TrivialAugment (Mueller and Hutter 2021, wide space).
         jitter: Probability of the four changes of colour that follow, in random order.
