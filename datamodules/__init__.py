@@ -2,5 +2,28 @@
 
 from .base import ImageDataModule as ImageDataModule
 from .digits import Digits as Digits
+from .files import ImageFolder as ImageFolder
+from .recipes import Recipe as Recipe
+from .vision import CIFAR10 as CIFAR10
+from .vision import CIFAR100 as CIFAR100
+from .vision import DTD as DTD
+from .vision import Aircraft as Aircraft
+from .vision import Flowers102 as Flowers102
+from .vision import Food101 as Food101
+from .vision import Pets as Pets
+from .vision import StanfordCars as StanfordCars
 
-__all__ = ["Digits", "ImageDataModule"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "DTD",
+    "Aircraft",
+    "Digits",
+    "Flowers102",
+    "Food101",
+    "ImageDataModule",
+    "ImageFolder",
+    "Pets",
+    "Recipe",
+    "StanfordCars",
+]

@@ -1,150 +1,319 @@
-"""What every datamodule shares: stratified splits, few labels, loaders, normalisation of the batch.
+"""What every datamodule shares: parts, few labels, loaders, and what is done to a batch on its device.
 
-Legend: ``N`` images, ``C`` channels, ``H W`` height and width, ``K`` classes.
+Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S`` side of an image, ``K`` classes.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-Images = Dataset[tuple[Tensor, ...]]
+from .images import Batch, EpochSampler, FileImages, Labelled, TensorImages, mixed_seed
+from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
+from .splits import describe_counts, split_indices, take_fraction, take_shots
+
+# Fixed, so that no choice a user makes can move an image from one part to another.
+SPLIT_SEED = 0
+_PARTS = ("train", "val", "test")
+_VAL_FRACTION = 0.1
+_MOST_WORKERS = 8
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Labelled images as uint8 tensors, normalised batch by batch on whatever device the batch is on. Abstract.
+    """Labelled images, augmented and normalised batch by batch on whatever device the batch is on. Abstract.
 
-    Besides Lightning's loaders it offers `train_plain_dataloader`: the training images in a fixed order and as they are
-    evaluated, which is what neural collapse is measured on.
+    While a Trainer trains, its batches are augmented; in every other stage images are as `train_plain_dataloader` and
+    the evaluation loaders give them: resized if need be, and normalised. `train_plain_dataloader` has the training
+    images in a fixed order: it is what neural collapse is measured on. Among several processes each image is evaluated
+    once, and training shards are equally long.
 
     Args:
-        class_names: Names of the classes, in the order of their labels.
-        input_size: Shape ``(C, H, W)`` of an image.
-        mean: Mean of each channel, for pixels in 0..1.
-        std: Standard deviation of each channel, for pixels in 0..1.
-        batch_size: Images a batch.
-        num_workers: Worker processes a loader.
+        num_classes: Number of classes ``K``.
+        input_size: Shape ``(C, H, W)`` of an image as it is stored.
+        data_mean: Mean of the data's channels, for pixels in 0..1.
+        data_std: Standard deviation of the data's channels, for pixels in 0..1.
+        batch_size: Images a batch and process.
+        num_workers: Worker processes a loader; None is none for images in memory, and else the cores that this
+            process has to itself, up to 8.
+        shots: Training images a class, drawn with ``seed``; None is all of them. Fewer shots are among more.
+        fraction: Share of each class's training images, drawn with ``seed``, in (0, 1]; None is all of them.
+        seed: Which training images ``shots`` or ``fraction`` draws.
+        val_fraction: Share of each class's training images that is cut off for validation, always the same images.
+            None is the data set's own validation part, or 0.1 if it has none. A number joins an own validation part
+            to the training images first, so that 0 trains on all of them and validates on none.
+        augmentation: A recipe's name, or a Recipe. ``plain`` is none; ``standard`` a random resized crop and a flip;
+            ``trivial`` adds TrivialAugment; ``simclr`` adds SimCLR's changes of colour and, from 64 pixels on, blur.
+        strength: Strength of the recipe: 0 is no augmentation, 1 the published one.
+        views: Views ``V`` of each training image; more than one make batches ``(N, V, C, S, S)``.
+        mixup: Strength alpha of mixup (Zhang et al. 2018) in training; 0 is none. Labels become shares, ``(N, K)``.
+        cutmix: Strength alpha of CutMix (Yun et al. 2019); with mixup too, each batch gets one or the other.
+        image_size: Side ``S`` of the images in batches; None is that of the stored images.
+        normalize: ``data`` is the data's mean and standard deviation, ``backbone`` those that the model's timm network
+            was pre-trained with.
+        mean: Mean of each channel, for pixels in 0..1, in place of that of ``normalize``.
+        std: Standard deviation of each channel, for pixels in 0..1, in place of that of ``normalize``.
+        device_cache: Hold all images on the training device.
 
     Attributes:
-        num_classes: Number of classes ``K``.
+        class_names: Names of the classes in the order of their labels; the data set's own once it is set up.
+        input_size: Shape ``(C, S, S)`` of an image in a batch.
+
+    Raises:
+        ValueError: An argument is out of its range, or contradicts another.
     """
 
     def __init__(
         self,
-        class_names: Sequence[str],
+        num_classes: int,
         input_size: tuple[int, int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        batch_size: int,
-        num_workers: int,
+        data_mean: Sequence[float],
+        data_std: Sequence[float],
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        shots: int | None = None,
+        fraction: float | None = None,
+        seed: int = 0,
+        val_fraction: float | None = None,
+        augmentation: Augmentation = "standard",
+        strength: float = 1.0,
+        views: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        image_size: int | None = None,
+        normalize: Literal["data", "backbone"] = "data",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        device_cache: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
-        self.class_names = list(class_names)
-        self.num_classes = len(class_names)
-        self.input_size = input_size
-        self.mean = torch.tensor(mean)
-        self.std = torch.tensor(std)
+        _check_numbers(batch_size=batch_size, views=views, shots=shots, image_size=image_size)
+        _check_shares(fraction, val_fraction)
+        if shots is not None and fraction is not None:
+            raise ValueError(f"expected shots or fraction, got both: shots={shots}, fraction={fraction}")
+        if min(mixup, cutmix) < 0 or (views > 1 and max(mixup, cutmix) > 0):
+            raise ValueError(
+                f"expected mixup and cutmix of at least 0, and 0 with views={views} above 1, "
+                f"got mixup={mixup}, cutmix={cutmix}"
+            )
+        if device_cache and num_workers:
+            raise ValueError(f"expected num_workers of 0 with device_cache, got {num_workers}; leave num_workers out")
+        self.num_classes = num_classes
+        self.class_names = [str(label) for label in range(num_classes)]
+        size = image_size or input_size[1]
+        self.input_size = (input_size[0], size, size)
+        self.normalize = normalize
+        self.mean = _channels("mean", mean or data_mean, input_size[0])
+        self.std = _channels("std", std or data_std, input_size[0])
+        self._given = {"mean": mean, "std": std}
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self._splits: dict[str, Images] = {}
+        self.shots, self.fraction, self.seed = shots, fraction, seed
+        self.val_fraction = val_fraction
+        self.recipe = recipe_for(augmentation, strength, size)
+        self.views = views
+        self.device_cache = device_cache
+        self._mixers = _mixers(mixup, cutmix, num_classes)
+        self._parts: dict[str, Labelled] = {}
+        self._run_seed = 0
+        self._generator = torch.Generator()
+        self._epoch: int | None = None
 
     @abstractmethod
-    def splits(self) -> dict[str, Images]:
-        """The data sets ``train``, ``val`` and ``test`` of pairs (uint8 image ``(C, H, W)``, int64 label)."""
+    def parts(self) -> dict[str, Labelled]:
+        """The data set's own parts: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
+
+    def hold(self, part: Labelled) -> Labelled:
+        """The part as it is kept; where files could be decoded once, this is the place."""
+        return part
 
     def setup(self, stage: str) -> None:
-        """Read the splits, once."""
-        self._splits = self._splits or self.splits()
+        """Read the parts, once, and log how many images of a class they have."""
+        if not self._parts:
+            self._parts = self._read()
+            counts = (f"{name} {describe_counts(p.own_labels, self.num_classes)}" for name, p in self._parts.items())
+            rank_zero_info(f"{type(self).__name__} images: {', '.join(counts)}")
+        if self.normalize == "backbone":
+            self._normalize_as_pretrained()
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in random order."""
-        return self._loader("train", shuffle=True)
+        return self._loader("train", training=True)
 
-    def train_plain_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def train_plain_dataloader(self) -> DataLoader[Batch]:
         """Training images in a fixed order."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Validation images."""
-        return self._loader("val")
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Validation images; an empty list if there are none."""
+        return self._loader("val") if "val" in self._parts else []
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Test images."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Test images."""
         return self._loader("test")
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Bring uint8 pixels to mean 0 and standard deviation 1."""
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Make uint8 images ready for the model: augmented in training, then normalised."""
         images, labels = batch
-        mean, std = (v.to(images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std, labels
+        trainer: Any = self.trainer
+        training = trainer is not None and trainer.training
+        images = self._augment(images) if training else render(images, self.input_size[1], self.mean, self.std)
+        if training and self._mixers:
+            images, labels = self._mix(images, labels)
+        return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+    def _read(self) -> dict[str, Labelled]:
+        parts = self.parts()
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"expected {self.num_classes} classes, got {len(self.class_names)}; is the data complete?")
+        if self.val_fraction is not None and "val" in parts:
+            parts["train"] = parts["train"].join(parts.pop("val"))
+        if "val" not in parts:
+            share = _VAL_FRACTION if self.val_fraction is None else self.val_fraction
+            cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
+            parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
+        parts["train"] = self._few_labels(parts["train"])
+        return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name].chosen)})
+
+    def _few_labels(self, train: Labelled) -> Labelled:
+        labels = train.own_labels
+        if self.shots is not None:
+            return train.take(take_shots(labels, self.shots, self.seed, self.class_names))
+        if self.fraction is not None:
+            return train.take(take_fraction(labels, self.fraction, self.seed))
+        return train
+
+    def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
+        held = {name: self.hold(part) for name, part in parts.items()}
+        if not self.device_cache:
+            return held
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
+        return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
+
+    def _normalize_as_pretrained(self) -> None:
+        """Take mean and std of the first timm network in the model."""
+        model: Any = getattr(self.trainer, "lightning_module", None)
+        networks = model.modules() if model is not None else ()
+        config = next((net.pretrained_cfg for net in networks if hasattr(net, "pretrained_cfg")), None)
+        if config is None:
+            raise ValueError("normalize=backbone needs a model with a timm network; give mean and std")
+        for name in ("mean", "std"):
+            setattr(self, name, _channels(name, self._given[name] or config[name], self.input_size[0]))
+
+    def _loader(self, name: str, training: bool = False) -> DataLoader[Batch]:
+        if name not in self._parts:
+            raise ValueError(f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}")
+        trainer: Any = self.trainer
+        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if training:
+            seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
+            self._run_seed, self._epoch = mixed_seed(seed), None
+        dataset = self._dataset(self._parts[name], training)
+        if len(dataset) < world_size:
+            raise ValueError(f"expected at least one {name} image a process, got {len(dataset)} for {world_size}")
+        sampler: Any = None
+        if training:
+            sampler = EpochSampler(dataset, world_size, rank, self._run_seed)
+        elif world_size > 1:
+            sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
+        in_memory = isinstance(dataset, TensorImages)
+        workers = self.num_workers if self.num_workers is not None else 0 if in_memory else _free_cores(trainer)
+        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            self._splits[split],
+            dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=on_gpu and not self.device_cache,
+            # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
+            drop_last=training and self.batch_size > 1 and len(sampler) % self.batch_size == 1,
+            persistent_workers=workers > 0,
+            # Its own, so that the workers' seeds take no number from the stream that the model draws from.
+            generator=torch.Generator(),
         )
 
+    def _dataset(self, part: Labelled, training: bool) -> TensorImages | FileImages:
+        if isinstance(part.images, Tensor):
+            return TensorImages(part)
+        if training and self.recipe.crops:
+            return FileImages(part, self.input_size[1], self.recipe, self.views, self._run_seed)
+        return FileImages(part, self.input_size[1])
 
-def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Stratified split of ``0..N-1``: each named part gets its fraction of every class, ``train`` what is left.
+    def _augment(self, images: Tensor) -> Tensor:
+        """uint8 images augmented and normalised: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views."""
+        generator = self._random()
+        cropped = self.recipe.crops and not isinstance(self._parts["train"].images, Tensor)
+        if images.ndim == 5:
+            images = images.flatten(0, 1)
+        elif self.views > 1:
+            images = images.repeat_interleave(self.views, dim=0)
+        count, _, height, width = images.shape
+        boxes = draw_boxes(self.recipe, count, height, width, generator) if self.recipe.crops and not cropped else None
+        changes = draw_changes(self.recipe, count, generator)
+        images = render(images, self.input_size[1], self.mean, self.std, boxes, changes)
+        return images.view(-1, self.views, *images.shape[1:]) if self.views > 1 else images
 
-    Args:
-        labels: Labels, ``(N,)``.
-        fractions: Share of each part but ``train``.
-        seed: Seed of the shuffling within classes.
+    def _mix(self, images: Tensor, labels: Tensor) -> Batch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=self._random())))
+            mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
+            return mixer(images, labels)
 
-    Returns:
-        ``{part: sorted indices}``, disjoint, together all of ``0..N-1``.
-    """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    for members in _shuffled_classes(labels, seed):
-        ends = np.cumsum([round(share * len(members)) for share in fractions.values()])
-        for name, part in zip(parts, np.split(members, ends), strict=True):
-            parts[name].append(part)
-    return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
-
-
-def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
-    """Indices of ``shots`` images of every class; those of fewer shots are among those of more.
-
-    Args:
-        labels: Labels, ``(N,)``.
-        shots: Images a class.
-        seed: Seed of the choice.
-        class_names: Names of the classes, for the error.
-
-    Raises:
-        ValueError: ``shots`` is below 1, or above what a class has.
-    """
-    if shots < 1:
-        raise ValueError(f"expected shots of at least 1 image a class, got {shots}")
-    classes = _shuffled_classes(labels, seed)
-    for name, members in zip(class_names, classes, strict=True):
-        if len(members) < shots:
-            raise ValueError(f"expected shots of at most {len(members)}, which is all of class {name!r}, got {shots}")
-    return np.sort(np.concatenate([members[:shots] for members in classes]))
+    def _random(self) -> torch.Generator:
+        """Of this process and epoch, so that a run that is resumed after an epoch goes on as it would have."""
+        trainer: Any = self.trainer
+        if trainer.current_epoch != self._epoch:
+            self._epoch = trainer.current_epoch
+            self._generator.manual_seed(mixed_seed(self._run_seed, self._epoch, trainer.global_rank))
+        return self._generator
 
 
-def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
-def tensor_dataset(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
-    """A data set of uint8 images ``(N, C, H, W)`` and int64 labels ``(N,)`` held in memory."""
-    return TensorDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+def _mixers(mixup: float, cutmix: float, num_classes: int) -> list[Any]:
+    mixers = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    return [mixer(alpha=alpha, num_classes=num_classes) for mixer, alpha in mixers if alpha > 0]
+
+
+def _free_cores(trainer: Any) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_WORKERS, cores // max(1, getattr(trainer, "num_devices", 1)))
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"expected {name} of at least 1, got {number}")
+
+
+def _check_shares(fraction: float | None, val_fraction: float | None) -> None:
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"expected fraction in (0, 1], got {fraction}")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}")
+
+
+def _channels(name: str, values: Sequence[float], channels: int) -> Tensor:
+    """Values of the channels; one channel gets the mean of three."""
+    if channels == 1 and len(values) == 3:
+        values = [sum(values) / 3]
+    if len(values) != channels or (name == "std" and min(values) <= 0):
+        raise ValueError(f"expected {name} of {channels} {'positive ' * (name == 'std')}numbers, got {list(values)}")
+    return torch.tensor(values, dtype=torch.float32)

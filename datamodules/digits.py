@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 
-from .base import ImageDataModule, Images, split_indices, take_shots, tensor_dataset
+from .base import SPLIT_SEED, ImageDataModule
+from .images import Labelled
+from .recipes import Augmentation
+from .splits import split_indices
 
-# Fixed, so that no choice of images a user makes can move an image from the test part to the training part.
-_SPLIT_SEED = 0
 _PARTS = {"test": 0.3, "val": 0.1}
 
 
@@ -21,47 +24,35 @@ class Digits(ImageDataModule):
 
     Args:
         classes: Digits to keep; they get the labels 0, 1, ... in this order. None is all ten.
-        shots: Training images a class, drawn with ``seed``; None is all of them.
-        seed: Which training images ``shots`` draws.
-        batch_size: Images a batch.
-        num_workers: Worker processes a loader.
+        augmentation: As for every data set, but none unless asked for: a mirrored digit is no digit.
 
     Raises:
-        ValueError: ``classes`` names no digit, one twice, or fewer than two; ``shots`` is not available.
+        ValueError: ``classes`` names no digit, one twice, or fewer than two.
     """
 
     def __init__(
-        self,
-        classes: Sequence[int] | None = None,
-        shots: int | None = None,
-        seed: int = 0,
-        batch_size: int = 64,
-        num_workers: int = 0,
+        self, classes: Sequence[int] | None = None, augmentation: Augmentation = "plain", **kwargs: Any
     ) -> None:
         self.classes = list(range(10)) if classes is None else list(classes)
         _check_classes(self.classes)
         super().__init__(
-            class_names=[str(digit) for digit in self.classes],
+            num_classes=len(self.classes),
             input_size=(1, 8, 8),
-            mean=[0.305],
-            std=[0.376],
-            batch_size=batch_size,
-            num_workers=num_workers,
+            data_mean=[0.305],
+            data_std=[0.376],
+            augmentation=augmentation,
+            **kwargs,
         )
-        self.shots = shots
-        self.seed = seed
+        self.class_names = [str(digit) for digit in self.classes]
 
-    def splits(self) -> dict[str, Images]:
-        """The three parts, the training part cut down to ``shots``."""
+    def parts(self) -> dict[str, Labelled]:
+        """The three parts."""
         images, digits = load_digits(return_X_y=True)
-        images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, *self.input_size)
+        images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         kept = np.flatnonzero(np.isin(digits, self.classes))
-        images, labels = images[kept], np.array([self.classes.index(digit) for digit in digits[kept]])
-        parts = split_indices(labels, _PARTS, _SPLIT_SEED)
-        if self.shots is not None:
-            train = parts["train"]
-            parts["train"] = train[take_shots(labels[train], self.shots, self.seed, self.class_names)]
-        return {name: tensor_dataset(images[part], labels[part]) for name, part in parts.items()}
+        labels = np.array([self.classes.index(digit) for digit in digits[kept]])
+        everything = Labelled.all(torch.from_numpy(images[kept]), labels)
+        return {name: everything.take(part) for name, part in split_indices(labels, _PARTS, SPLIT_SEED).items()}
 
 
 def _check_classes(classes: list[int]) -> None:

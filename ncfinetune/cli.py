@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -141,14 +142,21 @@ def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> 
 def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
     path, option = found
     module, name = path.rsplit(".", 1)
-    parameters = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    parameters = _parameters(getattr(importlib.import_module(module), name))
     return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
 
 
 def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
     own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
-    parameters = sorted({name for c in own for name in inspect.signature(c).parameters})
+    parameters = sorted({name for c in own for name in _parameters(c)})
     return f"no option {option!r}; {_known(option, parameters, parameters)}"
+
+
+def _parameters(owner: Any) -> list[str]:
+    """Names of the arguments of a class, with those that it hands on to its bases, or of a function."""
+    if inspect.isclass(owner):
+        return ArgumentParser().add_class_arguments(owner, fail_untyped=False)
+    return list(inspect.signature(owner).parameters)
 
 
 def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:

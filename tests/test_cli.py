@@ -95,7 +95,7 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, Supervised; nearest: Supervised"),
-        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Digits; nearest: Digits"),
+        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Aircraft, "),
         ([*PIECES, "--model.backbon", "x"], "no option 'backbon'; expected one of"),
         (["--config", "misspelt.yaml"], "nearest: backbone"),
         ([*PIECES, "--trainer.max_epoch", "3"], "no option 'trainer.max_epoch'; expected one of trainer"),
@@ -105,6 +105,8 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
         ([*PIECES, "--trainer.max_epochs", "many"], "trainer.max_epochs"),
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
+        ([*PIECES, "--data.batchsize", "8"], "no option 'batchsize'"),
+        (["--config", "misspelt_data.yaml"], "nearest: shots"),
         ([*PIECES, "--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.train", "layer9.0"], "no layer fits 'layer9.0'"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.checkpoint", "no.ckpt"], "no checkpoint 'no.ckpt'"),
@@ -112,6 +114,7 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("misspelt.yaml").write_text("model: {class_path: Supervised, init_args: {backbon: x}}\ndata: Digits\n")
+    Path("misspelt_data.yaml").write_text("data: {class_path: Digits, init_args: {shot: 2}}\n")
     assert message in _refusal(capsys, "fit", *QUIET, *words)
 
 

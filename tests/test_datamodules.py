@@ -1,74 +1,157 @@
+"""The datamodules' common ground, tried on the digits and on a folder of small images."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
 import numpy as np
 import pytest
+import timm
 import torch
+from image_files import number_of, write_image
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
-from ncfinetune.datamodules import Digits
-from ncfinetune.datamodules.base import split_indices, take_shots
+from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
+from ncfinetune.datamodules.images import EpochSampler
 
-
-def _images(data: Digits, split: str) -> torch.Tensor:
-    data.setup("fit")
-    return data._splits[split].tensors[0]
-
-
-def _labels(data: Digits, split: str) -> torch.Tensor:
-    data.setup("fit")
-    return data._splits[split].tensors[1]
+SUBTLE = Recipe(min_area=0.5, max_aspect=1.2, jitter=1.0, brightness=0.5)
 
 
-def test_parts_are_disjoint_stratified_and_together_everything() -> None:
-    labels = np.repeat([0, 1, 2], [100, 50, 10])
-    parts = split_indices(labels, {"test": 0.3, "val": 0.1}, seed=0)
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(160))
-    assert {name: np.bincount(labels[part]).tolist() for name, part in parts.items()} == {
-        "test": [30, 15, 3],
-        "val": [10, 5, 1],
-        "train": [60, 30, 6],
-    }
-    assert all(
-        np.array_equal(part, split_indices(labels, {"test": 0.3, "val": 0.1}, 0)[name]) for name, part in parts.items()
+class Recorder(pl.LightningModule):
+    """Keeps the batches that it is given, by stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.keep(f"train{self.current_epoch}", batch)
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.keep("sanity" if self.trainer.sanity_checking else "val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.keep("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[1]
+
+    def keep(self, name: str, batch: Any) -> None:
+        self.seen.setdefault(name, []).append((batch[0].clone(), batch[1].clone()))
+
+    def images(self, name: str) -> Tensor:
+        return torch.cat([images for images, _ in self.seen[name]])
+
+    def labels(self, name: str) -> Tensor:
+        return torch.cat([labels for _, labels in self.seen[name]])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _trainer(**arguments: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            **arguments,
+        }
     )
 
 
-def test_fewer_shots_are_among_more() -> None:
-    labels = np.repeat([0, 1], 30)
-    few, many = (set(take_shots(labels, shots, 1, ["a", "b"]).tolist()) for shots in (3, 10))
-    assert few < many
-    assert few != set(take_shots(labels, 3, 2, ["a", "b"]).tolist())
+def _fit(data: ImageDataModule, **arguments: Any) -> Recorder:
+    model = Recorder()
+    _trainer(**arguments).fit(model, data)
+    return model
 
 
-@pytest.mark.parametrize(
-    ("shots", "message"),
-    [(31, "expected shots of at most 30, which is all of class 'a', got 31"), (0, "expected shots of at least 1")],
-)
-def test_shots_that_are_not_there(shots: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        take_shots(np.repeat([0, 1], 30), shots, 0, ["a", "b"])
+@functools.cache
+def _digits() -> dict[bytes, int]:
+    images, digits = load_digits(return_X_y=True)
+    rounded = np.round(images * 255 / 16).astype(np.uint8)
+    return {image.tobytes(): digit for image, digit in zip(rounded, digits, strict=True)}
+
+
+def _stored(data: ImageDataModule, split: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a part as they are stored, in their order."""
+    data.setup("fit")
+    loader = {"train": data.train_plain_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 8 training images and 5 for validation, of several sizes."""
+    root = tmp_path_factory.mktemp("folder")
+    numbers = iter(range(216))
+    for part, count in (("train", 8), ("val", 5)):
+        for name in ("ant", "bee", "cow"):
+            for i in range(count):
+                write_image(root / part / name / f"{i}.png", next(numbers), (20 + i, 24 - i))
+    return root
+
+
+def _folder(root: Path, **arguments: Any) -> ImageFolder:
+    return ImageFolder(str(root), **{"image_size": 8, "num_workers": 0, "batch_size": 5, **arguments})
 
 
 def test_digits_are_scikit_learns_with_their_labels() -> None:
-    images, digits = load_digits(return_X_y=True)
-    known = {
-        image.tobytes(): digit
-        for image, digit in zip(np.round(images * 255 / 16).astype(np.uint8), digits, strict=True)
-    }
     data = Digits([7, 3])
     for split in ("train", "val", "test"):
-        for image, label in zip(_images(data, split), _labels(data, split), strict=True):
-            assert known[image.numpy().tobytes()] == data.classes[label]
+        for image, label in zip(*_stored(data, split), strict=True):
+            assert _digits()[image.numpy().tobytes()] == data.classes[label]
     assert data.class_names == ["7", "3"]
     assert data.num_classes == 2
 
 
 def test_test_images_do_not_depend_on_the_users_choices() -> None:
-    assert torch.equal(_images(Digits([5, 6]), "test"), _images(Digits([5, 6], shots=2, seed=7), "test"))
+    expected = _stored(Digits([5, 6]), "test")[0]
+    assert torch.equal(expected, _stored(Digits([5, 6], shots=2, seed=7), "test")[0])
+    assert torch.equal(expected, _stored(Digits([5, 6], fraction=0.1, val_fraction=0.5), "test")[0])
 
 
-def test_shots_cut_only_the_training_part() -> None:
+def test_few_labels_cut_only_the_training_part() -> None:
     data = Digits([5, 6, 7], shots=4)
-    assert torch.bincount(_labels(data, "train")).tolist() == [4, 4, 4]
-    assert torch.equal(_images(data, "val"), _images(Digits([5, 6, 7]), "val"))
+    assert torch.bincount(_stored(data, "train")[1]).tolist() == [4, 4, 4]
+    assert torch.equal(_stored(data, "val")[0], _stored(Digits([5, 6, 7]), "val")[0])
+    assert torch.bincount(_stored(Digits([5, 6, 7], fraction=0.5), "train")[1]).tolist() == [54, 54, 54]
+
+
+def test_few_labels_are_the_same_for_every_method_and_a_choice_of_the_seed() -> None:
+    first = _stored(Digits(shots=3, augmentation="simclr", views=2, batch_size=7), "train")[0]
+    assert torch.equal(first, _stored(Digits(shots=3), "train")[0])
+    assert not torch.equal(first, _stored(Digits(shots=3, seed=1), "train")[0])
+
+
+def test_a_validation_fraction_is_cut_from_train_and_own_validation_images() -> None:
+    whole, data = Digits([5, 6]), Digits([5, 6], val_fraction=0.25)
+    together = len(_stored(whole, "train")[0]) + len(_stored(whole, "val")[0])
+    train, val = _stored(data, "train")[0], _stored(data, "val")[0]
+    assert len(train) + len(val) == together
+    assert len(val) == pytest.approx(together / 4, abs=1)
+
+
+def test_no_validation_part_trains_on_everything_and_validates_on_nothing() -> None:
+    whole, data = Digits([5, 6]), Digits([5, 6], val_fraction=0)
+    with pytest.warns(UserWarning, match="Total length of `list` across ranks is zero"):
+        model = _fit(data)
+    assert len(model.labels("train0")) == len(_stored(whole, "train")[0]) + len(_stored(whole, "val")[0])
+    assert "val" not in model.seen
 
 
 def test_batches_are_normalised() -> None:
@@ -81,12 +164,293 @@ def test_batches_are_normalised() -> None:
     assert images.std().item() == pytest.approx(1, abs=0.02)
 
 
+def test_mean_and_std_can_be_given() -> None:
+    data = Digits(mean=[0.5], std=[0.25])
+    images, _ = data.on_after_batch_transfer((torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(2)), 0)
+    torch.testing.assert_close(images, torch.full((2, 1, 8, 8), 2.0))
+
+
+def test_images_can_be_enlarged_on_the_device() -> None:
+    data = Digits(image_size=16)
+    stored = _stored(data, "test")
+    images, _ = data.on_after_batch_transfer(stored, 0)
+    assert images.shape[1:] == data.input_size == (1, 16, 16)
+    expected = (resize(stored[0] / 255, [16, 16]) - data.mean) / data.std
+    torch.testing.assert_close(images, expected)
+
+
 def test_plain_training_images_come_in_a_fixed_order() -> None:
-    data = Digits()
+    data = Digits(augmentation="standard")
+    assert torch.equal(_stored(data, "train")[0], _stored(data, "train")[0])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_only_training_is_augmented(kind: str, folder: Path) -> None:
+    data = Digits([1, 2], augmentation=SUBTLE) if kind == "memory" else _folder(folder, augmentation=SUBTLE)
+    model = Recorder()
+    trainer = _trainer(num_sanity_val_steps=2)
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    plain = {split: data.on_after_batch_transfer(_stored(data, split), 0) for split in ("train", "val")}
+    assert torch.equal(model.images("sanity"), plain["val"][0][: len(model.images("sanity"))])
+    assert torch.equal(model.images("val"), plain["val"][0].repeat(2, 1, 1, 1))
+    rows = {image.numpy().tobytes() for image in plain["train"][0]}
+    assert not any(image.numpy().tobytes() in rows for image in model.images("train0"))
+    assert sorted(model.labels("train0").tolist()) == sorted(plain["train"][1].tolist())
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_strength_zero_is_plain(kind: str, folder: Path) -> None:
+    arguments: dict[str, Any] = {"augmentation": "simclr", "strength": 0.0}
+    data = Digits([1, 2], **arguments) if kind == "memory" else _folder(folder, **arguments)
+    model = _fit(data)
+    plain, _ = data.on_after_batch_transfer(_stored(data, "train"), 0)
+    known = sorted(image.numpy().tobytes() for image in plain)
+    assert sorted(image.numpy().tobytes() for image in model.images("train0")) == known
+
+
+@pytest.mark.parametrize("kind", ["memory", "files", "files without crops"])
+def test_views_are_different_views_of_one_image(kind: str, folder: Path) -> None:
+    crop = {} if kind == "files without crops" else {"min_area": 0.9, "max_aspect": 1.1}
+    recipe = Recipe(jitter=1, brightness=0.05, **crop)
+    arguments: dict[str, Any] = {"augmentation": recipe, "views": 3, "batch_size": 6}
+    data = Digits([1, 2], **arguments) if kind == "memory" else _folder(folder, **arguments)
+    images, labels = _fit(data).seen["train0"][0]
+    assert images.shape == (6, 3, *data.input_size)
+    assert labels.shape == (6,)
+    assert not torch.equal(images[:, 0], images[:, 1])
+    pixels = images * data.std.view(-1, 1, 1) + data.mean.view(-1, 1, 1)
+    flat = pixels.flatten(2)
+    nearest = torch.cdist(flat[:, 0], flat[:, 1]).argmin(1)
+    assert (nearest == torch.arange(6)).sum() >= 5  # by chance it would be one
+
+
+@pytest.mark.parametrize("mix", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_mixed_labels_are_shares_in_training_alone(mix: dict[str, float]) -> None:
+    data = Digits([1, 2, 3], batch_size=32, **mix)
+    model = _fit(data)
+    shares = model.labels("train0")
+    assert shares.shape[1] == 3
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
+    assert ((shares > 0.05).sum(1) == 2).any()
+    assert model.labels("val").dtype == torch.int64
+
+
+class Frozen(Recorder):
+    """A classifier that does not learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.ReLU())
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0 * self(batch[0].flatten(0, 1)).sum()
+
+
+def test_collapse_is_measured_on_plain_training_images() -> None:
+    found = []
+    for arguments in ({}, {"augmentation": "simclr", "views": 2}):
+        torch.manual_seed(0)
+        trainer = _trainer(callbacks=[NeuralCollapseTracker()], limit_val_batches=0)
+        trainer.fit(Frozen(), Digits([1, 2, 3], **arguments))
+        found.append(trainer.callback_metrics["nc1/train/penultimate"].item())
+    assert found[0] == found[1]
+
+
+def _epochs(data: ImageDataModule, seed: int = 0, **arguments: Any) -> list[Tensor]:
+    pl.seed_everything(seed, workers=True, verbose=False)
+    model = _fit(data, max_epochs=2, **arguments)
+    return [model.images("train0"), model.images("train1")]
+
+
+@pytest.mark.parametrize("cut", [{"views": 2}, {"views": 1, "cutmix": 1.0}])
+def test_batches_depend_on_the_seed_but_not_on_the_workers(folder: Path, cut: dict[str, Any]) -> None:
+    make = functools.partial(_folder, folder, augmentation="simclr", **cut)
+    none, two, other = _epochs(make()), _epochs(make(num_workers=2)), _epochs(make(), seed=1)
+    assert all(map(torch.equal, none, two))
+    assert not torch.equal(none[0], none[1])
+    assert not torch.equal(none[0], other[0])
+
+
+def test_loading_and_augmenting_take_no_number_from_the_models_stream() -> None:
+    pl.seed_everything(3, verbose=False)
+    before = torch.get_rng_state()
+    _fit(Digits([1, 2], augmentation="simclr", mixup=1.0), max_epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_a_resumed_run_goes_on_with_the_same_batches(kind: str, folder: Path, tmp_path: Path) -> None:
+    def make() -> ImageDataModule:
+        return Digits([1, 2], augmentation="simclr") if kind == "memory" else _folder(folder, augmentation="simclr")
+
+    through = _epochs(make())
+    pl.seed_everything(0, verbose=False)
+    first = _trainer()
+    first.fit(Recorder(), make())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    model = Recorder()
+    _trainer(max_epochs=2).fit(model, make(), ckpt_path=tmp_path / "one.ckpt")
+    assert torch.equal(model.images("train1"), through[1])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_a_device_cache_gives_the_same_images(kind: str, folder: Path) -> None:
+    def make(**arguments: Any) -> ImageDataModule:
+        if kind == "memory":
+            return Digits([1, 2], augmentation="simclr", **arguments)
+        return _folder(folder, augmentation="simclr", **{"num_workers": None, "in_memory": True, **arguments})
+
+    assert all(map(torch.equal, _epochs(make()), _epochs(make(device_cache=True))))
+
+
+def test_parts_in_memory_share_their_images() -> None:
+    data = Digits(shots=5)
     data.setup("fit")
-    first, second = (torch.cat([x for x, _ in data.train_plain_dataloader()]) for _ in range(2))
-    assert torch.equal(first, second)
-    assert len(first) == len(_images(data, "train"))
+    train, test = data._parts["train"].images, data._parts["test"].images
+    assert train is test
+
+
+def test_half_precision_models_get_half_precision_images() -> None:
+    model = _fit(Digits([1, 2], mixup=1.0), precision="bf16-true")
+    assert model.images("train0").dtype == model.images("val").dtype == torch.bfloat16
+
+
+def test_normalisation_of_a_pretrained_backbone() -> None:
+    class Wrapped(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("test_resnet", pretrained=False)
+
+    data = Digits([1, 2], normalize="backbone", std=[0.3])
+    _trainer().validate(Wrapped(), data, verbose=False)
+    assert data.mean.tolist() == pytest.approx([sum(timm.create_model("test_resnet").pretrained_cfg["mean"]) / 3])
+    assert data.std.tolist() == pytest.approx([0.3])
+    with pytest.raises(ValueError, match="normalize=backbone needs a model with a timm network; give mean and std"):
+        _fit(Digits([1, 2], normalize="backbone"))
+
+
+def test_predictions_come_in_the_order_of_the_test_images() -> None:
+    data = Digits([1, 2])
+    predicted = _trainer().predict(Recorder(), data)
+    assert torch.equal(torch.cat(predicted), _stored(data, "test")[1])  # type: ignore[arg-type]
+
+
+def test_overfitting_on_a_batch_works(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="requested to overfit"):
+        model = _fit(_folder(folder), overfit_batches=2, max_epochs=2)
+    assert torch.equal(model.labels("train0"), model.labels("train1"))
+
+
+def test_an_image_left_over_does_not_make_a_batch_of_one() -> None:
+    data = Digits([1, 2], shots=13, batch_size=5)
+    assert [len(labels) for _, labels in _fit(data).seen["train0"]] == [5] * 5
+    assert [len(labels) for _, labels in _fit(Digits([1, 2], shots=13, batch_size=4)).seen["train0"]] == [4] * 6 + [2]
+
+
+@pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3), (7, 4)])
+def test_training_shards_are_disjoint_and_equally_long(images: int, processes: int) -> None:
+    samplers = [EpochSampler(range(images), processes, rank, seed=3) for rank in range(processes)]
+    orders = []
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shards = [[divmod(key, images) for key in sampler] for sampler in samplers]
+        assert {len(shard) for shard in shards} == {images // processes}
+        seen = [index for shard in shards for _, index in shard]
+        assert len(set(seen)) == len(seen) == images // processes * processes
+        assert {e for shard in shards for e, _ in shard} == {epoch}
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+class ShardRecorder(Recorder):
+    """Leaves what each process has seen in files; its batch normalisation has buffers to keep in step."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__()
+        self.out = out
+        self.norm = torch.nn.BatchNorm2d(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.norm(batch[0]).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.norm(batch[0])
+
+    def on_fit_end(self) -> None:
+        keys = {name: self.images(name).flatten(1) for name in self.seen}
+        torch.save(keys, f"{self.out}/{self.global_rank}.pt")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_processes_evaluate_each_image_once(tmp_path: Path, count: int) -> None:
+    data = Digits([1, 2, 8], shots=13 * count, batch_size=13)
+    trainer = _trainer(strategy="ddp_fork", devices=2)
+    trainer.fit(ShardRecorder(str(tmp_path)), data)
+    shards = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = Digits([1, 2, 8], shots=13 * count)
+    plain = {split: alone.on_after_batch_transfer(_stored(alone, split), 0)[0].flatten(1) for split in ("train", "val")}
+    assert [len(shard["val"]) for shard in shards] == [27, 26]  # that is, three batches of 13 at most and two
+    evaluated = torch.cat([shard["val"] for shard in shards])
+    assert sorted(map(tuple, evaluated.tolist())) == sorted(map(tuple, plain["val"].tolist()))
+    trained = [set(map(tuple, shard["train0"].tolist())) for shard in shards]
+    assert not trained[0] & trained[1]
+    assert abs(len(trained[0]) - len(trained[1])) <= 1
+    assert trained[0] | trained[1] <= set(map(tuple, plain["train"].tolist()))
+    assert len(trained[0] | trained[1]) >= len(plain["train"]) - 1
+
+
+def test_lightning_keeps_the_samplers_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Digits([1, 2])
+    data.setup("fit")
+    trainer = _trainer()
+    data.trainer = trainer
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    loader = data.val_dataloader()
+    assert isinstance(loader.sampler, UnrepeatedDistributedSampler)  # type: ignore[union-attr]
+    assert isinstance(data.train_dataloader().sampler, EpochSampler)
+
+
+def test_files_are_decoded_and_labelled(folder: Path) -> None:
+    data = _folder(folder)
+    images, labels = _stored(data, "train")
+    assert [number_of(image.numpy()) for image in images] == list(range(24))
+    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert images.shape == (24, 3, 8, 8)
+    assert torch.equal(images, _stored(_folder(folder, in_memory=True), "train")[0])
+
+
+def test_workers_are_chosen_by_where_images_lie_and_what_the_machine_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)), raising=False)
+    made = {
+        "memory": Digits([1, 2]),
+        "files": _folder(folder, num_workers=None),
+        "given": Digits([1, 2], num_workers=3),
+    }
+    loaders = {}
+    for name, data in made.items():
+        data.setup("fit")
+        loaders[name] = data.train_dataloader()
+    assert {name: loader.num_workers for name, loader in loaders.items()} == {"memory": 0, "files": 8, "given": 3}
+    assert [loader.persistent_workers for loader in loaders.values()] == [False, True, True]
+    assert not any(loader.pin_memory for loader in loaders.values())
+    made["files"].trainer = _trainer(strategy="ddp_fork", devices=2)
+    monkeypatch.setattr(pl.Trainer, "world_size", 1)
+    assert made["files"].train_dataloader().num_workers == 6
+
+
+def test_counts_of_the_classes_are_logged(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
+    with caplog.at_level("INFO"):
+        _folder(folder, shots=2).setup("fit")
+    assert "ImageFolder images: train 6 (2 a class), val 15 (5 a class)" in caplog.text
 
 
 @pytest.mark.parametrize("classes", [[1], [1, 1], [3, 10]])
@@ -95,6 +459,31 @@ def test_classes_that_are_no_digits(classes: list[int]) -> None:
         Digits(classes)
 
 
-def test_empty_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected batch_size of at least 1, got 0"):
-        Digits(batch_size=0)
+def _part_without_images() -> None:
+    data = Digits([1, 2], val_fraction=0.0)
+    data.setup("fit")
+    data._loader("val")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Digits(batch_size=0), "expected batch_size of at least 1, got 0"),
+        (lambda: Digits(views=0), "expected views of at least 1, got 0"),
+        (lambda: Digits(shots=0), "expected shots of at least 1, got 0"),
+        (lambda: Digits(image_size=0), "expected image_size of at least 1, got 0"),
+        (lambda: Digits(fraction=0.0), r"expected fraction in \(0, 1\], got 0.0"),
+        (lambda: Digits(fraction=1.5), r"expected fraction in \(0, 1\], got 1.5"),
+        (lambda: Digits(val_fraction=1.0), r"expected val_fraction in \[0, 1\), got 1.0"),
+        (lambda: Digits(shots=1, fraction=0.5), "expected shots or fraction, got both: shots=1, fraction=0.5"),
+        (lambda: Digits(views=2, mixup=1.0), "0 with views=2 above 1, got mixup=1.0, cutmix=0.0"),
+        (lambda: Digits(cutmix=-1.0), "expected mixup and cutmix of at least 0"),
+        (lambda: Digits(device_cache=True, num_workers=2), "expected num_workers of 0 with device_cache, got 2"),
+        (lambda: Digits(mean=[0.1, 0.2]), r"expected mean of 1 numbers, got \[0.1, 0.2\]"),
+        (lambda: Digits(std=[0.0]), r"expected std of 1 positive numbers, got \[0.0\]"),
+        (_part_without_images, "Digits has no val images, only train, test"),
+    ],
+)
+def test_arguments_that_cannot_be(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

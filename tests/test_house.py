@@ -33,9 +33,16 @@ IMPORTS = {
     "callbacks.figures": {"collapse"},
     "callbacks.statistics": {"collapse", "layers", "metrics"},
     "callbacks.tracker": {"collapse", "layers", ".", ".features", ".statistics"},
-    "datamodules": {".base", ".digits"},
-    "datamodules.base": set(),
-    "datamodules.digits": {".base"},
+    "datamodules": {".base", ".digits", ".files", ".recipes", ".vision"},
+    "datamodules.base": {".images", ".recipes", ".splits"},
+    "datamodules.digits": {".base", ".images", ".recipes", ".splits"},
+    "datamodules.files": {".base", ".images", ".splits"},
+    "datamodules.images": {".recipes"},
+    "datamodules.recipes": {".transforms", ".trivial"},
+    "datamodules.splits": set(),
+    "datamodules.transforms": set(),
+    "datamodules.trivial": {".transforms"},
+    "datamodules.vision": {".base", ".files", ".images"},
 }
 
 

@@ -1,0 +1,73 @@
+"""Which image belongs to which part: stratified cuts by a fixed seed, and few labels a class.
+
+Legend: ``N`` images, ``K`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Stratified split of ``0..N-1``: each named part gets its fraction of every class, ``train`` what is left.
+
+    Args:
+        labels: Labels, ``(N,)``.
+        fractions: Share of each part but ``train``.
+        seed: Seed of the shuffling within classes.
+
+    Returns:
+        ``{part: sorted indices}``, disjoint, together all of ``0..N-1``.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
+    for members in _shuffled_classes(labels, seed):
+        ends = np.cumsum([round(share * len(members)) for share in fractions.values()])
+        for name, part in zip(parts, np.split(members, ends), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
+
+
+def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
+    """Indices of ``shots`` images of every class; those of fewer shots are among those of more.
+
+    Args:
+        labels: Labels, ``(N,)``.
+        shots: Images a class.
+        seed: Seed of the choice.
+        class_names: Names of the classes, for the error.
+
+    Raises:
+        ValueError: ``shots`` is above what a class has.
+    """
+    for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
+        if count < shots:
+            raise ValueError(f"expected shots of at most {count}, which is all of class {name!r}, got {shots}")
+    return np.sort(np.concatenate([members[:shots] for members in _shuffled_classes(labels, seed)]))
+
+
+def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Indices of a share of every class, at least one image of each; those of less are among those of more.
+
+    With the same seed they contain, or are contained in, those of `take_shots`.
+
+    Args:
+        labels: Labels, ``(N,)``.
+        fraction: Share of each class, in (0, 1].
+        seed: Seed of the choice.
+    """
+    classes = _shuffled_classes(labels, seed)
+    return np.sort(np.concatenate([members[: max(1, round(fraction * len(members)))] for members in classes]))
+
+
+def describe_counts(labels: np.ndarray, num_classes: int) -> str:
+    """How many images there are, and how many of a class: ``50 (10 a class)`` or ``53 (9 to 12 a class)``."""
+    counts = np.bincount(labels, minlength=num_classes)
+    low, high = counts.min(), counts.max()
+    return f"{len(labels)} ({low if low == high else f'{low} to {high}'} a class)"
+
+
+def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]

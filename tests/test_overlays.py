@@ -1,0 +1,38 @@
+"""The data sets on the command line: their overlays in experiments/data, and options that are more than a number."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ncfinetune import datamodules
+from ncfinetune.__main__ import main
+
+OVERLAYS = Path(__file__).resolve().parent.parent / "experiments" / "data"
+
+
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_data_set_has_an_overlay_that_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--model", "Supervised", "--data", str(overlay), "--data.shots", "5", "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert printed["init_args"]["shots"] == 5
+    written = yaml.safe_load(overlay.read_text())
+    assert printed["class_path"] == f"ncfinetune.datamodules.{written['class_path']}"
+    assert printed["init_args"] == {**printed["init_args"], **written["init_args"]}
+
+
+def test_an_overlay_for_every_data_set() -> None:
+    known = {name.lower().replace("_", "") for name in datamodules.__all__} - {"imagedatamodule", "recipe"}
+    there = {path.stem.replace("_", "") for path in OVERLAYS.glob("*.yaml")}
+    assert there == known | {"imagenet"}
+
+
+def test_a_recipe_of_ones_own_on_the_command_line() -> None:
+    recipe = "{flip: 0.5, jitter: 0.8, brightness: 0.4, solarise: 0.2}"
+    backbone = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+    model = ["--model", "Supervised", "--model.backbone", backbone]
+    data = ["--data", "Digits", "--data.augmentation", recipe, "--data.mean", "[0.5]", "--data.std", "[0.25]"]
+    trainer = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "1", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *model, *data, *trainer])

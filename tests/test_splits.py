@@ -1,0 +1,51 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from ncfinetune.datamodules.splits import describe_counts, split_indices, take_fraction, take_shots
+
+
+def test_parts_are_disjoint_stratified_and_together_everything() -> None:
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    parts = split_indices(labels, {"test": 0.3, "val": 0.1}, seed=0)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(160))
+    assert {name: np.bincount(labels[part]).tolist() for name, part in parts.items()} == {
+        "test": [30, 15, 3],
+        "val": [10, 5, 1],
+        "train": [60, 30, 6],
+    }
+    assert all(
+        np.array_equal(part, split_indices(labels, {"test": 0.3, "val": 0.1}, 0)[name]) for name, part in parts.items()
+    )
+
+
+def test_fewer_labels_are_among_more() -> None:
+    labels = np.repeat([0, 1], 30)
+    chosen = [
+        set(take_shots(labels, 1, 1, ["a", "b"]).tolist()),
+        set(take_shots(labels, 3, 1, ["a", "b"]).tolist()),
+        set(take_fraction(labels, 0.2, 1).tolist()),
+        set(take_shots(labels, 10, 1, ["a", "b"]).tolist()),
+        set(take_fraction(labels, 1.0, 1).tolist()),
+    ]
+    assert [len(some) for some in chosen] == [2, 6, 12, 20, 60]
+    assert all(few < many for few, many in pairwise(chosen))
+    assert chosen[1] != set(take_shots(labels, 3, 2, ["a", "b"]).tolist())
+
+
+def test_a_fraction_leaves_every_class_an_image() -> None:
+    labels = np.repeat([0, 1, 2], [100, 10, 1])
+    assert np.bincount(labels[take_fraction(labels, 0.1, 0)]).tolist() == [10, 1, 1]
+
+
+def test_shots_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match="expected shots of at most 30, which is all of class 'a', got 31"):
+        take_shots(np.repeat([0, 1], [30, 40]), 31, 0, ["a", "b"])
+    with pytest.raises(ValueError, match="expected shots of at most 0, which is all of class 'c', got 1"):
+        take_shots(np.repeat([0, 1], 30), 1, 0, ["a", "b", "c"])
+
+
+def test_counts_are_told() -> None:
+    assert describe_counts(np.repeat([0, 1], 5), 2) == "10 (5 a class)"
+    assert describe_counts(np.repeat([0, 1], [5, 7]), 3) == "12 (0 to 7 a class)"
