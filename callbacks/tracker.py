@@ -294,8 +294,15 @@ class NeuralCollapseTracker(Callback):
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         for name, value in values.items():
             shown = self.prog_bar and name.startswith("nc1/")
-            how = {"on_step": False, "on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
-            pl_module.log(name, torch.tensor(value), prog_bar=shown, **how)
+            pl_module.log(
+                name,
+                torch.tensor(value),
+                prog_bar=shown,
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                add_dataloader_idx=False,
+            )
 
     def _due(self, trainer: Trainer) -> bool:
         now = (trainer.current_epoch, trainer.global_step)
