@@ -75,7 +75,8 @@ def test_hooks_are_gone_after_the_context() -> None:
         (Pool(channels_last=True), (2, 4, 5, 3), lambda x: x.mean((1, 2))),
         (Pool(), (2, 7, 3), lambda x: x.mean(1)),
         (Pool(prefix_tokens=2), (2, 7, 3), lambda x: x[:, 2:].mean(1)),
-        (Pool(prefix_tokens=2, class_token=True), (2, 7, 3), lambda x: x[:, 0]),
+        (Pool(prefix_tokens=2, class_tokens=1), (2, 7, 3), lambda x: x[:, 0]),
+        (Pool(prefix_tokens=2, class_tokens=2), (2, 7, 3), lambda x: (x[:, 0] + x[:, 1]) / 2),
     ],
 )
 def test_pooling(pool: Pool, shape: tuple[int, ...], expected) -> None:
