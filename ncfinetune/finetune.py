@@ -1,17 +1,29 @@
-"""Fine-tuning: which layers train, and which features reach the classifier."""
+"""Fine-tuning: which layers train, and which features reach the classifier.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, ``d_l`` of the skipped layer's.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal, get_args
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.heads import SkipHead
-from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.collapse import ClassMoments, class_moments, merge
+from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean
+from ncfinetune.layers import find_layers, first
 from ncfinetune.learner import Classifier
+from ncfinetune.plain import batches, evaluation, plain_loader
+
+SkipGradient = Literal["both", "skip"]
+HeadInit = Literal["default", "zero", "mean"]
 
 
 class FineTuner(Classifier):
@@ -28,7 +40,8 @@ class FineTuner(Classifier):
     full FT           all        (null)
     ================  =========  =============
 
-    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode.
+    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode. At the start of a
+    run a table says how many parameters train.
 
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
@@ -36,14 +49,25 @@ class FineTuner(Classifier):
         checkpoint: File with the pre-trained weights of the backbone.
         train: ``none``, ``all``, or the layers to train: a name or pattern such as ``layer3.1`` or ``blocks.1?``, or
             several.
-        skip_from: Layer whose pooled output is added to the features that reach the classifier.
+        skip_from: Layer whose pooled output joins the features that reach the classifier.
+        skip_join: How it joins them: ``pad`` adds the two, the narrower padded with zeros; ``linear`` adds them after a
+            learned linear map to the width of the features; ``concat`` puts them side by side.
+        skip_gradient: ``both`` lets the gradient reach the tuned layer through the skip connection and through the
+            network behind it; ``skip`` through the skip connection alone, which spares the backward pass of the
+            network behind and its memory.
+        head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or ``mean``: as
+            the nearest-class-mean classifier of the training images, by one pass over them without augmentation.
+        head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
         optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
 
     Raises:
-        ValueError: No layer of that name, or a checkpoint that fits nothing.
+        ValueError: No layer of that name, one without parameters to train, or all of them by name; a layer to skip from
+            that does not run; an option that the others leave without effect; a checkpoint that fits nothing.
         FileNotFoundError: No such checkpoint.
     """
+
+    head: nn.Linear | SkipHead
 
     def __init__(
         self,
@@ -52,48 +76,194 @@ class FineTuner(Classifier):
         checkpoint: str | None = None,
         train: str | list[str] = "none",
         skip_from: str | None = None,
+        skip_join: SkipJoin = "pad",
+        skip_gradient: SkipGradient = "both",
+        head_init: HeadInit = "default",
+        head_lr_factor: float = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(num_classes, backbone, optimizer, lr_scheduler)
+        _check_choice("skip_join", skip_join, SkipJoin)
+        _check_choice("skip_gradient", skip_gradient, SkipGradient)
+        _check_choice("head_init", head_init, HeadInit)
+        _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
         self.skip_from = skip_from
-        self.head = (
-            nn.Linear(self.backbone.dim, num_classes)
-            if skip_from is None
-            else SkipHead(self.backbone.dim, self.backbone.width(skip_from), num_classes)
-        )
+        self.skip_gradient = skip_gradient
+        self.head_init = head_init
+        self._head_ready = head_init != "mean"
         self._trained = _chosen(self.backbone, train)
+        self.head = self._new_head(skip_join)
+        if head_init == "zero":
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        if head_lr_factor != 1:
+            self._optimizer = partial(_with_head_lr, self._optimizer, list(self.head.parameters()), head_lr_factor)
         self.backbone.requires_grad_(False)
-        for layer in self._trained:
+        for layer in self._trained.values():
             layer.requires_grad_(True)
         self.train()
 
+    def _new_head(self, skip_join: SkipJoin) -> nn.Linear | SkipHead:
+        self._skipped: Tensor | None = None
+        if self.skip_from is None:
+            return nn.Linear(self.backbone.dim, self.num_classes)
+        width = self.backbone.width(self.skip_from)
+        # For good, since a compiled network does not see hooks that come after its first call.
+        self.backbone.layer(self.skip_from).register_forward_hook(self._catch)
+        return SkipHead(self.backbone.dim, width, self.num_classes, skip_join)
+
+    def _catch(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Keep what the skipped layer puts out; with ``skip_gradient="skip"`` hand it on without its gradient."""
+        self._skipped = first(output)
+        if self.skip_gradient == "both":
+            return output
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The linear layer whose outputs are the logits."""
+        return self.head.fc if isinstance(self.head, SkipHead) else self.head
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the head gets of images: penultimate features ``(N, d)`` and, with a skip, those of its layer."""
+        penultimate = self.backbone(x)
+        if self.skip_from is None:
+            return (penultimate,)
+        skipped, self._skipped = self._skipped, None
+        assert skipped is not None
+        return penultimate, self.backbone.pool(skipped)
+
     def forward(self, x: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of images."""
-        if self.skip_from is None:
-            return self.head(self.backbone(x))
-        features = self.backbone.stages(x, [PENULTIMATE, self.skip_from])
-        return self.head(features[PENULTIMATE], features[self.skip_from])
+        return self.head(*self.features(x))
 
     def on_fit_start(self) -> None:
-        """Log the counts of parameters; silence Lightning's warning of modules in eval mode, since they are to be."""
+        """Show and log what trains and start the classifier from class means, if asked to.
+
+        Lightning's warning of modules in eval mode is silenced, since they are to be.
+        """
         super().on_fit_start()
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        rank_zero_info(self.parameter_table())
+        if not self._head_ready:
+            self._start_from_means()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the classifier that is loaded."""
+        self._head_ready = True
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
-        for layer in self._trained:
+        for layer in self._trained.values():
             layer.train(mode)
         return self
 
+    def parameter_table(self) -> str:
+        """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
+        seen: set[int] = set()
 
-def _chosen(backbone: Backbone, train: str | list[str]) -> list[nn.Module]:
+        def row(name: str, parameters: Iterable[nn.Parameter]) -> tuple[str, int, int]:
+            new = [p for p in parameters if id(p) not in seen]
+            seen.update(map(id, new))
+            return name, sum(p.numel() for p in new if p.requires_grad), sum(p.numel() for p in new)
+
+        rows = [row("head", self.head.parameters())]
+        rows += [row(name, layer.parameters()) for name, layer in self._trained.items()]
+        rows.append(row("rest of the backbone", self.backbone.parameters()))
+        rows = [r for r in rows if r[2]]
+        rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+        lines = [f"{name:<24}{own:>16,}{of:>16,}{100 * own / of:>10.3g}" for name, own, of in rows]
+        return "\n".join([f"{'parameters':<24}{'trained':>16}{'total':>16}{'%':>10}", *lines])
+
+    def _start_from_means(self) -> None:
+        rows = plain_loader(self.trainer, 'head_init="mean"')
+        with evaluation(self.trainer, self):
+            moments = _moments(
+                ((self._joined(images), labels) for images, labels in batches(self.trainer, rows)), self.num_classes
+            )
+        weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean(moments))
+        with torch.no_grad():
+            self.classifier.weight.copy_(weight)
+            self.classifier.bias.copy_(bias)
+        self._head_ready = True
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Input of the linear classifier ``(N, classifier.in_features)``."""
+        features = self.features(x)
+        return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
+
+
+def _moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
+    """Class moments of features that come in batches, taken ``rows`` at a time."""
+    moments: ClassMoments | None = None
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add() -> None:
+        nonlocal moments
+        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        new = class_moments(features.float(), labels, num_classes)
+        moments = new if moments is None else merge(moments, new)
+        waiting.clear()
+
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(len(labels) for _, labels in waiting) >= rows:
+            add()
+    if waiting:
+        add()
+    if moments is None:
+        raise ValueError('head_init="mean" needs training images, and there are none')
+    return moments
+
+
+def _with_head_lr(
+    optimizer: OptimizerCallable, head: list[nn.Parameter], factor: float, parameters: Iterable[nn.Parameter]
+) -> Any:
+    """An optimiser of two groups, ``backbone`` and ``head``, the second with ``factor`` times the learning rate."""
+    in_head = set(map(id, head))
+    body = [p for p in parameters if id(p) not in in_head]
+    groups = [{"params": body, "name": "backbone"}] if body else []
+    made: Any = optimizer([*groups, {"params": head, "name": "head"}])
+    made.param_groups[-1]["lr"] *= factor
+    return made
+
+
+def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
+    """The layers to train, by name."""
     if train == "none":
-        return []
+        return {}
     if train == "all":
-        return [backbone]
-    return list(find_layers(backbone.net, [train] if isinstance(train, str) else train).values())
+        return {"backbone": backbone}
+    patterns = [train] if isinstance(train, str) else train
+    if not set("".join(patterns)) - set("*.?"):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    found = find_layers(backbone.net, patterns)
+    empty = [name for name, layer in found.items() if not any(True for _ in layer.parameters())]
+    if empty:
+        raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
+    named = {id(p) for layer in found.values() for p in layer.parameters()}
+    if all(id(p) in named for p in backbone.parameters()):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    return found
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"expected {name} to be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _check_effects(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, head_lr_factor: float) -> None:
+    """Refuse options that would do nothing, and say so where a skip connection has nothing to tune."""
+    if head_lr_factor <= 0:
+        raise ValueError(f"expected head_lr_factor above 0, got {head_lr_factor}")
+    if skip_from is None and (skip_join != "pad" or skip_gradient != "both"):
+        raise ValueError(f"skip_join={skip_join!r} and skip_gradient={skip_gradient!r} need a layer in skip_from")
+    if train == "none" and skip_gradient != "both":
+        raise ValueError('skip_gradient="skip" needs a layer in train: without one the backbone gets no gradient')
+    if train == "none" and skip_from is not None:
+        rank_zero_info(f'train="none": a linear probe on the penultimate features joined with those of {skip_from}')

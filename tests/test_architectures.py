@@ -44,8 +44,7 @@ def test_base_vit_has_twelve_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("resnet18", 8), ("vit_b_32", 12), ("swin_t", 12), ("convnext_tiny", 18), ("mobilenet_v2", 17)]
-    + [("efficientnet_b0", 16)],
+    [("resnet18", 8), ("vit_b_32", 12), ("swin_t", 12), ("convnext_tiny", 18), ("efficientnet_b0", 16)],
 )
 def test_blocks_of_torchvision(name: str, blocks: int) -> None:
     with torch.device("meta"):  # no weights are needed
