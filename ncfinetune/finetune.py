@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.collapse import ClassMoments, class_moments, merge
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean
@@ -24,6 +26,8 @@ from ncfinetune.plain import batches, evaluation, plain_loader
 
 SkipGradient = Literal["both", "skip"]
 HeadInit = Literal["default", "zero", "mean"]
+# Hyper-parameters that a delta keeps apart, or that say how a run went about it.
+_NOT_THE_MODEL = ("backbone", "cache", "cache_dir")
 
 
 class FineTuner(Classifier):
@@ -151,6 +155,15 @@ class FineTuner(Classifier):
         if not self._head_ready:
             self._start_from_means()
 
+    def on_fit_end(self) -> None:
+        """Leave ``delta.safetensors`` beside the checkpoints."""
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        state = self.trainer.strategy.lightning_module_state_dict()
+        if folder and self.trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+            self.save_delta(Path(folder) / "delta.safetensors", names, state)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classifier that is loaded."""
         self._head_ready = True
@@ -179,6 +192,64 @@ class FineTuner(Classifier):
         rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
         lines = [f"{name:<24}{own:>16,}{of:>16,}{100 * own / of:>10.3g}" for name, own, of in rows]
         return "\n".join([f"{'parameters':<24}{'trained':>16}{'total':>16}{'%':>10}", *lines])
+
+    def save_delta(
+        self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Save what was tuned, the classifier included, with the base's name and fingerprint.
+
+        The fingerprint is that of the frozen tensors, since the delta replaces the others.
+
+        Args:
+            path: File to write, ``.safetensors``.
+            class_names: Names of the classes, in the order of their labels.
+            state: The state of this module, where its own is spread over processes.
+        """
+        tensors, frozen = delta.split(self.state_dict() if state is None else state, self._tuned_paths())
+        delta.save(path, tensors, frozen, {**self._facts(), "class_names": class_names})
+
+    def load_delta(self, path: str | Path) -> None:
+        """Put tuned layers and classifier in place.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, or one of other knobs or another base.
+        """
+        _, frozen = delta.split(self.state_dict(), self._tuned_paths())
+        self.load_state_dict(delta.load(path, frozen, self._facts()), strict=False)
+        self._head_ready = True
+
+    @classmethod
+    def from_delta(cls, path: str | Path, checkpoint: str | None = None, pretrained: bool = False) -> FineTuner:
+        """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, or the base is another one.
+        """
+        facts = delta.facts(path)
+        model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
+        model.load_delta(path)
+        return model.eval()
+
+    def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
+        """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
+
+        With ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
+
+        Raises:
+            ValueError: timm has no such network, as with a stem for small images.
+        """
+        classifier = self.head if isinstance(self.head, nn.Linear) else None
+        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier)
+
+    def _tuned_paths(self) -> list[str]:
+        tuned = [self.head, *self._trained.values()]
+        return [path for path, module in self.named_modules() if any(module is one for one in tuned)]
+
+    def _facts(self) -> dict[str, Any]:
+        knobs = {name: value for name, value in self.hparams.items() if name not in _NOT_THE_MODEL}
+        return {"base": self.backbone.spec, "knobs": knobs}
 
     def _start_from_means(self) -> None:
         rows = plain_loader(self.trainer, 'head_init="mean"')
