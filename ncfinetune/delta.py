@@ -22,8 +22,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(tensor))
     return digest.hexdigest()[:16]
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ncfinetune import delta
 from ncfinetune.backbone import Backbone
-from ncfinetune.collapse import ClassMoments, class_moments, merge
-from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean
-from ncfinetune.layers import find_layers, first
+from ncfinetune.cache import Place, PrefixCache
+from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean, streamed_moments
+from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier
 from ncfinetune.plain import batches, evaluation, plain_loader
+from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]
 HeadInit = Literal["default", "zero", "mean"]
@@ -62,6 +64,11 @@ class FineTuner(Classifier):
         head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or ``mean``: as
             the nearest-class-mean classifier of the training images, by one pass over them without augmentation.
         head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
+        cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
+            what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
+            pass from then on. For training without random augmentation.
+        cache_dir: Folder of the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
+            so that another run finds it; any may be deleted while no run uses it.
         optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
 
@@ -84,6 +91,8 @@ class FineTuner(Classifier):
         skip_gradient: SkipGradient = "both",
         head_init: HeadInit = "default",
         head_lr_factor: float = 1.0,
+        cache: Place = "none",
+        cache_dir: str = "runs/cache",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -91,6 +100,9 @@ class FineTuner(Classifier):
         _check_choice("skip_join", skip_join, SkipJoin)
         _check_choice("skip_gradient", skip_gradient, SkipGradient)
         _check_choice("head_init", head_init, HeadInit)
+        _check_choice("cache", cache, Place)
+        if cache != "none" and train == "all":
+            raise ValueError(f'cache={cache!r} keeps what frozen layers put out, and with train="all" there are none')
         _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
@@ -100,6 +112,7 @@ class FineTuner(Classifier):
         self._head_ready = head_init != "mean"
         self._trained = _chosen(self.backbone, train)
         self.head = self._new_head(skip_join)
+        self._cache = None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features)
         if head_init == "zero":
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
@@ -126,21 +139,33 @@ class FineTuner(Classifier):
             return output
         return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
 
+    def _parts(self) -> tuple[Backbone, list[nn.Module]]:
+        """The backbone, and the blocks before which it is frozen and has put out nothing for the head."""
+        skipped = [self.skip_from] if self.skip_from and self._trained else []
+        names = [enclosing_block(self.backbone.net, name) for name in (*self._trained, *skipped)]
+        return self.backbone, [self.backbone.layer(name) for name in names]
+
     @property
     def classifier(self) -> nn.Linear:
         """The linear layer whose outputs are the logits."""
         return self.head.fc if isinstance(self.head, SkipHead) else self.head
 
-    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def features(self, x: Tensor | Stored) -> tuple[Tensor, ...]:
         """What the head gets of images: penultimate features ``(N, d)`` and, with a skip, those of its layer."""
-        penultimate = self.backbone(x)
+        if isinstance(x, Stored):
+            assert self._cache is not None
+            penultimate, stored = self._cache.penultimate(x.value), self._cache.skipped(x.value)
+        else:
+            penultimate, stored = self.backbone(x), None
         if self.skip_from is None:
             return (penultimate,)
-        skipped, self._skipped = self._skipped, None
-        assert skipped is not None
-        return penultimate, self.backbone.pool(skipped)
+        caught, self._skipped = self._skipped, None
+        if stored is not None:
+            return penultimate, stored
+        assert caught is not None
+        return penultimate, self.backbone.pool(caught)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Stored) -> Tensor:
         """Class logits ``(N, K)`` of images."""
         return self.head(*self.features(x))
 
@@ -152,8 +177,19 @@ class FineTuner(Classifier):
         super().on_fit_start()
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         rank_zero_info(self.parameter_table())
+        if self._cache is not None:
+            self._cache.fill(self.trainer, self, delta.split(self.state_dict(), self._tuned_paths())[1])
         if not self._head_ready:
             self._start_from_means()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The cache, which has to know when a run breaks off."""
+        return [] if self._cache is None else [self._cache]
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its images back."""
+        if self._cache is not None:
+            self._cache.drop()
 
     def on_fit_end(self) -> None:
         """Leave ``delta.safetensors`` beside the checkpoints."""
@@ -254,7 +290,7 @@ class FineTuner(Classifier):
     def _start_from_means(self) -> None:
         rows = plain_loader(self.trainer, 'head_init="mean"')
         with evaluation(self.trainer, self):
-            moments = _moments(
+            moments = streamed_moments(
                 ((self._joined(images), labels) for images, labels in batches(self.trainer, rows)), self.num_classes
             )
         weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean(moments))
@@ -267,29 +303,6 @@ class FineTuner(Classifier):
         """Input of the linear classifier ``(N, classifier.in_features)``."""
         features = self.features(x)
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
-
-
-def _moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
-    """Class moments of features that come in batches, taken ``rows`` at a time."""
-    moments: ClassMoments | None = None
-    waiting: list[tuple[Tensor, Tensor]] = []
-
-    def add() -> None:
-        nonlocal moments
-        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
-        new = class_moments(features.float(), labels, num_classes)
-        moments = new if moments is None else merge(moments, new)
-        waiting.clear()
-
-    for chunk in chunks:
-        waiting.append(chunk)
-        if sum(len(labels) for _, labels in waiting) >= rows:
-            add()
-    if waiting:
-        add()
-    if moments is None:
-        raise ValueError('head_init="mean" needs training images, and there are none')
-    return moments
 
 
 def _with_head_lr(

@@ -6,13 +6,14 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the features, ``d_l`` of th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfinetune.collapse import ClassMoments
+from ncfinetune.collapse import ClassMoments, class_moments, merge
 
 SkipJoin = Literal["pad", "linear", "concat"]
 
@@ -74,3 +75,26 @@ def nearest_mean(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     weight[present] = scale * moments.centred
     bias[present] = (moments.global_mean.square().sum() - moments.mean[present].square().sum(1)) * scale / 2
     return weight, bias
+
+
+def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
+    """Class moments of features that come in batches, taken ``rows`` at a time."""
+    moments: ClassMoments | None = None
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add() -> None:
+        nonlocal moments
+        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        new = class_moments(features.float(), labels, num_classes)
+        moments = new if moments is None else merge(moments, new)
+        waiting.clear()
+
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(len(labels) for _, labels in waiting) >= rows:
+            add()
+    if waiting:
+        add()
+    if moments is None:
+        raise ValueError('head_init="mean" needs training images, and there are none')
+    return moments

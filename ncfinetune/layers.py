@@ -90,6 +90,13 @@ def block_names(module: nn.Module) -> list[str]:
     return blocks
 
 
+def enclosing_block(module: nn.Module, name: str) -> str:
+    """Path of the block that holds a layer, or of the layer itself where none does."""
+    layer = next(iter(find_layers(module, [name]).values()))
+    path = next(path for path, part in module.named_modules() if part is layer)
+    return next((block for block in block_names(module) if path.startswith(f"{block}.")), path)
+
+
 @contextmanager
 def caught(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
     """Catch what the layers put out while the context lasts: ``{name: output}``, in the order in which they ran.

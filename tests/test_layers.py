@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncfinetune.layers import Pool, block_names, caught, find_layers
+from ncfinetune.layers import Pool, block_names, caught, enclosing_block, find_layers
 
 
 class Block(nn.Module):
@@ -57,6 +57,13 @@ def test_blocks_inside_blocks_do_not_count() -> None:
     outer = Block()
     outer.inner = Block()
     assert block_names(nn.Sequential(outer, Block())) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [("blocks.1.fc", "net.blocks.1"), ("blocks.1", "net.blocks.1"), ("net", "net")]
+)
+def test_block_that_holds_a_layer(name: str, block: str) -> None:
+    assert enclosing_block(_network(2), name) == block
 
 
 def test_hooks_are_gone_after_the_context() -> None:
