@@ -27,7 +27,8 @@ from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail
 
 Place = Literal["none", "memory", "disk"]
-_SAMPLES = 8
+# Images that are drawn again and again to see whether they change, and that are run to try a cut.
+_SAMPLES, _TRIED = 8, 4
 
 
 class PrefixCache(Callback):
@@ -70,10 +71,10 @@ class PrefixCache(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
-        if is_overridden("val_dataloader", data):
+        if trainer.limit_val_batches and is_overridden("val_dataloader", data):
             loaders["val"] = data.val_dataloader()
         with evaluation(trainer, module):
-            start = self._cut(next(iter(batches(trainer, plain)))[0][:_SAMPLES])
+            start = self._cut(next(iter(batches(trainer, plain)))[0][:_TRIED])
             base = (fingerprint(frozen) if self.place == "disk" else "", start, trainer.precision)
             stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
         self._say(stored)
