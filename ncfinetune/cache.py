@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.delta import fingerprint, raw
-from ncfinetune.plain import batches, evaluation, on_device, plain_loader
+from ncfinetune.plain import batches, evaluation, in_order, on_device, plain_loader
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail
 
@@ -72,7 +72,8 @@ class PrefixCache(Callback):
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
         if trainer.limit_val_batches and is_overridden("val_dataloader", data):
-            loaders["val"] = data.val_dataloader()
+            validation = data.val_dataloader()
+            loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
         with evaluation(trainer, module):
             start = self._cut(next(iter(batches(trainer, plain)))[0][:_TRIED])
             base = (fingerprint(frozen) if self.place == "disk" else "", start, trainer.precision)
@@ -167,7 +168,8 @@ def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: 
 def _sample(trainer: Trainer, loader: DataLoader[Any]) -> Any:
     dataset: Any = loader.dataset
     positions = torch.linspace(0, len(dataset) - 1, min(_SAMPLES, len(dataset))).long().tolist()
-    return on_device(trainer, loader.collate_fn([dataset[i] for i in positions]))
+    few = DataLoader(dataset, batch_sampler=[positions], collate_fn=loader.collate_fn, generator=torch.Generator())
+    return on_device(trainer, next(iter(few)))
 
 
 def _same(a: Any, b: Any) -> bool:

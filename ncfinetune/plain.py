@@ -39,7 +39,7 @@ def batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
-    """The training images in a fixed order and as they are evaluated.
+    """All training images in a fixed order and as they are evaluated, whichever of several processes asks.
 
     Raises:
         ValueError: The trainer has no datamodule that offers them.
@@ -50,4 +50,10 @@ def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
             f"{purpose} needs the training images in a fixed order and without augmentation; "
             "fit with a datamodule that has a train_plain_dataloader()"
         )
-    return offered()
+    return in_order(offered())
+
+
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same data set from its first to its last sample."""
+    options: Any = {name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers", "pin_memory")}
+    return DataLoader(loader.dataset, **options, generator=torch.Generator())

@@ -31,7 +31,10 @@ class Stored(NamedTuple):
 
 
 class StoredSet(Dataset[tuple[Stored, Tensor]]):
-    """Stored values ``(N, ...)`` and labels ``(N,)``, fetched a batch at a time."""
+    """Stored values ``(N, ...)`` and labels ``(N,)``, fetched a batch at a time.
+
+    Keys count on beyond ``N``, as those of a sampler that tells epochs apart: key ``e N + i`` is sample ``i``.
+    """
 
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         self.values, self.labels = values, labels
@@ -40,10 +43,10 @@ class StoredSet(Dataset[tuple[Stored, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Stored, Tensor]:
-        return Stored(self.values[index]), self.labels[index]
+        return Stored(self.values[index % len(self)]), self.labels[index % len(self)]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Stored, Tensor]:
-        rows = torch.tensor(indices)
+        rows = torch.tensor(indices) % len(self)
         return Stored(self.values[rows]), self.labels[rows]
 
     def loader_like(self, loader: DataLoader[Any]) -> DataLoader[Any]:

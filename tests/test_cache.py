@@ -56,12 +56,36 @@ def test_frozen_layers_run_once_an_image(tmp_path: Path) -> None:
         model.backbone.layer("layer1.0").register_forward_hook(lambda m, args, o: seen.append(len(o)))
         data = Digits([0, 1, 2], shots=8, batch_size=7)
         _fit(tmp_path, model, data, num_sanity_val_steps=0)
-        return sum(seen), 24 + len(data._splits["val"])
+        return sum(seen), 24 + len(data.val_dataloader().dataset)
 
     without, each = images()
     assert without == 2 * each
     with_cache, each = images(cache="memory")
     assert with_cache <= each + 3 * 8  # and some more to try the cut
+
+
+class Changed(torch.utils.data.Dataset):
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        image, label = self.dataset[index]
+        image = image.clone()
+        image[0, 0, 0] ^= 255 if index % len(self) == 5 else 0
+        return image, label
+
+
+class OnePixel(Digits):
+    """One pixel of one image differs, and not of one that would be among a few samples."""
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Changed(super().train_dataloader().dataset), batch_size=7, shuffle=True)
+
+    def train_plain_dataloader(self):
+        return torch.utils.data.DataLoader(Changed(super().train_plain_dataloader().dataset), batch_size=7)
 
 
 def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +101,7 @@ def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, mon
 
     other_weights = _model(**knobs)
     torch.nn.init.ones_(other_weights.backbone.net.conv1.weight)
-    other_pixels = Digits([0, 1, 2], shots=8, batch_size=7)
-    other_pixels.setup("fit")
-    other_pixels._splits["train"].tensors[0][5, 0, 0, 0] ^= 255
+    other_pixels = OnePixel([0, 1, 2], shots=8, batch_size=7)
     other_mean = Digits([0, 1, 2], shots=8, batch_size=7)
     other_mean.mean += 0.1
     for model, data, new in [
@@ -206,5 +228,8 @@ def test_stored_values_take_the_sizes_of_batches_of_the_loader() -> None:
     batches = list(stored.loader_like(theirs))
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert isinstance(batches[0][0], store.Stored)
+    later = stored.__getitems__([13, 21])
+    assert later[1].tolist() == [3, 1]
+    assert torch.equal(later[0].value, stored.values[[3, 1]])
     assert cache._same([torch.ones(2)], [torch.ones(2)])
     assert not cache._same([torch.ones(2)], [torch.zeros(2)])

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_small_patch16_224"])
     parser.add_argument("--batch", type=int, default=32, help="images a batch")
-    parser.add_argument("--memory-batch", type=int, default=32, help="images a batch where memory is measured")
+    parser.add_argument("--memory-batch", type=int, default=32, help="images a batch for memory and the linear probe")
     parser.add_argument("--steps", type=int, default=3, help="batches an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--probe-images", type=int, default=256)
+    parser.add_argument("--parts", nargs="+", choices=["steps", "probe"], default=["steps", "probe"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/finetune.md"))
     options = parser.parse_args()
@@ -194,25 +196,36 @@ def main() -> None:
 
         place = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
         say(f"Medians (least to most) of {options.repeats} turns; 224x224 images, torch {torch.__version__}, {place}.")
-        say(f"Time at batch {options.batch}, {options.steps} steps an epoch; memory at batch {options.memory_batch}.\n")
-        say("| network | method | step, s | step / full FT | epoch / full FT | memory, MB | memory / full FT | asked |")
-        say("|---|---|---|---|---|---|---|---|")
-        for network in options.networks:
-            taken = seconds(network, options.batch, options.steps, options.repeats, options.device)
-            memory = {name: megabytes(network, name, options.memory_batch, options.device) for name in METHODS}
-            for name, (_, asked) in METHODS.items():
-                pairs = list(zip(taken[name], taken["full FT"], strict=True))
-                step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
-                say(
-                    f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {_spread(step)} | "
-                    f"{_spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} | {asked} |"
-                )
-        say("\n| network | images | forward pass, s | 50 epochs of a cached linear probe, s | ratio | asked |")
-        say("|---|---|---|---|---|---|")
-        for network in options.networks:
-            forward, whole = probe(network, options.probe_images, options.batch, 50, options.device)
-            ratio = whole / forward
-            say(f"| {network} | {options.probe_images} | {forward:.1f} | {whole:.1f} | {ratio:.2f} | 1.3 |")
+        say(
+            f"Time at batch {options.batch}, {options.steps} steps an epoch; memory and linear probe at batch {options.memory_batch}.\n"
+        )
+        if "steps" in options.parts:
+            compare_steps(options, say)
+        if "probe" in options.parts:
+            compare_probe(options, say)
+
+
+def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    say("| network | method | step, s | step / full FT | epoch / full FT | memory, MB | memory / full FT | asked |")
+    say("|---|---|---|---|---|---|---|---|")
+    for network in options.networks:
+        taken = seconds(network, options.batch, options.steps, options.repeats, options.device)
+        memory = {name: megabytes(network, name, options.memory_batch, options.device) for name in METHODS}
+        for name, (_, asked) in METHODS.items():
+            pairs = list(zip(taken[name], taken["full FT"], strict=True))
+            step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
+            say(
+                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {_spread(step)} | "
+                f"{_spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} | {asked} |"
+            )
+
+
+def compare_probe(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    say("\n| network | images | forward pass, s | 50 epochs of a cached linear probe, s | ratio | asked |")
+    say("|---|---|---|---|---|---|")
+    for network in options.networks:
+        forward, whole = probe(network, options.probe_images, options.memory_batch, 50, options.device)
+        say(f"| {network} | {options.probe_images} | {forward:.1f} | {whole:.1f} | {whole / forward:.2f} | 1.3 |")
 
 
 if __name__ == "__main__":
