@@ -61,6 +61,15 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["shots"] == 4
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "layer", "scl", "full"])
+def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
+    note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
+    run = _fit(tmp_path, method, *note, "--model.backbone", TINY, "--data", "Digits", "--data.shots", "4")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "ncfinetune.FineTuner"
+    assert (run / "checkpoints" / "delta.safetensors").exists()
+
+
 def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
     main(["fit", *QUIET, "--trainer.max_epochs", "1", *PIECES])
     assert (tmp_path / "runs" / "version_0" / "config.yaml").exists()

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import TensorDataset
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone, FineTuner
-from ncfinetune.datamodules import ImageDataModule
 
 CLASSES = 10
 # Method, its knobs for a block, and the ratios of time and of memory to full fine-tuning that are asked for.
@@ -45,17 +44,23 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-class Noise(ImageDataModule):
+class Noise(LightningDataModule):
     """Random images."""
 
     def __init__(self, images: int, batch: int, size: int = 224) -> None:
-        names = [str(k) for k in range(CLASSES)]
-        super().__init__(names, (3, size, size), [0.5] * 3, [0.5] * 3, batch, num_workers=0)
-        self.images = images
+        super().__init__()
+        pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
+        self.images = TensorDataset(pixels, torch.arange(images) % CLASSES)
+        self.batch = batch
 
-    def splits(self) -> dict[str, Any]:
-        pixels = torch.randint(0, 256, (self.images, *self.input_size), dtype=torch.uint8)
-        return {"train": TensorDataset(pixels, torch.arange(self.images) % CLASSES)}
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.images, batch_size=self.batch, shuffle=True)
+
+    def train_plain_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.images, batch_size=self.batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return (batch[0].float() / 255 - 0.5) / 0.5, batch[1]
 
 
 class Clock(Callback):
@@ -121,7 +126,6 @@ def _grown(network: str, method: str, batch: int, device: str, answer: "multipro
     quiet()
     fit("test_resnet", METHODS[method][0], Noise(4, 2, 64), 1, device)
     data = Noise(batch * 2, batch)
-    data.setup("fit")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _peak(device, reset=True)
@@ -152,7 +156,6 @@ def megabytes(network: str, method: str, batch: int, device: str) -> float:
 def probe(network: str, images: int, batch: int, epochs: int, device: str) -> tuple[float, float]:
     """Seconds of one forward pass over the images, and of a linear probe of so many epochs on them."""
     data = Noise(images, batch)
-    data.setup("fit")
     backbone = Backbone(network).eval().to(device)
     fit("test_resnet", {"cache": "memory"}, Noise(4, 2, 64), 2, device)
     start = now()
@@ -197,7 +200,7 @@ def main() -> None:
         place = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
         say(f"Medians (least to most) of {options.repeats} turns; 224x224 images, torch {torch.__version__}, {place}.")
         say(
-            f"Time at batch {options.batch}, {options.steps} steps an epoch; memory and linear probe at batch {options.memory_batch}.\n"
+            f"Time at {options.batch}, {options.steps} steps an epoch; the rest at {options.memory_batch}.\n"
         )
         if "steps" in options.parts:
             compare_steps(options, say)
