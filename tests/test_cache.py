@@ -169,8 +169,9 @@ class RandomOnDevice(Digits):
 
 class RandomInData(Digits):
     def train_dataloader(self):
-        loader = super().train_dataloader()
-        flipped = [(image.flip(-1) if np.random.rand() < 0.5 else image, label) for image, label in loader.dataset]
+        images = super().train_dataloader().dataset
+        drawn = [images[i] for i in range(len(images))]
+        flipped = [(image.flip(-1) if np.random.rand() < 0.5 else image, label) for image, label in drawn]
         return torch.utils.data.DataLoader(flipped, batch_size=7, shuffle=True)
 
 

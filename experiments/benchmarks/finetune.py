@@ -200,7 +200,7 @@ def main() -> None:
         place = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
         say(f"Medians (least to most) of {options.repeats} turns; 224x224 images, torch {torch.__version__}, {place}.")
         say(
-            f"Time at {options.batch}, {options.steps} steps an epoch; the rest at {options.memory_batch}.\n"
+            f"Time at batch {options.batch}, {options.steps} steps an epoch; memory, probe at {options.memory_batch}.\n"
         )
         if "steps" in options.parts:
             compare_steps(options, say)
