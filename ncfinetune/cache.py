@@ -36,7 +36,8 @@ class PrefixCache(Callback):
 
     While a run lasts the datamodule's loaders of training and validation images give `Stored` values in place of
     images, in the same order and batches: what the first tuned layer gets (its network goes on as a `Tail`), or, where
-    nothing but the head trains, the features. It is a callback for the sake of runs that break off.
+    nothing but the head trains, the features. Validation keeps its images if a frozen layer has a hook, as of a
+    callback that measures it. This is a callback itself for the sake of runs that break off.
 
     Args:
         place: ``memory`` or ``disk``.
@@ -71,11 +72,11 @@ class PrefixCache(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
-        if trainer.limit_val_batches and is_overridden("val_dataloader", data):
-            validation = data.val_dataloader()
-            loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
         with evaluation(trainer, module):
             start = self._cut(next(iter(batches(trainer, plain)))[0][:_TRIED])
+            if trainer.limit_val_batches and is_overridden("val_dataloader", data) and not self._is_heard(module):
+                validation = data.val_dataloader()
+                loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
             base = (fingerprint(frozen) if self.place == "disk" else "", start, trainer.precision)
             stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
         self._say(stored)
@@ -112,6 +113,12 @@ class PrefixCache(Callback):
                 'depends on more than its input; use cache="none", or train another layer'
             )
         return start
+
+    def _is_heard(self, module: LightningModule) -> bool:
+        """Whether a module that will not run has a hook of somebody else's."""
+        silent = list(self._backbone.modules()) if self._tail is None else self._tail.left_out()
+        hooks = [hook for part in silent for hook in part._forward_hooks.values()]
+        return any(getattr(hook, "__self__", None) is not module for hook in hooks)
 
     def _captured(self, images: Tensor) -> Tensor:
         """What is stored of images."""

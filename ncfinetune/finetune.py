@@ -127,6 +127,9 @@ class FineTuner(Classifier):
         self._skipped: Tensor | None = None
         if self.skip_from is None:
             return nn.Linear(self.backbone.dim, self.num_classes)
+        hooks = [hook for part in self.backbone.modules() for hook in part._forward_hooks.values()]
+        if any(getattr(hook, "__func__", None) is FineTuner._catch for hook in hooks):
+            raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
         width = self.backbone.width(self.skip_from)
         # For good, since a compiled network does not see hooks that come after its first call.
         self.backbone.layer(self.skip_from).register_forward_hook(self._catch)

@@ -46,14 +46,20 @@ class Tail:
             raise ValueError(f"it runs {len(calls[self.layer].starts)} times in a pass")
         path = next(path for path, module in network.named_modules() if module is self.layer)
         start = calls[self.layer].starts[0]
-        before = {
+        self._before = {
             module: call.output
             for module, call in calls.items()
             if len(call.ends) == 1 and call.ends[0] < start and _all_led_by(call.output, len(images))
         }
         self._entry = _Entry(self.layer)
         self._images = images[:1] * 0
-        self._rest = _without(network, path.split("."), before, self._entry)
+        self._rest = _without(network, path.split("."), self._before, self._entry)
+
+    def left_out(self) -> list[nn.Module]:
+        """The network's modules that do not run."""
+        way = [module for module in self._network.modules() if self.layer in list(module.modules())[1:]]
+        parts = [part for module in way for part in module.children() if part in self._before]
+        return [module for part in parts for module in part.modules()]
 
     def capture(self, images: Tensor) -> Tensor:
         """What the layer gets of images; nothing after it is run."""

@@ -53,7 +53,8 @@ def test_run_with_a_cache_is_the_run_without(knobs: dict, place: str, tmp_path: 
 def test_frozen_layers_run_once_an_image(tmp_path: Path) -> None:
     def images(**knobs) -> int:
         model, seen = _model(train="layer3.0", **knobs), []
-        model.backbone.layer("layer1.0").register_forward_hook(lambda m, args, o: seen.append(len(o)))
+        layer = model.backbone.layer("layer1.0")
+        layer.forward = lambda x, forward=layer.forward: seen.append(len(x)) or forward(x)
         data = Digits([0, 1, 2], shots=8, batch_size=7)
         _fit(tmp_path, model, data, num_sanity_val_steps=0)
         return sum(seen), 24 + len(data.val_dataloader().dataset)
@@ -209,6 +210,18 @@ def test_datamodule_has_its_images_back_after_the_run_whatever_its_end(tmp_path:
     with pytest.raises(ZeroDivisionError):
         _fit(tmp_path, broken, data)
     assert next(iter(data.train_dataloader()))[0].shape == (7, 1, 8, 8)
+
+
+@pytest.mark.parametrize("knobs", [{"train": "layer3.0", "skip_from": "layer3.0"}, {"skip_from": "layer2.0"}])
+def test_tracker_of_frozen_layers_gets_validation_images(knobs: dict, tmp_path: Path) -> None:
+    numbers = [
+        _fit(tmp_path, _model(**knobs, cache=place), callbacks=[NeuralCollapseTracker(layers=["layer*.*"])])
+        for place in ("none", "memory")
+    ]
+    names = [name for name in numbers[0] if name.startswith("nc1/")]
+    assert len(names) == 2 * 8
+    for name in names:
+        torch.testing.assert_close(numbers[1][name], numbers[0][name], rtol=1e-3, atol=1e-6)
 
 
 def test_tracker_measures_the_same_with_a_cache(tmp_path: Path) -> None:

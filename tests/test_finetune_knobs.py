@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_finetune import SMALL, _sgd, _trainer
 
-from ncfinetune import FineTuner
+from ncfinetune import Backbone, FineTuner
 from ncfinetune.collapse import class_moments
 from ncfinetune.datamodules import Digits
 
@@ -158,6 +158,13 @@ def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.Lo
 def test_what_is_refused(knobs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuner(3, SMALL, **knobs)
+
+
+def test_backbone_has_one_skip_connection() -> None:
+    backbone = Backbone(**SMALL)
+    FineTuner(3, backbone, skip_from="layer3.0")
+    with pytest.raises(ValueError, match="this Backbone serves another FineTuner, with a skip connection of its own"):
+        FineTuner(3, backbone, skip_from="layer3.1")
 
 
 def test_skip_without_a_tuned_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,6 +44,9 @@ def test_tail_runs_nothing_before_its_layer_and_trains_the_same_parameters() -> 
     blocks = {path.split(".")[1] for path in ran if path.startswith("blocks.")}
     assert blocks == {"3", "4", "5"}
     assert not any(path.startswith("patch_embed") for path in ran)
+    left_out = {path for path, module in backbone.net.named_modules() if module in tail.left_out()}
+    assert {"patch_embed.proj", "blocks.0", "blocks.2.mlp.fc1"} <= left_out
+    assert not left_out & set(ran)
     having = {
         name.split(".")[1] for name, p in backbone.net.named_parameters() if p.grad is not None and "blocks" in name
     }
