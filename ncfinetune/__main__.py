@@ -17,7 +17,7 @@ commands:
   validate   loss, accuracy and collapse on the validation set
   test       the same on the test set
              a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
-  predict    class probabilities, as a CSV file in the run's folder
+  predict    class probabilities, as a CSV file in the run's folder; of the test set, or with --images of a folder
   report     a table and a picture of finished runs:  ncfinetune report runs/
 
 options:

@@ -97,8 +97,18 @@ class Backbone(nn.Module):
         return next(iter(find_layers(self.net, [name]).values()))
 
     def width(self, name: str) -> int:
-        """Width ``d_l`` of the pooled output of a layer, block or not."""
-        return self._probe({name: self.layer(name)})[name]
+        """Width ``d_l`` of the pooled output of a layer, block or not.
+
+        Raises:
+            ValueError: No such layer, or one that the features do not come through.
+        """
+        found = self._probe({name: self.layer(name)})
+        if name not in found:
+            raise ValueError(
+                f"layer {name!r} does not run before the penultimate features; expected a block "
+                f"({', '.join(self.layers)})"
+            )
+        return found[name]
 
     def load(self, checkpoint: str) -> None:
         """Start from the weights in a file and log which of them fitted; see `load_weights`."""

@@ -18,6 +18,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from ncfinetune.files import ImageFiles
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
 for _home in ("callbacks", "datamodules", "finetune", "supervised"):
@@ -65,9 +68,17 @@ class NCFinetuneCLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
         )
+        parser.add_argument(
+            "--images",
+            type=str | None,
+            default=None,
+            help="With predict: a folder of images, in place of the test set.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Keep the configuration of a training run apart from those of later tests in the same folder."""
+        if self.subcommand != "predict" and self._get(self.config, "images") is not None:
+            self.parser.error(f"images is an option of predict, not of {self.subcommand}")
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
 
@@ -89,7 +100,8 @@ class NCFinetuneCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write class probabilities to ``predictions.csv`` in the run's folder."""
+        """Write class probabilities to ``predictions.csv`` in the run's folder, by index in the test set or by file."""
+        files = self._files()
         batches: list[Any] = self.trainer.predict(**kwargs) or []
         if not batches or not all(isinstance(batch, torch.Tensor) and batch.ndim == 2 for batch in batches):
             name = type(self.model).__name__
@@ -101,10 +113,24 @@ class NCFinetuneCLI(LightningCLI):
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
         with path.open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["index", "prediction", *names])
-            for index, row in enumerate(probabilities.tolist()):
-                table.writerow([index, names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
+            table.writerow(["file" if files else "index", "prediction", *names])
+            for key, row in zip(files or range(len(probabilities)), probabilities.tolist(), strict=True):
+                table.writerow([key, names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
         print(f"predictions: {path}")
+
+    def _files(self) -> list[Path] | None:
+        """The images to predict, which the datamodule gives from now on; None is its test set."""
+        folder = self._get(self.config, "images")
+        if folder is None:
+            return None
+        channels, _, size = self.datamodule.input_size
+        try:
+            images = ImageFiles(folder, channels, size)
+        except FileNotFoundError as error:
+            self.parser.error(str(error))
+        loader = DataLoader(images, batch_size=self.datamodule.batch_size)
+        self.datamodule.predict_dataloader = lambda: loader
+        return images.paths
 
 
 def _check_writable(folder: str, parser: LightningArgumentParser) -> None:

@@ -1,17 +1,35 @@
-"""Fine-tuning: which layers train, and which features reach the classifier."""
+"""Fine-tuning: which layers train, and which features reach the classifier.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, ``d_l`` of the skipped layer's.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ncfinetune import delta
 from ncfinetune.backbone import Backbone
-from ncfinetune.heads import SkipHead
-from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.cache import Place, PrefixCache
+from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean, streamed_moments
+from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier
+from ncfinetune.plain import batches, evaluation, plain_loader
+from ncfinetune.store import Stored
+
+SkipGradient = Literal["both", "skip"]
+HeadInit = Literal["default", "zero", "mean"]
+# Hyper-parameters that a delta keeps apart, or that say how a run went about it.
+_NOT_THE_MODEL = ("backbone", "cache", "cache_dir")
 
 
 class FineTuner(Classifier):
@@ -28,7 +46,8 @@ class FineTuner(Classifier):
     full FT           all        (null)
     ================  =========  =============
 
-    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode.
+    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode. At the start of a
+    run a table says how many parameters train.
 
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
@@ -36,14 +55,30 @@ class FineTuner(Classifier):
         checkpoint: File with the pre-trained weights of the backbone.
         train: ``none``, ``all``, or the layers to train: a name or pattern such as ``layer3.1`` or ``blocks.1?``, or
             several.
-        skip_from: Layer whose pooled output is added to the features that reach the classifier.
+        skip_from: Layer whose pooled output joins the features that reach the classifier.
+        skip_join: How it joins them: ``pad`` adds the two, the narrower padded with zeros; ``linear`` adds them after a
+            learned linear map to the width of the features; ``concat`` puts them side by side.
+        skip_gradient: ``both`` lets the gradient reach the tuned layer through the skip connection and through the
+            network behind it; ``skip`` through the skip connection alone, which spares the backward pass of the
+            network behind and its memory.
+        head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or ``mean``: as
+            the nearest-class-mean classifier of the training images, by one pass over them without augmentation.
+        head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
+        cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
+            what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
+            pass from then on. For training without random augmentation.
+        cache_dir: Folder of the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
+            so that another run finds it; any may be deleted while no run uses it.
         optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
 
     Raises:
-        ValueError: No layer of that name, or a checkpoint that fits nothing.
+        ValueError: No layer of that name, one without parameters to train, or all of them by name; a layer to skip from
+            that does not run; an option that the others leave without effect; a checkpoint that fits nothing.
         FileNotFoundError: No such checkpoint.
     """
+
+    head: nn.Linear | SkipHead
 
     def __init__(
         self,
@@ -52,48 +87,270 @@ class FineTuner(Classifier):
         checkpoint: str | None = None,
         train: str | list[str] = "none",
         skip_from: str | None = None,
+        skip_join: SkipJoin = "pad",
+        skip_gradient: SkipGradient = "both",
+        head_init: HeadInit = "default",
+        head_lr_factor: float = 1.0,
+        cache: Place = "none",
+        cache_dir: str = "runs/cache",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(num_classes, backbone, optimizer, lr_scheduler)
+        _check_choice("skip_join", skip_join, SkipJoin)
+        _check_choice("skip_gradient", skip_gradient, SkipGradient)
+        _check_choice("head_init", head_init, HeadInit)
+        _check_choice("cache", cache, Place)
+        if cache != "none" and train == "all":
+            raise ValueError(f'cache={cache!r} keeps what frozen layers put out, and with train="all" there are none')
+        _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
         self.skip_from = skip_from
-        self.head = (
-            nn.Linear(self.backbone.dim, num_classes)
-            if skip_from is None
-            else SkipHead(self.backbone.dim, self.backbone.width(skip_from), num_classes)
-        )
+        self.skip_gradient = skip_gradient
+        self.head_init = head_init
+        self._head_ready = head_init != "mean"
         self._trained = _chosen(self.backbone, train)
+        self.head = self._new_head(skip_join)
+        self._cache = None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features)
+        if head_init == "zero":
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        if head_lr_factor != 1:
+            self._optimizer = partial(_with_head_lr, self._optimizer, list(self.head.parameters()), head_lr_factor)
         self.backbone.requires_grad_(False)
-        for layer in self._trained:
+        for layer in self._trained.values():
             layer.requires_grad_(True)
         self.train()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits ``(N, K)`` of images."""
+    def _new_head(self, skip_join: SkipJoin) -> nn.Linear | SkipHead:
+        self._skipped: Tensor | None = None
         if self.skip_from is None:
-            return self.head(self.backbone(x))
-        features = self.backbone.stages(x, [PENULTIMATE, self.skip_from])
-        return self.head(features[PENULTIMATE], features[self.skip_from])
+            return nn.Linear(self.backbone.dim, self.num_classes)
+        hooks = [hook for part in self.backbone.modules() for hook in part._forward_hooks.values()]
+        if any(getattr(hook, "__func__", None) is FineTuner._catch for hook in hooks):
+            raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
+        width = self.backbone.width(self.skip_from)
+        # For good, since a compiled network does not see hooks that come after its first call.
+        self.backbone.layer(self.skip_from).register_forward_hook(self._catch)
+        return SkipHead(self.backbone.dim, width, self.num_classes, skip_join)
+
+    def _catch(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Keep what the skipped layer puts out; with ``skip_gradient="skip"`` hand it on without its gradient."""
+        self._skipped = first(output)
+        if self.skip_gradient == "both":
+            return output
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+    def _parts(self) -> tuple[Backbone, list[nn.Module]]:
+        """The backbone, and the blocks before which it is frozen and has put out nothing for the head."""
+        skipped = [self.skip_from] if self.skip_from and self._trained else []
+        names = [enclosing_block(self.backbone.net, name) for name in (*self._trained, *skipped)]
+        return self.backbone, [self.backbone.layer(name) for name in names]
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The linear layer whose outputs are the logits."""
+        return self.head.fc if isinstance(self.head, SkipHead) else self.head
+
+    def features(self, x: Tensor | Stored) -> tuple[Tensor, ...]:
+        """What the head gets of images: penultimate features ``(N, d)`` and, with a skip, those of its layer."""
+        if isinstance(x, Stored):
+            assert self._cache is not None
+            penultimate, stored = self._cache.penultimate(x.value), self._cache.skipped(x.value)
+        else:
+            penultimate, stored = self.backbone(x), None
+        if self.skip_from is None:
+            return (penultimate,)
+        caught, self._skipped = self._skipped, None
+        if stored is not None:
+            return penultimate, stored
+        assert caught is not None
+        return penultimate, self.backbone.pool(caught)
+
+    def forward(self, x: Tensor | Stored) -> Tensor:
+        """Class logits ``(N, K)`` of images."""
+        return self.head(*self.features(x))
 
     def on_fit_start(self) -> None:
-        """Log the counts of parameters; silence Lightning's warning of modules in eval mode, since they are to be."""
+        """Show and log what trains and start the classifier from class means, if asked to.
+
+        Lightning's warning of modules in eval mode is silenced, since they are to be.
+        """
         super().on_fit_start()
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        rank_zero_info(self.parameter_table())
+        if self._cache is not None:
+            self._cache.fill(self.trainer, self, delta.split(self.state_dict(), self._tuned_paths())[1])
+        if not self._head_ready:
+            self._start_from_means()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The cache, which has to know when a run breaks off."""
+        return [] if self._cache is None else [self._cache]
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its images back."""
+        if self._cache is not None:
+            self._cache.drop()
+
+    def on_fit_end(self) -> None:
+        """Leave ``delta.safetensors`` beside the checkpoints."""
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        state = self.trainer.strategy.lightning_module_state_dict()
+        if folder and self.trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+            self.save_delta(Path(folder) / "delta.safetensors", names, state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the classifier that is loaded."""
+        self._head_ready = True
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
-        for layer in self._trained:
+        for layer in self._trained.values():
             layer.train(mode)
         return self
 
+    def parameter_table(self) -> str:
+        """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
+        seen: set[int] = set()
 
-def _chosen(backbone: Backbone, train: str | list[str]) -> list[nn.Module]:
+        def row(name: str, parameters: Iterable[nn.Parameter]) -> tuple[str, int, int]:
+            new = [p for p in parameters if id(p) not in seen]
+            seen.update(map(id, new))
+            return name, sum(p.numel() for p in new if p.requires_grad), sum(p.numel() for p in new)
+
+        rows = [row("head", self.head.parameters())]
+        rows += [row(name, layer.parameters()) for name, layer in self._trained.items()]
+        rows.append(row("rest of the backbone", self.backbone.parameters()))
+        rows = [r for r in rows if r[2]]
+        rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+        lines = [f"{name:<24}{own:>16,}{of:>16,}{100 * own / of:>10.3g}" for name, own, of in rows]
+        return "\n".join([f"{'parameters':<24}{'trained':>16}{'total':>16}{'%':>10}", *lines])
+
+    def save_delta(
+        self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Save what was tuned, the classifier included, with the base's name and fingerprint.
+
+        The fingerprint is that of the frozen tensors, since the delta replaces the others.
+
+        Args:
+            path: File to write, ``.safetensors``.
+            class_names: Names of the classes, in the order of their labels.
+            state: The state of this module, where its own is spread over processes.
+        """
+        tensors, frozen = delta.split(self.state_dict() if state is None else state, self._tuned_paths())
+        delta.save(path, tensors, frozen, {**self._facts(), "class_names": class_names})
+
+    def load_delta(self, path: str | Path) -> None:
+        """Put tuned layers and classifier in place.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, or one of other knobs or another base.
+        """
+        _, frozen = delta.split(self.state_dict(), self._tuned_paths())
+        self.load_state_dict(delta.load(path, frozen, self._facts()), strict=False)
+        self._head_ready = True
+
+    @classmethod
+    def from_delta(cls, path: str | Path, checkpoint: str | None = None, pretrained: bool = False) -> FineTuner:
+        """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, or the base is another one.
+        """
+        facts = delta.facts(path)
+        model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
+        model.load_delta(path)
+        return model.eval()
+
+    def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
+        """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
+
+        With ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
+
+        Raises:
+            ValueError: timm has no such network, as with a stem for small images.
+        """
+        classifier = self.head if isinstance(self.head, nn.Linear) else None
+        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier)
+
+    def _tuned_paths(self) -> list[str]:
+        tuned = [self.head, *self._trained.values()]
+        return [path for path, module in self.named_modules() if any(module is one for one in tuned)]
+
+    def _facts(self) -> dict[str, Any]:
+        knobs = {name: value for name, value in self.hparams.items() if name not in _NOT_THE_MODEL}
+        return {"base": self.backbone.spec, "knobs": knobs}
+
+    def _start_from_means(self) -> None:
+        rows = plain_loader(self.trainer, 'head_init="mean"')
+        with evaluation(self.trainer, self):
+            moments = streamed_moments(
+                ((self._joined(images), labels) for images, labels in batches(self.trainer, rows)), self.num_classes
+            )
+        weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean(moments))
+        with torch.no_grad():
+            self.classifier.weight.copy_(weight)
+            self.classifier.bias.copy_(bias)
+        self._head_ready = True
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Input of the linear classifier ``(N, classifier.in_features)``."""
+        features = self.features(x)
+        return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
+
+
+def _with_head_lr(
+    optimizer: OptimizerCallable, head: list[nn.Parameter], factor: float, parameters: Iterable[nn.Parameter]
+) -> Any:
+    """An optimiser of two groups, ``backbone`` and ``head``, the second with ``factor`` times the learning rate."""
+    in_head = set(map(id, head))
+    body = [p for p in parameters if id(p) not in in_head]
+    groups = [{"params": body, "name": "backbone"}] if body else []
+    made: Any = optimizer([*groups, {"params": head, "name": "head"}])
+    made.param_groups[-1]["lr"] *= factor
+    return made
+
+
+def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
+    """The layers to train, by name."""
     if train == "none":
-        return []
+        return {}
     if train == "all":
-        return [backbone]
-    return list(find_layers(backbone.net, [train] if isinstance(train, str) else train).values())
+        return {"backbone": backbone}
+    patterns = [train] if isinstance(train, str) else train
+    if not set("".join(patterns)) - set("*.?"):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    found = find_layers(backbone.net, patterns)
+    empty = [name for name, layer in found.items() if not any(True for _ in layer.parameters())]
+    if empty:
+        raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
+    named = {id(p) for layer in found.values() for p in layer.parameters()}
+    if all(id(p) in named for p in backbone.parameters()):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    return found
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"expected {name} to be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _check_effects(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, head_lr_factor: float) -> None:
+    """Refuse options that would do nothing, and say so where a skip connection has nothing to tune."""
+    if head_lr_factor <= 0:
+        raise ValueError(f"expected head_lr_factor above 0, got {head_lr_factor}")
+    if skip_from is None and (skip_join != "pad" or skip_gradient != "both"):
+        raise ValueError(f"skip_join={skip_join!r} and skip_gradient={skip_gradient!r} need a layer in skip_from")
+    if train == "none" and skip_gradient != "both":
+        raise ValueError('skip_gradient="skip" needs a layer in train: without one the backbone gets no gradient')
+    if train == "none" and skip_from is not None:
+        rank_zero_info(f'train="none": a linear probe on the penultimate features joined with those of {skip_from}')

@@ -1,35 +1,100 @@
 """What sits on the backbone's features.
 
-Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, ``d_l`` of the skipped layer's.
+Legend: ``N`` samples, ``K`` classes, ``d`` width of the features, ``d_l`` of the skipped layer's; ``mu_k`` class means,
+``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances within and between classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncfinetune.collapse import ClassMoments, class_moments, merge
+
+SkipJoin = Literal["pad", "linear", "concat"]
+
 
 class SkipHead(nn.Module):
-    """A linear classifier on the sum of penultimate features and those of a skipped layer.
+    """A linear classifier on penultimate features joined with those of a skipped layer.
 
-    This is the head of skip-connection-layer fine-tuning (Li et al., arXiv 2212.12206). Where the two widths differ
-    the narrower features are padded with zeros, so that the skip connection adds no parameters of its own.
+    This is the head of skip-connection-layer fine-tuning (Li et al., arXiv 2212.12206).
 
     Args:
         dim: Width ``d`` of the penultimate features.
         skip_dim: Width ``d_l`` of the skipped layer's features.
         num_classes: Number of classes ``K``.
+        join: ``pad`` adds the two, the narrower padded with zeros, so that the skip connection has no parameters of its
+            own; ``linear`` adds them after a learned linear map from ``d_l`` to ``d``; ``concat`` puts them side by
+            side.
     """
 
-    def __init__(self, dim: int, skip_dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, skip_dim: int, num_classes: int, join: SkipJoin = "pad") -> None:
         super().__init__()
-        self.dim = max(dim, skip_dim)
+        self.join = join
+        self.dim = {"pad": max(dim, skip_dim), "linear": dim, "concat": dim + skip_dim}[join]
+        self.project = nn.Linear(skip_dim, dim, bias=False) if join == "linear" else nn.Identity()
         self.fc = nn.Linear(self.dim, num_classes)
+
+    def joined(self, features: Tensor, skipped: Tensor) -> Tensor:
+        """Input of the linear classifier, of features ``(N, d)`` and ``(N, d_l)``."""
+        if self.join == "concat":
+            return torch.cat([features, skipped], 1)
+        return _widen(features, self.dim) + _widen(self.project(skipped), self.dim)
 
     def forward(self, features: Tensor, skipped: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of features ``(N, d)`` and ``(N, d_l)``."""
-        return self.fc(_widen(features, self.dim) + _widen(skipped, self.dim))
+        return self.fc(self.joined(features, skipped))
 
 
 def _widen(features: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, dim - features.shape[1]))
+
+
+def nearest_mean(moments: ClassMoments) -> tuple[Tensor, Tensor]:
+    """Weight ``(K, d)`` and bias ``(K,)`` of the linear classifier that decides as the nearest class mean does.
+
+    ``w_k = s (mu_k - mu_G)`` and ``b_k = -s (|mu_k|^2 - |mu_G|^2) / 2``, whose logits are ``-s |h - mu_k|^2 / 2`` up to
+    a term that is the same for every class. The scale ``s = tr(Sigma_B) / tr(Sigma_W Sigma_B)`` is one over the
+    variance within classes along the directions between class means, ``Sigma_W`` taken without bias: ``N - K`` in place
+    of ``N``. Where ``Sigma_W = sigma^2 I`` it is ``1 / sigma^2``, and the softmax is the posterior of Gaussian classes
+    with equal priors (Bishop 2006, eqs. 4.68 to 4.70). Where nothing varies within classes, as with one image of each,
+    ``s = 1 / tr(Sigma_B)``. A class without samples gets weight and bias 0.
+    """
+    assert moments.within is not None
+    samples, present = moments.count.sum(), moments.present
+    between = moments.centred.square().sum(1).mean()
+    spread = (moments.centred @ moments.within * moments.centred).sum(1).mean()
+    spread = spread * samples / (samples - present.sum()).clamp(min=1)
+    collapsed = spread <= torch.finfo(torch.float32).eps * between.square()
+    scale = torch.where(collapsed, 1 / between, between / spread)
+    weight, bias = torch.zeros_like(moments.mean), torch.zeros_like(moments.count)
+    weight[present] = scale * moments.centred
+    bias[present] = (moments.global_mean.square().sum() - moments.mean[present].square().sum(1)) * scale / 2
+    return weight, bias
+
+
+def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
+    """Class moments of features that come in batches, taken ``rows`` at a time."""
+    moments: ClassMoments | None = None
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add() -> None:
+        nonlocal moments
+        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        new = class_moments(features.float(), labels, num_classes)
+        moments = new if moments is None else merge(moments, new)
+        waiting.clear()
+
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(len(labels) for _, labels in waiting) >= rows:
+            add()
+    if waiting:
+        add()
+    if moments is None:
+        raise ValueError('head_init="mean" needs training images, and there are none')
+    return moments

@@ -5,10 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from ncfinetune.__main__ import main
+from ncfinetune.datamodules import Digits
+from ncfinetune.files import ImageFiles
 from ncfinetune.report import main as report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +61,15 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["shots"] == 4
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "layer", "scl", "full"])
+def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
+    note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
+    run = _fit(tmp_path, method, *note, "--model.backbone", TINY, "--data", "Digits", "--data.shots", "4")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "ncfinetune.FineTuner"
+    assert (run / "checkpoints" / "delta.safetensors").exists()
+
+
 def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
     main(["fit", *QUIET, "--trainer.max_epochs", "1", *PIECES])
     assert (tmp_path / "runs" / "version_0" / "config.yaml").exists()
@@ -89,6 +103,48 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
     for row in rows:
         assert sum(float(row[name]) for name in "789") == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == max("789", key=lambda name: float(row[name]))
+
+
+def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
+    run = _fit(tmp_path, "a", *PIECES, "--data.classes", "[7, 8, 9]")
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    main(["predict", *trained])
+    expected = list(csv.reader((run / "predictions.csv").read_text().splitlines()))
+    data = Digits([7, 8, 9])
+    data.setup("test")
+    (tmp_path / "photos" / "deeper").mkdir(parents=True)
+    for index, place in ((0, "a.png"), (1, "b.png"), (2, "deeper/c.PNG")):
+        image = data.test_dataloader().dataset[index][0][0].numpy()
+        Image.fromarray(image).convert("RGBA").save(tmp_path / "photos" / place, format="png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    main(["predict", *trained, "--images", str(tmp_path / "photos")])
+    got = list(csv.reader((run / "predictions.csv").read_text().splitlines()))
+    assert got[0] == ["file", *expected[0][1:]]
+    assert [Path(row[0]).name for row in got[1:]] == ["a.png", "b.png", "c.PNG"]
+    for row, known in zip(got[1:], expected[1:4], strict=True):
+        assert row[1] == known[1]
+        assert [float(p) for p in row[2:]] == pytest.approx([float(p) for p in known[2:]], abs=1e-5)
+
+
+def test_images_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["predict", *QUIET, *PIECES, "--images"]
+    assert "no folder 'nowhere'; expected one with images" in _refusal(capsys, *command, "nowhere")
+    assert "no images in " in _refusal(capsys, *command, str(tmp_path))
+    error = _refusal(capsys, "fit", *QUIET, *PIECES, "--images", str(tmp_path))
+    assert error == "error: images is an option of predict, not of fit"
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read .*broken.png as an image: .*; mend or remove it"):
+        ImageFiles(tmp_path, 3, 8)[0]
+
+
+def test_of_an_image_of_another_size_the_centre_is_seen(tmp_path: Path) -> None:
+    picture = np.zeros((64, 128, 3), dtype=np.uint8)
+    picture[4:60, 36:92] = 200  # the middle 7/8 of the shorter side
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    images = ImageFiles(tmp_path, 3, 28)
+    assert torch.equal(images[0][0][:, 1:-1, 1:-1], torch.full((3, 26, 26), 200, dtype=torch.uint8))
+    assert images[0][0].min() > 100  # at the edge the filter sees beyond it
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncfinetune.layers import Pool, block_names, caught, find_layers
+from ncfinetune.layers import Pool, block_names, caught, enclosing_block, find_layers
 
 
 class Block(nn.Module):
@@ -59,6 +59,13 @@ def test_blocks_inside_blocks_do_not_count() -> None:
     assert block_names(nn.Sequential(outer, Block())) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "block"), [("blocks.1.fc", "net.blocks.1"), ("blocks.1", "net.blocks.1"), ("net", "net")]
+)
+def test_block_that_holds_a_layer(name: str, block: str) -> None:
+    assert enclosing_block(_network(2), name) == block
+
+
 def test_hooks_are_gone_after_the_context() -> None:
     layer = nn.Linear(2, 2)
     with caught({"fc": layer}) as outputs:
@@ -75,7 +82,8 @@ def test_hooks_are_gone_after_the_context() -> None:
         (Pool(channels_last=True), (2, 4, 5, 3), lambda x: x.mean((1, 2))),
         (Pool(), (2, 7, 3), lambda x: x.mean(1)),
         (Pool(prefix_tokens=2), (2, 7, 3), lambda x: x[:, 2:].mean(1)),
-        (Pool(prefix_tokens=2, class_token=True), (2, 7, 3), lambda x: x[:, 0]),
+        (Pool(prefix_tokens=2, class_tokens=1), (2, 7, 3), lambda x: x[:, 0]),
+        (Pool(prefix_tokens=2, class_tokens=2), (2, 7, 3), lambda x: (x[:, 0] + x[:, 1]) / 2),
     ],
 )
 def test_pooling(pool: Pool, shape: tuple[int, ...], expected) -> None:

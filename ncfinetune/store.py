@@ -1,0 +1,145 @@
+"""Values of images, kept in memory or in memory-mapped files.
+
+Legend: ``N`` samples.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ncfinetune.delta import raw
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MEND = "free some space, name a cache_dir on another disk, or use cache='memory' or 'none'"
+
+
+class Stored(NamedTuple):
+    """In a batch in place of images: what the first layer that is run gets of them."""
+
+    value: Tensor
+
+
+class StoredSet(Dataset[tuple[Stored, Tensor]]):
+    """Stored values ``(N, ...)`` and labels ``(N,)``, fetched a batch at a time.
+
+    Keys count on beyond ``N``, as those of a sampler that tells epochs apart: key ``e N + i`` is sample ``i``.
+    """
+
+    def __init__(self, values: Tensor, labels: Tensor) -> None:
+        self.values, self.labels = values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Stored, Tensor]:
+        return Stored(self.values[index % len(self)]), self.labels[index % len(self)]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Stored, Tensor]:
+        rows = torch.tensor(indices) % len(self)
+        return Stored(self.values[rows]), self.labels[rows]
+
+    def loader_like(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """A loader of these samples in the batches that ``loader`` would give of its own."""
+        if loader.batch_size is None:
+            return DataLoader(self, batch_sampler=loader.batch_sampler, collate_fn=_as_is)
+        options = {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+        return DataLoader(self, collate_fn=_as_is, **options)  # type: ignore[arg-type]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def in_memory(rows: Iterable[tuple[Tensor, Tensor]], samples: int) -> StoredSet:
+    """Keep values and labels that come in batches, ``samples`` in all."""
+    stored: StoredSet | None = None
+    start = 0
+    for values, labels in rows:
+        if stored is None:
+            stored = StoredSet(*(t.new_empty(samples, *t.shape[1:], device="cpu") for t in (values, labels)))
+        stored.values[start : start + len(labels)] = values
+        stored.labels[start : start + len(labels)] = labels
+        start += len(labels)
+    assert stored is not None
+    return stored
+
+
+def on_disk(
+    rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], samples: int, folder: Path, strategy: Any
+) -> StoredSet:
+    """Values and labels in memory-mapped files of ``folder``; ``rows`` is called where they are not there already.
+
+    They are written to a folder beside it that is renamed when all is there. Of several processes the first one writes.
+
+    Raises:
+        OSError: The disk is full; nothing is left of what was written.
+    """
+    if strategy.is_global_zero and not _complete(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
+        try:
+            _write(rows(), samples, part)
+            part.rename(folder)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise OSError(error.errno, f"disk full while caching: {error.strerror}; {_MEND}", str(folder)) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    strategy.barrier("cache")
+    shapes = json.loads((folder / "shapes.json").read_text())
+    return StoredSet(*(_mapped(folder / name, *shapes[name]) for name in ("values", "labels")))
+
+
+def _write(rows: Iterable[tuple[Tensor, Tensor]], samples: int, part: Path) -> None:
+    shapes: dict[str, Any] = {}
+    with (part / "values").open("wb") as values_file, (part / "labels").open("wb") as labels_file:
+        for values, labels in rows:
+            if not shapes:
+                shapes = {n: _shape(t, samples) for n, t in (("values", values), ("labels", labels))}
+                _check_space(sum(map(_size, shapes.values())), part)
+            values_file.write(raw(values))
+            labels_file.write(raw(labels))
+    (part / "shapes.json").write_text(json.dumps(shapes))
+
+
+def _shape(tensor: Tensor, samples: int) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), [samples, *tensor.shape[1:]]
+
+
+def _size(shape: Sequence[Any]) -> int:
+    return math.prod(shape[1]) * getattr(torch, shape[0]).itemsize
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the cache needs {needed / 1e9:.2f} GB in {str(folder.parent)!r}, where {free / 1e9:.2f} GB are free",
+        )
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        shapes = json.loads((folder / "shapes.json").read_text())
+        return all((folder / name).stat().st_size == _size(shapes[name]) for name in ("values", "labels"))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _mapped(file: Path, dtype: str, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape)
+    return torch.from_file(str(file), shared=False, size=size, dtype=getattr(torch, dtype)).view(shape)

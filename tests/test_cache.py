@@ -1,0 +1,249 @@
+"""Training on what the frozen layers made of the images: the same run, without their forward pass."""
+
+import errno
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_finetune import SMALL, _sgd, _trainer
+
+from ncfinetune import FineTuner, cache, store
+from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.datamodules import Digits
+
+KNOBS = [
+    {"train": "none"},
+    {"train": "none", "skip_from": "layer2.0", "skip_join": "linear"},
+    {"train": "layer3.0"},
+    {"train": "layer3.0", "skip_from": "layer3.0", "skip_gradient": "skip"},
+    {"train": "layer4.0", "skip_from": "layer2.1", "head_init": "mean"},
+    {"train": ["layer3.1.bn2", "layer4.1.bn?"]},
+]
+
+
+def _model(**knobs) -> FineTuner:
+    torch.manual_seed(1)
+    return FineTuner(3, SMALL, optimizer=_sgd, **knobs)
+
+
+def _fit(folder: Path, model: FineTuner, data: Digits | None = None, **arguments) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    trainer = _trainer(folder, max_epochs=2, **arguments)
+    trainer.fit(model, data or Digits([0, 1, 2], shots=8, batch_size=7))
+    return {**model.state_dict(), **trainer.callback_metrics}
+
+
+def _fail(*args, **kwargs):
+    pytest.fail("the frozen layers ran again")
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_run_with_a_cache_is_the_run_without(knobs: dict, place: str, tmp_path: Path) -> None:
+    plain = _fit(tmp_path, _model(**knobs))
+    cached = _fit(tmp_path, _model(**knobs, cache=place, cache_dir=str(tmp_path / "cache")))
+    assert {"train/loss", "val/loss", "val/acc"} <= set(plain)
+    for key, value in plain.items():
+        torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_frozen_layers_run_once_an_image(tmp_path: Path) -> None:
+    def images(**knobs) -> int:
+        model, seen = _model(train="layer3.0", **knobs), []
+        layer = model.backbone.layer("layer1.0")
+        layer.forward = lambda x, forward=layer.forward: seen.append(len(x)) or forward(x)
+        data = Digits([0, 1, 2], shots=8, batch_size=7)
+        _fit(tmp_path, model, data, num_sanity_val_steps=0)
+        return sum(seen), 24 + len(data.val_dataloader().dataset)
+
+    without, each = images()
+    assert without == 2 * each
+    with_cache, each = images(cache="memory")
+    assert with_cache <= each + 3 * 8  # and some more to try the cut
+
+
+class Changed(torch.utils.data.Dataset):
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        image, label = self.dataset[index]
+        image = image.clone()
+        image[0, 0, 0] ^= 255 if index % len(self) == 5 else 0
+        return image, label
+
+
+class OnePixel(Digits):
+    """One pixel of one image differs, and not of one that would be among a few samples."""
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Changed(super().train_dataloader().dataset), batch_size=7, shuffle=True)
+
+    def train_plain_dataloader(self):
+        return torch.utils.data.DataLoader(Changed(super().train_plain_dataloader().dataset), batch_size=7)
+
+
+def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    knobs = {"train": "layer3.0", "cache": "disk", "cache_dir": str(folder)}
+    first = _fit(tmp_path, _model(**knobs))
+    entries = set(folder.iterdir())
+    assert len(entries) == 2  # training and validation images
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write", _fail)
+        again = _fit(tmp_path, _model(**knobs))
+    assert all(torch.equal(again[key], value) for key, value in first.items())
+
+    other_weights = _model(**knobs)
+    torch.nn.init.ones_(other_weights.backbone.net.conv1.weight)
+    other_pixels = OnePixel([0, 1, 2], shots=8, batch_size=7)
+    other_mean = Digits([0, 1, 2], shots=8, batch_size=7)
+    other_mean.mean += 0.1
+    for model, data, new in [
+        (other_weights, None, 2),
+        (_model(**knobs), other_pixels, 1),
+        (_model(**knobs), other_mean, 2),
+    ]:
+        _fit(tmp_path, model, data)
+        assert len(set(folder.iterdir()) - entries) == new
+        entries = set(folder.iterdir())
+    _fit(tmp_path, _model(**{**knobs, "train": "layer3.1"}))
+    assert len(set(folder.iterdir()) - entries) == 2
+
+
+@pytest.mark.parametrize("damage", ["values", "shapes.json"])
+def test_damaged_files_are_made_anew(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    knobs = {"train": "layer3.0", "cache": "disk", "cache_dir": str(folder)}
+    first = _fit(tmp_path, _model(**knobs))
+    for entry in folder.iterdir():
+        (entry / damage).write_bytes((entry / damage).read_bytes()[:-5])
+    again = _fit(tmp_path, _model(**knobs))
+    assert all(torch.equal(again[key], value) for key, value in first.items())
+
+
+def test_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_shape", crash)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        _fit(tmp_path, _model(train="layer3.0", cache="disk", cache_dir=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_full_disk_is_said_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(train="layer3.0", cache="disk", cache_dir=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
+        with pytest.raises(
+            OSError, match=r"disk full while caching: the cache needs 0.00 GB in '.*cache', where 0.00 GB"
+        ):
+            _fit(tmp_path, model)
+    written = []
+
+    def write(tensor: torch.Tensor) -> memoryview:
+        written.append(tensor)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return memoryview(b"")
+
+    monkeypatch.setattr(store, "raw", write)
+    with pytest.raises(
+        OSError, match=r"No space left on device; free some space, name a cache_dir on another disk, or"
+    ):
+        _fit(tmp_path, model)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+class RandomOnDevice(Digits):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
+        return (images + 0.1 * torch.randn_like(images) if self.trainer.training else images), labels
+
+
+class RandomInData(Digits):
+    def train_dataloader(self):
+        images = super().train_dataloader().dataset
+        drawn = [images[i] for i in range(len(images))]
+        flipped = [(image.flip(-1) if np.random.rand() < 0.5 else image, label) for image, label in drawn]
+        return torch.utils.data.DataLoader(flipped, batch_size=7, shuffle=True)
+
+
+@pytest.mark.parametrize("data", [RandomOnDevice, RandomInData])
+def test_random_augmentation_is_refused(data: type[Digits], tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"stores what .* of each training image once, but these differ .*augmentation"
+    ):
+        _fit(tmp_path, _model(cache="memory"), data([0, 1, 2], shots=8, batch_size=7))
+
+
+def test_all_layers_trained_leave_nothing_to_cache() -> None:
+    with pytest.raises(
+        ValueError, match="cache='disk' keeps what frozen layers put out, and with train=\"all\" there are"
+    ):
+        _model(train="all", cache="disk")
+
+
+def test_network_that_needs_more_than_the_layers_input_is_refused(tmp_path: Path) -> None:
+    model = _model(train="layer3.0", cache="memory")
+    net, original = model.backbone.net, model.backbone.net.forward_features
+    net.forward_features = lambda x: original(x) + x.mean()
+    with pytest.raises(ValueError, match="cannot go on from layer3.0 of resnet18: what runs after it depends on more"):
+        _fit(tmp_path, model)
+
+
+def test_datamodule_has_its_images_back_after_the_run_whatever_its_end(tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], shots=8, batch_size=7)
+    _fit(tmp_path, _model(cache="memory"), data)
+    assert next(iter(data.train_dataloader()))[0].shape == (7, 1, 8, 8)
+    assert "on_after_batch_transfer" not in vars(data)
+
+    broken = _model(train="layer3.0", cache="memory")
+    broken.on_train_epoch_end = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        _fit(tmp_path, broken, data)
+    assert next(iter(data.train_dataloader()))[0].shape == (7, 1, 8, 8)
+
+
+@pytest.mark.parametrize("knobs", [{"train": "layer3.0", "skip_from": "layer3.0"}, {"skip_from": "layer2.0"}])
+def test_tracker_of_frozen_layers_gets_validation_images(knobs: dict, tmp_path: Path) -> None:
+    numbers = [
+        _fit(tmp_path, _model(**knobs, cache=place), callbacks=[NeuralCollapseTracker(layers=["layer*.*"])])
+        for place in ("none", "memory")
+    ]
+    names = [name for name in numbers[0] if name.startswith("nc1/")]
+    assert len(names) == 2 * 8
+    for name in names:
+        torch.testing.assert_close(numbers[1][name], numbers[0][name], rtol=1e-3, atol=1e-6)
+
+
+def test_tracker_measures_the_same_with_a_cache(tmp_path: Path) -> None:
+    numbers = []
+    for place in ("none", "memory"):
+        tracker = NeuralCollapseTracker(layers=["layer3.0", "layer4.1", "penultimate"])
+        model = _model(train="layer3.0", skip_from="layer3.0", cache=place)
+        numbers.append(_fit(tmp_path, model, callbacks=[tracker]))
+    names = [name for name in numbers[0] if name.startswith("nc1/")]
+    assert len(names) == 6
+    for name in names:
+        torch.testing.assert_close(numbers[1][name], numbers[0][name], rtol=1e-3, atol=1e-6)
+
+
+def test_stored_values_take_the_sizes_of_batches_of_the_loader() -> None:
+    stored = store.StoredSet(torch.randn(10, 3), torch.arange(10))
+    theirs = torch.utils.data.DataLoader(range(10), batch_size=4, drop_last=True)
+    batches = list(stored.loader_like(theirs))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert isinstance(batches[0][0], store.Stored)
+    later = stored.__getitems__([13, 21])
+    assert later[1].tolist() == [3, 1]
+    assert torch.equal(later[0].value, stored.values[[3, 1]])
+    assert cache._same([torch.ones(2)], [torch.ones(2)])
+    assert not cache._same([torch.ones(2)], [torch.zeros(2)])

@@ -1,0 +1,145 @@
+"""Deltas: small, tied to their base, and as good as the checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_finetune import SMALL, _sgd, _trainer
+
+from ncfinetune import Backbone, FineTuner
+from ncfinetune.datamodules import Digits
+
+KNOBS = [
+    {"train": "none"},
+    {"train": "layer3.0", "skip_from": "layer3.0", "skip_join": "linear"},
+    {"train": ["layer4.*", "conv1"]},
+    {"train": "all"},
+]
+
+
+def _base(folder: Path) -> str:
+    torch.save(Backbone(**SMALL).state_dict(), folder / "base.pt")
+    return str(folder / "base.pt")
+
+
+def _tuned(model: FineTuner) -> FineTuner:
+    """The model as if trained: whatever trains, running statistics included, is another number."""
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model(torch.randn(8, 1, 8, 8))
+    return model.eval()
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_base_and_delta_make_the_tuned_model(knobs: dict, tmp_path: Path) -> None:
+    base, images = _base(tmp_path), torch.randn(4, 1, 8, 8)
+    model = _tuned(FineTuner(3, SMALL, checkpoint=base, **knobs))
+    model.save_delta(tmp_path / "delta.safetensors")
+    again = FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base)
+    assert not again.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert torch.equal(again(images), model(images))
+
+
+def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train="layer3.0", skip_from="layer3.0")
+    model.save_delta(tmp_path / "delta.safetensors", ["a", "b", "c"])
+    tensors = load_file(tmp_path / "delta.safetensors")
+    assert all(name.startswith(("head.fc.", "backbone.net.layer3.0.")) for name in tensors)
+    assert "backbone.net.layer3.0.bn1.running_mean" in tensors
+    with safe_open(tmp_path / "delta.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["base"]) == {**SMALL}
+    assert json.loads(metadata["class_names"]) == ["a", "b", "c"]
+    assert json.loads(metadata["knobs"])["train"] == "layer3.0"
+
+
+def test_delta_of_a_base_vit_is_a_tenth_of_it(tmp_path: Path) -> None:
+    FineTuner(10, "vit_base_patch16_224", train="blocks.8").save_delta(tmp_path / "delta.safetensors")
+    assert (tmp_path / "delta.safetensors").stat().st_size < 30e6
+
+
+def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, checkpoint=_base(tmp_path), train="layer3.0")
+    path = tmp_path / "delta.safetensors"
+    model.save_delta(path)
+    with safe_open(path, framework="pt") as file:
+        theirs = file.metadata()["base_fingerprint"]
+    with pytest.raises(
+        ValueError, match=rf"belongs to another base: .* fingerprint {theirs}, and this is .* [0-9a-f]+;"
+    ):
+        FineTuner(3, SMALL, train="layer3.0").load_delta(path)
+    with pytest.raises(ValueError, match=rf"tuned on .*'resnet18'.* {theirs}, and this is .*'resnet34'"):
+        FineTuner(3, {**SMALL, "name": "resnet34"}, train="layer3.0").load_delta(path)
+    for knobs, message in [
+        ({"train": "layer3.1"}, "was tuned with train='layer3.0', and the model has 'layer3.1'"),
+        ({"train": "layer3.0", "skip_from": "layer1.0"}, "was tuned with skip_from=None, and the model has 'layer1.0'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FineTuner(3, SMALL, checkpoint=str(tmp_path / "base.pt"), **knobs).load_delta(path)
+
+
+def test_fingerprint_does_not_depend_on_what_was_tuned(tmp_path: Path) -> None:
+    """A base whose tuned layers alone are other numbers is as good, since the delta replaces them."""
+    base = _base(tmp_path)
+    _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0")).save_delta(tmp_path / "delta.safetensors")
+    other = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0"))
+    other.load_delta(tmp_path / "delta.safetensors")
+
+
+def test_what_is_no_delta_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no delta '.*none.safetensors'; fit leaves delta.safetensors beside"):
+        FineTuner.from_delta(tmp_path / "none.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    for path in (tmp_path / "weights.safetensors", Path(_base(tmp_path))):
+        with pytest.raises(ValueError, match="is no delta; expected the delta.safetensors that fit leaves"):
+            FineTuner.from_delta(path)
+
+
+def test_fit_leaves_a_delta_beside_the_checkpoint(tmp_path: Path) -> None:
+    base = _base(tmp_path)
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=_sgd)
+    trainer = _trainer(tmp_path, enable_checkpointing=True)
+    trainer.fit(model, Digits([7, 8, 9], shots=4))
+    path = Path(trainer.checkpoint_callback.dirpath) / "delta.safetensors"
+    again = FineTuner.from_delta(path, checkpoint=base)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(images), model.eval()(images))
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == ["7", "8", "9"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "knobs", "classes"),
+    [
+        ({"name": "test_resnet"}, {"train": "layer3.0"}, 3),
+        ({"name": "mobilenetv3_small_050"}, {"train": "blocks.4.0"}, 3),
+        ({"name": "deit_tiny_distilled_patch16_224", "img_size": 32}, {"train": "blocks.3"}, 3),
+        ({"name": "test_resnet", "in_chans": 1}, {"train": "layer3.0", "skip_from": "layer3.0"}, 0),
+    ],
+)
+def test_merged_file_is_timms(backbone: dict, knobs: dict, classes: int, tmp_path: Path) -> None:
+    model = FineTuner(3, backbone, **knobs)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.1)
+    name, arguments = model.eval().save_for_timm(tmp_path / "merged.safetensors")
+    net = timm.create_model(name, **arguments).eval()
+    images = torch.randn(2, *model.backbone._input_size())
+    assert arguments["num_classes"] == classes
+    with torch.no_grad():
+        expected = model(images) if classes else model.backbone(images)
+        torch.testing.assert_close(net(images), expected)
+
+
+def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, which has"):
+        FineTuner(3, SMALL).save_for_timm(tmp_path / "merged.safetensors")
