@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ncfinetune.collapse import ClassMoments
 from ncfinetune.layers import PENULTIMATE
+from ncfinetune.plain import evaluation, ready_batches
 
 from . import batches, figures
 from .features import FeatureTap, Pooling, find_classifier
@@ -317,13 +316,11 @@ class NeuralCollapseTracker(Callback):
     def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         loader = self._training_loader(trainer)
         self._start()
-        with _evaluation(trainer, pl_module):
-            length = batches.pass_length(trainer, loader, self.max_train_batches)
-            for batch in islice(loader, length):
-                on_device = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                with trainer.precision_plugin.forward_context():
-                    self.forward(pl_module, on_device)
-                self._update(on_device, loader)
+        length = batches.pass_length(trainer, loader, self.max_train_batches)
+        with evaluation(trainer, pl_module):
+            for batch in ready_batches(trainer, islice(loader, length)):
+                self.forward(pl_module, batch)
+                self._update(batch, loader)
         assert self._tap is not None
         self._tap.open = False
         values = self._compute(trainer, "train")
@@ -367,22 +364,6 @@ class NeuralCollapseTracker(Callback):
             if result.sample is not None:
                 pictures[f"projection_{layer}"] = figures.projection(moments, *result.sample)
         return pictures
-
-
-@contextmanager
-def _evaluation(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; on exit modes, the trainer's stage and the random numbers are as they were."""
-    stage = trainer.state.stage
-    modes = {part: part.training for part in module.modules()}
-    with isolate_rng(), torch.no_grad():
-        try:
-            trainer.validating = True
-            module.eval()
-            yield
-        finally:
-            trainer.state.stage = stage
-            for part, mode in modes.items():
-                part.training = mode
 
 
 def _chosen(metrics: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.delta import fingerprint, raw
-from ncfinetune.plain import batches, evaluation, in_order, on_device, plain_loader
+from ncfinetune.plain import evaluation, in_order, on_device, plain_loader, ready_batches
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail
 
@@ -73,7 +73,7 @@ class PrefixCache(Callback):
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
         with evaluation(trainer, module):
-            start = self._cut(next(iter(batches(trainer, plain)))[0][:_TRIED])
+            start = self._cut(next(iter(ready_batches(trainer, plain)))[0][:_TRIED])
             if trainer.limit_val_batches and is_overridden("val_dataloader", data) and not self._is_heard(module):
                 validation = data.val_dataloader()
                 loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
@@ -129,7 +129,7 @@ class PrefixCache(Callback):
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
             count = 0
-            for images, labels in batches(trainer, loader):
+            for images, labels in ready_batches(trainer, loader):
                 yield self._captured(images).cpu(), labels.cpu()
                 count += len(labels)
             if count != samples:

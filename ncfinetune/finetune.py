@@ -23,7 +23,7 @@ from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean, streamed_moments
 from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier
-from ncfinetune.plain import batches, evaluation, plain_loader
+from ncfinetune.plain import evaluation, plain_loader, ready_batches
 from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]
@@ -294,7 +294,8 @@ class FineTuner(Classifier):
         rows = plain_loader(self.trainer, 'head_init="mean"')
         with evaluation(self.trainer, self):
             moments = streamed_moments(
-                ((self._joined(images), labels) for images, labels in batches(self.trainer, rows)), self.num_classes
+                ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows)),
+                self.num_classes,
             )
         weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean(moments))
         with torch.no_grad():

@@ -33,7 +33,7 @@ def on_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
-def batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
+def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of a loader as a step would get them."""
     return (on_device(trainer, batch) for batch in loader)
 

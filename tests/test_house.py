@@ -38,7 +38,7 @@ IMPORTS = {
     "callbacks.features": {"layers"},
     "callbacks.figures": {"collapse"},
     "callbacks.statistics": {"collapse", "layers", "metrics"},
-    "callbacks.tracker": {"collapse", "layers", ".", ".features", ".statistics"},
+    "callbacks.tracker": {"collapse", "layers", "plain", ".", ".features", ".statistics"},
     "datamodules": {".base", ".digits", ".files", ".recipes", ".vision"},
     "datamodules.base": {".images", ".recipes", ".splits"},
     "datamodules.digits": {".base", ".images", ".recipes", ".splits"},
