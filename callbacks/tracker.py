@@ -165,9 +165,11 @@ class NeuralCollapseTracker(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values beside the hyper-parameters."""
-        layer = PENULTIMATE if PENULTIMATE in self.layers else self._tap.names[-1] if self._tap else ""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in self.values}
-        metrics |= {name: value for name, value in self.values.items() if name.endswith("/" + layer)}
+        layer = self._tap.names[-1] if self._tap is not None else ""
+        own = {name: self.values[name] for name in self.values if name.endswith("/" + layer)}
+        others = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in self.values}
+        first = {name: value for name, value in own.items() if name.startswith("nc1/")}
+        metrics = first | others | own  # the page shows the first few unless told otherwise
         for logger in _boards(trainer):
             logger.log_hyperparams(dict(logger.hparams), metrics, step=trainer.global_step)
 
