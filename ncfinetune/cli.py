@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
-for _home in ("callbacks", "datamodules", "finetune", "supervised"):
+for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
     importlib.import_module(f"ncfinetune.{_home}")
 
 _LOGGER = {
