@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,18 +31,21 @@ _LOGGER = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given."""
-    NCFinetuneCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults={"logger": _LOGGER},
-        parser_class=PlainParser,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
+    try:
+        NCFinetuneCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"logger": _LOGGER},
+            parser_class=PlainParser,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
 
 
 class PlainParser(LightningArgumentParser):

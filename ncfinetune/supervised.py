@@ -66,6 +66,7 @@ class Supervised(Classifier):
         self.projection = projection_head(projection, self.backbone.dim, width)
         self.head = nn.Linear(width, num_classes)
         self.adversary = PGD(**adversary) if isinstance(adversary, dict) else adversary
+        self._attack = self.adversary
         self.hparams["adversary"] = self.adversary and dataclasses.asdict(self.adversary)
 
     @property
@@ -89,13 +90,13 @@ class Supervised(Classifier):
         super().setup(stage)
         if self.adversary is not None and self.adversary.std is None:
             mean, std = _normalisation(getattr(self.trainer, "datamodule", None))
-            self.adversary = dataclasses.replace(self.adversary, mean=mean, std=std)
+            self._attack = dataclasses.replace(self.adversary, mean=mean, std=std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the batch, or of what the adversary makes of it."""
-        if self.adversary is not None:
+        if self._attack is not None:
             images, labels = batch
-            batch = self.adversary(self, images, labels), labels
+            batch = self._attack(self, images, labels), labels
         return super().training_step(batch, batch_idx)
 
 

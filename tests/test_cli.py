@@ -94,7 +94,7 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, Supervised; nearest: Supervised"),
+        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, SimCLR, SupCon, Supervised; nearest: Supervised"),
         (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Digits; nearest: Digits"),
         ([*PIECES, "--model.backbon", "x"], "no option 'backbon'; expected one of"),
         (["--config", "misspelt.yaml"], "nearest: backbone"),
@@ -132,7 +132,7 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; expected one of fit, validate, test, predict, report" in capsys.readouterr().err
+    assert "no command 'train'; expected one of fit, validate, test, predict, export, report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
