@@ -18,8 +18,8 @@ from ncfinetune.layers import PENULTIMATE, Pool, find_layers
 class FeatureTap:
     """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while ``open``.
 
-    The name ``penultimate`` stands for the input of the classifier: the last `torch.nn.Linear` with ``num_classes``
-    outputs.
+    The name ``penultimate`` stands for the output of the submodule that the module has under this name, and where it
+    has none for the input of the classifier: the last `torch.nn.Linear` with ``num_classes`` outputs.
 
     Args:
         module: The module to listen to.
@@ -41,8 +41,12 @@ class FeatureTap:
         self.names = list(found)
         if PENULTIMATE in layers:
             hook = self._hook(PENULTIMATE, Pool())
-            classifier = find_classifier(module, num_classes)
-            self._handles.append(classifier.register_forward_pre_hook(lambda m, args: hook(m, args, args[0])))
+            owner = getattr(module, PENULTIMATE, None)
+            if isinstance(owner, nn.Module):
+                self._handles.append(owner.register_forward_hook(hook))
+            else:
+                classifier = find_classifier(module, num_classes)
+                self._handles.append(classifier.register_forward_pre_hook(lambda m, args: hook(m, args, args[0])))
             self.names.append(PENULTIMATE)
 
     def take(self) -> dict[str, Tensor]:

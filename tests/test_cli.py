@@ -101,7 +101,7 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
         ([*PIECES, "--trainer.max_epoch", "3"], "no option 'trainer.max_epoch'; expected one of trainer"),
         ([*PIECES, "--trainr.max_epochs", "3"], "nearest: trainer.max_epochs"),
         ([*PIECES, "--model.optimizer", "SDG"], "optimizer: no class 'SDG'; expected one of"),
-        ([*PIECES, "--trainer.callbacks+=NeuralColapse"], "callbacks: no class 'NeuralColapse'; expected one of NeuralCollapseTracker"),
+        ([*PIECES, "--trainer.callbacks+=NeuralColapse"], "callbacks: no class 'NeuralColapse'; expected one of NeuralCollapseTracker, OnlineProbe"),
         ([*PIECES, "--trainer.max_epochs", "many"], "trainer.max_epochs"),
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
