@@ -264,13 +264,15 @@ def _check_name(name: str) -> None:
 
 
 def _shrink_stem(net: Any, name: str) -> None:
-    if not (isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool")):
+    stem = getattr(net, "conv1", nn.Identity())
+    convolutions = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
+    if not (convolutions and hasattr(net, "maxpool")):
         raise ValueError(
             f'stem="cifar" is for ResNets, and {name!r} is none; for small images give it its own arguments, '
             "such as img_size and patch_size of a ViT"
         )
-    conv = net.conv1
-    net.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    first, last = convolutions[0], convolutions[-1]
+    net.conv1 = nn.Conv2d(first.in_channels, last.out_channels, 3, stride=1, padding=1, bias=last.bias is not None)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
 

@@ -2,14 +2,14 @@
 
 The loss: forward and backward on random projections of two views. `lightly.loss.NTXentLoss` is the rival of
 `labels=arange(N)`; the plain SupCon, written here as the field writes it with its N V x N V mask, the rival of ten
-classes. All run in one process, on one thread and in turn; ratios are taken pair by pair. Times are CPU time, which other
-work on the machine disturbs least. Memory is the growth of a fresh process's peak over one forward and backward.
+classes. All run in one process, on one thread and in turn; ratios are taken pair by pair. Times are CPU time, which
+other work on the machine disturbs least. Memory is the growth of a fresh process's peak over one forward and backward.
 
 The step: a ResNet-18 with a CIFAR stem, an MLP projection and 128 images in two views, by our SimCLR in a Lightning
 Trainer against lightly's loss in a bare torch loop, on the same network. First in the rival's own precision and memory
 format, then with channels_last and bf16-mixed switched on for ours alone.
 
-    pip install --no-deps lightly
+    pip install '.[benchmark]'
     python experiments/benchmarks/contrastive.py [--repeats 5] [--steps 2] [--out FILE]
 """
 
