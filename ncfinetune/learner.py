@@ -35,7 +35,8 @@ class Learner(LightningModule, ABC):
             2.1), and the factor is logged. None takes it as it is.
 
     Raises:
-        ValueError: ``lr_batch`` is below 1. FloatingPointError: In training, when the loss is not finite.
+        ValueError: ``lr_batch`` is below 1.
+        FloatingPointError: In training, when the loss is not finite.
     """
 
     def __init__(

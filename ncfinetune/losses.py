@@ -29,7 +29,8 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
 
     Where `torch.distributed` runs, the views of every process are keys for those of this one, and gradients flow back
     to where a key came from. Each process returns its share; their mean is the loss of the global batch, and the mean
-    of their gradients, which DistributedDataParallel takes, is its gradient. Labels are compared across processes.
+    of their gradients, which DistributedDataParallel takes, is its gradient. Labels are compared across processes, so
+    that for NT-Xent each process needs numbers of its own, as SimCLR has them.
 
     Args:
         z: Projections, ``(N, V, p)``; they are normalised here. Half precision is taken to float32.
