@@ -19,7 +19,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning
@@ -163,29 +163,29 @@ def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def loss_rows(repeats: int) -> list[str]:
-    rows = ["| pairs | rival | ours, ms | rival, ms | rival / ours | ours, MB | rival, MB | gradients apart |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+def loss_rows(repeats: int) -> Iterator[str]:
+    yield "| pairs | rival | ours, ms | rival, ms | rival / ours | ours, MB | rival, MB | gradients apart |"
+    yield "|---|---|---|---|---|---|---|---|"
     for n in (256, 4096):
         for rival in losses(n):
             mine, theirs, apart = compare(n, rival, repeats)
             ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
             memory = [megabytes(n, rival, which) for which in (0, 1)]
-            rows.append(
+            yield (
                 f"| {n} | {rival} | {statistics.median(mine):.1f} | {statistics.median(theirs):.1f} | "
                 f"{spread(ratios)} | {memory[0]:.0f} | {memory[1]:.0f} | {apart:.0e} |"
             )
-    return rows
 
 
-def step_rows(repeats: int, steps: int) -> list[str]:
+def step_rows(repeats: int, steps: int) -> Iterator[str]:
     data = loader(steps)
     times: dict[str, list[float]] = {"same": [], "switched": [], "bare": []}
     for _ in range(repeats):
         times["bare"] += [statistics.median(bare_steps(data))]
         times["same"] += [statistics.median(our_steps(data, switches=False))]
         times["switched"] += [statistics.median(our_steps(data, switches=True))]
-    rows = ["| step | s | bare loop / this |", "|---|---|---|"]
+    yield "| step | s | bare loop / this |"
+    yield "|---|---|---|"
     names = {
         "bare": "lightly's loss, bare loop, float32",
         "same": "SimCLR and Trainer, float32",
@@ -193,8 +193,7 @@ def step_rows(repeats: int, steps: int) -> list[str]:
     }
     for key, name in names.items():
         ratios = [b / a for a, b in zip(times[key], times["bare"], strict=True)]
-        rows.append(f"| {name} | {statistics.median(times[key]):.2f} | {spread(ratios)} |")
-    return rows
+        yield f"| {name} | {statistics.median(times[key]):.2f} | {spread(ratios)} |"
 
 
 def main() -> None:
@@ -209,10 +208,12 @@ def main() -> None:
         f"CPU time on one thread, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"{platform.machine()}. Medians (least to most) over the repeats."
     )
-    text = [head, "", *loss_rows(options.repeats), "", *step_rows(options.repeats, options.steps)]
-    print("\n".join(text))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(text) + "\n")
+    with options.out.open("w") as file:
+        parts = [[head, ""], loss_rows(options.repeats), [""], step_rows(options.repeats, options.steps)]
+        for line in itertools.chain.from_iterable(parts):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":
