@@ -16,6 +16,22 @@ from torch.utils.data import DataLoader, DistributedSampler
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
+def known_num_classes(trainer: Any, module: nn.Module, asker: object) -> int:
+    """What ``asker`` wants to know: the number of classes that the datamodule has as ``num_classes``, or the module, or its hyper-parameters.
+
+    Raises:
+        ValueError: None of them knows it.
+    """
+    for owner in (getattr(trainer, "datamodule", None), module, getattr(module, "hparams", None)):
+        if isinstance(known := getattr(owner, "num_classes", None), int):
+            return known
+    name = type(asker).__name__
+    raise ValueError(
+        f"{name} needs the number of classes, and neither datamodule nor module has num_classes; "
+        f"give it {name}(num_classes=...)"
+    )
+
+
 def labels_of(batch: Any) -> Tensor:
     """The labels ``(N,)`` of a batch ``(inputs, labels, ...)``, or of a mapping that has them under a usual key.
 

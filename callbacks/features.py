@@ -21,10 +21,13 @@ Pooling = Callable[[Tensor], Tensor]
 class FeatureTap:
     """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while ``open``.
 
+    The name ``penultimate`` stands for the output of the submodule that the module has under this name, and where it
+    has none for the input of the classifier.
+
     Args:
         module: The module to listen to.
-        layers: Names or patterns of its layers, as `find_layers` reads them; ``penultimate`` is the classifier's input.
-        classifier: The classifier; needed for ``penultimate``.
+        layers: Names or patterns of its layers, as `find_layers` reads them, and ``penultimate``.
+        classifier: The classifier; needed for ``penultimate`` where the module has no submodule of that name.
         pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features.
 
     Attributes:
@@ -47,13 +50,23 @@ class FeatureTap:
             catch = self._hook(name, pool or Pool.of(_network_of(module, layer)))
             self._handles.append(layer.register_forward_hook(lambda m, args, output, catch=catch: catch(output)))
         self.names = list(found)
-        if PENULTIMATE in layers and classifier is not None:
-            catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, classifier)))
-            hook = classifier.register_forward_pre_hook(
-                lambda m, args, kwargs, catch=catch: catch(args[0] if args else kwargs["input"]), with_kwargs=True
-            )
-            self._handles.append(hook)
+        if PENULTIMATE in layers:
+            self._handles.append(self._hook_penultimate(module, classifier, pool))
             self.names.append(PENULTIMATE)
+
+    def _hook_penultimate(
+        self, module: nn.Module, classifier: nn.Linear | None, pool: Pooling | None
+    ) -> RemovableHandle:
+        owner = penultimate_of(module)
+        if owner is not None:
+            catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, owner)))
+            return owner.register_forward_hook(lambda m, args, output: catch(output))
+        if classifier is None:
+            raise ValueError("the layer 'penultimate' needs a classifier")
+        catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, classifier)))
+        return classifier.register_forward_pre_hook(
+            lambda m, args, kwargs: catch(args[0] if args else kwargs["input"]), with_kwargs=True
+        )
 
     def take(self) -> dict[str, Tensor]:
         """The features of the last forward pass, ``{name: (N, d)}`` in float32 or wider; forgets them."""
@@ -104,6 +117,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(output):
         for field in dataclasses.fields(output):
             yield from _tensors(getattr(output, field.name))
+
+
+def penultimate_of(module: nn.Module) -> nn.Module | None:
+    """The submodule whose output a module declares to be its penultimate features, by calling it ``penultimate``."""
+    owner = getattr(module, PENULTIMATE, None)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def find_classifier(module: nn.Module, num_classes: int | None, name: str = "auto") -> nn.Linear:

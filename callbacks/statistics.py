@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
+from ncfinetune.collapse import ClassMoments, UndefinedCollapseError, self_duality
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.metrics import MEMBERS, NC4, NonFiniteFeaturesError, neural_collapse
 
@@ -45,6 +45,7 @@ class LayerStatistics:
         layers: The layers' names in depth order.
         num_classes: Number of classes ``K``.
         metrics: Names among `METRICS`; ``nc3`` and ``nc4`` are of the layer ``penultimate`` alone.
+        classifier: What ``nc3`` and ``nc4`` are about; left out where it is None or not as wide as the features.
         means: Moments whose class means decide for ``nc4``; None leaves it out.
 
     Attributes:
@@ -52,48 +53,45 @@ class LayerStatistics:
     """
 
     def __init__(
-        self, layers: Sequence[str], num_classes: int, metrics: Sequence[str], means: ClassMoments | None = None
+        self,
+        layers: Sequence[str],
+        num_classes: int,
+        metrics: Sequence[str],
+        classifier: nn.Linear | None = None,
+        means: ClassMoments | None = None,
     ) -> None:
         self.layers = list(layers)
         self.seen = 0
-        self._collections = {
-            layer: neural_collapse(
-                num_classes,
-                [name for name in metrics if name != "nc4" and (layer == PENULTIMATE or name not in _OF_CLASSIFIER)],
-            )
-            for layer in layers
-        }
-        wanted = means is not None and "nc4" in metrics and PENULTIMATE in layers
-        self._nc4 = NC4(means) if wanted and means is not None else None
+        members = [name for name in metrics if name not in _OF_CLASSIFIER]
+        # The cheapest member has the moments where nothing else is wanted.
+        self._collections = {layer: neural_collapse(num_classes, members or ["nc1_ratio"]) for layer in layers}
+        self._members = members
+        self._classifier = classifier if PENULTIMATE in layers else None
+        self._judged = [name for name in metrics if name in _OF_CLASSIFIER]
+        self._nc4 = NC4(means) if "nc4" in metrics and means is not None and self._fits(means) else None
         self._broken: dict[str, str] = {}
         self._ran: set[str] = set()
         self._sample: tuple[Tensor, Tensor, Tensor] | None = None
         self._generator = torch.Generator().manual_seed(0)
 
-    def update(self, features: Mapping[str, Tensor], labels: Tensor, classifier: nn.Linear | None) -> None:
-        """Add a batch: ``{layer: (N, d)}``, labels ``(N,)``, and the classifier for ``nc3`` and ``nc4``."""
+    def update(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Add a batch: ``{layer: (N, d)}`` and labels ``(N,)``."""
         for layer, rows in features.items():
+            self._ran.add(layer)
             if layer in self._broken:
                 continue
             try:
-                self._add(layer, rows, labels, classifier)
+                self._collections[layer].to(rows.device).update(rows, labels)
+                if layer == PENULTIMATE and self._nc4 is not None and self._classifier is not None:
+                    self._nc4.to(rows.device).update(rows, labels, self._classifier.weight, self._classifier.bias)
             except NonFiniteFeaturesError as error:
                 self._broken[layer] = str(error)
         last = self.layers[-1]
         if last in features and last not in self._broken:
             self._keep(features[last], labels)
 
-    def _add(self, layer: str, features: Tensor, labels: Tensor, classifier: nn.Linear | None) -> None:
-        collection = self._collections[layer].to(features.device)
-        first = layer not in self._ran
-        self._ran.add(layer)
-        if classifier is None or layer != PENULTIMATE:
-            collection.update(features=features, labels=labels)
-            return
-        weight = {"weight": classifier.weight} if first else {}  # it stays the same
-        collection.update(features=features, labels=labels, **weight)
-        if self._nc4 is not None:
-            self._nc4.to(features.device).update(features, labels, classifier.weight, classifier.bias)
+    def _fits(self, moments: ClassMoments) -> bool:
+        return self._classifier is not None and self._classifier.weight.shape == moments.mean.shape
 
     def _keep(self, features: Tensor, labels: Tensor) -> None:
         """Keep a uniform sample: the rows that drew the largest numbers so far."""
@@ -130,23 +128,33 @@ class LayerStatistics:
                 reason = self._broken.get(layer, "another process has features with nan or inf")
                 self._set(result, layer, self._undefined(layer, split, reason))
             else:
-                self._measure(result, layer, split)
+                self._measure(result, layer, split, strategy.root_device)  # where a process without batches has none
         return result
 
-    def _measure(self, result: Result, layer: str, split: str) -> None:
+    def _measure(self, result: Result, layer: str, split: str, device: torch.device) -> None:
         try:
-            values, moments = self._collections[layer].compute_with_moments()
+            values, moments = self._collections[layer].to(device).compute_with_moments()
+            if layer == PENULTIMATE and moments is not None:
+                values |= self._judge(moments)
         except UndefinedCollapseError as error:
             values, moments = self._undefined(layer, split, str(error)), None
-        if layer == PENULTIMATE and self._nc4 is not None:
-            values["nc4"] = self._nc4.compute()
         self._set(result, layer, values)
         if moments is not None:
             result.moments[layer] = moments
 
+    def _judge(self, moments: ClassMoments) -> dict[str, Any]:
+        """What compares the classifier with the class means."""
+        values: dict[str, Any] = {}
+        if "nc3" in self._judged and self._classifier is not None and self._fits(moments):
+            values["nc3"] = self_duality(moments, self._classifier.weight.detach())
+        if self._nc4 is not None:
+            values["nc4"] = self._nc4.to(moments.mean.device).compute()
+        return values
+
     def _set(self, result: Result, layer: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            result.values.setdefault(name, {})[layer] = float(value)
+            if name in self._members or name in self._judged:
+                result.values.setdefault(name, {})[layer] = float(value)
 
     def _undefined(self, layer: str, split: str, reason: str) -> dict[str, float]:
         warnings.warn(f"the collapse of layer {layer!r} on the {split} set is logged as nan: {reason}", stacklevel=2)

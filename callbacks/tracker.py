@@ -17,7 +17,7 @@ from ncfinetune.layers import PENULTIMATE
 from ncfinetune.plain import evaluation, ready_batches
 
 from . import batches, figures
-from .features import FeatureTap, Pooling, find_classifier
+from .features import FeatureTap, Pooling, find_classifier, penultimate_of
 from .statistics import METRICS, LayerStatistics, Result
 
 _DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3", "nc4")
@@ -44,9 +44,9 @@ class NeuralCollapseTracker(Callback):
         num_classes: Number of classes; None asks the datamodule, then the module and its hyper-parameters, for
             ``num_classes``, and then the classifier if it is named.
         layers: Names or patterns of layers: the end of a module path (``layer3.1``), in which ``*`` stands for any part
-            between dots (``blocks.*``), or ``penultimate`` for the input of the classifier. ``auto`` is
-            ``penultimate``. Each layer costs the time of a matrix product of its batch's features and, for ``nc1``,
-            two matrices of its width squared in float64.
+            between dots (``blocks.*``), or ``penultimate`` for the output of the submodule that the module calls so
+            or, where it has none, the input of the classifier. ``auto`` is ``penultimate``. Each layer costs the time
+            of a matrix product of its batch's features and, for ``nc1``, a matrix of its width squared in float64.
         metrics: Which of the family, or ``all``. Without ``nc1`` nothing of the width squared is computed.
             ``numerical_rank`` is the one that is not on unless asked for: it costs an eigendecomposition a class and
             batch.
@@ -234,16 +234,22 @@ class NeuralCollapseTracker(Callback):
         if self._tap is not None:
             return
         named = self.classifier != "auto"
-        self._known_classes = self.num_classes or _known_num_classes(trainer, pl_module) or 0
-        if not self._known_classes and not named:
-            raise ValueError(
-                "NeuralCollapseTracker needs the number of classes, and neither datamodule nor module has num_classes; "
-                "give it NeuralCollapseTracker(num_classes=...)"
-            )
+        if self.num_classes or not named:
+            self._known_classes = self.num_classes or batches.known_num_classes(trainer, pl_module, self)
         if named or PENULTIMATE in self.layers:
-            self._classifier = find_classifier(pl_module, self._known_classes, self.classifier)
-            self._known_classes = self._known_classes or self._classifier.out_features
+            self._classifier = self._judge(pl_module)
+        if self._classifier is not None and not self._known_classes:
+            self._known_classes = self._classifier.out_features
         self._tap = FeatureTap(pl_module, self.layers, self._classifier, self.pool)
+
+    def _judge(self, pl_module: LightningModule) -> nn.Linear | None:
+        """The classifier; None where there is none and the module says itself what its penultimate features are."""
+        try:
+            return find_classifier(pl_module, self._known_classes, self.classifier)
+        except ValueError:
+            if self.classifier == "auto" and penultimate_of(pl_module) is not None:
+                return None
+            raise
 
     def _start(self) -> None:
         assert self._tap is not None
@@ -254,7 +260,7 @@ class NeuralCollapseTracker(Callback):
     def _update(self, batch: Any, loader: Any = None, index: int = 0, means: ClassMoments | None = None) -> None:
         assert self._tap is not None
         if index not in self._passes:
-            self._passes[index] = LayerStatistics(self._tap.names, self._known_classes, self.metrics, means)
+            self._passes[index] = self._new_statistics(means)
         features, labels = self._tap.take(), self.batch_to_labels(batch)
         statistics = self._passes[index]
         new = batches.new_samples(loader, statistics.seen, len(labels))
@@ -265,14 +271,18 @@ class NeuralCollapseTracker(Callback):
             kept = sample < new
             features = {name: value[kept] if len(value) == rows else value for name, value in features.items()}
             labels = labels[sample[kept]]
-        statistics.update(features, labels, self._classifier)
+        statistics.update(features, labels)
+
+    def _new_statistics(self, means: ClassMoments | None) -> LayerStatistics:
+        assert self._tap is not None
+        return LayerStatistics(self._tap.names, self._known_classes, self.metrics, self._classifier, means)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str, loaders: int) -> None:
         assert self._tap is not None
         self._tap.open = False
         for index in range(loaders):
             if index not in self._passes:  # this process had no batch
-                self._passes[index] = LayerStatistics(self._tap.names, self._known_classes, self.metrics, self._means())
+                self._passes[index] = self._new_statistics(self._means())
             suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
             self._log(pl_module, self._compute(trainer, split, index, suffix))
 
@@ -375,11 +385,6 @@ def _chosen(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(f"expected metrics among {', '.join(METRICS)}, or 'all', got {', '.join(unknown) or 'none'}")
     return names
-
-
-def _known_num_classes(trainer: Trainer, module: LightningModule) -> int | None:
-    owners = (getattr(trainer, "datamodule", None), module, getattr(module, "hparams", None))
-    return next((known for owner in owners if isinstance(known := getattr(owner, "num_classes", None), int)), None)
 
 
 def _boards(trainer: Trainer) -> list[Any]:

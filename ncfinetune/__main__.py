@@ -18,6 +18,8 @@ commands:
   test       the same on the test set
              a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
   predict    class probabilities, as a CSV file in the run's folder; of the test set, or with --images of a folder
+  export     a trained run's backbone as a file for timm and for FineTuner:
+                                    ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   report     a table and a picture of finished runs:  ncfinetune report runs/
 
 options:
@@ -40,15 +42,31 @@ def main(args: list[str] | None = None) -> int | None:
         from ncfinetune.report import main as report
 
         return report(words[1:])
+    elif command == "export":
+        return _export(words[1:])
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.cli import main as run
 
         run(args)
     else:
-        known = ", ".join((*_TRAINER_COMMANDS, "report"))
+        known = ", ".join((*_TRAINER_COMMANDS, "export", "report"))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
         return 2
     return None
+
+
+def _export(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-"):
+        print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
+        return 2
+    from ncfinetune.backbone import export
+
+    try:
+        print(export(*words))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

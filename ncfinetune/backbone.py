@@ -6,8 +6,8 @@ Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ class Backbone(nn.Module):
         checkpoint: File with weights to start from: of this package, Lightning, timm or torchvision, or safetensors.
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
+        channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
+        compile: Run the network through `torch.compile`; the first pass, and the first after layers got or lost
+            forward hooks, takes a while. `stages` is not compiled.
         timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
 
     Attributes:
@@ -49,6 +52,8 @@ class Backbone(nn.Module):
         pretrained: bool = False,
         checkpoint: str | None = None,
         stem: Literal["imagenet", "cifar"] = "imagenet",
+        channels_last: bool = False,
+        compile: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -62,6 +67,11 @@ class Backbone(nn.Module):
             _shrink_stem(self.net, name)
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         self.pool = Pool.of(self.net)
+        self.channels_last = channels_last
+        self.compiled = compile
+        self._hooks_compiled: list[int] = []
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
         if checkpoint is not None:
             self.load(checkpoint)
 
@@ -74,8 +84,20 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
-        features = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
-        return features.flatten(1)
+        if not self.compiled:
+            return self._run(_features, x)
+        self._forget_other_hooks()
+        return self._run(_compiled_features(), x)
+
+    def _run(self, features: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        return features(self.net, x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
+
+    def _forget_other_hooks(self) -> None:
+        """Compile anew where hooks came or went, since compiled code keeps calling those that it was made with."""
+        hooks = [key for m in self.net.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks)]
+        if hooks != self._hooks_compiled:
+            torch.compiler.reset()
+            self._hooks_compiled = hooks
 
     def stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Pooled outputs of named layers in one forward pass, ``{name: (N, d_l)}``.
@@ -84,7 +106,7 @@ class Backbone(nn.Module):
         """
         wanted = list(names)
         with caught({name: self.layer(name) for name in wanted if name != PENULTIMATE}) as outputs:
-            penultimate = self(x)
+            penultimate = self._run(_features, x)
         pooled = {name: self.pool(outputs[name]) for name in wanted if name != PENULTIMATE}
         return pooled | {PENULTIMATE: penultimate} if PENULTIMATE in wanted else pooled
 
@@ -114,6 +136,10 @@ class Backbone(nn.Module):
         """Start from the weights in a file and log which of them fitted; see `load_weights`."""
         rank_zero_info(load_weights(self.net, checkpoint))
 
+    def save(self, path: str | Path) -> None:
+        """Write the network's weights to a ``.safetensors`` or ``.pth`` file; see `save_weights`."""
+        save_weights(self.net.state_dict(), path)
+
     @cached_property
     def layers(self) -> dict[str, int]:
         """Residual or transformer blocks in depth order, ``{name: d_l}``, by one forward pass of a blank image."""
@@ -125,7 +151,7 @@ class Backbone(nn.Module):
         modes = {module: module.training for module in self.modules()}
         try:
             with torch.no_grad(), caught(layers) as outputs:
-                self.eval()(blank)
+                self.eval()._run(_features, blank)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -136,6 +162,54 @@ class Backbone(nn.Module):
         patches = getattr(self.net, "patch_embed", None)
         height, width = getattr(patches, "img_size", None) or self.net.pretrained_cfg["input_size"][1:]
         return channels, height, width
+
+
+def _features(net: Any, x: Tensor) -> Tensor:
+    features: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
+    return features.flatten(1)
+
+
+@cache
+def _compiled_features() -> Callable[[Any, Tensor], Tensor]:
+    return torch.compile(_features)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write the weights of a timm network to a file.
+
+    ``Backbone(checkpoint=path)`` reads it, and so does ``timm.create_model(name, num_classes=0, checkpoint_path=path)``
+    unless the stem is ``cifar``, which timm does not have.
+
+    Raises:
+        ValueError: The file's name ends neither in .safetensors nor in .pth.
+    """
+    path = Path(path)
+    own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(own, path)
+    elif path.suffix == ".pth":
+        torch.save(own, path)
+    else:
+        raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
+
+
+def export(checkpoint: str, path: str) -> str:
+    """Take the backbone's weights out of a learner's checkpoint into a file of their own, and say how to read it.
+
+    Raises:
+        FileNotFoundError: No such checkpoint.
+        ValueError: It is not a learner's, or the file's name is not one that `save_weights` takes.
+    """
+    prefix = "backbone.net."
+    stored = _read_weights(Path(checkpoint))
+    weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(stored))}")
+    save_weights(weights, path)
+    return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
 
 
 def load_weights(net: nn.Module, checkpoint: str) -> str:
@@ -200,13 +274,15 @@ def _check_name(name: str) -> None:
 
 
 def _shrink_stem(net: Any, name: str) -> None:
-    if not (isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool")):
+    stem = getattr(net, "conv1", nn.Identity())
+    convolutions = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
+    if not (convolutions and hasattr(net, "maxpool")):
         raise ValueError(
             f'stem="cifar" is for ResNets, and {name!r} is none; for small images give it its own arguments, '
             "such as img_size and patch_size of a ViT"
         )
-    conv = net.conv1
-    net.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    first, last = convolutions[0], convolutions[-1]
+    net.conv1 = nn.Conv2d(first.in_channels, last.out_channels, 3, stride=1, padding=1, bias=last.bias is not None)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from ncfinetune.files import ImageFiles
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
-for _home in ("callbacks", "datamodules", "finetune", "supervised"):
+for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
     importlib.import_module(f"ncfinetune.{_home}")
 
 _LOGGER = {
@@ -34,18 +35,21 @@ _LOGGER = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given."""
-    NCFinetuneCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults={"logger": _LOGGER},
-        parser_class=PlainParser,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
+    try:
+        NCFinetuneCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"logger": _LOGGER},
+            parser_class=PlainParser,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
 
 
 class PlainParser(LightningArgumentParser):

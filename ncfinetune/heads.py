@@ -1,7 +1,8 @@
 """What sits on the backbone's features.
 
-Legend: ``N`` samples, ``K`` classes, ``d`` width of the features, ``d_l`` of the skipped layer's; ``mu_k`` class means,
-``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances within and between classes.
+Legend: ``N`` samples, ``K`` classes, ``d`` width of the features, ``d_l`` of the skipped layer's, ``p`` of a
+projection; ``mu_k`` class means, ``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances
+within and between classes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,38 @@ from torch import Tensor, nn
 from ncfinetune.collapse import ClassMoments, class_moments, merge
 
 SkipJoin = Literal["pad", "linear", "concat"]
+Projection = Literal["none", "linear", "mlp"]
+
+
+def projection_head(kind: Projection, dim: int, projection_dim: int) -> nn.Module:
+    """What stands between the backbone's features and the loss while pre-training, and is thrown away after.
+
+    ``mlp`` is Linear, ReLU, Linear with a hidden layer as wide as the features, as in Khosla et al. (2020, arXiv
+    2004.11362, section 3) and Chen et al. (2020, arXiv 2002.05709, section 2.1); ``linear`` is one Linear, ``none``
+    hands the features on.
+
+    Args:
+        kind: Which.
+        dim: Width ``d`` of the features.
+        projection_dim: Width ``p`` of the projection; with ``none`` it is ``d``.
+
+    Raises:
+        ValueError: An unknown kind, a width below 1, or with ``none`` one that is not ``d``.
+    """
+    if projection_dim < 1:
+        raise ValueError(f"expected projection_dim of at least 1, got {projection_dim}")
+    if kind == "linear":
+        return nn.Linear(dim, projection_dim)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, projection_dim))
+    if kind != "none":
+        raise ValueError(f"expected projection none, linear or mlp, got {kind!r}")
+    if projection_dim != dim:
+        raise ValueError(
+            f'projection="none" hands on the {dim} features as they are, but projection_dim={projection_dim}; '
+            "leave projection_dim out, or choose linear or mlp"
+        )
+    return nn.Identity()
 
 
 class SkipHead(nn.Module):

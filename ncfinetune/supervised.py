@@ -1,36 +1,124 @@
-"""Supervised pre-training: a backbone and a linear classifier, all of it trained."""
+"""Supervised pre-training: a backbone, a projection and a linear classifier, all of it trained."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from ncfinetune.adversarial import PGD
 from ncfinetune.backbone import Backbone
-from ncfinetune.learner import Classifier
+from ncfinetune.heads import Projection, projection_head
+from ncfinetune.learner import Batch, Classifier
+from ncfinetune.losses import one_hot_mse
 
 
 class Supervised(Classifier):
-    """Trains a backbone and a linear classifier with cross-entropy.
+    """Trains a backbone and a linear classifier on labelled images.
 
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
+        loss: ``ce`` is cross-entropy; ``mse`` is the squared error on one-hot targets of Hui and Belkin (2021, arXiv
+            2006.07322, section 2), which weighs the true class by ``mse_weight`` and aims it at ``mse_target``.
+        label_smoothing: Share of the target that cross-entropy spreads over all classes in training (Szegedy et al.
+            2016, arXiv 1512.00567, section 7), from 0 to below 1.
+        mse_weight: Their k.
+        mse_target: Their M; they take k = M = 1 for few classes, 15 and 30 for the thousand of ImageNet.
+        projection: Head between backbone and classifier: ``none``, ``linear`` or ``mlp``.
+        projection_dim: Its width; None is that of the features.
+        adversary: Trains on adversarial examples instead of the images. Without a ``mean`` and ``std`` of its own it
+            takes those of the data.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
+        lr_batch: Images a step for which the learning rate is meant; it is scaled linearly to those that a step has.
+            None takes it as it is.
+
+    Raises:
+        ValueError: An option out of its range, options that exclude each other, or data that do not say how they
+            are normalised although ``adversary`` needs it.
     """
 
     def __init__(
         self,
         num_classes: int,
         backbone: str | dict[str, Any] | Backbone,
+        loss: Literal["ce", "mse"] = "ce",
+        label_smoothing: float = 0.0,
+        mse_weight: float = 1.0,
+        mse_target: float = 1.0,
+        projection: Projection = "none",
+        projection_dim: int | None = None,
+        adversary: PGD | dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_batch: int | None = None,
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler)
-        self.head = nn.Linear(self.backbone.dim, num_classes)
+        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_batch)
+        _check_loss(loss, label_smoothing, mse_weight, mse_target)
+        self.loss_name = loss
+        self.label_smoothing = label_smoothing
+        self.mse_weight = mse_weight
+        self.mse_target = mse_target
+        width = self.backbone.dim if projection_dim is None else projection_dim
+        self.projection = projection_head(projection, self.backbone.dim, width)
+        self.head = nn.Linear(width, num_classes)
+        self.adversary = PGD(**adversary) if isinstance(adversary, dict) else adversary
+        self._attack = self.adversary
+        self.hparams["adversary"] = self.adversary and dataclasses.asdict(self.adversary)
+
+    @property
+    def penultimate(self) -> Backbone:
+        """The module whose output are the features that collapse is measured on, whatever the projection."""
+        return self.backbone
 
     def forward(self, x: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of images."""
-        return self.head(self.backbone(x))
+        return self.head(self.projection(self.backbone(x)))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, smoothed only in training, or squared error."""
+        if self.loss_name == "mse":
+            return one_hot_mse(logits, labels, self.mse_weight, self.mse_target)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with another number of classes, and ask it how it is normalised."""
+        super().setup(stage)
+        if self.adversary is not None and self.adversary.std is None:
+            mean, std = _normalisation(getattr(self.trainer, "datamodule", None))
+            self._attack = dataclasses.replace(self.adversary, mean=mean, std=std)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the batch, or of what the adversary makes of it."""
+        if self._attack is not None:
+            images, labels = batch
+            batch = self._attack(self, images, labels), labels
+        return super().training_step(batch, batch_idx)
+
+
+def _check_loss(loss: str, label_smoothing: float, mse_weight: float, mse_target: float) -> None:
+    if loss not in ("ce", "mse"):
+        raise ValueError(f"expected loss ce or mse, got {loss!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"expected label_smoothing from 0 to below 1, got {label_smoothing}")
+    if not (mse_weight > 0 and mse_target > 0):
+        raise ValueError(f"expected mse_weight and mse_target above 0, got {mse_weight} and {mse_target}")
+    if loss == "mse" and label_smoothing:
+        raise ValueError(f'label_smoothing={label_smoothing} is for loss="ce"; leave it out with loss="mse"')
+    if loss == "ce" and (mse_weight, mse_target) != (1, 1):
+        raise ValueError('mse_weight and mse_target are for loss="mse"; leave them out with loss="ce"')
+
+
+def _normalisation(data: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, by which a datamodule normalises pixels in 0..1."""
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    if mean is None or std is None:
+        raise ValueError(
+            "the adversary works in units of pixels, and the data do not say by which mean and std they are "
+            "normalised; give PGD(mean=..., std=...), [0] and [1] where they are not"
+        )
+    return [float(v) for v in mean], [float(v) for v in std]

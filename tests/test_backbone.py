@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from ncfinetune import Backbone
@@ -56,8 +57,9 @@ def test_finding_the_layers_leaves_modes_and_statistics_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-def test_cifar_stem_keeps_the_size_of_the_image() -> None:
-    net = Backbone(**SMALL).net
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d", "resnext50_32x4d", "seresnet18"])
+def test_cifar_stem_keeps_the_size_of_the_image(name: str) -> None:
+    net = Backbone(name, stem="cifar").net
     assert net.maxpool(net.conv1(torch.zeros(1, 3, 8, 8))).shape[2:] == (8, 8)
     assert (net.conv1.kernel_size, net.conv1.stride, net.conv1.padding) == ((3, 3), (1, 1), (1, 1))
 
@@ -104,6 +106,15 @@ def test_checkpoint_of_a_classifier_reports_what_is_unused(tmp_path: Path, caplo
     with caplog.at_level("INFO"):
         Backbone("test_resnet", checkpoint=str(tmp_path / "timm.pth"))
     assert "in the file but unused: 2 (fc.weight, fc.bias)" in caplog.text
+
+
+def test_weights_of_torchvision_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, tmp_path / "torchvision.pth")
+    with caplog.at_level("INFO"):
+        loaded = Backbone("resnet18", checkpoint=str(tmp_path / "torchvision.pth"))
+    assert "120 of 120 tensors of the network matched; in the file but unused: 2 (fc.weight, fc.bias)" in caplog.text
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.net.state_dict().items())
 
 
 def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -150,14 +150,14 @@ def test_of_an_image_of_another_size_the_centre_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, Supervised; nearest: Supervised"),
+        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, SimCLR, SupCon, Supervised; nearest: Supervised"),
         (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Aircraft, "),
         ([*PIECES, "--model.backbon", "x"], "no option 'backbon'; expected one of"),
         (["--config", "misspelt.yaml"], "nearest: backbone"),
         ([*PIECES, "--trainer.max_epoch", "3"], "no option 'trainer.max_epoch'; expected one of trainer"),
         ([*PIECES, "--trainr.max_epochs", "3"], "nearest: trainer.max_epochs"),
         ([*PIECES, "--model.optimizer", "SDG"], "optimizer: no class 'SDG'; expected one of"),
-        ([*PIECES, "--trainer.callbacks+=NeuralColapse"], "callbacks: no class 'NeuralColapse'; expected one of NeuralCollapseTracker"),
+        ([*PIECES, "--trainer.callbacks+=NeuralColapse"], "callbacks: no class 'NeuralColapse'; expected one of NeuralCollapseTracker, OnlineProbe"),
         ([*PIECES, "--trainer.max_epochs", "many"], "trainer.max_epochs"),
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
@@ -191,7 +191,7 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; expected one of fit, validate, test, predict, report" in capsys.readouterr().err
+    assert "no command 'train'; expected one of fit, validate, test, predict, export, report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])

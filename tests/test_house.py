@@ -15,8 +15,9 @@ CORE = ROOT / "ncfinetune"
 
 # Which of our modules each module may import. What is not listed here may not exist.
 IMPORTS = {
-    "ncfinetune": {"backbone", "finetune", "learner", "supervised"},
-    "ncfinetune.__main__": {"", "cli", "report"},
+    "ncfinetune": {"backbone", "contrastive", "finetune", "learner", "supervised"},
+    "ncfinetune.__main__": {"", "backbone", "cli", "report"},
+    "ncfinetune.adversarial": set(),
     "ncfinetune.backbone": {"layers"},
     "ncfinetune.cli": {"", "files"},
     "ncfinetune.collapse": set(),
@@ -25,15 +26,15 @@ IMPORTS = {
     "ncfinetune.files": set(),
     "ncfinetune.finetune": {"", "backbone", "cache", "delta", "heads", "layers", "learner", "plain", "store"},
     "ncfinetune.heads": {"collapse"},
+    "ncfinetune.contrastive": {"backbone", "heads", "learner", "losses"},
     "ncfinetune.layers": set(),
     "ncfinetune.learner": {"backbone"},
+    "ncfinetune.losses": set(),
     "ncfinetune.metrics": {"", "collapse"},
     "ncfinetune.plain": set(),
     "ncfinetune.report": set(),
     "ncfinetune.store": {"delta"},
-    "ncfinetune.supervised": {"backbone", "learner"},
     "ncfinetune.tail": set(),
-    "callbacks": {".tracker"},
     "callbacks.batches": set(),
     "callbacks.features": {"layers"},
     "callbacks.figures": {"collapse"},
@@ -49,6 +50,10 @@ IMPORTS = {
     "datamodules.transforms": set(),
     "datamodules.trivial": {".transforms"},
     "datamodules.vision": {".base", ".files", ".images"},
+    "ncfinetune.schedule": set(),
+    "ncfinetune.supervised": {"adversarial", "backbone", "heads", "learner", "losses"},
+    "callbacks": {".probe", ".tracker"},
+    "callbacks.probe": {"layers", "plain", ".batches", ".features"},
 }
 
 

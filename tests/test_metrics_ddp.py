@@ -1,13 +1,11 @@
 """The family over several processes: the number that one process would give, whatever each has seen."""
 
-import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ddp import run
 from test_metrics import FAMILY, K, N, _data, _expected, _update
 
 from ncfinetune.metrics import MEMBERS, neural_collapse
@@ -19,32 +17,6 @@ SHARDS = {
     "one rank empty": [slice(0, 0), slice(0, 100), slice(100, N)],
     "the last rank empty": [slice(0, N), slice(0, 0)],
 }
-
-
-def _worker(rank: int, world: int, store: str, task: Callable[[int], Any], results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        results.put((rank, task(rank)))
-    finally:
-        dist.destroy_process_group()
-
-
-def _run(world: int, folder: Path, task: Callable[[int], Any]) -> list[Any]:
-    """What the task returns on each of ``world`` forked processes."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    arguments = (world, str(folder / "store"), task, results)
-    processes = [context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(world)]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=60) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-    return [found[rank] for rank in range(world)]
 
 
 def _sorted_data() -> dict[str, torch.Tensor]:
@@ -69,7 +41,7 @@ def test_ranks_agree_on_the_number_of_one_process(shards: str, tmp_path: Path) -
             values[name] = (metric.compute().item(), int(metric._update_count))
         return values
 
-    for values in _run(len(parts), tmp_path, task):
+    for values in run(len(parts), tmp_path, task):
         for name, (value, _) in values.items():
             assert value == pytest.approx(_expected(name, data), rel=1e-12), name
 
@@ -94,7 +66,7 @@ def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None
         collection.update(x, y, data["weight"])
         return once, reduced, {name: value.item() for name, value in collection.compute().items()}
 
-    for once, sizes, twice in _run(2, tmp_path, task):
+    for once, sizes, twice in run(2, tmp_path, task):
         for name, value in once.items():
             assert value == pytest.approx(_expected(name, data), rel=1e-12)
             assert twice[name] == pytest.approx(value, rel=1e-12)  # every sample twice changes no mean

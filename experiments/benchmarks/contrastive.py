@@ -1,0 +1,220 @@
+"""Time and memory of the contrastive loss, and of a SimCLR step, against lightly's and the plain masked SupCon.
+
+The loss: forward and backward on random projections of two views. `lightly.loss.NTXentLoss` is the rival of
+`labels=arange(N)`; the plain SupCon, written here as the field writes it with its N V x N V mask, the rival of ten
+classes. All run in one process, on one thread and in turn; ratios are taken pair by pair. Times are CPU time, which
+other work on the machine disturbs least. Memory is the growth of a fresh process's peak over one forward and backward.
+
+The step: a ResNet-18 with a CIFAR stem, an MLP projection and 128 images in two views, by our SimCLR in a Lightning
+Trainer against lightly's loss in a bare torch loop, on the same network. First in the rival's own precision and memory
+format, then with channels_last and bf16-mixed switched on for ours alone.
+
+    pip install '.[benchmark]'
+    python experiments/benchmarks/contrastive.py [--repeats 5] [--steps 2] [--out FILE]
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lightning
+import torch
+import torch.nn.functional as F
+from lightly.loss import NTXentLoss
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncfinetune import Backbone, SimCLR
+from ncfinetune.losses import contrastive_loss
+
+TEMPERATURE, DIM, CLASSES, BATCH = 0.1, 128, 10, 128
+NETWORK = {"name": "resnet18", "stem": "cifar"}
+Loss = Callable[[Tensor], Tensor]
+
+
+def plain_supcon(z: Tensor, labels: Tensor) -> Tensor:
+    z, y = F.normalize(z.flatten(0, 1), dim=1), labels.repeat_interleave(z.shape[1])
+    logits = z @ z.T / TEMPERATURE
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (y[:, None] == y) & others
+    log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    return -((positives * log_share).sum(1) / positives.sum(1)).mean()
+
+
+def losses(n: int) -> dict[str, tuple[Loss, Loss]]:
+    """Ours and the rival, for N pairs."""
+    ntxent = NTXentLoss(TEMPERATURE)
+    single, classes = torch.arange(n), torch.arange(n) % CLASSES
+    return {
+        "lightly NTXentLoss": (lambda z: contrastive_loss(z, single, TEMPERATURE), lambda z: ntxent(z[:, 0], z[:, 1])),
+        "plain masked SupCon": (
+            lambda z: contrastive_loss(z, classes, TEMPERATURE),
+            lambda z: plain_supcon(z, classes),
+        ),
+    }
+
+
+def milliseconds(loss: Loss, z: Tensor, passes: int) -> tuple[float, Tensor]:
+    start = time.process_time()
+    for _ in range(passes):
+        leaf = z.clone().requires_grad_()
+        loss(leaf).backward()
+    assert leaf.grad is not None
+    return (time.process_time() - start) * 1000 / passes, leaf.grad
+
+
+def compare(n: int, rival: str, repeats: int) -> tuple[list[float], list[float], float]:
+    """Milliseconds of ours and of the rival, and how far apart their gradients are, relative to the largest."""
+    ours, theirs = losses(n)[rival]
+    z = torch.randn(n, 2, DIM)
+    passes = max(1, 4096 // n)
+    for loss in (ours, theirs):
+        milliseconds(loss, z, 1)
+    pairs = [(milliseconds(ours, z, passes), milliseconds(theirs, z, passes)) for _ in range(repeats)]
+    (_, mine), (_, other) = pairs[0]
+    apart = ((mine - other).abs().max() / other.abs().max()).item()
+    return [a[0] for a, _ in pairs], [b[0] for _, b in pairs], apart
+
+
+def _grown(n: int, rival: str, which: int, answer: "multiprocessing.Queue[float]") -> None:
+    torch.set_num_threads(1)
+    milliseconds(losses(16)[rival][which], torch.randn(16, 2, DIM), 2)
+    loss, z = losses(n)[rival][which], torch.randn(n, 2, DIM)
+    before = _peak()
+    milliseconds(loss, z, 1)
+    answer.put(_peak() - before)
+
+
+def _peak() -> float:
+    """Peak memory of this process in MB, as Linux counts it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def megabytes(n: int, rival: str, which: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_grown, args=(n, rival, which, answer))
+    process.start()
+    grown = answer.get(timeout=600)
+    process.join()
+    return grown
+
+
+class Clock(Callback):
+    """CPU time at the end of each step."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.ends.append(time.process_time())
+
+
+def loader(steps: int) -> DataLoader[tuple[Tensor, ...]]:
+    images = torch.randn(BATCH * (steps + 1), 2, 3, 32, 32)
+    return DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), batch_size=BATCH)
+
+
+def sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def our_steps(data: DataLoader[tuple[Tensor, ...]], switches: bool) -> list[float]:
+    clock = Clock()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision="bf16-mixed" if switches else "32-true",
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(SimCLR({**NETWORK, "channels_last": switches}, TEMPERATURE, optimizer=sgd), data)
+    return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
+
+
+def bare_steps(data: DataLoader[tuple[Tensor, ...]]) -> list[float]:
+    backbone, loss = Backbone(**NETWORK), NTXentLoss(TEMPERATURE)
+    dim = backbone.dim
+    head = torch.nn.Sequential(torch.nn.Linear(dim, dim), torch.nn.ReLU(), torch.nn.Linear(dim, DIM))
+    network = torch.nn.Sequential(backbone, head).train()
+    optimizer = sgd(network.parameters())
+    ends = []
+    for images, _ in data:
+        z = network(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        optimizer.zero_grad()
+        loss(z[:, 0], z[:, 1]).backward()
+        optimizer.step()
+        ends.append(time.process_time())
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def loss_rows(repeats: int) -> Iterator[str]:
+    yield "| pairs | rival | ours, ms | rival, ms | rival / ours | ours, MB | rival, MB | gradients apart |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for n in (256, 4096):
+        for rival in losses(n):
+            mine, theirs, apart = compare(n, rival, repeats)
+            ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+            memory = [megabytes(n, rival, which) for which in (0, 1)]
+            yield (
+                f"| {n} | {rival} | {statistics.median(mine):.1f} | {statistics.median(theirs):.1f} | "
+                f"{spread(ratios)} | {memory[0]:.0f} | {memory[1]:.0f} | {apart:.0e} |"
+            )
+
+
+def step_rows(repeats: int, steps: int) -> Iterator[str]:
+    data = loader(steps)
+    times: dict[str, list[float]] = {"same": [], "switched": [], "bare": []}
+    for _ in range(repeats):
+        times["bare"] += [statistics.median(bare_steps(data))]
+        times["same"] += [statistics.median(our_steps(data, switches=False))]
+        times["switched"] += [statistics.median(our_steps(data, switches=True))]
+    yield "| step | s | bare loop / this |"
+    yield "|---|---|---|"
+    names = {
+        "bare": "lightly's loss, bare loop, float32",
+        "same": "SimCLR and Trainer, float32",
+        "switched": "SimCLR and Trainer, channels_last and bf16-mixed",
+    }
+    for key, name in names.items():
+        ratios = [b / a for a, b in zip(times[key], times["bare"], strict=True)]
+        yield f"| {name} | {statistics.median(times[key]):.2f} | {spread(ratios)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a repeat, after one that is not")
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/contrastive.md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    head = (
+        f"`python experiments/benchmarks/contrastive.py --repeats {options.repeats} --steps {options.steps}`:\n"
+        f"CPU time on one thread, torch {torch.__version__}, lightning {lightning.__version__}, "
+        f"{platform.machine()}. Medians (least to most) over the repeats."
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w") as file:
+        parts = [[head, ""], loss_rows(options.repeats), [""], step_rows(options.repeats, options.steps)]
+        for line in itertools.chain.from_iterable(parts):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Contrastive pre-training: SupCon with labels, SimCLR without; one loss.
+
+Legend: ``N`` samples, ``V`` views of each, ``C`` channels, ``H W`` height and width, ``d`` width of the features.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from ncfinetune.backbone import Backbone
+from ncfinetune.heads import Projection, projection_head
+from ncfinetune.learner import Batch, Learner
+from ncfinetune.losses import contrastive_loss
+
+
+class Contrastive(Learner):
+    """Trains a backbone to tell positives from the rest of the batch. Abstract.
+
+    Batches are ``(images (N, V, C, H, W), labels (N,))`` with two views or more; all of them go through the network in
+    one forward pass. Logs ``train/loss``, and ``val/loss`` and ``test/loss`` where those batches have views; plain
+    images go through the backbone, so that callbacks see their features.
+
+    Args:
+        backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
+        temperature: What cosine similarities are divided by; for CIFAR-10 Khosla et al. take 0.1, Chen et al. 0.5.
+        projection: Head between backbone and loss: ``none``, ``linear`` or ``mlp``.
+        projection_dim: Its width; None is 128, or with ``none`` that of the features.
+        optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
+        lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
+        lr_batch: Images a step, views not counted, for which the learning rate is meant; it is scaled linearly to those
+            that a step has. None takes it as it is.
+
+    Raises:
+        ValueError: A temperature that is not positive, or a width with the projection ``none``; in training, batches
+            of one view or one sample.
+    """
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] | Backbone,
+        temperature: float = 0.1,
+        projection: Projection = "mlp",
+        projection_dim: int | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_batch: int | None = None,
+    ) -> None:
+        super().__init__(backbone, optimizer, lr_scheduler, lr_batch)
+        if not temperature > 0:
+            raise ValueError(f"expected a temperature above 0, got {temperature}")
+        self.temperature = temperature
+        if projection_dim is None:
+            projection_dim = self.backbone.dim if projection == "none" else 128
+        self.projection = projection_head(projection, self.backbone.dim, projection_dim)
+
+    @abstractmethod
+    def classes(self, labels: Tensor) -> Tensor:
+        """Whole numbers ``(N,)``, the same for samples that are each other's positives, on whatever process."""
+
+    @property
+    def penultimate(self) -> Backbone:
+        """The module whose output are the features that collapse is measured on, whatever the projection."""
+        return self.backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``(N, d)`` of images ``(N, C, H, W)``, before the projection; of views ``(N V, d)``, by sample."""
+        return self.backbone(x.flatten(0, 1) if x.ndim == 5 else x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The contrastive loss of the batch."""
+        if batch[0].ndim != 5:
+            raise ValueError(
+                f"{type(self).__name__} trains on views (N, V, C, H, W), got images {tuple(batch[0].shape)}; "
+                "give the datamodule views=2"
+            )
+        return self._contrast(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss of a batch of views; run plain images through the backbone."""
+        self._watch(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss of a batch of views; run plain images through the backbone."""
+        self._watch(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Refuse: there are no classes to predict."""
+        raise TypeError(f"{type(self).__name__} has no classifier to predict with; its features are model(images)")
+
+    def _watch(self, batch: Batch, split: str) -> None:
+        if batch[0].ndim == 5:
+            self._contrast(batch, split)
+        else:
+            self(batch[0])
+
+    def _contrast(self, batch: Batch, split: str) -> Tensor:
+        images, labels = batch
+        z = self.projection(self(images)).unflatten(0, images.shape[:2])
+        loss = contrastive_loss(z, self.classes(labels), self.temperature)
+        size = len(labels)
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        return loss
+
+
+class SupCon(Contrastive):
+    """Supervised contrastive learning: images of one class are positives (Khosla et al. 2020, arXiv 2004.11362, L_out).
+
+    A sample whose class is in the batch only once has its own other views for positives. Arguments, batches and what
+    is logged are those of `Contrastive`.
+    """
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """The labels."""
+        return labels
+
+
+class SimCLR(Contrastive):
+    """Contrastive learning without labels: views of one image are positives (Chen et al. 2020, arXiv 2002.05709).
+
+    Labels are not used. Arguments, batches and what is logged are those of `Contrastive`.
+    """
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """A number of its own for each sample of any process."""
+        return torch.arange(len(labels), device=labels.device) + (self.global_rank << 32)

@@ -1,0 +1,123 @@
+"""PGD: where its examples lie, that they are worse, and what it leaves alone."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ncfinetune.adversarial import PGD
+
+MEAN, STD = [0.3, 0.5, 0.6], [0.2, 0.1, 0.3]
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def _pixels() -> torch.Tensor:
+    return torch.rand(6, 3, 8, 8)
+
+
+def _normalise(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+
+
+def _length(change: torch.Tensor, norm: str) -> torch.Tensor:
+    return change.flatten(1).abs().amax(1) if norm == "linf" else change.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("linf", 8 / 255), ("l2", 0.5)])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_examples_are_worse_and_stay_in_the_ball_and_among_pixels(norm, radius: float, normalised: bool) -> None:
+    model, pixels, y = _net().eval(), _pixels(), torch.arange(6) % 4
+    pixels[:2] = pixels[:2].round()  # black and white, from where half of the directions lead out
+    attack = PGD(radius, steps=10, norm=norm, **({"mean": MEAN, "std": STD} if normalised else {}))
+    x = _normalise(pixels) if normalised else pixels
+    found = attack(model, x, y)
+    change = found - x
+    if normalised:
+        change = change * torch.tensor(STD).view(-1, 1, 1)
+    assert _length(change, norm).max() <= radius * (1 + 1e-4)
+    assert _length(change, norm)[2:].min() > 0.8 * radius
+    assert (pixels + change).min() > -1e-6
+    assert (pixels + change).max() < 1 + 1e-6
+    before, after = (F.cross_entropy(model(v), y, reduction="none") for v in (x, found))
+    assert (after > before).all()
+
+
+def test_one_long_step_on_a_linear_model_is_the_sign_of_its_weights() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+    x = torch.full((1, 3, 4, 4), 0.5)
+    found = PGD(0.1, steps=1, step_size=1.0)(linear, x, torch.tensor([0]))
+    weight = linear[1].weight.detach()
+    torch.testing.assert_close(found - x, 0.1 * (weight[1] - weight[0]).sign().view(1, 3, 4, 4))
+    found = PGD(0.1, steps=1, step_size=100.0, norm="l2")(linear, x, torch.tensor([0]))
+    direction = F.normalize(weight[1] - weight[0], dim=0).view(1, 3, 4, 4)
+    torch.testing.assert_close(found - x, 0.1 * direction, atol=1e-4, rtol=1e-2)
+
+
+def test_examples_do_not_depend_on_the_normalisation() -> None:
+    class Normalised(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.net(_normalise(pixels))
+
+    net, pixels, y = _net().eval(), _pixels(), torch.arange(6) % 4
+    torch.manual_seed(1)
+    raw = PGD(8 / 255)(Normalised(net), pixels, y)
+    torch.manual_seed(1)
+    found = PGD(8 / 255, mean=MEAN, std=STD)(net, _normalise(pixels), y)
+    torch.testing.assert_close(found, _normalise(raw), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_modes_statistics_and_gradients_are_left_alone(norm) -> None:
+    model = _net()
+    model[0].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        found = PGD(0.1, norm=norm)(model, _pixels(), torch.arange(6) % 4)
+    assert not found.requires_grad
+    assert model[1].training
+    assert not model[0].training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_probabilities_are_labels_too() -> None:
+    model, x, y = _net().eval(), _pixels(), torch.arange(6) % 4
+    torch.manual_seed(1)
+    hard = PGD(0.1)(model, x, y)
+    torch.manual_seed(1)
+    torch.testing.assert_close(PGD(0.1)(model, x, F.one_hot(y, 4).float()), hard)
+
+
+def test_radius_zero_leaves_the_images() -> None:
+    x = torch.randn(6, 3, 8, 8)
+    assert torch.equal(PGD(0.0)(_net(), x, torch.arange(6) % 4), x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"radius": -0.1}, r"expected a PGD radius of at least 0, in units of pixels in 0..1, got -0.1"),
+        ({"radius": float("nan")}, "expected a PGD radius of at least 0"),
+        ({"radius": 0.1, "steps": 0}, "expected at least 1 PGD step, got 0"),
+        ({"radius": 0.1, "step_size": 0.0}, "expected a PGD step_size above 0, or None, got 0.0"),
+        ({"radius": 0.1, "norm": "l1"}, "expected the PGD norm linf or l2, got 'l1'"),
+        ({"radius": 0.1, "std": [1.0]}, "PGD needs both mean and std"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PGD(**arguments)
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PGD(0.1).radius = 0.2

@@ -1,0 +1,42 @@
+"""The YAML files of the pre-training study, on a handful of made-up images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from ncfinetune.__main__ import main
+
+STUDY = Path(__file__).resolve().parent.parent / "experiments" / "pretrain"
+METHODS = sorted(path.stem for path in STUDY.glob("*.yaml") if path.stem != "cifar10")
+
+
+@pytest.fixture
+def _cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / "cifar10" / part / label
+            folder.mkdir(parents=True)
+            for index in range(8):
+                save_image(torch.rand(3, 32, 32), folder / f"{index}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("_cifar10")
+def test_study_runs(method: str, tmp_path: Path) -> None:
+    small = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--data.fraction", "1.0"]
+    small += ["--data.batch_size", "8", "--data.num_workers", "0", "--trainer.enable_progress_bar", "false"]
+    small += ["--trainer.enable_model_summary", "false"]
+    small += ["--trainer.callbacks.every_n_epochs", "1"]  # of OnlineProbe, the last
+    version = ["--trainer.logger.init_args.version", method]
+    main(["fit", "--config", str(STUDY / "cifar10.yaml"), "--config", str(STUDY / f"{method}.yaml"), *small, *version])
+    assert (tmp_path / "runs" / "pretrain" / method / "checkpoints" / "last.ckpt").exists()
+
+
+def test_study_is_all_there() -> None:
+    header = (STUDY / "cifar10.yaml").read_text()
+    named = header[header.index("for method in") :].split(";")[0].split()[3:]
+    assert set(named) | {"adversarial"} == set(METHODS)

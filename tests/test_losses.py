@@ -1,0 +1,148 @@
+"""The contrastive loss against its formula term by term, and the squared error against closed forms."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddp import run
+from torch import Tensor
+
+from ncfinetune import losses
+from ncfinetune.losses import contrastive_loss, one_hot_mse
+
+
+def _l_out(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Khosla et al. (2020), equation 2, as it stands there: sums over anchors, positives and all others."""
+    views, classes = [v / v.norm() for v in z.flatten(0, 1)], labels.repeat_interleave(z.shape[1]).tolist()
+    total = z.new_zeros(())
+    for i, anchor in enumerate(views):
+        others = [a for a in range(len(views)) if a != i]
+        denominator = sum(torch.exp(anchor @ views[a] / temperature) for a in others)
+        positives = [a for a in others if classes[a] == classes[i]]
+        for p in positives:
+            total = total - torch.log(torch.exp(anchor @ views[p] / temperature) / denominator) / len(positives)
+    return total / len(views)
+
+
+def _projections(n: int, views: int, p: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, views, p, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 1], [7, 7, 7, 7, 7], [3, -1, 3, 10, 2]])
+@pytest.mark.parametrize("block", [1, 25, 2**22])
+def test_value_and_gradient_are_those_of_the_formula(
+    views: int, labels: list[int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_BLOCK", block)
+    z, y = _projections(5, views), torch.tensor(labels)
+    loss, expected = contrastive_loss(z, y, 0.2), _l_out(z, y, 0.2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    (gradient,), (reference,) = torch.autograd.grad(loss, z), torch.autograd.grad(expected, z)
+    torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_nt_xent_of_orthogonal_pairs_has_a_closed_form() -> None:
+    z = torch.eye(4).repeat_interleave(2, 0).view(4, 2, 4)
+    expected = math.log(math.exp(1 / 0.5) + 6) - 1 / 0.5
+    assert contrastive_loss(z, torch.arange(4), 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_samples_each_of_another_class_have_their_other_views_for_positives() -> None:
+    z = _projections(5, 2)
+    assert torch.equal(contrastive_loss(z, torch.tensor([4, 8, 1, 0, 3])), contrastive_loss(z, torch.arange(5)))
+
+
+def test_scale_of_projections_does_not_matter_and_zero_ones_are_finite() -> None:
+    z = _projections(5, 2).detach()
+    loss = contrastive_loss(z, torch.arange(5))
+    torch.testing.assert_close(contrastive_loss(z * torch.rand(5, 2, 1) * 1e3, torch.arange(5)), loss)
+    zero = torch.zeros(3, 2, 4, requires_grad=True)
+    contrastive_loss(zero, torch.arange(3)).backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("close", [1.0, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_temperatures_and_half_precision(temperature: float, close: float, dtype: torch.dtype) -> None:
+    z = _projections(32, 2, 16).detach() * close + 1
+    y = torch.arange(32) % 4
+    half = z.to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrastive_loss(half, y, temperature)
+    assert loss.dtype == torch.float32
+    exact = half.detach().double().requires_grad_()
+    expected = contrastive_loss(exact, y, temperature)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+    loss.backward()
+    assert torch.isfinite(half.grad).all()
+
+
+def test_nothing_is_kept_for_a_gradient_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = _projections(5, 2)
+    expected = contrastive_loss(z, torch.arange(5)).item()
+    monkeypatch.setattr(Tensor, "addmm_", None)  # what forms the gradient
+    with torch.no_grad():
+        assert contrastive_loss(z, torch.arange(5)).item() == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "temperature", "message"),
+    [
+        ((4, 6), 4, 0.1, r"expected projections \(N, V, p\) and labels \(N,\), got \(4, 6\) and \(4,\)"),
+        ((4, 2, 6), 8, 0.1, r"got \(4, 2, 6\) and \(8,\)"),
+        ((4, 1, 6), 4, 0.1, "a contrastive loss needs at least 2 views of each sample, got 1"),
+        ((1, 2, 6), 1, 0.1, "at least 2 samples a batch, got 1; a larger batch_size or drop_last=True mends it"),
+        ((4, 2, 6), 4, 0.0, "expected a temperature above 0, got 0.0"),
+        ((4, 2, 6), 4, float("nan"), "expected a temperature above 0, got nan"),
+    ],
+)
+def test_wrong_arguments(shape: tuple[int, ...], count: int, temperature: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(torch.randn(shape), torch.arange(count), temperature)
+
+
+@pytest.mark.parametrize("split", [[8, 8], [5, 11], [1, 15], [6, 4, 6]])
+@pytest.mark.parametrize("supervised", [True, False])
+def test_processes_have_the_gradient_of_the_global_batch(split: list[int], supervised: bool, tmp_path: Path) -> None:
+    images = torch.randn(16, 2, 5, dtype=torch.float64)
+    labels = torch.arange(16) % 3 if supervised else torch.arange(16)
+    weight = torch.randn(5, 4, dtype=torch.float64)
+
+    def task(rank: int) -> Any:
+        own = torch.arange(16).split(split)[rank]
+        w = weight.clone().requires_grad_()
+        loss = contrastive_loss(images[own] @ w, labels[own])
+        loss.backward()
+        return loss.item(), w.grad.numpy()
+
+    shares = run(len(split), tmp_path, task)
+    w = weight.clone().requires_grad_()
+    loss = contrastive_loss(images @ w, labels)
+    loss.backward()
+    assert sum(value for value, _ in shares) / len(split) == pytest.approx(loss.item(), rel=1e-12)
+    gradient = sum(torch.from_numpy(gradient) for _, gradient in shares) / len(split)
+    torch.testing.assert_close(gradient, w.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_one_sample_a_process_is_a_batch(tmp_path: Path) -> None:
+    z = _projections(2, 2).detach()
+    values = run(2, tmp_path, lambda rank: contrastive_loss(z[rank : rank + 1], torch.tensor([rank])).item())
+    assert sum(values) / 2 == pytest.approx(contrastive_loss(z, torch.arange(2)).item())
+
+
+@pytest.mark.parametrize(("k", "m"), [(1.0, 1.0), (15.0, 30.0)])
+def test_squared_error_on_one_hot_targets(k: float, m: float) -> None:
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
+    expected = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        expected += sum(k * (v - m) ** 2 if j == label else v**2 for j, v in enumerate(row)) / 4
+    assert one_hot_mse(logits, labels, k, m).item() == pytest.approx(expected / 6, rel=1e-5)
+    soft = torch.nn.functional.one_hot(labels, 4).float()
+    torch.testing.assert_close(one_hot_mse(logits, soft, k, m), one_hot_mse(logits, labels, k, m))
+    mixed = 0.3 * soft + 0.7 * soft.flip(0)
+    both = 0.3 * one_hot_mse(logits, labels, k, m) + 0.7 * one_hot_mse(logits, labels.flip(0), k, m)
+    torch.testing.assert_close(one_hot_mse(logits, mixed, k, m), both)

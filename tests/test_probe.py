@@ -1,0 +1,275 @@
+"""OnlineProbe: what it learns and measures, on whose features, and that the run doesn't notice."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncfinetune import SimCLR, SupCon, Supervised
+from ncfinetune.callbacks import OnlineProbe
+from ncfinetune.callbacks.probe import LinearProbe, _spread, fit_probe, knn_predict
+from ncfinetune.datamodules import Digits
+
+SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+class Stranger(LightningModule):
+    """A module as somebody else would write it, without anything that differs between training and evaluation."""
+
+    def __init__(self, noise: float = 0.0, lr: float = 0.1) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout(noise))
+        self.classify = nn.Linear(6, 3)
+        self.lr = lr
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.features(x).mean((2, 3)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def _data(seed: int = 1, n: int = 60, classes: int = 3, apart: float = 0.3) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    return TensorDataset(torch.randn(n, 1, 6, 6, generator=generator) + apart * labels.view(-1, 1, 1, 1), labels)
+
+
+def _loader(seed: int = 1, shuffle: bool = False, batch_size: int = 16) -> DataLoader:
+    return DataLoader(_data(seed), batch_size=batch_size, shuffle=shuffle)
+
+
+class Second(LightningDataModule):
+    """Another data set, of four classes, normalised by its own hook."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_data(3, 80, 4), batch_size=7)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(_data(4, 40, 4), batch_size=7)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return 2 * batch[0], batch[1]
+
+
+def _trainer(folder: Path, *callbacks: Any, **arguments: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        **{"max_epochs": 2, "logger": False, **quiet, **arguments},
+    )
+
+
+def _features(model: Stranger, dataset: TensorDataset, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = dataset.tensors
+    with torch.no_grad():
+        return model.features(scale * images).mean((2, 3)).numpy(), labels.numpy()
+
+
+def test_it_learns_batch_by_batch_beside_a_module_that_stands_still(tmp_path: Path) -> None:
+    model = Stranger(lr=0.0)
+    trainer = _trainer(tmp_path, OnlineProbe(3, optimizer=lambda p: torch.optim.SGD(p, lr=0.5)), max_epochs=3)
+    trainer.fit(model, _loader(), _loader(2))
+    x, y = (torch.from_numpy(v) for v in _features(model, _data()))
+    normalise, linear = nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    for _ in range(3):
+        losses = []
+        for rows in torch.arange(60).split(16):
+            loss = nn.functional.cross_entropy(linear(normalise(x[rows])), y[rows])
+            gradients = torch.autograd.grad(loss, list(linear.parameters()))
+            with torch.no_grad():
+                for p, gradient in zip(linear.parameters(), gradients, strict=True):
+                    p -= 0.5 * gradient
+            losses.append(loss.item() * len(rows) / 60)
+    assert trainer.callback_metrics["probe/loss"].item() == pytest.approx(sum(losses), rel=1e-5)
+    x, y = (torch.from_numpy(v) for v in _features(model, _data(2)))
+    right = (linear(normalise.eval()(x)).argmax(1) == y).float().mean().item()
+    assert trainer.callback_metrics["probe/acc"].item() == pytest.approx(right)
+    assert right > 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_probed_run_ends_in_the_same_weights(noise: float, tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ((), (OnlineProbe(3, knn=5, downstream=Second()),)):
+        seed_everything(0, verbose=False)
+        model = Stranger(noise)
+        trainer = _trainer(tmp_path, *callbacks, max_epochs=3)
+        trainer.fit(model, _loader(shuffle=True), _loader())
+        ends.append(model.state_dict())
+        assert sum(p.numel() for p in model.parameters()) == 81
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    logged = {name for name in trainer.callback_metrics if name.startswith("probe/")}
+    assert logged == {f"probe/{name}" for name in ("loss", "acc", "knn", "downstream_acc", "downstream_knn")}
+
+
+def test_neighbours_and_second_data_set_are_measured_with_the_weights_of_the_epoch(tmp_path: Path) -> None:
+    model = Stranger()
+    trainer = _trainer(tmp_path, OnlineProbe(3, knn=5, downstream=Second()))
+    trainer.fit(model, _loader(shuffle=True), _loader(2))
+    (x, y), (u, v) = _features(model, _data()), _features(model, _data(2))
+    assert trainer.callback_metrics["probe/knn"].item() == pytest.approx((_knn(u, x, y, 5) == v).mean())
+    (x, y), (u, v) = (_features(model, _data(*which), scale=2.0) for which in ((3, 80, 4), (4, 40, 4)))
+    scaler = StandardScaler().fit(x)
+    regression = LogisticRegression(max_iter=1000, tol=1e-8).fit(scaler.transform(x), y)
+    expected = regression.score(scaler.transform(u), v)
+    assert trainer.callback_metrics["probe/downstream_acc"].item() == pytest.approx(expected, abs=0.026)
+    assert trainer.callback_metrics["probe/downstream_knn"].item() == pytest.approx((_knn(u, x, y, 5) == v).mean())
+
+
+def _knn(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    def votes(distance: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distance) / 0.07)
+
+    return KNeighborsClassifier(k, weights=votes, metric="cosine").fit(bank, labels).predict(queries)
+
+
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_neighbours_are_those_of_scikit_learn_and_no_more_than_there_are(k: int) -> None:
+    bank, labels, queries = torch.randn(90, 8), torch.arange(90) % 5, torch.randn(600, 8)
+    found = knn_predict(queries, bank, labels, 5, k)
+    assert (found.numpy() == _knn(queries.numpy(), bank.numpy(), labels.numpy(), min(k, 90))).all()
+
+
+def test_fitted_probe_is_the_logistic_regression_of_scikit_learn() -> None:
+    labels = torch.arange(120) % 4
+    features = torch.randn(120, 6) * torch.tensor([1, 10, 0.1, 1, 1, 1e-3]) + 3 + 0.5 * labels[:, None]
+    features = torch.cat([features, torch.zeros(120, 1)], 1)  # a dead unit
+    probe = fit_probe(features, labels, 4)
+    scaled = StandardScaler().fit_transform(features.numpy())
+    regression = LogisticRegression(max_iter=2000, tol=1e-8).fit(scaled, labels.numpy())
+    expected = torch.from_numpy(regression.predict_proba(scaled)).float()
+    torch.testing.assert_close(probe(features).softmax(1), expected, atol=0.02, rtol=0)
+    assert (probe(features).argmax(1) == expected.argmax(1)).float().mean() > 0.98
+
+
+def test_a_new_probe_draws_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    LinearProbe(5, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", [SupCon, SimCLR])
+def test_contrastive_learners_are_probed_on_the_features_of_every_view(method, tmp_path: Path) -> None:
+    images, labels = _data(n=48, apart=3).tensors  # a narrow random network sees few of the pixels
+    views = DataLoader(TensorDataset(images[:, None].repeat(1, 2, 1, 1, 1), labels), batch_size=16, shuffle=True)
+    probe = OnlineProbe(3, knn=9, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    trainer = _trainer(tmp_path, probe, max_epochs=20)
+    model = method(SMALL, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    plain = _data(2, apart=3)
+    trainer.fit(model, views, DataLoader(plain, batch_size=16))
+    assert trainer.callback_metrics["probe/acc"] > 0.5
+    with torch.no_grad():
+        bank, queries = (model.eval().backbone(v).numpy() for v in (images, plain.tensors[0]))
+    right = _knn(queries, bank.repeat(2, 0), labels.repeat_interleave(2).numpy(), 9) == plain.tensors[1].numpy()
+    assert trainer.callback_metrics["probe/knn"].item() == pytest.approx(right.mean())
+    assert probe._probe.linear.in_features == 10
+
+
+def test_digits_and_a_layer_by_name(tmp_path: Path) -> None:
+    probe = OnlineProbe(layer="layer3.0", knn=20, downstream=Digits([5, 6, 7]), every_n_epochs=2)
+    trainer = _trainer(tmp_path, probe, max_epochs=1)
+    trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
+    assert {name for name in trainer.callback_metrics if name.startswith("probe/")} == {"probe/loss", "probe/acc"}
+    trainer = _trainer(tmp_path, probe, max_epochs=2)
+    trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
+    assert trainer.callback_metrics["probe/downstream_acc"] > 0.6
+    assert trainer.callback_metrics["probe/knn"] > 0.6
+
+
+def test_its_state_is_in_the_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    def run(epochs: int, **arguments: Any) -> tuple[Trainer, OnlineProbe]:
+        seed_everything(0, verbose=False)
+        probe = OnlineProbe(3)
+        trainer = _trainer(tmp_path, probe, max_epochs=epochs)
+        trainer.fit(Stranger(), _loader(), _loader(2), **arguments)
+        return trainer, probe
+
+    half, _ = run(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    stored = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
+    assert list(stored["OnlineProbe{'layer': 'penultimate'}"]) == ["probe", "optimizer"]
+    (_, whole), (_, resumed) = run(4), run(4, ckpt_path=tmp_path / "half.ckpt")
+    for key, value in whole._probe.state_dict().items():
+        torch.testing.assert_close(resumed._probe.state_dict()[key], value)
+    untouched = OnlineProbe(3)
+    untouched.load_state_dict(resumed.state_dict())
+    assert untouched.state_dict()["probe"].keys() == resumed.state_dict()["probe"].keys()
+
+
+def test_two_processes_learn_one_probe(tmp_path: Path) -> None:
+    values = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        spread = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {"devices": 1}
+        probe = OnlineProbe(3, knn=5, downstream=Second(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+        trainer = _trainer(tmp_path, probe, max_epochs=4, **spread)
+        loaders = (_loader(seed, batch_size=60 // processes) for seed in (1, 2))  # one batch, in whatever order
+        trainer.fit(Stranger(lr=0.0), *loaders)
+        values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_a_bank_is_spread_over_data_sorted_by_class() -> None:
+    labels = torch.arange(100) // 10
+    loader = DataLoader(TensorDataset(torch.zeros(100, 1), labels), batch_size=8)
+    taken = torch.cat([batch[1] for batch in _spread(loader, 20)])
+    assert taken.bincount().tolist() == [2] * 10
+    assert sum(len(batch[1]) for batch in _spread(loader, 1000)) == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"knn": -1}, "expected knn of at least 0, got -1"),
+        ({"every_n_epochs": 0}, "expected every_n_epochs of at least 1, got 0"),
+        ({"max_samples": 1}, "expected max_samples of at least 2, got 1"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnlineProbe(3, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": None}, r"neither datamodule nor module has num_classes; give it OnlineProbe\(num_classes=..."),
+        ({"layer": "features.*"}, r"expected one layer, but 'features.\*' fits features.0, features.1, features.2"),
+        ({"layer": "feature.0"}, "no layer fits 'feature.0'"),
+    ],
+)
+def test_what_cannot_be_probed_is_said_before_the_first_step(arguments: dict, message: str, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, OnlineProbe(**{"num_classes": 3, **arguments}))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Stranger(), _loader())
+    assert trainer.global_step == 0
+
+
+def test_a_second_data_set_without_validation_images_is_refused(tmp_path: Path) -> None:
+    class Bare(Second):
+        def val_dataloader(self) -> list[Any]:
+            return []
+
+    with pytest.raises(ValueError, match="no batches to measure; the data need training and validation images"):
+        _trainer(tmp_path, OnlineProbe(3, downstream=Bare())).fit(Stranger(), _loader())
