@@ -17,7 +17,7 @@ _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def known_num_classes(trainer: Any, module: nn.Module, asker: object) -> int:
-    """What ``asker`` wants to know: the number of classes that the datamodule has as ``num_classes``, or the module, or its hyper-parameters.
+    """The number of classes that datamodule, module or its hyper-parameters have as ``num_classes``, for ``asker``.
 
     Raises:
         ValueError: None of them knows it.
