@@ -24,7 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 # What differs between the runs of one experiment: where they lie, and their seed.
 _NOT_THE_EXPERIMENT = ("seed_everything", "ckpt_path", "model.init_args.checkpoint", "data.init_args.seed")
-_NOT_THE_TASK = ("seed", "batch_size", "num_workers")
+# How images are fed, rather than which ones.
+_NOT_THE_TASK = (
+    *("seed", "batch_size", "num_workers", "device_cache", "in_memory", "download", "image_size"),
+    *("augmentation", "strength", "views", "mixup", "cutmix", "normalize", "mean", "std"),
+)
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 
@@ -151,47 +155,68 @@ def method_name(model: dict[str, Any]) -> str:
     """Name of the method that a model's configuration describes."""
     name = str(model.get("class_path", "?")).rsplit(".", 1)[-1]
     knobs = model.get("init_args") or {}
-    if name != "FineTuner":
-        return name
+    return _fine_tuning(knobs) if name == "FineTuner" else ", ".join([name, *_pre_training(knobs)])
+
+
+def _fine_tuning(knobs: dict[str, Any]) -> str:
     train, skip = knobs.get("train", "none"), knobs.get("skip_from")
     layers = train if isinstance(train, str) else ", ".join(train)
     base = {"none": "linear probe", "all": "full FT"}.get(layers)
     if skip is None:
         return base or f"layer FT {layers}"
-    return f"SCL FT {layers}" if skip == train else f"{base or f'layer FT {layers}'}, skip from {skip}"
+    name = f"SCL FT {layers}" if skip == train else f"{base or f'layer FT {layers}'}, skip from {skip}"
+    return name + (", gradient through the skip" if knobs.get("skip_gradient") == "skip" else "")
+
+
+def _pre_training(knobs: dict[str, Any]) -> list[str]:
+    """What sets a pre-training apart: its loss, its head, its adversary."""
+    words = ["mse"] if knobs.get("loss") == "mse" else []
+    projection = knobs.get("projection", "none")
+    words += [f"{projection} head"] if projection != "none" else []
+    return words + (["PGD"] if knobs.get("adversary") else [])
 
 
 def task_name(data: dict[str, Any]) -> str:
     """Name of the task that a datamodule's configuration describes."""
     name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
-    chosen = {k: v for k, v in (data.get("init_args") or {}).items() if v is not None and k not in _NOT_THE_TASK}
+    chosen = {k: v for k, v in (data.get("init_args") or {}).items() if v and k not in _NOT_THE_TASK}
     words = [f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items()]
     return ", ".join([name, *words])
 
 
 def table(experiments: Iterable[Experiment]) -> str:
-    """Markdown table, one experiment a row: mean and standard deviation (n - 1) over its runs."""
-    header = ("task", "method", "runs", "trained parameters", "test accuracy %", "NC1 before", "NC1 after")
-    rows = [header, *map(_row, experiments)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    """Markdown table, one experiment a row: mean and standard deviation (n - 1) over its runs.
+
+    A column that no run has anything for is left out.
+    """
+    rows = [_row(experiment) for experiment in experiments]
+    header = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    cells = [header, *([row[name] for name in header] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _row(experiment: Experiment) -> tuple[str, ...]:
+def _row(experiment: Experiment) -> dict[str, str]:
     runs = experiment.runs
-    return (
-        experiment.task,
-        experiment.method,
-        str(len(runs)),
-        _trained(runs[0]),
-        _spread([None if (value := run.last("test/acc")) is None else 100 * value for run in runs], ".1f"),
-        _spread([run.first("nc1/train/penultimate") for run in runs], ".3g"),
-        _spread([run.last("nc1/train/penultimate") for run in runs], ".3g"),
-    )
+    return {
+        "task": experiment.task,
+        "method": experiment.method,
+        "runs": str(len(runs)),
+        "trained parameters": _trained(runs[0]),
+        "test accuracy %": _percent(runs, "test/acc"),
+        "probe accuracy %": _percent(runs, "probe/acc"),
+        "downstream probe accuracy %": _percent(runs, "probe/downstream_acc"),
+        "NC1 before": _spread([run.first("nc1/train/penultimate") for run in runs], ".3g"),
+        "NC1 after": _spread([run.last("nc1/train/penultimate") for run in runs], ".3g"),
+    }
+
+
+def _percent(runs: Sequence[Run], tag: str) -> str:
+    return _spread([None if (value := run.last(tag)) is None else 100 * value for run in runs], ".1f")
 
 
 def _trained(run: Run) -> str:

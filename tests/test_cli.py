@@ -15,6 +15,7 @@ from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.files import ImageFiles
 from ncfinetune.report import main as report
+from ncfinetune.report import method_name, task_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
@@ -221,6 +222,32 @@ def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "runs" / "report.md").read_text().strip() in printed
     assert (tmp_path / "runs" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "expected"),
+    [
+        ("Supervised", {"loss": "ce", "projection": "none"}, "Supervised"),
+        (
+            "Supervised",
+            {"loss": "mse", "projection": "mlp", "adversary": {"radius": 1}},
+            "Supervised, mse, mlp head, PGD",
+        ),
+        ("SupCon", {"projection": "linear"}, "SupCon, linear head"),
+        ("FineTuner", {"train": ["a", "b"]}, "layer FT a, b"),
+        ("FineTuner", {"train": "none", "skip_from": "a"}, "linear probe, skip from a"),
+        ("FineTuner", {"train": "a", "skip_from": "a", "skip_gradient": "skip"}, "SCL FT a, gradient through the skip"),
+    ],
+)
+def test_report_names_the_method(name: str, knobs: dict, expected: str) -> None:
+    assert method_name({"class_path": f"ncfinetune.{name}", "init_args": knobs}) == expected
+
+
+def test_report_names_the_task_by_what_selects_images() -> None:
+    knobs = {"root": "data/cifar10", "fraction": 0.1, "shots": None, "views": 2, "augmentation": "simclr", "mixup": 0.0}
+    assert (
+        task_name({"class_path": "x.ImageFolder", "init_args": knobs}) == "ImageFolder, root data/cifar10, fraction 0.1"
+    )
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
