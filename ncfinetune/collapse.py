@@ -63,6 +63,11 @@ class ClassMoments:
             )
         return self.mean[self.present] - self.global_mean
 
+    @cached_property
+    def gram(self) -> Tensor:
+        """Products of the present classes' centred means with each other, ``(P, P)``."""
+        return self.centred @ self.centred.T
+
     @property
     def between(self) -> Tensor:
         """``Sigma_B``, the mean over present classes of ``(mu_k - mu_G)(mu_k - mu_G)^T``, ``(d, d)``."""
@@ -110,19 +115,20 @@ def nc1(moments: ClassMoments) -> Tensor:
     """
     if moments.within is None:
         raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
-    rows = _whitening(moments.centred)
+    rows = _whitening(moments)
     return torch.tensordot(rows @ moments.within, rows) if len(rows) else rows.new_tensor(torch.nan)
 
 
-def _whitening(centred: Tensor) -> Tensor:
-    """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``(P, d)``.
+def _whitening(moments: ClassMoments) -> Tensor:
+    """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``centred``.
 
     Through an eigendecomposition of the smaller of ``P x P`` and ``d x d``. Centring costs one dimension, so that at
     most ``P - 1`` are kept.
     """
+    centred = moments.centred
     classes, width = centred.shape
     wide = classes <= width
-    squares, vectors = torch.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    squares, vectors = torch.linalg.eigh(moments.gram if wide else centred.T @ centred)
     rank = min(classes - 1, width)
     squares, vectors = squares[-rank:], vectors[:, -rank:]
     kept = squares > max(classes, width) * _EPS * squares[-1]
@@ -142,9 +148,8 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
-    centred, variance = moments.centred, moments.variance[moments.present]
-    norms = centred.square().sum(1)
-    distances = torch.addmm(norms[:, None] + norms, centred, centred.T, alpha=-2).clamp_(min=0)
+    norms, variance = moments.gram.diagonal(), moments.variance[moments.present]
+    distances = (norms[:, None] + norms).sub_(moments.gram, alpha=2).clamp_(min=0)
     pairs = (variance[:, None] + variance).div_(distances.mul_(2)).fill_diagonal_(torch.nan)
     present = moments.present.nonzero().squeeze(1)
     matrix = pairs.new_full((len(moments.count), len(moments.count)), torch.nan)
@@ -174,13 +179,13 @@ def equiangularity(moments: ClassMoments) -> Tensor:
 
 def cosine_matrix(moments: ClassMoments) -> Tensor:
     """Cosines between the present classes' centred means, ``(P, P)``; -1/(P - 1) off the diagonal at full collapse."""
-    unit = torch.nn.functional.normalize(moments.centred, dim=1, eps=0)
-    return unit @ unit.T
+    norms = moments.gram.diagonal().sqrt()
+    return moments.gram / norms[:, None] / norms
 
 
 def etf_distance(moments: ClassMoments) -> Tensor:
     """NC2 in one number: distance of the means' normalised Gram matrix to a simplex ETF's (Zhu et al. 2021)."""
-    return _distance_to_etf(moments.centred @ moments.centred.T)
+    return _distance_to_etf(moments.gram)
 
 
 def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
