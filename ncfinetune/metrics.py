@@ -27,8 +27,10 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from ncfinetune import collapse
 from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
 
-# Rows that wait to be multiplied together: enough for a product at full speed, few enough for float32 to add up.
-_WAITING_ROWS = 1024
+# Numbers that wait to be multiplied together, 8 MB in float32: rows enough for a product at full speed.
+_WAITING = 2**21
+# Rows that wait at most: few enough for float32 to add up.
+_WAITING_ROWS = 4096
 # Rows treated at a time before that, so that what is made of them fits in a processor's cache.
 _ROWS = 256
 
@@ -269,7 +271,8 @@ class _MomentMetric(_CollapseMetric):
         self.squares.index_add_(0, labels, z.square().sum(1).double())
         if self._keeps_scatter:
             self.waiting.append(z.to(features.dtype))
-            if sum(map(len, self.waiting)) >= _WAITING_ROWS:
+            rows = sum(map(len, self.waiting))
+            if rows >= _WAITING_ROWS or rows * z.shape[1] >= _WAITING:
                 self._settle()
 
     def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
