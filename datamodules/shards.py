@@ -12,6 +12,7 @@ import random
 import re
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,9 +41,10 @@ class WebDataset(ImageDataModule):
     The image may be jpg, jpeg, png or webp; cls holds its label in digits, from 0 on. Images are decoded, cropped and
     augmented as `ImageFolder` does. The samples of all shards are one stream, of which every process, and every worker
     in it, reads its own stretch: shards may be of any number and sizes. Each sample is evaluated once. In training the
-    shards come in another order each epoch, and all processes get equally many samples; those that are left over, fewer
-    than there are processes, sit out the epoch at the end of its last shard. Batches depend on the seed, the number of
-    workers and that of processes. Predictions come in the order of the shards, so one worker makes them.
+    shards come in another order each epoch, and all processes get equally many samples and batches: of the last shard
+    of the epoch up to one sample less than there are processes sits it out, and one a process if it would be a batch by
+    itself. Batches depend on the seed and the numbers of workers and processes. Predictions come in the order of the
+    shards, so one worker decodes for them.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -74,7 +76,9 @@ class WebDataset(ImageDataModule):
         shuffle: int = 1000,
         **kwargs: Any,
     ) -> None:
-        refused = [name for name, default in _NOT_OF_STREAMS.items() if kwargs.get(name, default) != default]
+        super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
+        # Asked of the attributes: on the command line, kwargs.get would hide what the base class does not take.
+        refused = [name for name, default in _NOT_OF_STREAMS.items() if getattr(self, name) != default]
         if refused:
             raise ValueError(
                 f"a stream of shards cannot have {', '.join(refused)}, since its images and labels are not known "
@@ -82,11 +86,10 @@ class WebDataset(ImageDataModule):
             )
         if shuffle < 1:
             raise ValueError(f"expected shuffle of at least 1, got {shuffle}")
-        super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         patterns = {"train": train, "val": val, "test": test}
         self.urls = {part: expand(given) for part, given in patterns.items() if given is not None}
-        together = [url for urls in self.urls.values() for url in urls]
-        if twice := sorted({url for url in together if together.count(url) > 1}):
+        counts = Counter(url for urls in self.urls.values() for url in urls)
+        if twice := [url for url, count in counts.items() if count > 1]:
             raise ValueError(f"expected each shard once and in one part, got {twice[0]} more often")
         self.sizes = sizes
         self.shuffle = shuffle
@@ -170,7 +173,7 @@ class Shards:
                 if first < found <= last:
                     yield found - 1, sample
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            raise ValueError(f"cannot read shard {url}: {error.args[0]}") from error
+            raise ValueError(f"cannot read shard {url}: {_reason(error)}") from error
         finally:
             set_options(stream, ignore_errors=True)  # a command complains if its output is no longer wanted
             stream.close()
@@ -350,7 +353,12 @@ def count_samples(path: str) -> int:
             names = (file.name for file in tar if file.isreg() and not re.match(r"__[^/]*__($|/)", file.name))
             return sum(1 for _ in group_by_keys({"fname": name, "data": b"", "__url__": path} for name in names))
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read shard {path}: {error.args[0]}") from error
+        raise ValueError(f"cannot read shard {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> Any:
+    """What an error says, without the objects that webdataset adds to it."""
+    return next((said for said in error.args if isinstance(said, str)), repr(error))
 
 
 def _is_remote(url: str) -> bool:

@@ -15,6 +15,7 @@ from image_files import number_of, write_image
 from PIL import Image
 from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _trainer
 
+from ncfinetune.__main__ import main
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import ImageFolder, WebDataset
 from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples
@@ -140,10 +141,10 @@ def test_workers_read_each_sample_once(root: Path, workers: int) -> None:
         assert [len(batch) for batch in found[:-1]] == [3] * (len(found) - 1)
 
 
-def _epochs(root: Path, seed: int = 0, epochs: int = 2, **arguments: Any) -> list[torch.Tensor]:
+def _epochs(root: Path, seed: int = 0, limit_train_batches: float = 1.0, **arguments: Any) -> list[torch.Tensor]:
     pl.seed_everything(seed, workers=True, verbose=False)
-    model = _fit(_make(root, **arguments), max_epochs=epochs)
-    return [model.images(f"train{epoch}") for epoch in range(epochs)]
+    model = _fit(_make(root, **arguments), max_epochs=2, limit_train_batches=limit_train_batches)
+    return [model.images("train0"), model.images("train1")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -268,6 +269,23 @@ def test_collapse_is_measured_on_plain_training_images(tmp_path: Path, workers: 
     assert found[0] == found[1] > 0
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_is_cut_short_does_not_change_the_next(root: Path, workers: int) -> None:
+    whole = _epochs(root, num_workers=workers)
+    short = _epochs(root, num_workers=workers, limit_train_batches=2)
+    for epoch in range(2):
+        assert torch.equal(short[epoch], whole[epoch][:8])
+
+
+def test_shards_on_the_command_line(root: Path) -> None:
+    arguments = {"num_classes": CLASSES, "train": f"{root}/train-{{0..4}}.tar", "val": f"[{root}/val-0.tar]"}
+    arguments |= {"sizes": "{train: [5, 1, 7, 0, 4], val: [4]}", "image_size": 32, "num_workers": 0, "views": 1}
+    data = [word for name, value in arguments.items() for word in (f"--data.{name}", str(value))]
+    model = ["--model", "Supervised", "--model.backbone", "test_resnet"]
+    trainer = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "1", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *model, "--data", "WebDataset", *data, *trainer])
+
+
 def test_the_length_of_an_epoch_is_known(root: Path) -> None:
     data = _make(root, batch_size=2, num_workers=2)
     trainer = _trainer(max_epochs=3, limit_val_batches=0.5)
@@ -284,7 +302,6 @@ def test_overfitting_sees_the_same_batches_each_epoch(root: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")
 def test_predictions_come_in_the_order_of_the_shards(root: Path, workers: int) -> None:
     data = _make(root, test=f"{root}/train-{{0..4}}.tar", train=f"{root}/val-0.tar", val=None, num_workers=workers)
     predicted = _trainer().predict(Recorder(), data)
@@ -385,10 +402,10 @@ def test_shards_that_cannot_be_read_are_named(root: Path, tmp_path: Path) -> Non
         data = _make(root, train=f"{tmp_path}/{name}.tar", val=None, sizes={"train": [7]})
         with pytest.raises(ValueError, match=rf"cannot read shard .*{name}.tar: |expected 7 samples in .*, got \d"):
             _raw(data, "train_plain")
-    with pytest.raises(ValueError, match=r"cannot read shard .*text.tar: "):
+    with pytest.raises(ValueError, match=r"cannot read shard .*text.tar: .*could not be opened"):
         _make(root, train=f"{tmp_path}/text.tar", val=None).setup("fit")
     data = _make(root, train="pipe:exit 3", val=None, sizes={"train": [7]})
-    with pytest.raises(ValueError, match="cannot read shard pipe:exit 3: "):
+    with pytest.raises(ValueError, match="cannot read shard pipe:exit 3: .*(exit 3|empty file)"):
         _raw(data, "train_plain")
 
 
