@@ -4,6 +4,7 @@ from .base import ImageDataModule as ImageDataModule
 from .digits import Digits as Digits
 from .files import ImageFolder as ImageFolder
 from .recipes import Recipe as Recipe
+from .shards import WebDataset as WebDataset
 from .vision import CIFAR10 as CIFAR10
 from .vision import CIFAR100 as CIFAR100
 from .vision import DTD as DTD
@@ -26,4 +27,5 @@ __all__ = [
     "Pets",
     "Recipe",
     "StanfordCars",
+    "WebDataset",
 ]

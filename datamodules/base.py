@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from .images import Batch, EpochSampler, FileImages, Labelled, TensorImages, mixed_seed
+from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, mixed_seed
 from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
-from .splits import describe_counts, split_indices, take_fraction, take_shots
+from .splits import split_indices, take_fraction, take_shots
 
 # Fixed, so that no choice a user makes can move an image from one part to another.
 SPLIT_SEED = 0
@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.views = views
         self.device_cache = device_cache
         self._mixers = _mixers(mixup, cutmix, num_classes)
-        self._parts: dict[str, Labelled] = {}
+        self._parts: Mapping[str, Part] = {}
         self._run_seed = 0
         self._generator = torch.Generator()
         self._epoch: int | None = None
@@ -140,7 +140,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Read the parts, once, and log how many images of a class they have."""
         if not self._parts:
             self._parts = self._read()
-            counts = (f"{name} {describe_counts(p.own_labels, self.num_classes)}" for name, p in self._parts.items())
+            counts = (f"{name} {part.describe(self.num_classes)}" for name, part in self._parts.items())
             rank_zero_info(f"{type(self).__name__} images: {', '.join(counts)}")
         if self.normalize == "backbone":
             self._normalize_as_pretrained()
@@ -175,7 +175,7 @@ class ImageDataModule(LightningDataModule, ABC):
             images, labels = self._mix(images, labels)
         return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
 
-    def _read(self) -> dict[str, Labelled]:
+    def _read(self) -> Mapping[str, Part]:
         parts = self.parts()
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"expected {self.num_classes} classes, got {len(self.class_names)}; is the data complete?")
@@ -186,7 +186,7 @@ class ImageDataModule(LightningDataModule, ABC):
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
         parts["train"] = self._few_labels(parts["train"])
-        return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name].chosen)})
+        return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name])})
 
     def _few_labels(self, train: Labelled) -> Labelled:
         labels = train.own_labels
@@ -214,41 +214,55 @@ class ImageDataModule(LightningDataModule, ABC):
         for name in ("mean", "std"):
             setattr(self, name, _channels(name, self._given[name] or config[name], self.input_size[0]))
 
-    def _loader(self, name: str, training: bool = False) -> DataLoader[Batch]:
+    def _place(self) -> tuple[int, int]:
+        """How many processes there are, and which of them this one is."""
+        trainer: Any = self.trainer
+        return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+
+    def _loader(self, name: str, training: bool = False, workers: int | None = None) -> DataLoader[Batch]:
+        """A loader of a part; None is as many workers as the user asks for, or as are good."""
         if name not in self._parts:
             raise ValueError(f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}")
+        part = self._parts[name]
         trainer: Any = self.trainer
-        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if len(part) < self._place()[0]:
+            raise ValueError(f"expected at least one {name} image a process, got {len(part)} for {self._place()[0]}")
         if training:
             seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
             self._run_seed, self._epoch = mixed_seed(seed), None
-        dataset = self._dataset(self._parts[name], training)
-        if len(dataset) < world_size:
-            raise ValueError(f"expected at least one {name} image a process, got {len(dataset)} for {world_size}")
-        sampler: Any = None
-        if training:
-            sampler = EpochSampler(dataset, world_size, rank, self._run_seed)
-        elif world_size > 1:
-            sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
-        in_memory = isinstance(dataset, TensorImages)
-        workers = self.num_workers if self.num_workers is not None else 0 if in_memory else _free_cores(trainer)
+        dataset = self._dataset(part, training)
+        if workers is None:
+            workers = self.num_workers
+        if workers is None:
+            workers = 0 if part.in_memory else _free_cores(trainer)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            **self._batching(dataset, training),
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=on_gpu and not self.device_cache,
-            # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
-            drop_last=training and self.batch_size > 1 and len(sampler) % self.batch_size == 1,
             persistent_workers=workers > 0,
             # Its own, so that the workers' seeds take no number from the stream that the model draws from.
             generator=torch.Generator(),
         )
 
-    def _dataset(self, part: Labelled, training: bool) -> TensorImages | FileImages:
-        if isinstance(part.images, Tensor):
+    def _batching(self, dataset: Any, training: bool) -> dict[str, Any]:
+        """How the loader makes batches; streams make them themselves."""
+        if isinstance(dataset, IterableDataset):
+            return {"batch_size": None}
+        world_size, rank = self._place()
+        sampler: Any = None
+        if training:
+            sampler = EpochSampler(dataset, world_size, rank, self._run_seed)
+        elif world_size > 1:
+            sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
+        # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
+        drop_last = training and self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
+
+    def _dataset(self, part: Any, training: bool) -> Dataset[Batch]:
+        if part.in_memory:
             return TensorImages(part)
         if training and self.recipe.crops:
             return FileImages(part, self.input_size[1], self.recipe, self.views, self._run_seed)
@@ -257,7 +271,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def _augment(self, images: Tensor) -> Tensor:
         """uint8 images augmented and normalised: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views."""
         generator = self._random()
-        cropped = self.recipe.crops and not isinstance(self._parts["train"].images, Tensor)
+        cropped = self.recipe.crops and not self._parts["train"].in_memory
         if images.ndim == 5:
             images = images.flatten(0, 1)
         elif self.views > 1:

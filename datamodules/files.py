@@ -17,8 +17,8 @@ from .images import Labelled, broken_files, decode_all
 from .splits import split_indices
 
 # Photographs are much alike in this, and ImageNet's statistics are what most pre-trained networks expect.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _PARTS = ("train", "val", "test")
 
 
@@ -37,7 +37,7 @@ class FileDataModule(ImageDataModule, ABC):
     """
 
     def __init__(self, num_classes: int, image_size: int = 224, in_memory: bool = False, **kwargs: Any) -> None:
-        super().__init__(num_classes, (3, image_size, image_size), _IMAGENET_MEAN, _IMAGENET_STD, **kwargs)
+        super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.in_memory = in_memory
 
     def hold(self, part: Labelled) -> Labelled:

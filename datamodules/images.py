@@ -5,11 +5,12 @@ Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from .recipes import Recipe, draw_boxes
+from .splits import describe_counts
 
 # Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
 _CENTRE = 0.875
@@ -25,6 +27,21 @@ _CENTRE = 0.875
 _DECODED_SIDE = 2
 
 Batch = tuple[Tensor, Tensor]
+# Makes boxes (top, left, height, width) for an image of a height and a width.
+Boxes = Callable[[int, int], list[list[float]]]
+
+
+class Part(Protocol):
+    """What every datamodule needs to know of a part of its images."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether they lie decoded in memory."""
+
+    def describe(self, num_classes: int) -> str:
+        """How many there are, for the log."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,18 @@ class Labelled:
         # Bytes in one array: a list of a million strings would be copied into every worker as it counts references.
         kept = images if isinstance(images, Tensor) else np.array([os.fsencode(path) for path in images])
         return Labelled(kept, np.asarray(labels, dtype=np.int64), np.arange(len(labels)))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are held as a tensor."""
+        return isinstance(self.images, Tensor)
+
+    def describe(self, num_classes: int) -> str:
+        """How many images there are, and how many of a class."""
+        return describe_counts(self.own_labels, num_classes)
 
     @property
     def own_labels(self) -> np.ndarray:
@@ -118,14 +147,8 @@ class FileImages(Dataset[Batch]):
         path, label = os.fsdecode(bytes(np.asarray(self.part.images)[row])), torch.tensor(self.part.labels[row])
         if self.recipe is None:
             return read_image(path, self.size)[0], label
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, index))
-        recipe, views = self.recipe, self.views
-
-        def crops(height: int, width: int) -> list[list[float]]:
-            return draw_boxes(recipe, views, height, width, generator).tolist()
-
-        images = read_image(path, self.size, crops)
-        return images if views > 1 else images[0], label
+        images = read_image(path, self.size, crops(self.recipe, self.views, mixed_seed(self.seed, epoch, index)))
+        return images if self.views > 1 else images[0], label
 
     def __getitems__(self, keys: list[int]) -> Batch:
         images, labels = zip(*(self[key] for key in keys), strict=True)
@@ -152,7 +175,13 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def read_image(path: str, size: int, boxes: Callable[[int, int], list[list[float]]] | None = None) -> Tensor:
+def crops(recipe: Recipe, views: int, seed: int) -> Boxes:
+    """Random crops for each of the views, as `read_image` takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda height, width: draw_boxes(recipe, views, height, width, generator).tolist()
+
+
+def read_image(path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None) -> Tensor:
     """Decode a file and cut boxes out of it, each brought to ``(S, S)``, bilinear and antialiased.
 
     Args:
@@ -160,6 +189,7 @@ def read_image(path: str, size: int, boxes: Callable[[int, int], list[list[float
         size: Side ``S``.
         boxes: Makes boxes (top, left, height, width) for an image of a height and width. None is one box for
             evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
+        content: What is in the file, where that has been read already; the path is then only its name.
 
     Returns:
         uint8, ``(V, 3, S, S)``.
@@ -168,7 +198,7 @@ def read_image(path: str, size: int, boxes: Callable[[int, int], list[list[float
         ValueError: The file cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             width, height = image.size
             wanted = _centre(height, width, size) if boxes is None else boxes(height, width)
             need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
