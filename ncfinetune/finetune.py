@@ -198,7 +198,7 @@ class FineTuner(Classifier):
         """Leave ``delta.safetensors`` beside the checkpoints."""
         folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
         state = self.trainer.strategy.lightning_module_state_dict()
-        if folder and self.trainer.is_global_zero:
+        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             self.save_delta(Path(folder) / "delta.safetensors", names, state)

@@ -143,3 +143,12 @@ def test_merged_file_is_timms(backbone: dict, knobs: dict, classes: int, tmp_pat
 def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, which has"):
         FineTuner(3, SMALL).save_for_timm(tmp_path / "merged.safetensors")
+
+
+def test_a_trial_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = _base(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=_sgd)
+    _trainer(tmp_path, enable_checkpointing=True, fast_dev_run=True).fit(model, Digits([7, 8, 9], shots=4))
+    assert set(tmp_path.rglob("*")) == before

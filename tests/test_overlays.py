@@ -29,7 +29,8 @@ def test_an_overlay_for_every_data_set() -> None:
     assert there == known | {"imagenet"}
 
 
-def test_a_recipe_of_ones_own_on_the_command_line() -> None:
+def test_a_recipe_of_ones_own_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = "{flip: 0.5, jitter: 0.8, brightness: 0.4, solarise: 0.2}"
     backbone = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
     model = ["--model", "Supervised", "--model.backbone", backbone]
