@@ -147,13 +147,30 @@ def _batch_size(loader: DataLoader[Any]) -> int | None:
 
 
 def pass_length(trainer: Any, loader: Iterable[Any], most: int | None) -> int | None:
-    """Batches of a pass over the training set: no more than ``most``, nor than Lightning's own limit; None is all."""
+    """Batches of a pass over the training set: no more than ``most``, nor than Lightning's own limit; None is all.
+
+    Raises:
+        ValueError: The data may never end: a stream without length in a run without epochs.
+    """
     limits = [] if most is None else [most]
     limit = trainer.limit_train_batches  # 1 is a batch, 1.0 is all of them
     limited = isinstance(limit, int) or limit < 1.0 or trainer.overfit_batches
-    if (limited or not hasattr(loader, "__len__")) and trainer.num_training_batches != float("inf"):
+    counted = _has_length(loader)
+    if (limited or not counted) and trainer.num_training_batches != float("inf"):
         limits.append(int(trainer.num_training_batches))
+    if not limits and not counted and trainer.max_epochs in (None, -1):
+        raise ValueError(
+            "NeuralCollapseTracker cannot tell whether the training data ever end, since their loader has no length "
+            "and the trainer no max_epochs; give it NeuralCollapseTracker(max_train_batches=...)"
+        )
     return min(limits, default=None)
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except TypeError:
+        return False
 
 
 def new_samples(loader: Any, start: int, size: int) -> int:

@@ -1,5 +1,6 @@
 """NeuralCollapseTracker in projects that have never heard of it, and in every regime that Lightning has."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -338,6 +339,21 @@ def test_iterable_data(workers: int, tmp_path: Path) -> None:
     module = _training(pl, _small())
     _trainer(tmp_path, tracker).fit(module, loader, _loader())
     assert tracker.values["nc1/train/penultimate"] == pytest.approx(tracker.values["nc1/val/penultimate"], rel=1e-9)
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(zip(*_images(), strict=True))
+
+
+def test_endless_data(tmp_path: Path) -> None:
+    endless = {"max_epochs": -1, "max_steps": 5, "limit_val_batches": 0}
+    loader = DataLoader(Endless(), batch_size=16)
+    with pytest.raises(ValueError, match=r"whether the training data ever end.*max_train_batches=...\)"):
+        _trainer(tmp_path, NeuralCollapseTracker(K), **endless).fit(_training(pl, _small()), loader, _loader())
+    tracker = NeuralCollapseTracker(K, max_train_batches=2)
+    _trainer(tmp_path, tracker, **endless).fit(_training(pl, _small()), loader, _loader())
+    assert tracker.values["nc1/train/penultimate"] > 0
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])
