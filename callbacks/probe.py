@@ -46,7 +46,7 @@ class OnlineProbe(Callback):
 
     Args:
         num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
-        layer: A layer's name, or ``penultimate``.
+        layer: A layer's name, which then ends the log names (``probe/acc/layer3.1``), or ``penultimate``.
         optimizer: Makes the optimiser of the classifier; None is Adam with learning rate 1e-3.
         knn: Neighbours that vote in kNN, at most those that the bank has; 0 is no kNN.
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
@@ -143,7 +143,9 @@ class OnlineProbe(Callback):
             features, labels = _gathered(features, trainer.world_size), _gathered(labels, trainer.world_size)
         if len(features) > 1:  # one feature has no variance
             loss = self._learn(features, labels)
-            pl_module.log("probe/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+            pl_module.log(
+                self._name("loss"), loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the bank, and start to listen, unless Lightning only checks that validation runs."""
@@ -176,9 +178,9 @@ class OnlineProbe(Callback):
             return
         features, labels = self._take(batch)
         if self._probe is not None:
-            self._count("probe/acc", self._probe.eval()(features).argmax(1), labels)
+            self._count(self._name("acc"), self._probe.eval()(features).argmax(1), labels)
         if self._bank is not None:
-            self._count("probe/knn", knn_predict(features, *self._bank, self._classes, self.knn), labels)
+            self._count(self._name("knn"), knn_predict(features, *self._bank, self._classes, self.knn), labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracies over all processes."""
@@ -192,6 +194,9 @@ class OnlineProbe(Callback):
         if self.downstream is not None and self._is_due(trainer):
             for name, value in self._transfer(trainer, pl_module, self.downstream).items():
                 pl_module.log(name, value, sync_dist=True)
+
+    def _name(self, number: str) -> str:
+        return f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
 
     def _is_due(self, trainer: Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -235,9 +240,9 @@ class OnlineProbe(Callback):
             bank = self._features(trainer, module, train, prepare)
             features, labels = self._features(trainer, module, data.val_dataloader(), prepare)
         classes = int(torch.cat([bank[1], labels]).max()) + 1
-        values = {"probe/downstream_acc": fit_probe(*bank, classes)(features).argmax(1)}
+        values = {self._name("downstream_acc"): fit_probe(*bank, classes)(features).argmax(1)}
         if self.knn:
-            values["probe/downstream_knn"] = knn_predict(features, *bank, classes, self.knn)
+            values[self._name("downstream_knn")] = knn_predict(features, *bank, classes, self.knn)
         return {name: (predictions == labels).float().mean().item() for name, predictions in values.items()}
 
     def _features(

@@ -98,7 +98,13 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
         raise FileNotFoundError(f"no folder {str(root)!r}; expected one with train/CLASS/ and val/CLASS/, or CLASS/")
     if folders is None:
         found = {part: root / part for part in _PARTS if (root / part).is_dir()}
-        return found if "train" in found else {"train": root}
+        if found and "train" not in found:
+            there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+            raise FileNotFoundError(
+                f"expected a folder train beside {', '.join(found)} in {str(root)!r}, got {there}; "
+                "rename it, or name the folders: folders={train: ..., val: ...}"
+            )
+        return found or {"train": root}
     if "train" not in folders or not set(folders) <= set(_PARTS):
         raise ValueError(f"expected folders to name train, and val and test if wanted, got {', '.join(folders)}")
     missing = [str(root / folder) for folder in folders.values() if not (root / folder).is_dir()]

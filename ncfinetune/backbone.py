@@ -58,6 +58,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         _check_name(name)
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"expected stem imagenet or cifar, got {stem!r}")
         self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs}
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
@@ -114,9 +116,12 @@ class Backbone(nn.Module):
         """The layer of that dotted path.
 
         Raises:
-            ValueError: There is none; names the blocks that exist and the nearest paths.
+            ValueError: There is none (names the blocks that exist and the nearest paths), or a pattern fits several.
         """
-        return next(iter(find_layers(self.net, [name]).values()))
+        found = find_layers(self.net, [name])
+        if len(found) > 1:
+            raise ValueError(f"expected one layer, but {name!r} fits {', '.join(found)}; name one of them")
+        return next(iter(found.values()))
 
     def width(self, name: str) -> int:
         """Width ``d_l`` of the pooled output of a layer, block or not.

@@ -131,3 +131,12 @@ def test_missing_and_empty_checkpoints(tmp_path: Path) -> None:
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     with pytest.raises(ValueError, match=r"holds no tensors, only 1 \(epoch\)"):
         Backbone("test_resnet", checkpoint=str(tmp_path / "empty.pt"))
+
+
+def test_unknown_stems_and_patterns_of_several_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected stem imagenet or cifar, got 'cifr'"):
+        Backbone("test_resnet", stem="cifr")
+    with pytest.raises(
+        ValueError, match=r"expected one layer, but 'layer\*' fits layer1, layer2, layer3, layer4; name"
+    ):
+        Backbone("test_resnet").layer("layer*")

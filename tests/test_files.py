@@ -108,6 +108,11 @@ def _empty_class(root: Path) -> None:
     (root / "train" / "ant" / "01.png").unlink()
 
 
+def _no_train(root: Path) -> None:
+    for folder in ("Train/a", "Train/b", "val/a", "val/b"):
+        (root / folder).mkdir(parents=True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
@@ -118,6 +123,7 @@ def _empty_class(root: Path) -> None:
         (_empty_class, {}, "ant"),
         (_other_classes, {"folders": {"train": "train", "val": "dev"}}, r"no folder .*dev; mend folders="),
         (_other_classes, {"folders": {"val": "val"}}, "expected folders to name train, and val and test if wanted"),
+        (_no_train, {}, r"expected a folder train beside val in .*, got Train, val; rename it, or name the folders"),
         (_other_classes, {"test_fraction": 1.0}, r"expected test_fraction in \[0, 1\), got 1.0"),
         (_one_class, {"shots": 0}, "at least two classes"),
     ],

@@ -190,11 +190,21 @@ def test_digits_and_a_layer_by_name(tmp_path: Path) -> None:
     probe = OnlineProbe(layer="layer3.0", knn=20, downstream=Digits([5, 6, 7]), every_n_epochs=2)
     trainer = _trainer(tmp_path, probe, max_epochs=1)
     trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
-    assert {name for name in trainer.callback_metrics if name.startswith("probe/")} == {"probe/loss", "probe/acc"}
+    assert {name for name in trainer.callback_metrics if name.startswith("probe/")} == {
+        "probe/loss/layer3.0",
+        "probe/acc/layer3.0",
+    }
     trainer = _trainer(tmp_path, probe, max_epochs=2)
     trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
-    assert trainer.callback_metrics["probe/downstream_acc"] > 0.6
-    assert trainer.callback_metrics["probe/knn"] > 0.6
+    assert trainer.callback_metrics["probe/downstream_acc/layer3.0"] > 0.6
+    assert trainer.callback_metrics["probe/knn/layer3.0"] > 0.6
+
+
+def test_probes_of_several_layers_log_apart(tmp_path: Path) -> None:
+    probes = [OnlineProbe(), OnlineProbe(layer="layer1.0")]
+    trainer = _trainer(tmp_path, *probes, max_epochs=1)
+    trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
+    assert trainer.callback_metrics["probe/acc"] != trainer.callback_metrics["probe/acc/layer1.0"]
 
 
 def test_its_state_is_in_the_checkpoint_and_goes_on(tmp_path: Path) -> None:
