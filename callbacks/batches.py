@@ -6,12 +6,24 @@ Legend: ``N`` samples of a batch, ``V`` views of a sample.
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from .features import NoTensorError
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -66,14 +78,19 @@ def _sketch(value: Any) -> str:
 def sample_of_row(samples: int, rows: int, batch: Any) -> Tensor:
     """Which sample of a batch each of ``rows`` features is of: several views of a sample are several rows.
 
-    A batch whose inputs are one tensor ``(N, V, ...)`` has the views of a sample beside each other; one whose inputs
-    are a list of views has them one view after the other. Rows that no number of views explains are taken one by one.
+    A batch whose inputs are a tensor ``(N, V, ...)`` has the views of a sample beside each other; one whose inputs are
+    a list of views has them one view after the other.
+
+    Raises:
+        ValueError: There are not as many rows for each sample.
     """
+    if samples == 0 or rows < samples or rows % samples:
+        raise ValueError(f"{rows} rows of features for {samples} labels")
+    views = rows // samples
+    parts = batch.values() if isinstance(batch, Mapping) else batch[:1] if isinstance(batch, Sequence) else ()
+    listed = any(isinstance(part, Sequence) and not isinstance(part, str) and len(part) == views for part in parts)
     order = torch.arange(samples)
-    if samples == 0 or rows % samples:
-        return torch.arange(rows)
-    stacked = isinstance(batch, Sequence) and isinstance(batch[0], Sequence)
-    return order.repeat(rows // samples) if stacked else order.repeat_interleave(rows // samples)
+    return order.repeat(views) if listed else order.repeat_interleave(views)
 
 
 def forward(module: nn.Module, batch: Any) -> None:
@@ -82,14 +99,27 @@ def forward(module: nn.Module, batch: Any) -> None:
     Inputs are the first item of a sequence, the mapping's items that ``forward`` takes (labels left out), or a tensor.
 
     Raises:
-        ValueError: The module has no ``forward``, and not one child.
+        ValueError: The module has no ``forward``, and not one child; or it does not take such inputs.
     """
     network = _network(module)
-    if isinstance(batch, Mapping):
-        known = inspect.signature(network.forward).parameters
-        network(**{key: value for key, value in batch.items() if key in known and key not in _LABEL_KEYS})
-    else:
-        network(batch[0] if isinstance(batch, Sequence) else batch)
+    try:
+        if isinstance(batch, Mapping):
+            network(**_named_inputs(network, batch))
+        else:
+            network(batch[0] if isinstance(batch, Sequence) else batch)
+    except NoTensorError:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot run {type(network).__name__} on the inputs of {_sketch(batch)} ({type(error).__name__}: {error}); "
+            "give NeuralCollapseTracker(forward=lambda module, batch: ...)"
+        ) from error
+
+
+def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(network.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return {k: v for k, v in batch.items() if (takes_all or k in known) and k not in _LABEL_KEYS}
 
 
 def defines(module: nn.Module, method: str) -> bool:
@@ -114,18 +144,33 @@ def _network(module: nn.Module) -> nn.Module:
 def plain_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
     """A loader of the training set in a fixed order, each sample once over all processes, and whether it is plain.
 
-    Plain is what a datamodule's ``train_plain_dataloader()`` gives: images without augmentation. Otherwise it is the
-    training loader's data set as it is; an iterable one keeps its own loader.
+    Plain is what a datamodule's ``train_plain_dataloader()`` gives: images without augmentation. Otherwise it is what
+    the training loader's sampler draws from its data set, as that is, or a stream of its own of an iterable one.
+
+    Raises:
+        ValueError: There are several training loaders.
     """
     offered = getattr(getattr(trainer, "datamodule", None), "train_plain_dataloader", None)
     loader = offered() if offered is not None else trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+    if isinstance(loader, Mapping | Sequence):
+        raise ValueError(
+            f"NeuralCollapseTracker cannot choose among {len(loader)} training loaders; give the datamodule a "
+            "train_plain_dataloader(), or NeuralCollapseTracker(train_every_n_epochs=0)"
+        )
+    if not isinstance(loader, DataLoader):
         return loader, offered is not None
-    spread = trainer.world_size > 1 and not isinstance(loader.sampler, DistributedSampler)
-    if offered is not None and not spread:
+    if isinstance(loader.dataset, IterableDataset):
+        return loader if offered is not None else _like(loader, None), offered is not None
+    shared = trainer.world_size == 1 or isinstance(loader.sampler, DistributedSampler)
+    if offered is not None and shared:
         return loader, True
-    sampler = range(trainer.global_rank, len(loader.dataset), trainer.world_size) if spread else None  # type: ignore
-    again = DataLoader(
+    with isolate_rng():
+        indices = _drawn(loader)
+    return _like(loader, indices[trainer.global_rank :: trainer.world_size]), offered is not None
+
+
+def _like(loader: DataLoader[Any], sampler: Sequence[int] | None) -> DataLoader[Any]:
+    return DataLoader(
         loader.dataset,
         batch_size=_batch_size(loader),
         sampler=sampler,
@@ -135,15 +180,27 @@ def plain_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         persistent_workers=loader.persistent_workers,
+        generator=torch.Generator(),
     )
-    return again, offered is not None
+
+
+def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
+    """Indices of the samples that a loader draws in an epoch, each once, in their order."""
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        sampler = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(loader.batch_sampler)
+    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
+        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
+        return range(len(loader.dataset))  # type: ignore[arg-type]
+    return sorted(set(sampler))
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:
     """None where the data set makes the batches itself."""
-    if loader.batch_sampler is None:
-        return None
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    if loader.batch_sampler is None or loader.batch_size is not None:
+        return loader.batch_size
+    return getattr(loader.batch_sampler, "batch_size", None) or len(next(iter(loader.batch_sampler), [0]))
 
 
 def pass_length(trainer: Any, loader: Iterable[Any], most: int | None) -> int | None:
@@ -157,13 +214,20 @@ def pass_length(trainer: Any, loader: Iterable[Any], most: int | None) -> int | 
     limited = isinstance(limit, int) or limit < 1.0 or trainer.overfit_batches
     counted = _has_length(loader)
     if (limited or not counted) and trainer.num_training_batches != float("inf"):
-        limits.append(int(trainer.num_training_batches))
+        larger = _sizes_ratio(trainer.train_dataloader, loader)
+        limits.append(math.ceil(int(trainer.num_training_batches) * larger))
     if not limits and not counted and trainer.max_epochs in (None, -1):
         raise ValueError(
             "NeuralCollapseTracker cannot tell whether the training data ever end, since their loader has no length "
             "and the trainer no max_epochs; give it NeuralCollapseTracker(max_train_batches=...)"
         )
     return min(limits, default=None)
+
+
+def _sizes_ratio(training: Any, plain: Any) -> float:
+    """How much larger the training loader's batches are than those of the other; 1 where it is not known."""
+    theirs, ours = getattr(training, "batch_size", None), getattr(plain, "batch_size", None)
+    return theirs / ours if theirs and ours else 1.0
 
 
 def _has_length(loader: Any) -> bool:

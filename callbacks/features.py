@@ -18,6 +18,10 @@ from ncfinetune.layers import PENULTIMATE, Pool, find_layers
 Pooling = Callable[[Tensor], Tensor]
 
 
+class NoTensorError(TypeError):
+    """A layer puts out nothing that could be measured."""
+
+
 class FeatureTap:
     """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while ``open``.
 
@@ -87,7 +91,7 @@ class FeatureTap:
             if self.open:
                 tensor = next(_tensors(output), None)
                 if tensor is None:
-                    raise TypeError(
+                    raise NoTensorError(
                         f"expected layer {name!r} to put out a tensor, or something that holds one, "
                         f"got {type(output).__name__}; name another layer"
                     )

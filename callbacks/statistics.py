@@ -30,7 +30,7 @@ class Result:
     Attributes:
         values: ``{metric: {layer: value}}``; nan where the features do not define it.
         moments: The class moments of each layer that has them.
-        sample: Some features ``(M, d)`` and labels ``(M,)`` of the last layer, of this process.
+        sample: Some features ``(M, d)`` and labels ``(M,)`` of this process, of the last layer if it has moments.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -67,8 +67,9 @@ class LayerStatistics:
         self._collections = {layer: neural_collapse(num_classes, members or ["nc1_ratio"]) for layer in layers}
         self._members = members
         self._classifier = classifier if PENULTIMATE in layers else None
-        self._judged = [name for name in metrics if name in _OF_CLASSIFIER]
         self._nc4 = NC4(means) if "nc4" in metrics and means is not None and self._fits(means) else None
+        self._judged = ["nc3"] if "nc3" in metrics and self._classifier is not None else []
+        self._judged += [] if self._nc4 is None else ["nc4"]
         self._broken: dict[str, str] = {}
         self._ran: set[str] = set()
         self._sample: tuple[Tensor, Tensor, Tensor] | None = None
@@ -87,7 +88,9 @@ class LayerStatistics:
             except NonFiniteFeaturesError as error:
                 self._broken[layer] = str(error)
         last = self.layers[-1]
-        if last in features and last not in self._broken:
+        if last in self._broken:
+            self._sample = None
+        elif last in features:
             self._keep(features[last], labels)
 
     def _fits(self, moments: ClassMoments) -> bool:
@@ -123,24 +126,23 @@ class LayerStatistics:
                 f"and its {split} step reach, and see that they run before any compiled copy of them"
             )
         result = Result(sample=None if self._sample is None else self._sample[1:])
+        undefined: dict[str, str] = {}
         for layer in self.layers:
             if broken[layer]:
-                reason = self._broken.get(layer, "another process has features with nan or inf")
-                self._set(result, layer, self._undefined(layer, split, reason))
-            else:
-                self._measure(result, layer, split, strategy.root_device)  # where a process without batches has none
+                undefined[layer] = self._broken.get(layer, "another process has features with nan or inf")
+                continue
+            try:
+                self._measure(result, layer, strategy.root_device)  # where a process without batches has none
+            except UndefinedCollapseError as error:
+                undefined[layer] = str(error)
+        self._set_nan(result, undefined, split)
         return result
 
-    def _measure(self, result: Result, layer: str, split: str, device: torch.device) -> None:
-        try:
-            values, moments = self._collections[layer].to(device).compute_with_moments()
-            if layer == PENULTIMATE and moments is not None:
-                values |= self._judge(moments)
-        except UndefinedCollapseError as error:
-            values, moments = self._undefined(layer, split, str(error)), None
-        self._set(result, layer, values)
-        if moments is not None:
-            result.moments[layer] = moments
+    def _measure(self, result: Result, layer: str, device: torch.device) -> None:
+        values, moments = self._collections[layer].to(device).compute_with_moments()
+        assert moments is not None
+        self._set(result, layer, values | (self._judge(moments) if layer == PENULTIMATE else {}))
+        result.moments[layer] = moments
 
     def _judge(self, moments: ClassMoments) -> dict[str, Any]:
         """What compares the classifier with the class means."""
@@ -156,6 +158,12 @@ class LayerStatistics:
             if name in self._members or name in self._judged:
                 result.values.setdefault(name, {})[layer] = float(value)
 
-    def _undefined(self, layer: str, split: str, reason: str) -> dict[str, float]:
-        warnings.warn(f"the collapse of layer {layer!r} on the {split} set is logged as nan: {reason}", stacklevel=2)
-        return dict.fromkeys(map(str, self._collections[layer].keys()), float("nan"))
+    def _set_nan(self, result: Result, undefined: Mapping[str, str], split: str) -> None:
+        """Make every metric of these layers nan, with one warning for all of them."""
+        for layer in undefined:
+            names = [*self._members, *(self._judged if layer == PENULTIMATE else [])]
+            self._set(result, layer, dict.fromkeys(names, float("nan")))
+        if undefined:
+            layers = ", ".join(map(repr, undefined))
+            reason = next(iter(undefined.values()))
+            warnings.warn(f"the collapse of layer {layers} on the {split} set is logged as nan: {reason}", stacklevel=2)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -29,7 +29,8 @@ class NeuralCollapseTracker(Callback):
     Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass. The
     training set gets a pass of its own, in eval mode, with fixed weights and without augmentation, once before the
     first epoch and then after every ``train_every_n_epochs``; it costs what a validation over the training set costs.
-    A run ends in the same weights, bit for bit, as without the tracker.
+    A run ends in the same weights, bit for bit, as without the tracker, unless a data set draws from a random generator
+    of its own.
 
     ``nc1`` is the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and Donoho (2020); 0 is full
     collapse. ``nc3`` and ``nc4`` compare the classifier with the class means in front of it, ``nc4/val`` the decisions
@@ -54,7 +55,8 @@ class NeuralCollapseTracker(Callback):
         max_train_batches: Batches that a pass over the training set takes at most, on each process; None is all.
         classifier: The classifier's name; ``auto`` is the last linear layer with ``num_classes`` outputs.
         batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels)`` and mappings
-            with a key such as ``labels``.
+            with a key such as ``labels``. Features of several views of a sample get its label: those of inputs
+            ``(N, V, ...)`` sample by sample, those of a list of inputs view by view.
         forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
             or its only child if it has no forward, on the inputs.
         pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features.
@@ -92,6 +94,8 @@ class NeuralCollapseTracker(Callback):
         named = [layers] if isinstance(layers, str) else layers
         self.layers = [PENULTIMATE if name == "auto" else name for name in named]
         self.metrics = _chosen(metrics)
+        if set(self.metrics) <= {"nc3", "nc4"} and PENULTIMATE not in self.layers:
+            raise ValueError(f"metrics {', '.join(self.metrics)} are of the layer 'penultimate', which layers lacks")
         self.train_every_n_epochs = train_every_n_epochs
         self.max_train_batches = max_train_batches
         self.classifier = classifier
@@ -149,6 +153,8 @@ class NeuralCollapseTracker(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
+        if trainer.global_step == 0:
+            self.values, self.history, self._passes_done, self._drawn_at = {}, {}, 0, None
         if self.train_every_n_epochs and trainer.global_step == 0:
             self._measure_training_set(trainer, pl_module)
             for logger in trainer.loggers:
@@ -166,7 +172,7 @@ class NeuralCollapseTracker(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values beside the hyper-parameters."""
         layer = self._tap.names[-1] if self._tap is not None else ""
-        own = {name: self.values[name] for name in self.values if name.endswith("/" + layer)}
+        own = {name: v for name, v in self.values.items() if name.split("/", 2)[2].split("/dataloader_idx")[0] == layer}
         others = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in self.values}
         first = {name: value for name, value in own.items() if name.startswith("nc1/")}
         metrics = first | others | own  # the page shows the first few unless told otherwise
@@ -182,13 +188,9 @@ class NeuralCollapseTracker(Callback):
         self._attach(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set if the epoch is over, then start to listen; nothing in a sanity check."""
-        if trainer.sanity_checking:
-            return
-        if self._due(trainer) and trainer.is_last_batch:
+        """Measure the training set if the epoch is over, then start to listen; a sanity check finds mistakes only."""
+        if not trainer.sanity_checking and self._due(trainer) and trainer.is_last_batch:
             self._log(pl_module, self._measure_training_set(trainer, pl_module))
-        elif self._measured_at != (trainer.current_epoch, trainer.global_step):
-            self._train_result = None  # of other weights
         self._start()
 
     def on_validation_batch_end(
@@ -201,9 +203,8 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        if not trainer.sanity_checking:
-            loader = _loaders(trainer.val_dataloaders)[dataloader_idx]
-            self._update(batch, loader, dataloader_idx, self._means())
+        loader = _loaders(trainer.val_dataloaders)[dataloader_idx]
+        self._update(batch, loader, dataloader_idx, self._means(trainer))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation set."""
@@ -265,13 +266,28 @@ class NeuralCollapseTracker(Callback):
         statistics = self._passes[index]
         new = batches.new_samples(loader, statistics.seen, len(labels))
         statistics.seen += len(labels)
-        rows = max(map(len, features.values()), default=len(labels))
-        if rows != new:
-            sample = batches.sample_of_row(len(labels), rows, batch).to(labels.device)
-            kept = sample < new
-            features = {name: value[kept] if len(value) == rows else value for name, value in features.items()}
-            labels = labels[sample[kept]]
+        if len(labels):
+            rows = self._rows(features, len(labels), batch).to(labels.device)
+            if len(rows) != new:
+                kept = rows < new
+                features = {name: value[kept] for name, value in features.items()}
+                labels = labels[rows[kept]]
         statistics.update(features, labels)
+
+    def _rows(self, features: dict[str, Tensor], samples: int, batch: Any) -> Tensor:
+        """Which sample each row of features is of, the same for every layer."""
+        sizes = {len(value): name for name, value in features.items()}
+        try:
+            order = batches.sample_of_row(samples, next(iter(sizes), samples), batch)
+            if len(sizes) > 1:
+                raise ValueError(f"{' and '.join(map(str, sizes))} rows of features")
+        except ValueError as error:
+            raise ValueError(
+                f"NeuralCollapseTracker found {error} in layer {' and '.join(map(repr, sizes.values()))}; it sees the "
+                "last forward pass of a step, which must be that of all samples of the batch: name other layers, or "
+                "give it NeuralCollapseTracker(pool=...) or (batch_to_labels=...)"
+            ) from error
+        return order
 
     def _new_statistics(self, means: ClassMoments | None) -> LayerStatistics:
         assert self._tap is not None
@@ -282,17 +298,20 @@ class NeuralCollapseTracker(Callback):
         self._tap.open = False
         for index in range(loaders):
             if index not in self._passes:  # this process had no batch
-                self._passes[index] = self._new_statistics(self._means())
+                self._passes[index] = self._new_statistics(self._means(trainer))
             suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
             self._log(pl_module, self._compute(trainer, split, index, suffix))
 
     def _compute(self, trainer: Trainer, split: str, index: int = 0, suffix: str = "") -> dict[str, float]:
         """What a pass found, by log name; remembered in ``values`` and ``history``."""
         result = self._passes.pop(index).compute(split, trainer.strategy)
+        if not self._described and self._tap is not None:
+            rank_zero_info(f"NeuralCollapseTracker measures {self._tap.describe()}")
+            self._described = True
         if split == "train":
             self._train_result = result
         if "nc1" in result.values and not suffix:
-            epochs = trainer.current_epoch + (trainer.global_step > 0)
+            epochs = trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)
             self.history.setdefault(split, {})[epochs] = result.values["nc1"]
         found = {
             f"{metric}/{split}/{layer}{suffix}": value
@@ -321,13 +340,16 @@ class NeuralCollapseTracker(Callback):
         fitting = trainer.state.fn == "fit" and now != self._measured_at
         return bool(every) and fitting and (trainer.current_epoch + 1) % every == 0
 
-    def _means(self) -> ClassMoments | None:
+    def _means(self, trainer: Trainer) -> ClassMoments | None:
         """The training set's moments in front of the classifier, if they are of the present weights."""
-        return self._train_result.moments.get(PENULTIMATE) if self._train_result is not None else None
+        if self._train_result is None or self._measured_at != (trainer.current_epoch, trainer.global_step):
+            return None
+        return self._train_result.moments.get(PENULTIMATE)
 
     def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         loader = self._training_loader(trainer)
         self._start()
+        self._passes[0] = self._new_statistics(None)  # of a process without batches too
         length = batches.pass_length(trainer, loader, self.max_train_batches)
         with evaluation(trainer, pl_module):
             for batch in ready_batches(trainer, islice(loader, length)):
@@ -337,9 +359,6 @@ class NeuralCollapseTracker(Callback):
         self._tap.open = False
         values = self._compute(trainer, "train")
         self._measured_at = (trainer.current_epoch, trainer.global_step)
-        if not self._described:
-            rank_zero_info(f"NeuralCollapseTracker measures {self._tap.describe()}")
-            self._described = True
         self._passes_done += 1
         if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # ever rarer: after 0, 1, 2, 4, 8, ... others
             self._draw(trainer)
@@ -390,9 +409,12 @@ def _chosen(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
 def _boards(trainer: Trainer) -> list[Any]:
     """The loggers that take pictures and hyper-parameters, TensorBoard's way; none but on the first process."""
     loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
-    return [g for g in loggers if hasattr(g, "hparams") and hasattr(getattr(g, "experiment", None), "add_figure")]
+    return [
+        logger
+        for logger in loggers
+        if isinstance(getattr(logger, "hparams", None), Mapping) and hasattr(logger.experiment, "add_figure")
+    ]
 
 
 def _loaders(loaders: Any) -> list[Any]:
-    flattened = getattr(loaders, "flattened", loaders)
-    return list(flattened) if isinstance(flattened, list | tuple) else [flattened]
+    return list(CombinedLoader(loaders, "sequential").flattened)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
+# Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
+_CLOSE, _PAIRS = 1e-6, 4096
 
 
 class UndefinedCollapseError(ValueError):
@@ -38,6 +40,11 @@ class ClassMoments:
     mean: Tensor
     variance: Tensor
     within: Tensor | None
+
+    def to(self, device: torch.device) -> ClassMoments:
+        """The same on another device."""
+        within = None if self.within is None else self.within.to(device)
+        return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within)
 
     @property
     def present(self) -> Tensor:
@@ -149,7 +156,11 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     for absent classes.
     """
     norms, variance = moments.gram.diagonal(), moments.variance[moments.present]
-    distances = (norms[:, None] + norms).sub_(moments.gram, alpha=2).clamp_(min=0)
+    sums = norms[:, None] + norms
+    distances = torch.sub(sums, moments.gram, alpha=2)
+    close = (distances < _CLOSE * sums).nonzero()  # where the difference has lost its digits
+    for first, second in zip(*(torch.split(side, _PAIRS) for side in close.unbind(1)), strict=True):
+        distances[first, second] = (moments.centred[first] - moments.centred[second]).square().sum(1)
     pairs = (variance[:, None] + variance).div_(distances.mul_(2)).fill_diagonal_(torch.nan)
     present = moments.present.nonzero().squeeze(1)
     matrix = pairs.new_full((len(moments.count), len(moments.count)), torch.nan)
@@ -158,9 +169,13 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
 
 
 def cdnv(moments: ClassMoments) -> Tensor:
-    """Class-distance normalised variance, the mean over pairs of present classes (Galanti et al. 2022)."""
+    """Class-distance normalised variance, the mean over pairs of present classes (Galanti et al. 2022).
+
+    Classes whose means coincide give inf, and nan if they are points.
+    """
     classes = len(moments.centred)
-    return cdnv_matrix(moments)[moments.present][:, moments.present].nansum() / (classes * (classes - 1))
+    pairs = cdnv_matrix(moments)[moments.present][:, moments.present].fill_diagonal_(0)
+    return pairs.sum() / (classes * (classes - 1))
 
 
 def equinorm(moments: ClassMoments) -> Tensor:
@@ -198,7 +213,7 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    return torch.sub(rows / rows.norm(), moments.centred, alpha=1 / moments.centred.norm().item()).square().sum()
+    return (rows / rows.norm() - moments.centred / moments.centred.norm()).square().sum()
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:

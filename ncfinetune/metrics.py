@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -42,13 +41,30 @@ class NonFiniteFeaturesError(ValueError):
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, and float32 products in float32: neither TF32 nor bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with _ieee_products(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
     try:
-        with torch.autocast(device.type, enabled=False):
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend by itself, and torch refuses to mix the two ways
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        finally:
+            for backend, value in zip(backends, before, strict=True):
+                backend.fp32_precision = value
+    else:
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 class _CollapseMetric(Metric, ABC):
@@ -71,11 +87,30 @@ class _CollapseMetric(Metric, ABC):
         if num_classes < 2:
             raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
+        self._lenient = False
 
     def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
         """Declare a state; one made in inference mode could not be added to outside it."""
         with torch.inference_mode(False):
             super().add_state(name, default.clone() if isinstance(default, Tensor) else default, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add samples, and give the metric of these alone: nan where they do not define it.
+
+        What is refused leaves the earlier samples as they were.
+        """
+        before, updates = self._copy_state_dict(), self._update_count
+        self._lenient = True
+        try:
+            return super().forward(*args, **kwargs)
+        except Exception:
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._update_count, self._computed = updates, None
+            self._is_synced, self._to_sync, self._should_unsync = False, self.sync_on_compute, True
+            raise
+        finally:
+            self._lenient = False
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -244,6 +279,8 @@ class _MomentMetric(_CollapseMetric):
         return super()._copy_state_dict()
 
     def _value_of_some(self, moments: ClassMoments) -> Tensor:
+        if self._lenient and int(moments.present.sum()) < 2:
+            return moments.mean.new_tensor(torch.nan)
         if not moments.present.any():
             raise UndefinedCollapseError(
                 f"{type(self).__name__}.compute needs samples; call update(features, labels) first"
@@ -475,8 +512,9 @@ class NC4(_CollapseMetric):
         with torch.inference_mode(False), torch.no_grad(), _full_precision(features.device):
             features = self._checked(features, labels)
             if len(features):
-                moved = replace(self._moments, mean=self._moments.mean.to(features.device))
-                share = collapse.disagreement(features, moved, weight.to(features.device), bias)
+                device = features.device
+                moved = None if bias is None else bias.to(device)
+                share = collapse.disagreement(features, self._moments.to(device), weight.to(device), moved)
                 self.differ = self.differ + share * len(features)
                 self.total = self.total + len(features)
 
@@ -507,6 +545,7 @@ class NumericalRank(_CollapseMetric):
 
     sketch: Tensor
     energy: Tensor
+    count: Tensor
 
     def __init__(self, num_classes: int, rows: int = 32, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
@@ -514,6 +553,7 @@ class NumericalRank(_CollapseMetric):
             raise ValueError(f"expected rows of at least 1, got {rows}")
         self.rows = rows
         self.add_state("energy", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sketch", torch.zeros(num_classes, rows, 0, dtype=torch.float64), dist_reduce_fx=None)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -525,12 +565,13 @@ class NumericalRank(_CollapseMetric):
             self._check_width(features, self.sketch.shape[2])
             labels = labels.to(self._state_device, torch.int64)
             self.energy.index_add_(0, labels, features.square().sum(1))
+            self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
             for label in sorted(set(labels.tolist())):
                 self._add(label, features[labels == label])
 
     def compute(self) -> Tensor:
         """The mean numerical rank, float64."""
-        present = self.energy > 0
+        present = self.count > 0
         if not present.any():
             raise ValueError("NumericalRank.compute needs samples; call update(features, labels) first")
         largest = torch.linalg.matrix_norm(self.sketch[present], 2).square()
@@ -542,7 +583,8 @@ class NumericalRank(_CollapseMetric):
 
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.energy = torch.stack([state["energy"] for state in states]).sum(0)
+            for name in ("energy", "count"):
+                setattr(self, name, torch.stack([state[name] for state in states]).sum(0))
             sketches = [state["sketch"] for state in states if state["sketch"].shape[2]]
             if sketches:
                 self.sketch = torch.stack([_shrunk(torch.cat(rows), self.rows) for rows in zip(*sketches, strict=True)])
@@ -590,6 +632,9 @@ class CollapseCollection(MetricCollection):
             for member in members:
                 if member._computed is not None:
                     member._computed = None
+        if self._state_is_copy:  # a member that was looked at has a copy of the state from then
+            self._compute_groups_create_state_ref()
+            self._state_is_copy = False
 
     def compute(self) -> dict[str, Any]:
         """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
@@ -625,6 +670,7 @@ def neural_collapse(num_classes: int, members: Sequence[str] = _DEFAULT_MEMBERS,
     Raises:
         ValueError: A name that is no member.
     """
+    members = (members,) if isinstance(members, str) else members
     unknown = [name for name in members if name not in MEMBERS]
     if unknown:
         raise ValueError(f"expected members among {', '.join(MEMBERS)}, got {', '.join(unknown)}")

@@ -173,3 +173,14 @@ def test_numerical_rank() -> None:
     features = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [2, 2, 2]])
     assert collapse.numerical_rank(features, labels, 3).item() == pytest.approx((6 / 4 + 1) / 2)
     assert collapse.numerical_rank(features, labels, 3, centred=True).item() > 1
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-6])
+def test_cdnv_of_class_means_that_nearly_coincide(gap: float) -> None:
+    """Two classes a small gap apart and one far away, each of two points at distance 1 from its mean."""
+    means = torch.tensor([[1.0, 0, 0], [1.0, gap, 0], [-5, 2, 0]], dtype=torch.float64)
+    offsets = torch.tensor([[0, 0, 1.0], [0, 0, -1.0]], dtype=torch.float64)
+    features, labels = (means[:, None] + offsets).reshape(6, 3), torch.arange(3).repeat_interleave(2)
+    matrix = collapse.cdnv_matrix(collapse.class_moments(features, labels, 3))
+    assert matrix[0, 1].item() == pytest.approx(gap**-2, rel=1e-15 / gap)  # as far as float64 has the gap
+    assert matrix[0, 2].item() == pytest.approx(1 / (36 + 4), rel=1e-12)

@@ -35,7 +35,7 @@ IMPORTS = {
     "ncfinetune.report": set(),
     "ncfinetune.store": {"delta"},
     "ncfinetune.tail": set(),
-    "callbacks.batches": set(),
+    "callbacks.batches": {".features"},
     "callbacks.features": {"layers"},
     "callbacks.figures": {"collapse"},
     "callbacks.statistics": {"collapse", "layers", "metrics"},

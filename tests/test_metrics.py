@@ -419,3 +419,52 @@ def test_cheap_members_keep_no_state_of_width_squared() -> None:
 def test_unknown_members_are_named() -> None:
     with pytest.raises(ValueError, match="expected members among nc1, nc1_ratio, .*, got nc5"):
         neural_collapse(K, ["nc1", "nc5"])
+
+
+@member
+def test_what_forward_refuses_leaves_earlier_samples(name: str) -> None:
+    data, metric = _data(), FAMILY[name][0]()
+    batch = {key: value[:120] if key in ("features", "labels") else value for key, value in data.items()}
+    metric(**metric._filter_kwargs(**batch))
+    with pytest.raises(ValueError, match="nan or inf in batch"):
+        metric(**metric._filter_kwargs(**{**batch, "features": batch["features"] * torch.nan}))
+    rest = {key: value[120:] if key in ("features", "labels") else value for key, value in data.items()}
+    metric(**metric._filter_kwargs(**rest))
+    assert metric.compute().item() == pytest.approx(_expected(name, data), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_forward_of_one_sample_is_nan_and_counts(name: str) -> None:
+    data, metric = _data(), FAMILY[name][0]()
+    for rows in (slice(0, 1), slice(1, N)):
+        batch = {key: value[rows] if key in ("features", "labels") else value for key, value in data.items()}
+        value = metric(**metric._filter_kwargs(**batch))
+        assert value.isnan() == (rows.stop == 1)
+    assert metric.compute().item() == pytest.approx(_expected(name, data), rel=1e-12)
+
+
+def test_members_that_were_looked_at_go_on() -> None:
+    data = _data()
+    collection = neural_collapse(K, ["nc1", "cdnv"])
+    for rows in (slice(0, 100), slice(100, N)):
+        collection.update(data["features"][rows], data["labels"][rows])
+        seen = collection["cdnv"].compute().item()
+    assert seen == collection.compute()["cdnv"].item() == pytest.approx(_expected("cdnv", data), rel=1e-12)
+
+
+def test_dead_features_have_no_number_and_no_error() -> None:
+    dead = torch.zeros(20, D)
+    collection = neural_collapse(K, list(MEMBERS))
+    collection.update(features=dead, labels=torch.arange(20) % K, weight=torch.ones(K, D))
+    assert all(value.isnan() for value in collection.compute().values())
+
+
+def test_precision_set_backend_by_backend_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    data = _data(torch.float32)
+    assert _update(NC1(K), data).compute().item() == pytest.approx(_expected("nc1", data), rel=1e-5)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -19,7 +19,7 @@ import torchvision
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import reference
 from ncfinetune.callbacks import NeuralCollapseTracker
@@ -316,7 +316,8 @@ def test_regimes(regime: str, tmp_path: Path) -> None:
     tracker._update = lambda batch, *rest, **more: (seen.append(len(batch[1])), update(batch, *rest, **more))
     trainer = _trainer(tmp_path, tracker, limit_val_batches=0, **arguments)
     trainer.fit(module, _loader(), _loader())
-    validated = 16 if regime in ("fast_dev_run", "overfit_batches") else 0  # they overrule limit_val_batches
+    # These overrule limit_val_batches; the second lets a sanity check run, too.
+    validated = {"fast_dev_run": 16, "overfit_batches": 32}.get(regime, 0)
     assert sum(seen) == 2 * samples + validated  # before the first step and after the epoch
     assert np.isfinite(tracker.values["nc1/train/penultimate"])
     if "16" in regime:
@@ -466,6 +467,7 @@ def test_features_that_are_not_finite_are_one_warning_and_nan(value: float, tmp_
         trainer.fit(_training(pl, _small()), _loader(), broken)
     assert len([w for w in caught if "collapse of layer" in str(w.message)]) == 1
     assert np.isnan(tracker.values["nc1/val/penultimate"])
+    assert np.isnan(tracker.values["nc3/val/penultimate"])
     assert np.isnan(trainer.callback_metrics["nc1/val/penultimate"].item())
     assert trainer.global_step == 4
 
@@ -517,6 +519,147 @@ def test_progress_bar_on_request(tmp_path: Path) -> None:
     trainer.fit(_training(pl, _small()), _loader(), _loader())
     shown = {name for name in trainer.progress_bar_metrics if "/" in name}
     assert shown == {"nc1/train/penultimate", "nc1/val/penultimate"}
+
+
+def test_only_what_the_training_sampler_draws_is_measured(tmp_path: Path) -> None:
+    images, labels = _images()
+    chosen = list(range(0, N, 2))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8, sampler=SubsetRandomSampler(chosen))
+    module, tracker = _training(pl, _small()), NeuralCollapseTracker(K)
+    _trainer(tmp_path, tracker).fit(module, loader, _loader())
+    with torch.no_grad():
+        features = module.model[:4](images[chosen])
+    expected = reference.nc1(features.numpy(), labels[chosen].numpy())
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("sampled", [16, 8])
+def test_batch_samplers_are_measured_once(sampled: int, tmp_path: Path) -> None:
+    batches = [list(rows) for rows in torch.arange(N).split(sampled)]
+    loader = DataLoader(TensorDataset(*_images()), batch_sampler=batches)
+    tracker = NeuralCollapseTracker(K)
+    _trainer(tmp_path, tracker).fit(_training(pl, _small()), loader, _loader())
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(tracker.values["nc1/val/penultimate"], rel=1e-6)
+
+
+def test_limits_are_of_samples_where_the_plain_batches_have_another_size(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            return _loader(8)
+
+        def train_plain_dataloader(self) -> DataLoader:
+            return _loader(16)
+
+        def val_dataloader(self) -> DataLoader:
+            return _loader()
+
+    seen: list[int] = []
+    tracker = NeuralCollapseTracker(K)
+    update = tracker._update
+    tracker._update = lambda batch, *rest, **more: (seen.append(len(batch[1])), update(batch, *rest, **more))
+    _trainer(tmp_path, tracker, limit_train_batches=4, limit_val_batches=0).fit(
+        _training(pl, _small()), datamodule=Data()
+    )
+    assert seen == [16, 16, 16, 16]  # four batches of eight, before the first step and after the epoch
+
+
+def test_a_forward_pass_of_a_part_of_the_batch_is_refused_in_the_sanity_check(tmp_path: Path) -> None:
+    module: Any = _training(pl, _small())
+    module.validation_step = lambda batch, batch_idx: [module.model(part) for part in batch[0].split(6)]
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(K))
+    with pytest.raises(ValueError, match=r"found 4 rows of features for 16 labels in layer 'penultimate'; it sees the"):
+        trainer.fit(module, _loader(), _loader())
+    assert trainer.global_step == 0
+
+
+def test_views_in_a_mapping(tmp_path: Path) -> None:
+    images, labels = _images()
+    views = [images, images + 0.1]
+    parts = torch.arange(N).split(16)
+    data = DataLoader([{"views": [v[r] for v in views], "labels": labels[r]} for r in parts], batch_size=None)
+    module: Any = _training(pl, _small())
+    module.training_step = lambda batch, batch_idx: module.model(torch.cat(batch["views"])).square().mean()
+    module.validation_step = lambda batch, batch_idx: module.model(torch.cat(batch["views"]))
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=0)
+    _trainer(tmp_path, tracker).fit(module, data, data)
+    with torch.no_grad():
+        features = torch.cat([module.model[:4](view) for view in views])
+    expected = reference.nc1(features.numpy(), labels.repeat(2).numpy())
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_loaders_by_name(tmp_path: Path) -> None:
+    module: Any = _training(pl, _small())
+    module.validation_step = lambda batch, batch_idx, dataloader_idx=0: module.model(batch[0])
+    tracker = NeuralCollapseTracker(K)
+    _trainer(tmp_path, tracker).fit(module, _loader(), {"a": _loader(), "b": _loader()})
+    assert "nc1/val/penultimate/dataloader_idx_1" in tracker.values
+
+
+def test_several_training_loaders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot choose among 2 training loaders; give the datamodule"):
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(
+            _training(pl, _small()), {"a": _loader(), "b": _loader()}, _loader()
+        )
+
+
+class Keywords(HuggingFace):
+    """Takes whatever a batch has, as many projects with Hugging Face's networks do."""
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.net(**inputs)
+
+
+def test_forward_of_any_keywords(tmp_path: Path) -> None:
+    loader = DataLoader(Mappings(), batch_size=16)
+    tracker = NeuralCollapseTracker(K)
+    _trainer(tmp_path, tracker).fit(Keywords(), loader, loader)
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(tracker.values["nc1/val/penultimate"], rel=1e-9)
+
+
+def test_forward_of_the_whole_batch_is_explained(tmp_path: Path) -> None:
+    class Whole(type(_training(pl, _small()))):  # type: ignore[misc]
+        def forward(self, batch: Any) -> Tensor:
+            images, _ = batch
+            return self.model(images)
+
+    module = Whole()
+    with pytest.raises(ValueError, match=r"cannot run Whole on the inputs of list\(.*; give .*forward=lambda"):
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(module, _loader(), _loader())
+
+
+def test_trial_runs_with_a_logger(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    _trainer(tmp_path, NeuralCollapseTracker(K), logger=logger, fast_dev_run=True).fit(
+        _training(pl, _small()), _loader(), _loader()
+    )
+
+
+def test_dead_features_are_nan_and_training_goes_on(tmp_path: Path) -> None:
+    module: Any = _training(pl, _small())
+    nn.init.zeros_(module.model[0].weight)
+    nn.init.zeros_(module.model[0].bias)
+    tracker = NeuralCollapseTracker(K, metrics="all")
+    trainer = _trainer(tmp_path, tracker)
+    trainer.fit(module, _loader(), _loader())
+    assert trainer.global_step == 4
+    assert np.isnan(tracker.values["nc3/val/penultimate"])
+
+
+def test_a_second_fit_starts_its_history_anew_and_validation_adds_to_the_last(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K)
+    for _ in range(2):
+        module = _training(pl, _small())
+        trainer = _trainer(tmp_path, tracker, max_epochs=2)
+        trainer.fit(module, _loader(), _loader())
+        assert {split: list(epochs) for split, epochs in tracker.history.items()} == {"train": [0, 1, 2], "val": [1, 2]}
+    trainer.validate(module, _loader(), verbose=False)
+    assert list(tracker.history["val"]) == [1, 2]
+
+
+def test_metrics_of_the_classifier_need_its_layer() -> None:
+    with pytest.raises(ValueError, match="metrics nc3, nc4 are of the layer 'penultimate', which layers lacks"):
+        NeuralCollapseTracker(K, layers=["0"], metrics=["nc3", "nc4"])
 
 
 def test_two_processes_find_what_one_does() -> None:
