@@ -26,6 +26,7 @@ options:
   -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
                   'ncfinetune fit --model.help FineTuner' those of a model
   --version       version
+  NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
 """
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 

@@ -34,7 +34,10 @@ _LOGGER = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given."""
+    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
+
+    What data, model or disk refuse on the way is one line too, unless NCFINETUNE_TRACEBACK is set.
+    """
     try:
         NCFinetuneCLI(
             LightningModule,
@@ -48,8 +51,10 @@ def main(args: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("NCFINETUNE_TRACEBACK"):
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 class PlainParser(LightningArgumentParser):
@@ -78,6 +83,12 @@ class NCFinetuneCLI(LightningCLI):
             default=None,
             help="With predict: a folder of images, in place of the test set.",
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration: Lightning would put the checkpoint's hyper-parameters over it.
+
+        What a run was made with is in its ``config.yaml``; a checkpoint that does not fit it is refused when loaded.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Keep the configuration of a training run apart from those of later tests in the same folder."""
@@ -155,7 +166,7 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
         if found := re.findall(pattern, message):
             return explain(found[-1], message, parser)
     lines = [line.strip(" -") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Does not validate", "Subtypes", "Errors"))]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(dict.fromkeys(kept))
 
 
@@ -209,6 +220,8 @@ def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
     return f"no file {path!r}; {shown}"
 
 
+# What jsonargparse says of every type that a value was not.
+_NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
 _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,

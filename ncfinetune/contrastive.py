@@ -90,7 +90,7 @@ class Contrastive(Learner):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Refuse: there are no classes to predict."""
-        raise TypeError(f"{type(self).__name__} has no classifier to predict with; its features are model(images)")
+        raise ValueError(f"{type(self).__name__} has no classifier to predict with; its features are model(images)")
 
     def _watch(self, batch: Batch, split: str) -> None:
         if batch[0].ndim == 5:

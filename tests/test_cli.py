@@ -175,6 +175,58 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], message: str, capsys:
     assert message in _refusal(capsys, "fit", *QUIET, *words)
 
 
+SMALL_FIT = [
+    *QUIET,
+    "--trainer.max_epochs",
+    "1",
+    "--trainer.logger",
+    "false",
+    "--trainer.enable_checkpointing",
+    "false",
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "SimCLR", *PIECES[2:]], "SimCLR trains on views (N, V, C, H, W), got images (40, 1, 8, 8); give the"),
+        ([*PIECES, "--data.shots", "400"], "expected shots of at most"),
+        ([*PIECES, "--ckpt_path", "none.ckpt"], "none.ckpt"),
+        ([*PIECES, "--model.label_smoothing", "2"], "expected label_smoothing from 0 to below 1, got 2.0"),
+        (["--model", "FineTuner", *PIECES[2:], "--model.cache", "memory", "--data.augmentation", "standard"], "augmentation"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_on_the_way_is_said_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *SMALL_FIT, *words])
+    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert message in said
+    assert "Namespace" not in said
+    assert "\n" not in said
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCFINETUNE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="SimCLR trains on views"):
+        main(["fit", *SMALL_FIT, "--model", "SimCLR", *PIECES[2:]])
+
+
+@pytest.mark.parametrize("model", ["Supervised", "SupCon", "SimCLR", "FineTuner"])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_every_learner_resumes_as_its_configuration_says(model: str, tmp_path: Path) -> None:
+    words = ["--model", model, "--model.backbone", TINY[:-1] + ", channels_last: true}", *PIECES[4:]]
+    words += ["--data.views", "2"] if model in ("SupCon", "SimCLR") else []
+    run = _fit(tmp_path, "a", *words)
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    before = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
+    assert any("epoch=1" in path.name for path in (run / "checkpoints").glob("*.ckpt"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"] == before
+
+
 def test_missing_file_names_its_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pretrain.yaml").write_text("{}")
     error = _refusal(capsys, "fit", "--config", str(tmp_path / "pretrian.yaml"))

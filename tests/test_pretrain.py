@@ -238,7 +238,7 @@ def test_wrong_arguments_of_contrastive_learners(tmp_path: Path) -> None:
         SupCon(SMALL, temperature=-1)
     with pytest.raises(ValueError, match='projection="none" hands on the 10 features'):
         SupCon(SMALL, projection="none", projection_dim=128)
-    with pytest.raises(TypeError, match="SimCLR has no classifier to predict with"):
+    with pytest.raises(ValueError, match="SimCLR has no classifier to predict with"):
         _trainer(tmp_path).predict(SimCLR(SMALL), _plain())
 
 
