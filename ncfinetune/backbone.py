@@ -14,6 +14,7 @@ from typing import Any, Literal
 import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
@@ -63,8 +64,8 @@ class Backbone(nn.Module):
         self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs}
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
-        except TypeError as error:
-            raise ValueError(f"timm's {name!r} does not take {timm_kwargs}: {error}") from error
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"timm cannot make {name!r} with {timm_kwargs}: {error}") from error
         if stem == "cifar":
             _shrink_stem(self.net, name)
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
@@ -82,7 +83,10 @@ class Backbone(nn.Module):
         """A backbone from its name, its arguments or itself."""
         if isinstance(backbone, Backbone):
             return backbone
-        return cls(**({"name": backbone} if isinstance(backbone, str) else backbone))
+        arguments = {"name": backbone} if isinstance(backbone, str) else backbone
+        if "name" not in arguments:
+            raise ValueError(f"expected the name of a timm architecture in the backbone, got {sorted(arguments)}")
+        return cls(**arguments)
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
@@ -245,11 +249,13 @@ def load_weights(net: nn.Module, checkpoint: str) -> str:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # unpickling other bytes can raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]

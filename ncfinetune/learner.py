@@ -109,7 +109,7 @@ def _not_finite(trainer: Trainer, loss: Tensor) -> str:
     ]
     checkpoint = next((path for path in saved if path), "none yet")
     return (
-        f"the training loss is {loss.item()} in step {trainer.global_step}, at learning rate "
+        f"the training loss is {loss.item()} by step {trainer.global_step}, at learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}; last checkpoint: {checkpoint}. "
         "Go on from there with a lower learning rate, a warm-up or gradient clipping"
     )

@@ -77,7 +77,7 @@ def test_spec_builds_the_same_architecture() -> None:
     [
         ({"name": "resnet81"}, "timm has no architecture 'resnet81'; nearest: resnet18"),
         ({"name": "test_vit", "stem": "cifar"}, "stem=\"cifar\" is for ResNets, and 'test_vit' is none"),
-        ({"name": "resnet18", "chanels": 3}, "timm's 'resnet18' does not take {'chanels': 3}"),
+        ({"name": "resnet18", "chanels": 3}, "timm cannot make 'resnet18' with {'chanels': 3}"),
     ],
 )
 def test_wrong_arguments(arguments: dict, message: str) -> None:
@@ -140,3 +140,21 @@ def test_unknown_stems_and_patterns_of_several_layers_are_refused() -> None:
         ValueError, match=r"expected one layer, but 'layer\*' fits layer1, layer2, layer3, layer4; name"
     ):
         Backbone("test_resnet").layer("layer*")
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "pth"])
+def test_files_that_are_no_checkpoints_are_said_to_be_none(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"garbage.{suffix}"
+    path.write_bytes(b"this is no checkpoint at all")
+    with pytest.raises(ValueError, match=f"cannot read '.*garbage.{suffix}' as a checkpoint of plain tensors: "):
+        Backbone("test_resnet", checkpoint=str(path))
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list, expected a dictionary of tensors"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "list.pth"))
+
+
+def test_backbone_without_a_name_or_of_an_unknown_tag() -> None:
+    with pytest.raises(ValueError, match=r"expected the name of a timm architecture in the backbone, got \['stem'\]"):
+        Backbone.build({"stem": "cifar"})
+    with pytest.raises(ValueError, match="timm cannot make 'test_resnet.nonsense' with {}"):
+        Backbone("test_resnet.nonsense", pretrained=True)

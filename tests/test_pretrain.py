@@ -309,7 +309,7 @@ def test_loss_that_is_not_finite_stops_the_run(saved: bool, tmp_path: Path) -> N
     trainer = _trainer(tmp_path, max_epochs=3, callbacks=callbacks, enable_checkpointing=saved)
     model = SimCLR(SMALL, optimizer=_sgd)
     last = str(tmp_path / "kept.ckpt") if saved else "none yet"
-    message = f"the training loss is nan in step 3, at learning rate 0.1; last checkpoint: {last}. Go on from there"
+    message = f"the training loss is nan by step 3, at learning rate 0.1; last checkpoint: {last}. Go on from there"
     with pytest.raises(FloatingPointError, match=message):
         trainer.fit(model, _views())
 
@@ -428,5 +428,5 @@ data: test_pretrain.Views
     with caplog.at_level("INFO"):
         main([*words, "--trainer.enable_progress_bar", "false"])
     assert "learning rate scaled by 0.03125, from 256 images a step" in caplog.text
-    with pytest.raises(SystemExit, match="error: the training loss is nan in step 0, at learning rate"):
+    with pytest.raises(SystemExit, match="error: the training loss is nan by step 0, at learning rate"):
         main([*words, "--model.temperature", "1e-46"])
