@@ -45,6 +45,7 @@ class PrefixCache(Callback):
         backbone: The network.
         layers: Its tuned layers and the one that is skipped from; none, if the backbone does not train.
         features: Maps images, and `Stored` values with the help of this object, to what the head gets.
+        skip_from: The skipped layer, whose features are stored too where nothing but the head trains.
     """
 
     def __init__(
@@ -54,10 +55,13 @@ class PrefixCache(Callback):
         backbone: Backbone,
         layers: list[nn.Module],
         features: Callable[[Tensor | Stored], tuple[Tensor, ...]],
+        skip_from: str | None = None,
     ) -> None:
         self.place = place
         self.folder = Path(folder)
         self._backbone, self._layers, self._features = backbone, layers, features
+        self._skip_from = skip_from
+        self._shape: tuple[int, ...] = ()
         self._tail: Tail | None = None
         self._undo: Callable[[], None] | None = None
 
@@ -102,11 +106,13 @@ class PrefixCache(Callback):
 
     def _cut(self, images: Tensor) -> str:
         """Cut the backbone before its first tuned layer, try that this makes no difference, and name the place."""
-        start = "features"
+        start = "features" if self._skip_from is None else f"features and {self._skip_from}"
         if self._layers:
             self._tail = Tail(self._backbone, self._layers, images)
             start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
-        whole, part = self._features(images), self._features(Stored(self._captured(images)))
+        captured = self._captured(images)
+        self._shape = tuple(captured.shape[1:])
+        whole, part = self._features(images), self._features(Stored(captured))
         if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
             raise ValueError(
                 f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: what runs after it "
@@ -138,7 +144,7 @@ class PrefixCache(Callback):
         if self.place == "memory":
             return in_memory(rows(), samples)
         key = hashlib.sha256(repr((base, data_key(trainer, loader))).encode()).hexdigest()[:16]
-        return on_disk(rows, samples, self.folder / key, trainer.strategy)
+        return on_disk(rows, (samples, *self._shape), self.folder / key, trainer.strategy)
 
     def _say(self, stored: Mapping[str, StoredSet]) -> None:
         size = sum(part.values.numel() * part.values.element_size() for part in stored.values())

@@ -112,7 +112,9 @@ class FineTuner(Classifier):
         self._head_ready = head_init != "mean"
         self._trained = _chosen(self.backbone, train)
         self.head = self._new_head(skip_join)
-        self._cache = None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features)
+        self._cache = (
+            None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features, skip_from)
+        )
         if head_init == "zero":
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)

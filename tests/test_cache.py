@@ -3,6 +3,7 @@
 import errno
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,44 @@ def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, mon
         entries = set(folder.iterdir())
     _fit(tmp_path, _model(**{**knobs, "train": "layer3.1"}))
     assert len(set(folder.iterdir()) - entries) == 2
+
+
+def test_files_of_another_skipped_layer_are_others(tmp_path: Path) -> None:
+    """A probe stores what the skipped layer puts out, and layer3.1 is narrower than layer4.0."""
+    knobs = {"train": "none", "skip_join": "linear"}
+    folder = str(tmp_path / "cache")
+    _fit(tmp_path, _model(cache="disk", cache_dir=folder))
+    for skip_from in ("layer4.0", "layer4.1", "layer3.1"):
+        plain = _fit(tmp_path, _model(**knobs, skip_from=skip_from))
+        cached = _fit(tmp_path, _model(**knobs, skip_from=skip_from, cache="disk", cache_dir=folder))
+        torch.testing.assert_close(cached["val/loss"], plain["val/loss"], rtol=1e-4, atol=1e-5)
+
+
+class OneProcess:
+    is_global_zero = True
+
+    def barrier(self, name: str) -> None:
+        pass
+
+
+def _rows(value: float, width: int = 2) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
+    return lambda: [(torch.full((3, width), value), torch.arange(3))]
+
+
+def test_files_of_another_width_are_made_anew(tmp_path: Path) -> None:
+    for width in (2, 5):
+        stored = store.on_disk(_rows(width, width), (3, width), tmp_path / "key", OneProcess())
+        assert torch.equal(stored.values, torch.full((3, width), float(width)))
+
+
+def test_files_of_a_run_that_was_faster_are_taken(tmp_path: Path) -> None:
+    def overtaken() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        store.on_disk(_rows(1.0), (3, 2), tmp_path / "key", OneProcess())
+        return _rows(2.0)()
+
+    stored = store.on_disk(overtaken, (3, 2), tmp_path / "key", OneProcess())
+    assert torch.equal(stored.values, torch.ones(3, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("damage", ["values", "shapes.json"])
