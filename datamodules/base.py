@@ -131,6 +131,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self._generator = torch.Generator()
         self._epoch: int | None = None
 
+    @property
+    def augments(self) -> bool:
+        """Whether training images differ from those of evaluation, and from one epoch to the next."""
+        return self.recipe.changes or self.views > 1 or bool(self._mixers)
+
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:
         """The data set's own parts: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
