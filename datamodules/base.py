@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, mixed_seed
+from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, image_paths, mixed_seed
 from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
 from .splits import split_indices, take_fraction, take_shots
 
@@ -109,7 +110,8 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(f"expected num_workers of 0 with device_cache, got {num_workers}; leave num_workers out")
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
-        size = image_size or input_size[1]
+        self._stored_size = input_size[1]
+        size = image_size or self._stored_size
         self.input_size = (input_size[0], size, size)
         self.normalize = normalize
         self.mean = _channels("mean", mean or data_mean, input_size[0])
@@ -124,9 +126,15 @@ class ImageDataModule(LightningDataModule, ABC):
         self.device_cache = device_cache
         self._mixers = _mixers(mixup, cutmix, num_classes)
         self._parts: Mapping[str, Part] = {}
+        self._files: FileImages | None = None
         self._run_seed = 0
         self._generator = torch.Generator()
         self._epoch: int | None = None
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images differ from those of evaluation, and from one epoch to the next."""
+        return self.recipe.changes or self.views > 1 or bool(self._mixers)
 
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:
@@ -162,8 +170,19 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
-        return self._loader("test")
+        """Test images, or those of `predict_files`."""
+        return self._loader("test") if self._files is None else self._load(self._files, in_memory=False)
+
+    def predict_files(self, folder: str | Path) -> list[str]:
+        """Predict the images below a folder from now on, seen as evaluation sees them; returns their paths in order.
+
+        Raises:
+            FileNotFoundError: No such folder, or no images in it.
+        """
+        paths = image_paths(folder)
+        everything = Labelled.all(paths, [0] * len(paths))
+        self._files = FileImages(everything, self._stored_size, channels=self.input_size[0])
+        return paths
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Make uint8 images ready for the model: augmented in training, then normalised."""
@@ -230,11 +249,16 @@ class ImageDataModule(LightningDataModule, ABC):
         if training:
             seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
             self._run_seed, self._epoch = mixed_seed(seed), None
-        dataset = self._dataset(part, training)
+        return self._load(self._dataset(part, training), part.in_memory, training, workers)
+
+    def _load(
+        self, dataset: Dataset[Batch], in_memory: bool, training: bool = False, workers: int | None = None
+    ) -> DataLoader[Batch]:
+        trainer: Any = self.trainer
         if workers is None:
             workers = self.num_workers
         if workers is None:
-            workers = 0 if part.in_memory else _free_cores(trainer)
+            workers = 0 if in_memory else _free_cores(trainer)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,

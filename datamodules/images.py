@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .recipes import Recipe, draw_boxes
 from .splits import describe_counts
@@ -129,14 +131,23 @@ class FileImages(Dataset[Batch]):
         recipe: Whose random crops are cut out of the whole image, for training; None is the centre.
         views: Crops an image; more than one make an image ``(V, C, S, S)``.
         seed: Seed of the crops. They depend on it, the epoch and the image, but not on which worker decodes it.
+        channels: 3 for colour, 1 for grey.
     """
 
-    def __init__(self, part: Labelled, size: int, recipe: Recipe | None = None, views: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, part: Labelled, size: int, recipe: Recipe | None = None, views: int = 1, seed: int = 0, channels: int = 3
+    ) -> None:
         self.part = part
         self.size = size
+        self.channels = channels
         self.recipe = recipe
         self.views = views
         self.seed = seed
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Path and label of each image, as torchvision's folders have them."""
+        return list(zip(self.part.paths, self.part.own_labels.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.part.chosen)
@@ -146,8 +157,9 @@ class FileImages(Dataset[Batch]):
         row = self.part.chosen[index]
         path, label = os.fsdecode(bytes(np.asarray(self.part.images)[row])), torch.tensor(self.part.labels[row])
         if self.recipe is None:
-            return read_image(path, self.size)[0], label
-        images = read_image(path, self.size, crops(self.recipe, self.views, mixed_seed(self.seed, epoch, index)))
+            return read_image(path, self.size, channels=self.channels)[0], label
+        boxes = crops(self.recipe, self.views, mixed_seed(self.seed, epoch, index))
+        images = read_image(path, self.size, boxes, channels=self.channels)
         return images if self.views > 1 else images[0], label
 
     def __getitems__(self, keys: list[int]) -> Batch:
@@ -181,7 +193,23 @@ def crops(recipe: Recipe, views: int, seed: int) -> Boxes:
     return lambda height, width: draw_boxes(recipe, views, height, width, generator).tolist()
 
 
-def read_image(path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None) -> Tensor:
+def image_paths(folder: str | Path) -> list[str]:
+    """The image files below a folder, however deep, by path; hidden ones are ignored.
+
+    Raises:
+        FileNotFoundError: No such folder, or no images in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
+    files = (p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
+    if not (paths := sorted(files)):
+        raise FileNotFoundError(f"no images in {str(folder)!r}; expected files {', '.join(IMG_EXTENSIONS)}")
+    return [str(path) for path in paths]
+
+
+def read_image(
+    path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None, channels: int = 3
+) -> Tensor:
     """Decode a file and cut boxes out of it, each brought to ``(S, S)``, bilinear and antialiased.
 
     Args:
@@ -190,9 +218,10 @@ def read_image(path: str, size: int, boxes: Boxes | None = None, content: bytes 
         boxes: Makes boxes (top, left, height, width) for an image of a height and width. None is one box for
             evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
         content: What is in the file, where that has been read already; the path is then only its name.
+        channels: 3 for colour, 1 for grey.
 
     Returns:
-        uint8, ``(V, 3, S, S)``.
+        uint8, ``(V, C, S, S)``.
 
     Raises:
         ValueError: The file cannot be read as an image.
@@ -203,14 +232,15 @@ def read_image(path: str, size: int, boxes: Boxes | None = None, content: bytes 
             wanted = _centre(height, width, size) if boxes is None else boxes(height, width)
             need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
             image.draft(None, (round(width * need[0]), round(height * need[1])))
-            pixels = _rgb(image)
+            pixels = _rgb(image) if channels == 3 else _rgb(image).convert("L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path} as an image: {error}; mend or remove the file") from error
     x, y = pixels.width / width, pixels.height / height
     corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
-    views = np.empty((len(corners), 3, size, size), np.uint8)
+    views = np.empty((len(corners), channels, size, size), np.uint8)
     for view, corner in zip(views, corners, strict=True):
-        view[:] = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner)).transpose(2, 0, 1)
+        square = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner))
+        view[:] = np.atleast_3d(square).transpose(2, 0, 1)
     return torch.from_numpy(views)
 
 

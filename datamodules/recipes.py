@@ -68,6 +68,11 @@ class Recipe:
         """Whether there is a random crop."""
         return self.min_area < 1 or self.max_aspect > 1
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is random."""
+        return self.crops or any(getattr(self, name) > 0 for name in _PROBABILITIES)
+
     def scaled(self, strength: float) -> Recipe:
         """The recipe at a strength: nothing is done at 0, what the recipe says at 1, and everything in proportion.
 

@@ -99,7 +99,9 @@ class WebDataset(ImageDataModule):
         return {part: Shards(urls, np.array(sizes_of(part, urls, self.sizes))) for part, urls in self.urls.items()}
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images in the order of the shards."""
+        """Test images in the order of the shards, or those of `predict_files`."""
+        if self._files is not None:
+            return super().predict_dataloader()
         return self._loader("test", workers=int(self.num_workers != 0))
 
     def _read(self) -> dict[str, Any]:

@@ -29,6 +29,10 @@ from ncfinetune.tail import Tail
 Place = Literal["none", "memory", "disk"]
 # Images that are drawn again and again to see whether they change, and that are run to try a cut.
 _SAMPLES, _TRIED = 8, 4
+_RANDOM = (
+    "the cache stores what the frozen layers make of each training image once, but these differ each time they are "
+    "drawn (random augmentation); train without augmentation, or without the cache"
+)
 
 
 class PrefixCache(Callback):
@@ -45,6 +49,10 @@ class PrefixCache(Callback):
         backbone: The network.
         layers: Its tuned layers and the one that is skipped from; none, if the backbone does not train.
         features: Maps images, and `Stored` values with the help of this object, to what the head gets.
+        skip_from: The skipped layer, whose features are stored too where nothing but the head trains.
+
+    Attributes:
+        train_rows: While a run lasts, `Stored` values of the training images and their labels, in a fixed order.
     """
 
     def __init__(
@@ -54,12 +62,16 @@ class PrefixCache(Callback):
         backbone: Backbone,
         layers: list[nn.Module],
         features: Callable[[Tensor | Stored], tuple[Tensor, ...]],
+        skip_from: str | None = None,
     ) -> None:
         self.place = place
         self.folder = Path(folder)
         self._backbone, self._layers, self._features = backbone, layers, features
+        self._skip_from = skip_from
+        self._shape: tuple[int, ...] = ()
         self._tail: Tail | None = None
         self._undo: Callable[[], None] | None = None
+        self.train_rows: DataLoader[Any] | None = None
 
     def fill(self, trainer: Trainer, module: LightningModule, frozen: Mapping[str, Tensor]) -> None:
         """Store what the frozen layers make of the images, and let the datamodule give that.
@@ -80,6 +92,7 @@ class PrefixCache(Callback):
             base = (fingerprint(frozen) if self.place == "disk" else "", start, trainer.precision)
             stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
         self._say(stored)
+        self.train_rows = stored["train"].loader_like(plain)
         self._undo = replace_loaders(data, stored)
 
     def penultimate(self, value: Tensor) -> Tensor:
@@ -94,7 +107,7 @@ class PrefixCache(Callback):
         """Give the datamodule its images back, and forget what was stored."""
         if self._undo is not None:
             self._undo()
-        self._undo = self._tail = None
+        self._undo = self._tail = self.train_rows = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the datamodule its images back."""
@@ -102,11 +115,13 @@ class PrefixCache(Callback):
 
     def _cut(self, images: Tensor) -> str:
         """Cut the backbone before its first tuned layer, try that this makes no difference, and name the place."""
-        start = "features"
+        start = "features" if self._skip_from is None else f"features and {self._skip_from}"
         if self._layers:
             self._tail = Tail(self._backbone, self._layers, images)
             start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
-        whole, part = self._features(images), self._features(Stored(self._captured(images)))
+        captured = self._captured(images)
+        self._shape = tuple(captured.shape[1:])
+        whole, part = self._features(images), self._features(Stored(captured))
         if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
             raise ValueError(
                 f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: what runs after it "
@@ -138,7 +153,7 @@ class PrefixCache(Callback):
         if self.place == "memory":
             return in_memory(rows(), samples)
         key = hashlib.sha256(repr((base, data_key(trainer, loader))).encode()).hexdigest()[:16]
-        return on_disk(rows, samples, self.folder / key, trainer.strategy)
+        return on_disk(rows, (samples, *self._shape), self.folder / key, trainer.strategy)
 
     def _say(self, stored: Mapping[str, StoredSet]) -> None:
         size = sum(part.values.numel() * part.values.element_size() for part in stored.values())
@@ -154,22 +169,22 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: DataLoader[Any]) -> None:
     """Refuse training images that differ from the plain ones, or from one epoch to the next.
 
-    Some images, spread over the data set, are drawn three times as training sees them and once as evaluation does.
+    The datamodule is asked whether it ``augments``, if it can tell. Whatever it says, some images, spread over the data
+    set, are drawn three times as training sees them and once as evaluation does.
 
     Raises:
         ValueError: They differ, and so one stored value cannot stand for an image.
     """
     if not isinstance(train, DataLoader) or len(train.dataset) != len(plain.dataset):  # type: ignore[arg-type]
         raise ValueError("the cache needs a train_dataloader() over the same images as train_plain_dataloader()")
+    if getattr(trainer.datamodule, "augments", False):  # type: ignore[attr-defined]
+        raise ValueError(_RANDOM)
     with isolate_rng():
         draws = [_sample(trainer, train) for _ in range(3)]
     with evaluation(trainer, module):
         expected = _sample(trainer, plain)
     if not all(_same(draw, expected) for draw in draws):
-        raise ValueError(
-            "the cache stores what the frozen layers make of each training image once, but these differ each time they "
-            "are drawn (random augmentation); train without augmentation, or without the cache"
-        )
+        raise ValueError(_RANDOM)
 
 
 def _sample(trainer: Trainer, loader: DataLoader[Any]) -> Any:

@@ -19,9 +19,6 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from torch.utils.data import DataLoader
-
-from ncfinetune.files import ImageFiles
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
@@ -133,19 +130,20 @@ class NCFinetuneCLI(LightningCLI):
                 table.writerow([key, names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
         print(f"predictions: {path}")
 
-    def _files(self) -> list[Path] | None:
+    def _files(self) -> list[str] | None:
         """The images to predict, which the datamodule gives from now on; None is its test set."""
         folder = self._get(self.config, "images")
         if folder is None:
             return None
-        channels, _, size = self.datamodule.input_size
+        predict_files = getattr(self.datamodule, "predict_files", None)
+        if predict_files is None:
+            self.parser.error(
+                f"images needs a datamodule that has predict_files; {type(self.datamodule).__name__} hasn't"
+            )
         try:
-            images = ImageFiles(folder, channels, size)
+            return predict_files(folder)
         except FileNotFoundError as error:
             self.parser.error(str(error))
-        loader = DataLoader(images, batch_size=self.datamodule.batch_size)
-        self.datamodule.predict_dataloader = lambda: loader
-        return images.paths
 
 
 def _check_writable(folder: str, parser: LightningArgumentParser) -> None:

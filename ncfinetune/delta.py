@@ -41,7 +41,12 @@ def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, 
 def save(
     path: str | Path, tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write the tensors to a safetensors file, whose metadata hold the facts and the fingerprint of the frozen ones."""
+    """Write the tensors to a safetensors file, whose metadata hold the facts and the fingerprint of the frozen ones.
+
+    Raises:
+        ValueError: The file's name does not end in ``.safetensors``.
+    """
+    _check_suffix(path)
     metadata = {"format": _FORMAT, "base_fingerprint": fingerprint(frozen)}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
@@ -94,8 +99,9 @@ def save_for_timm(
     """Write a timm network and its classifier under timm's names; returns what `timm.create_model` takes to load them.
 
     Raises:
-        ValueError: timm has no such network.
+        ValueError: timm has no such network; or the file's name does not end in ``.safetensors``.
     """
+    _check_suffix(path)
     arguments = {key: value for key, value in base.items() if key not in ("name", "stem")}
     if base["stem"] != "imagenet":
         raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which has")
@@ -108,3 +114,8 @@ def save_for_timm(
     timm.create_model(base["name"], **arguments).load_state_dict(weights)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
     return base["name"], {**arguments, "checkpoint_path": str(path)}
+
+
+def _check_suffix(path: str | Path) -> None:
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"expected a file name that ends in .safetensors, got {str(path)!r}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
-from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean, streamed_moments
+from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
 from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier
 from ncfinetune.plain import evaluation, plain_loader, ready_batches
@@ -62,7 +62,8 @@ class FineTuner(Classifier):
             network behind it; ``skip`` through the skip connection alone, which spares the backward pass of the
             network behind and its memory.
         head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or ``mean``: as
-            the nearest-class-mean classifier of the training images, by one pass over them without augmentation.
+            the nearest-class-mean classifier of the training images without augmentation, by one pass over
+            them or over what the cache has of them.
         head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
         cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
             what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
@@ -112,7 +113,9 @@ class FineTuner(Classifier):
         self._head_ready = head_init != "mean"
         self._trained = _chosen(self.backbone, train)
         self.head = self._new_head(skip_join)
-        self._cache = None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features)
+        self._cache = (
+            None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features, skip_from)
+        )
         if head_init == "zero":
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
@@ -186,8 +189,9 @@ class FineTuner(Classifier):
             self._start_from_means()
 
     def configure_callbacks(self) -> list[Callback]:
-        """The cache, which has to know when a run breaks off."""
-        return [] if self._cache is None else [self._cache]
+        """The cache, which has to know when a run breaks off, unless the trainer has it from an earlier run."""
+        known = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        return [] if self._cache is None or self._cache in known else [self._cache]
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its images back."""
@@ -243,6 +247,9 @@ class FineTuner(Classifier):
             path: File to write, ``.safetensors``.
             class_names: Names of the classes, in the order of their labels.
             state: The state of this module, where its own is spread over processes.
+
+        Raises:
+            ValueError: The file's name ends in something else.
         """
         tensors, frozen = delta.split(self.state_dict() if state is None else state, self._tuned_paths())
         delta.save(path, tensors, frozen, {**self._facts(), "class_names": class_names})
@@ -277,7 +284,8 @@ class FineTuner(Classifier):
         With ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
 
         Raises:
-            ValueError: timm has no such network, as with a stem for small images.
+            ValueError: timm has no such network, as with a stem for small images; or the file's name does not end in
+                ``.safetensors``.
         """
         classifier = self.head if isinstance(self.head, nn.Linear) else None
         return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier)
@@ -291,19 +299,20 @@ class FineTuner(Classifier):
         return {"base": self.backbone.spec, "knobs": knobs}
 
     def _start_from_means(self) -> None:
-        rows = plain_loader(self.trainer, 'head_init="mean"')
+        stored = None if self._cache is None else self._cache.train_rows
+        rows = plain_loader(self.trainer, 'head_init="mean"') if stored is None else stored
         with evaluation(self.trainer, self):
             moments = streamed_moments(
                 ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows)),
                 self.num_classes,
             )
-        weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean(moments))
+        weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean_classifier(moments))
         with torch.no_grad():
             self.classifier.weight.copy_(weight)
             self.classifier.bias.copy_(bias)
         self._head_ready = True
 
-    def _joined(self, x: Tensor) -> Tensor:
+    def _joined(self, x: Tensor | Stored) -> Tensor:
         """Input of the linear classifier ``(N, classifier.in_features)``."""
         features = self.features(x)
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]

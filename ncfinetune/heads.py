@@ -87,7 +87,7 @@ def _widen(features: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, dim - features.shape[1]))
 
 
-def nearest_mean(moments: ClassMoments) -> tuple[Tensor, Tensor]:
+def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     """Weight ``(K, d)`` and bias ``(K,)`` of the linear classifier that decides as the nearest class mean does.
 
     ``w_k = s (mu_k - mu_G)`` and ``b_k = -s (|mu_k|^2 - |mu_G|^2) / 2``, whose logits are ``-s |h - mu_k|^2 / 2`` up to
@@ -111,7 +111,11 @@ def nearest_mean(moments: ClassMoments) -> tuple[Tensor, Tensor]:
 
 
 def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
-    """Class moments of features that come in batches, taken ``rows`` at a time."""
+    """Class moments of features that come in batches, taken ``rows`` at a time.
+
+    Raises:
+        ValueError: There are none.
+    """
     moments: ClassMoments | None = None
     waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -129,5 +133,5 @@ def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, 
     if waiting:
         add()
     if moments is None:
-        raise ValueError('head_init="mean" needs training images, and there are none')
+        raise ValueError("expected features to take class moments of, got none")
     return moments

@@ -76,22 +76,28 @@ def in_memory(rows: Iterable[tuple[Tensor, Tensor]], samples: int) -> StoredSet:
 
 
 def on_disk(
-    rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], samples: int, folder: Path, strategy: Any
+    rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], shape: tuple[int, ...], folder: Path, strategy: Any
 ) -> StoredSet:
     """Values and labels in memory-mapped files of ``folder``; ``rows`` is called where they are not there already.
 
-    They are written to a folder beside it that is renamed when all is there. Of several processes the first one writes.
+    They are written to a folder beside it that is renamed when all is there; if another run was faster, its files are
+    taken. Of several processes the first one writes.
+
+    Args:
+        rows: Gives values and labels in batches.
+        shape: Shape of all values ``(N, ...)``; files of another one are made anew.
+        folder: Where they go.
+        strategy: The trainer's.
 
     Raises:
         OSError: The disk is full; nothing is left of what was written.
     """
-    if strategy.is_global_zero and not _complete(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+    if strategy.is_global_zero and not _complete(folder, shape):
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
         try:
-            _write(rows(), samples, part)
-            part.rename(folder)
+            _write(rows(), shape[0], part)
+            _put(part, folder, shape)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
@@ -101,6 +107,16 @@ def on_disk(
     strategy.barrier("cache")
     shapes = json.loads((folder / "shapes.json").read_text())
     return StoredSet(*(_mapped(folder / name, *shapes[name]) for name in ("values", "labels")))
+
+
+def _put(part: Path, folder: Path, shape: tuple[int, ...]) -> None:
+    """Give a finished folder its name, in place of a damaged one, unless another run has finished it meanwhile."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not _complete(folder, shape):
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
 
 
 def _write(rows: Iterable[tuple[Tensor, Tensor]], samples: int, part: Path) -> None:
@@ -132,10 +148,11 @@ def _check_space(needed: int, folder: Path) -> None:
         )
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, shape: tuple[int, ...]) -> bool:
     try:
         shapes = json.loads((folder / "shapes.json").read_text())
-        return all((folder / name).stat().st_size == _size(shapes[name]) for name in ("values", "labels"))
+        whole = all((folder / name).stat().st_size == _size(shapes[name]) for name in ("values", "labels"))
+        return whole and tuple(shapes["values"][1]) == shape
     except (OSError, ValueError, KeyError):
         return False
 

@@ -3,16 +3,18 @@
 import errno
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import write_image
 from test_finetune import SMALL, _sgd, _trainer
 
 from ncfinetune import FineTuner, cache, store
 from ncfinetune.callbacks import NeuralCollapseTracker
-from ncfinetune.datamodules import Digits
+from ncfinetune.datamodules import Digits, ImageFolder, Recipe, images
 
 KNOBS = [
     {"train": "none"},
@@ -61,8 +63,9 @@ def test_frozen_layers_run_once_an_image(tmp_path: Path) -> None:
 
     without, each = images()
     assert without == 2 * each
-    with_cache, each = images(cache="memory")
-    assert with_cache <= each + 3 * 8  # and some more to try the cut
+    for head_init in ("default", "mean"):
+        with_cache, each = images(cache="memory", head_init=head_init)
+        assert with_cache <= each + 3 * 8  # and some more to try the cut
 
 
 class Changed(torch.utils.data.Dataset):
@@ -115,6 +118,47 @@ def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, mon
         entries = set(folder.iterdir())
     _fit(tmp_path, _model(**{**knobs, "train": "layer3.1"}))
     assert len(set(folder.iterdir()) - entries) == 2
+
+
+def test_files_of_another_skipped_layer_are_others(tmp_path: Path) -> None:
+    """A probe stores what the skipped layer puts out too; layer4.1 is as wide as layer4.0, and layer3.1 narrower."""
+
+    def loss(**knobs) -> torch.Tensor:
+        model = _model(**knobs)
+        torch.nn.init.ones_(model.backbone.layer("layer4.1").bn2.weight)  # 0 makes the block hand on what it gets
+        return _fit(tmp_path, model)["val/loss"]
+
+    disk = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}
+    loss(**disk)
+    for skip_from in ("layer4.0", "layer4.1", "layer3.1"):
+        torch.testing.assert_close(loss(skip_from=skip_from, **disk), loss(skip_from=skip_from), rtol=1e-4, atol=1e-5)
+
+
+class OneProcess:
+    is_global_zero = True
+
+    def barrier(self, name: str) -> None:
+        pass
+
+
+def _rows(value: float, width: int = 2) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
+    return lambda: [(torch.full((3, width), value), torch.arange(3))]
+
+
+def test_files_of_another_width_are_made_anew(tmp_path: Path) -> None:
+    for width in (2, 5):
+        stored = store.on_disk(_rows(width, width), (3, width), tmp_path / "key", OneProcess())
+        assert torch.equal(stored.values, torch.full((3, width), float(width)))
+
+
+def test_files_of_a_run_that_was_faster_are_taken(tmp_path: Path) -> None:
+    def overtaken() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        store.on_disk(_rows(1.0), (3, 2), tmp_path / "key", OneProcess())
+        return _rows(2.0)()
+
+    stored = store.on_disk(overtaken, (3, 2), tmp_path / "key", OneProcess())
+    assert torch.equal(stored.values, torch.ones(3, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("damage", ["values", "shapes.json"])
@@ -182,6 +226,57 @@ def test_random_augmentation_is_refused(data: type[Digits], tmp_path: Path) -> N
         ValueError, match=r"stores what .* of each training image once, but these differ .*augmentation"
     ):
         _fit(tmp_path, _model(cache="memory"), data([0, 1, 2], shots=8, batch_size=7))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"augmentation": Recipe(flip=1e-9)}, {"mixup": 1e-9}, {"views": 2}, {"augmentation": Recipe(min_area=0.999)}],
+)
+def test_augmentation_that_a_few_images_do_not_show_is_refused(options: dict, tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], shots=8, batch_size=7, **options)
+    assert data.augments
+    with pytest.raises(ValueError, match="these differ each time they are drawn"):
+        _fit(tmp_path, _model(cache="memory"), data)
+
+
+@pytest.mark.parametrize("options", [{}, {"augmentation": "simclr", "strength": 0}, {"augmentation": Recipe(hue=0.1)}])
+def test_what_is_not_random_is_no_augmentation(options: dict) -> None:
+    assert not Digits([0, 1, 2], **options).augments
+
+
+def test_files_that_have_not_changed_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(120):
+        write_image(tmp_path / "images" / "abc"[number % 3] / f"{number}.png", number)
+    seen: list[str] = []
+    read = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda path, *a, **k: seen.append(path) or read(path, *a, **k))
+
+    def fit() -> int:
+        seen.clear()
+        data = ImageFolder(
+            str(tmp_path / "images"), image_size=8, num_workers=0, batch_size=4, augmentation="plain", val_fraction=0.2
+        )
+        model = FineTuner(3, {**SMALL, "in_chans": 3}, cache="disk", cache_dir=str(tmp_path / "cache"))
+        model.backbone.load_state_dict(weights)
+        _trainer(tmp_path, max_epochs=2).fit(model, data)
+        return len(set(seen))
+
+    weights = FineTuner(3, {**SMALL, "in_chans": 3}).backbone.state_dict()
+    assert fit() == 120
+    assert fit() <= 4 + 8 + 8  # a batch to try the cut, and some images of either part
+    write_image(tmp_path / "images" / "a" / "0.png", 7, (40, 40))
+    assert fit() > 20
+
+
+def test_run_after_a_cached_one_has_nothing_to_say_of_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = _model(cache="memory"), Digits([0, 1, 2], shots=8, batch_size=7)
+    trainer = _trainer(tmp_path)
+    trainer.fit(model, data)
+    trainer.test(model, datamodule=data)
+    assert "override" not in caplog.text
+    assert trainer.callbacks.count(model._cache) == 1
 
 
 def test_all_layers_trained_leave_nothing_to_cache() -> None:

@@ -5,15 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
-from ncfinetune.files import ImageFiles
 from ncfinetune.report import main as report
 from ncfinetune.report import method_name, task_name
 
@@ -134,18 +131,6 @@ def test_images_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Capture
     assert "no images in " in _refusal(capsys, *command, str(tmp_path))
     error = _refusal(capsys, "fit", *QUIET, *PIECES, "--images", str(tmp_path))
     assert error == "error: images is an option of predict, not of fit"
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read .*broken.png as an image: .*; mend or remove it"):
-        ImageFiles(tmp_path, 3, 8)[0]
-
-
-def test_of_an_image_of_another_size_the_centre_is_seen(tmp_path: Path) -> None:
-    picture = np.zeros((64, 128, 3), dtype=np.uint8)
-    picture[4:60, 36:92] = 200  # the middle 7/8 of the shorter side
-    Image.fromarray(picture).save(tmp_path / "wide.png")
-    images = ImageFiles(tmp_path, 3, 28)
-    assert torch.equal(images[0][0][:, 1:-1, 1:-1], torch.full((3, 26, 26), 200, dtype=torch.uint8))
-    assert images[0][0].min() > 100  # at the edge the filter sees beyond it
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,14 @@ def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:
         FineTuner(3, SMALL).save_for_timm(tmp_path / "merged.safetensors")
 
 
+def test_deltas_and_merged_files_are_safetensors_by_name(tmp_path: Path) -> None:
+    model = FineTuner(3, "resnet18")
+    for write in (model.save_delta, model.save_for_timm):
+        with pytest.raises(ValueError, match=r"expected a file name that ends in .safetensors, got '.*tuned.pth'"):
+            write(tmp_path / "tuned.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trial_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base = _base(tmp_path)

@@ -12,7 +12,7 @@ from image_files import number_of, write_image
 from PIL import Image
 from torchvision import transforms as v1
 
-from ncfinetune.datamodules import ImageFolder
+from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.datamodules.images import read_image
 
 
@@ -234,3 +234,39 @@ def test_holding_images_in_memory_names_the_file_that_cannot_be_read(tmp_path: P
     (tmp_path / "val" / "ant" / "01.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cannot read .*01.png as an image"):
         _make(tmp_path, in_memory=True).setup("fit")
+
+
+def test_files_of_a_folder_are_predicted_as_the_test_images_are(tmp_path: Path) -> None:
+    """Those formats among them of which a decoder must know something: 16 bits a pixel, and JPEGs decoded smaller."""
+    _write(tmp_path, {"train": 3, "test": 1})
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "test" / "ant" / "large.jpg")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "test" / "bee" / "deep.png")
+    (tmp_path / "test" / "notes.txt").write_text("no image")
+    data = _make(tmp_path)
+    paths = data.predict_files(tmp_path / "test")
+    data.setup("predict")
+    expected = torch.cat([images for images, _ in data.test_dataloader()])
+    assert [Path(path).name for path in paths] == ["00.png", "large.jpg", "00.png", "deep.png"]
+    assert torch.equal(torch.cat([images for images, _ in data.predict_dataloader()]), expected)
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_files_are_brought_to_size_as_stored_images_are(size: int | None, tmp_path: Path) -> None:
+    data = Digits([7, 8, 9], image_size=size, num_workers=0)
+    data.setup("predict")
+    expected, _ = next(iter(data.test_dataloader()))
+    for index, image in enumerate(expected):
+        Image.fromarray(image[0].numpy()).convert("RGBA").save(tmp_path / f"{index:02d}.png")
+    data.predict_files(tmp_path)
+    found = next(iter(data.predict_dataloader()))
+    assert torch.equal(found[0], expected)
+    assert data.on_after_batch_transfer(list(found), 0)[0].shape[1:] == data.input_size
+
+
+def test_files_that_are_no_images_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    data = Digits(num_workers=0)
+    data.predict_files(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read .*broken.png as an image: .*; mend or remove the file"):
+        next(iter(data.predict_dataloader()))

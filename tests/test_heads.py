@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ncfinetune.collapse import class_moments
-from ncfinetune.heads import SkipHead, nearest_mean
+from ncfinetune.heads import SkipHead, nearest_mean_classifier, streamed_moments
 
 
 def test_joins_by_hand() -> None:
@@ -32,7 +32,7 @@ def _isotropic(sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_nearest_mean_is_the_posterior_of_isotropic_gaussians() -> None:
     features, labels, means = _isotropic(sigma=0.5)
-    weight, bias = nearest_mean(class_moments(features, labels, 3))
+    weight, bias = nearest_mean_classifier(class_moments(features, labels, 3))
     points = torch.randn(20, 4, dtype=torch.float64)
     expected = (-torch.cdist(points, means).square() / (2 * 0.5**2)).softmax(1)
     assert torch.allclose((points @ weight.T + bias).softmax(1), expected, atol=1e-12)
@@ -43,13 +43,18 @@ def test_nearest_mean_decides_by_distance_whatever_the_covariance(images: int) -
     labels = torch.arange(5).repeat(images)
     features = torch.randn(5 * images, 7).double() * torch.logspace(-2, 1, 7) + torch.randn(5, 7).double()[labels]
     moments = class_moments(features, labels, 5)
-    weight, bias = nearest_mean(moments)
+    weight, bias = nearest_mean_classifier(moments)
     points = torch.randn(200, 7).double() * 3
     assert torch.equal((points @ weight.T + bias).argmax(1), torch.cdist(points, moments.mean).argmin(1))
 
 
 def test_class_without_images_starts_at_zero() -> None:
     features, labels, _ = _isotropic(1.0)
-    weight, bias = nearest_mean(class_moments(features, labels, 4))
+    weight, bias = nearest_mean_classifier(class_moments(features, labels, 4))
     assert torch.equal(weight[3], torch.zeros(4).double())
     assert bias[3] == 0
+
+
+def test_moments_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected features to take class moments of, got none"):
+        streamed_moments([], 3)

@@ -455,3 +455,12 @@ def test_fewer_samples_than_processes(root: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pl.Trainer, "world_size", 2)
     with pytest.raises(ValueError, match="expected at least one train image a process, got 1 for 2"):
         data.train_dataloader()
+
+
+def test_files_of_a_folder_are_predicted_by_a_model_of_shards(root: Path, tmp_path: Path) -> None:
+    for number in (3, 1):
+        write_image(tmp_path / f"{number}.png", number)
+    data = _make(root)
+    assert [Path(path).name for path in data.predict_files(tmp_path)] == ["1.png", "3.png"]
+    data.setup("predict")
+    assert [number for images, _ in data.predict_dataloader() for number in _numbers(images)] == [1, 3]
