@@ -209,7 +209,10 @@ class OnlineProbe(Callback):
         """Features ``(N V, d)`` of the last forward pass and their labels."""
         assert self._tap is not None
         self._tap.open = False
-        (features,) = self._tap.take().values()
+        taken = self._tap.take()
+        if not taken:
+            raise ValueError(f"layer {self.layer!r} did not run in this batch; give OnlineProbe a layer that does")
+        (features,) = taken.values()
         labels = batch[1]
         return features, labels.repeat_interleave(len(features) // len(labels), dim=0)
 

@@ -337,6 +337,10 @@ def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
     if train == "all":
         return {"backbone": backbone}
     patterns = [train] if isinstance(train, str) else train
+    if not any(patterns):
+        raise ValueError(f'train={train!r} names no layer; say train="none"')
+    if {"none", "all"} & set(patterns):
+        raise ValueError(f"train={train!r}: none and all stand alone; give one of them, or layers")
     if not set("".join(patterns)) - set("*.?"):
         raise ValueError(f'train={train!r} names every layer; say train="all"')
     found = find_layers(backbone.net, patterns)

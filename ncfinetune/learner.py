@@ -180,9 +180,13 @@ class Classifier(Learner):
         """Log loss and accuracy of the batch."""
         self._classify(batch, batch_idx, "test", self.accuracy["test"])
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities ``(N, K)`` of logits: their softmax."""
+        return logits.softmax(1)
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities ``(N, K)``."""
-        return self(batch[0]).softmax(1)
+        return self.probabilities(self(batch[0]))
 
     def _classify(self, batch: Batch, batch_idx: int, split: str, accuracy: Any) -> Tensor:
         images, labels = batch

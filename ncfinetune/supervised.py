@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -84,6 +85,19 @@ class Supervised(Classifier):
             return one_hot_mse(logits, labels, self.mse_weight, self.mse_target)
         smoothing = self.label_smoothing if self.training else 0.0
         return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the outputs above 0 over their sum.
+
+        Squared error makes the outputs themselves estimates of the probabilities, times ``mse_target``. Where none is
+        above 0, the largest has it all.
+        """
+        if self.loss_name == "ce":
+            return super().probabilities(logits)
+        kept = logits.clamp(min=0)
+        total = kept.sum(1, keepdim=True)
+        largest = nn.functional.one_hot(logits.argmax(1), self.num_classes).to(logits)
+        return torch.where(total > 0, kept / total, largest)
 
     def setup(self, stage: str) -> None:
         """Refuse data with another number of classes, and ask it how it is normalised."""

@@ -151,3 +151,16 @@ def test_predictions_are_probabilities(tmp_path: Path) -> None:
     batches = _trainer(tmp_path).predict(Supervised(3, SMALL), data)
     probabilities = torch.cat(batches)
     assert torch.allclose(probabilities.sum(1), torch.ones(len(probabilities)))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([], r'train=\[\] names no layer; say train="none"'),
+        ("", r"train='' names no layer; say train=\"none\""),
+        (["none"], r"train=\['none'\]: none and all stand alone; give one of them, or layers"),
+    ],
+)
+def test_no_layers_by_accident(train: str | list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FineTuner(3, SMALL, train=train)

@@ -430,3 +430,11 @@ data: test_pretrain.Views
     assert "learning rate scaled by 0.03125, from 256 images a step" in caplog.text
     with pytest.raises(SystemExit, match="error: the training loss is nan by step 0, at learning rate"):
         main([*words, "--model.temperature", "1e-46"])
+
+
+def test_outputs_of_squared_error_are_probabilities_themselves() -> None:
+    model = Supervised(3, SMALL, loss="mse")
+    outputs = torch.tensor([[0.0, 1.0, 0.0], [0.3, 0.1, -0.2], [-0.1, -0.4, -0.2]])
+    expected = torch.tensor([[0.0, 1, 0], [0.75, 0.25, 0], [1, 0, 0]])
+    assert torch.allclose(model.probabilities(outputs), expected)
+    assert torch.allclose(Supervised(3, SMALL).probabilities(outputs), outputs.softmax(1))

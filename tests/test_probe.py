@@ -283,3 +283,10 @@ def test_a_second_data_set_without_validation_images_is_refused(tmp_path: Path) 
 
     with pytest.raises(ValueError, match="no batches to measure; the data need training and validation images"):
         _trainer(tmp_path, OnlineProbe(3, downstream=Bare())).fit(Stranger(), _loader())
+
+
+def test_a_layer_that_does_not_run_is_named(tmp_path: Path) -> None:
+    model = Supervised(3, SMALL)
+    model.spare = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="layer 'spare' did not run in this batch; give OnlineProbe a layer that does"):
+        _trainer(tmp_path, OnlineProbe(layer="spare"), max_epochs=1).fit(model, Digits([0, 1, 2], shots=8))
