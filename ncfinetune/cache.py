@@ -89,7 +89,8 @@ class PrefixCache(Callback):
             if trainer.limit_val_batches and is_overridden("val_dataloader", data) and not self._is_heard(module):
                 validation = data.val_dataloader()
                 loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
-            base = (fingerprint(frozen) if self.place == "disk" else "", start, trainer.precision)
+            network = repr(sorted(self._backbone.spec.items(), key=str))
+            base = (fingerprint(frozen) if self.place == "disk" else "", network, start, trainer.precision)
             stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
         self._say(stored)
         self.train_rows = stored["train"].loader_like(plain)

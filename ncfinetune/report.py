@@ -271,5 +271,8 @@ def _draw_accuracy(axes: Axes, experiments: Sequence[Experiment]) -> None:
         known = [(nc1, 100 * accuracy) for nc1, accuracy in points if nc1 is not None and accuracy is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "o", color=colour, label=experiment.method)
+    if not axes.lines:  # nothing was tested
+        axes.set_axis_off()
+        return
     axes.set(xscale="log", xlabel="NC1 of the features that reach the classifier", ylabel="test accuracy %")
     axes.grid(alpha=0.3)
