@@ -8,6 +8,8 @@ SEEDS := 0 1 2
 .PHONY: demo test test-slow lint
 
 # Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
+# One thread: on matrices this small two are no faster, and many times slower where something else runs too.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/installed-package
 	rm -rf runs/demo
 	$(BIN)/ncfinetune fit --config experiments/digits/pretrain.yaml
