@@ -2,7 +2,8 @@
 
 ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. Of ``val`` half, always the same, chooses
 learning rate and block; the other half is the test set. A seed draws the training images and the classifier's start.
-Every run takes the same number of steps, and every method the same learning rates. Rows are written as they come; what
+Every run takes the same number of steps, and every method the same learning rates; times are CPU seconds of `fit`, one
+thread. Rows are written as they come; what
 a file has already is not run again, so that a study that broke off goes on.
 
     python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
@@ -100,24 +101,26 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
     model = FineTuner(
         data.num_classes,
-        {"name": options.backbone},
+        {"name": options.backbone, "channels_last": True},
         options.checkpoint,
         optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
         cache="none" if run["method"] == "full FT" else "memory",
         **knobs,
     )
-    quiet = {
+    quiet: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "precision": options.precision,
+        "devices": 1,
     }
-    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, num_sanity_val_steps=0, devices=1, **quiet)
-    start = time.perf_counter()
+    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
+    start = time.process_time()
     trainer.fit(model, data)
-    seconds = time.perf_counter() - start
-    tester = Trainer(devices=1, **quiet)
+    seconds = time.process_time() - start
+    tester = Trainer(**quiet)
     return {
         **run,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -213,6 +216,7 @@ def main() -> None:
     run.add_argument("--rates", nargs="+", type=float, default=[3e-4, 3e-3])
     run.add_argument("--steps", type=int, default=150, help="training steps a run, rounded up to epochs")
     run.add_argument("--batch-size", type=int, default=32)
+    run.add_argument("--precision", default="bf16-mixed")
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.rows))
