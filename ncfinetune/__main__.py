@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 from ncfinetune import __version__
@@ -32,7 +34,17 @@ _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(args: list[str] | None = None) -> int | None:
-    """Run a command; ``args`` are ``sys.argv[1:]`` unless given."""
+    """Run a command and say in one line what it refuses; ``args`` are ``sys.argv[1:]`` unless given."""
+    try:
+        return _run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("NCFINETUNE_TRACEBACK"):
+            raise
+        print(f"error: {_text(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str] | None) -> int | None:
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
@@ -56,17 +68,21 @@ def main(args: list[str] | None = None) -> int | None:
     return None
 
 
+def _text(error: Exception) -> str:
+    """What an exception says, in one line; of one that a data loader's worker raised without the worker's traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:
+        text = re.split(rf"\n(?:\w+\.)*{type(error).__name__}: ", text)[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
 def _export(words: list[str]) -> int:
     if len(words) != 2 or words[0].startswith("-"):
         print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
         return 2
     from ncfinetune.backbone import export
 
-    try:
-        print(export(*words))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(export(*words))
     return 0
 
 

@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 import timm
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
+
+# Share of a network's values below which weights are rather those of another architecture.
+_ENOUGH = 0.75
 
 
 class Backbone(nn.Module):
@@ -40,8 +43,9 @@ class Backbone(nn.Module):
         spec: The arguments that build the same architecture again, as plain data.
 
     Raises:
-        ValueError: Unknown architecture (with the nearest names), a stem that the architecture does not have, or a
-            checkpoint that fits none of its parameters.
+        ValueError: Unknown architecture (with the nearest names) or tag of weights, a stem that the architecture does
+            not have, or a checkpoint that fits none of its parameters; in ``forward`` and ``stages``, what is no batch
+            of images with its number of channels.
         FileNotFoundError: No such checkpoint.
     """
 
@@ -80,13 +84,16 @@ class Backbone(nn.Module):
 
     @classmethod
     def build(cls, backbone: str | dict[str, Any] | Backbone) -> Backbone:
-        """A backbone from its name, its arguments or itself."""
+        """A backbone from its name, its arguments or itself.
+
+        Raises:
+            ValueError: Arguments without a name.
+        """
         if isinstance(backbone, Backbone):
             return backbone
-        arguments = {"name": backbone} if isinstance(backbone, str) else backbone
-        if "name" not in arguments:
-            raise ValueError(f"expected the name of a timm architecture in the backbone, got {sorted(arguments)}")
-        return cls(**arguments)
+        if isinstance(backbone, dict) and "name" not in backbone:
+            raise ValueError(f"expected the name of a timm architecture in the backbone, got {sorted(backbone)}")
+        return cls(**({"name": backbone} if isinstance(backbone, str) else backbone))
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
@@ -96,6 +103,7 @@ class Backbone(nn.Module):
         return self._run(_compiled_features(), x)
 
     def _run(self, features: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        _check_images(x, self.spec)
         return features(self.net, x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
 
     def _forget_other_hooks(self) -> None:
@@ -142,8 +150,8 @@ class Backbone(nn.Module):
         return found[name]
 
     def load(self, checkpoint: str) -> None:
-        """Start from the weights in a file and log which of them fitted; see `load_weights`."""
-        rank_zero_info(load_weights(self.net, checkpoint))
+        """Start from the weights in a file and say which of them fitted; see `load_weights`."""
+        load_weights(self.net, checkpoint)
 
     def save(self, path: str | Path) -> None:
         """Write the network's weights to a ``.safetensors`` or ``.pth`` file; see `save_weights`."""
@@ -171,6 +179,17 @@ class Backbone(nn.Module):
         patches = getattr(self.net, "patch_embed", None)
         height, width = getattr(patches, "img_size", None) or self.net.pretrained_cfg["input_size"][1:]
         return channels, height, width
+
+
+def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
+    channels = spec.get("in_chans", 3)
+    if x.ndim == 4 and x.shape[1] == channels:
+        return
+    if x.ndim == 4:
+        mend = f"; give it in_chans={x.shape[1]}"
+    else:
+        mend = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
+    raise ValueError(f"the backbone takes images (N, {channels}, H, W), got {tuple(x.shape)}{mend}")
 
 
 def _features(net: Any, x: Tensor) -> Tensor:
@@ -221,11 +240,12 @@ def export(checkpoint: str, path: str) -> str:
     return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
 
 
-def load_weights(net: nn.Module, checkpoint: str) -> str:
-    """Load the weights of a checkpoint file into ``net`` where name and shape fit, and say in a line what did.
+def load_weights(net: nn.Module, checkpoint: str) -> None:
+    """Load the weights of a checkpoint file into ``net`` where name and shape fit, and log in a line what did.
 
-    A prefix that the fitting weights share (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a
-    classifier, which the network does not have.
+    The line is a warning where they make up less than three quarters of the network's values, as those of a ResNet-50
+    do in a ResNet-18: another stem or size of image leaves more than that. A prefix that the fitting weights share
+    (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a classifier, which the network does not have.
 
     Raises:
         FileNotFoundError: No such file.
@@ -243,19 +263,17 @@ def load_weights(net: nn.Module, checkpoint: str) -> str:
     if not any(key in fitting for key, _ in net.named_parameters()):
         raise ValueError(f"{report}. Expected the weights of the same architecture.")
     net.load_state_dict(fitting, strict=False)
-    return report
+    share = sum(value.numel() for value in fitting.values()) / sum(value.numel() for value in own.values())
+    if share < _ENOUGH:
+        rank_zero_warn(f"{report}. That is {share:.0%} of the network's values: are they of the same architecture?")
+    else:
+        rank_zero_info(report)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
-    try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # unpickling other bytes can raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
+    content = _content(path)
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -263,6 +281,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise ValueError(f"checkpoint {str(path)!r} holds no tensors, only {_some(list(content))}")
     return weights
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # unpickling other bytes can raise anything
+        raise ValueError(
+            f"cannot read {str(path)!r} as a checkpoint of plain tensors: it is damaged, no file of weights, or holds "
+            "other objects beside them; expected one that torch.save(model.state_dict(), path) or safetensors wrote"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
 
 
 def _without_prefix(stored: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -277,11 +308,13 @@ def _without_prefix(stored: dict[str, Tensor], own: dict[str, Tensor]) -> dict[s
 
 
 def _check_name(name: str) -> None:
-    base = name.split(".")[0]
+    base, _, tag = name.partition(".")
     if not timm.is_model(base):
         nearest = difflib.get_close_matches(base, timm.list_models(), n=4)
         hint = f"nearest: {', '.join(nearest)}" if nearest else "see timm.list_models()"
         raise ValueError(f"timm has no architecture {name!r}; {hint}")
+    if tag and name not in (known := timm.list_models(f"{base}.*", pretrained=True)):
+        raise ValueError(f"timm has no weights {tag!r} of {base}; expected one of {', '.join(known) or 'none'}")
 
 
 def _shrink_stem(net: Any, name: str) -> None:

@@ -8,14 +8,15 @@ import importlib
 import inspect
 import os
 import re
-import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -33,7 +34,8 @@ _LOGGER = {
 def main(args: list[str] | None = None) -> None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
 
-    What data, model or disk refuse on the way is one line too, unless NCFINETUNE_TRACEBACK is set.
+    Raises:
+        ValueError: Lightning refuses the configuration, as many others refuse theirs.
     """
     try:
         NCFinetuneCLI(
@@ -48,10 +50,8 @@ def main(args: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("NCFINETUNE_TRACEBACK"):
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
 
 
 class PlainParser(LightningArgumentParser):
@@ -93,18 +93,44 @@ class NCFinetuneCLI(LightningCLI):
             self.parser.error(f"images is an option of predict, not of {self.subcommand}")
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
+        _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; what they refuse is one line, and so is a folder that can't be written."""
+        """Build model, data and trainer, and see that their folders can be written.
+
+        Raises:
+            ValueError: What one of them refuses.
+        """
         given = self._get(self.config, "model.init_args.num_classes")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            self.parser.error(str(error))
+            raise ValueError(plain(str(error), self.parser)) from error
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
-        _check_writable(self.trainer.log_dir or self.trainer.default_root_dir, self.parser)
+        run = self.trainer.log_dir or self.trainer.default_root_dir
+        _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
+        if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
+            cache = self._get(self.config, "model.init_args.cache_dir")
+            _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
+
+    def before_fit(self) -> None:
+        """Refuse to go on with a run that trained other layers, whose optimiser knows nothing of these.
+
+        Raises:
+            ValueError: It did.
+        """
+        path = self._get(self.config, "ckpt_path")
+        train = self.model.hparams.get("train")
+        if train is None or path is None or not Path(path).is_file():
+            return
+        before = torch.load(path, "cpu", weights_only=True, mmap=True).get("hyper_parameters", {}).get("train", train)
+        if before != train:
+            raise ValueError(
+                f"--ckpt_path goes on with a run of train={before!r}, not {train!r}; to start from its weights, "
+                f"give --model.checkpoint {path} instead"
+            )
 
     def after_fit(self) -> None:
         """Test the last weights, if asked to."""
@@ -146,16 +172,23 @@ class NCFinetuneCLI(LightningCLI):
             self.parser.error(str(error))
 
 
-def _check_writable(folder: str, parser: LightningArgumentParser) -> None:
+def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> None:
+    """Refuse a file that cannot be Lightning's, before data and network are made."""
+    if path is None or path in _NAMED_CHECKPOINTS or re.match(r"\w+:", path) or Path(path).is_dir():
+        return
+    if not Path(path).exists():
+        parser.error(f"no checkpoint {path!r}; a run leaves its own in RUN/checkpoints")
+    if not zipfile.is_zipfile(path):
+        parser.error(f"{path!r} is no checkpoint, or a damaged one; expected what a run leaves in RUN/checkpoints")
+
+
+def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        parser.error(
-            f"cannot write to the run folder {folder!r} ({error.strerror}); "
-            "choose another with --trainer.logger.init_args.save_dir"
-        )
+        parser.error(f"cannot write to the {what} folder {folder!r} ({error.strerror}); choose another with {option}")
 
 
 def plain(message: str, parser: LightningArgumentParser) -> str:
@@ -218,8 +251,10 @@ def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
     return f"no file {path!r}; {shown}"
 
 
-# What jsonargparse says of every type that a value was not.
+# How the lines of jsonargparse's errors begin that say what it tried, and not what is wrong.
 _NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
+# What --ckpt_path takes beside a path.
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,

@@ -77,6 +77,8 @@ def test_spec_builds_the_same_architecture() -> None:
     [
         ({"name": "resnet81"}, "timm has no architecture 'resnet81'; nearest: resnet18"),
         ({"name": "test_vit", "stem": "cifar"}, "stem=\"cifar\" is for ResNets, and 'test_vit' is none"),
+        ({"name": "resnet18.a1_in2k"}, "timm has no weights 'a1_in2k' of resnet18; expected one of resnet18.a1_in1k, "),
+        ({"name": "test_vit", "stem": "cifr"}, "expected stem imagenet or cifar, got 'cifr'"),
         ({"name": "resnet18", "chanels": 3}, "timm cannot make 'resnet18' with {'chanels': 3}"),
     ],
 )
@@ -125,9 +127,33 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
         Backbone("test_resnet", checkpoint=str(tmp_path / "vit.pth"))
 
 
+def test_weights_of_a_larger_network_are_warned_of(tmp_path: Path) -> None:
+    Backbone("resnet26").save(tmp_path / "larger.pth")
+    with pytest.warns(
+        UserWarning, match=r"of the network matched; .*That is 5\d% of the network's values: are they of"
+    ):
+        Backbone("resnet18", checkpoint=str(tmp_path / "larger.pth"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 32, 32), r"takes images \(N, 3, H, W\), got \(2, 1, 32, 32\); give it in_chans=1"),
+        ((2, 2, 3, 32, 32), r"got \(2, 2, 3, 32, 32\); those are views, so give the datamodule views=1"),
+        ((2,), r"got \(2,\)$"),
+    ],
+)
+def test_what_is_no_batch_of_its_images(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backbone("test_resnet")(torch.zeros(shape))
+
+
 def test_missing_and_empty_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint '.*none.pt'; expected a .ckpt"):
         Backbone("test_resnet", checkpoint=str(tmp_path / "none.pt"))
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list, expected a dictionary of tensors"):
+        Backbone("test_resnet", checkpoint=str(tmp_path / "list.pt"))
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     with pytest.raises(ValueError, match=r"holds no tensors, only 1 \(epoch\)"):
         Backbone("test_resnet", checkpoint=str(tmp_path / "empty.pt"))
@@ -156,5 +182,5 @@ def test_files_that_are_no_checkpoints_are_said_to_be_none(suffix: str, tmp_path
 def test_backbone_without_a_name_or_of_an_unknown_tag() -> None:
     with pytest.raises(ValueError, match=r"expected the name of a timm architecture in the backbone, got \['stem'\]"):
         Backbone.build({"stem": "cifar"})
-    with pytest.raises(ValueError, match="timm cannot make 'test_resnet.nonsense' with {}"):
+    with pytest.raises(ValueError, match="timm has no weights 'nonsense' of test_resnet; expected one of"):
         Backbone("test_resnet.nonsense", pretrained=True)

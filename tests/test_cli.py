@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from image_files import write_image
 from PIL import Image
 
 from ncfinetune.__main__ import main
@@ -35,13 +37,17 @@ def _fit(folder: Path, version: str, *words: str) -> Path:
 
 def _refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line with which a command is refused."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    assert stop.value.code == 2
+    try:
+        code: object = main(list(words))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in error if line.startswith("error: ")]
     assert len(errors) == 1
     assert error[-1] == errors[0]
+    assert "Namespace" not in errors[0]
+    assert "Traceback" not in "".join(error)
     return errors[0]
 
 
@@ -74,12 +80,42 @@ def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_saved_configuration_runs_again_and_resumes(tmp_path: Path) -> None:
-    run = _fit(tmp_path, "a", *PIECES)
-    config = run / "config.yaml"
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    main(["fit", "--config", str(config), "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
-    assert any("epoch=1" in path.name for path in (run / "checkpoints").glob("*.ckpt"))
+@pytest.mark.parametrize(
+    "learner",
+    [
+        ["Supervised", "--model.loss", "mse"],
+        ["SupCon", "--data.views", "2", "--model.temperature", "0.3"],
+        ["SimCLR", "--data.views", "2", "--model.projection", "linear"],
+        ["FineTuner", "--model.train", "layer4.1", "--model.skip_from", "layer4.1", "--model.cache", "memory"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_path: Path) -> None:
+    backbone = TINY.replace("}", ", channels_last: true}")
+    data = ["--data", "Digits", "--data.shots", "4", "--data.classes", "[0, 1, 2]"]
+    run = _fit(tmp_path, "a", "--model", learner[0], "--model.backbone", backbone, *data, *learner[1:])
+    first = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert first["init_args"]["backbone"]["channels_last"]
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
+    assert main(["fit", *trained, "--trainer.max_epochs", "2"]) is None
+    resumed = next(path for path in (run / "checkpoints").glob("*.ckpt") if "epoch=1" in path.name)
+    assert torch.load(resumed, weights_only=True)["global_step"] == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"] == first
+    assert main(["validate", *trained]) is None
+    assert yaml.safe_load((run / "config_validate.yaml").read_text())["model"] == first
+
+
+def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuner = ["--model", "FineTuner", *PIECES[2:]]
+    run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
+    assert main(["test", *trained, "--model.train", "layer2.0"]) is None
+    assert yaml.safe_load((run / "config_test.yaml").read_text())["model"]["init_args"]["train"] == "layer2.0"
+    error = _refusal(capsys, "fit", *trained, "--model.train", "layer2.0", "--trainer.max_epochs", "2")
+    assert (
+        "goes on with a run of train='layer3.1', not 'layer2.0'; to start from its weights, give --model.checkpoint"
+        in error
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -160,56 +196,77 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], message: str, capsys:
     assert message in _refusal(capsys, "fit", *QUIET, *words)
 
 
-SMALL_FIT = [
-    *QUIET,
-    "--trainer.max_epochs",
-    "1",
-    "--trainer.logger",
-    "false",
-    "--trainer.enable_checkpointing",
-    "false",
-]
+def _pictures(root: str) -> None:
+    """Two classes of images in files, of which ``bad`` has one that is none, and ``cut`` one that breaks off."""
+    for name in ("a", "b"):
+        for number in range(6):
+            write_image(Path(root, "train", name, f"{number}.jpg"), number)
+    first = Path(root, "train", "a", "0.jpg")
+    if root == "bad":
+        first.write_bytes(b"no image")
+    if root == "cut":
+        for path in first.parent.iterdir():
+            path.write_bytes(path.read_bytes()[:200])
+
+
+def _colour(root: str) -> list[str]:
+    return ["--model", "Supervised", "--model.backbone", TINY.replace("in_chans: 1", "in_chans: 3"), "--data", "ImageFolder", "--data.root", root, "--data.image_size", "16"]  # fmt: skip
+
+
+def _pair(learner: str, *words: str) -> list[str]:
+    return ["--model", learner, *PIECES[2:], *words]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "SimCLR", *PIECES[2:]], "SimCLR trains on views (N, V, C, H, W), got images (40, 1, 8, 8); give the"),
-        ([*PIECES, "--data.shots", "400"], "expected shots of at most"),
-        ([*PIECES, "--ckpt_path", "none.ckpt"], "none.ckpt"),
-        ([*PIECES, "--model.label_smoothing", "2"], "expected label_smoothing from 0 to below 1, got 2.0"),
-        (["--model", "FineTuner", *PIECES[2:], "--model.cache", "memory", "--data.augmentation", "standard"], "augmentation"),
+        (["fit", *_pair("SupCon")], "SupCon trains on views (N, V, C, H, W), got images"),
+        (["fit", *_pair("SupCon", "--data.views", "2", "--data.batch_size", "1")], "a contrastive loss needs at least 2 samples a batch, got 1"),
+        (["fit", *_pair("Supervised", "--data.views", "2")], "the backbone takes images (N, 1, H, W), got (40, 2, 1, 8, 8); those are views"),
+        (["fit", *PIECES, "--data.shots", "999"], "expected shots of at most 107"),
+        (["fit", *_colour("bad"), "--data.num_workers", "1"], "error: cannot read bad/train/a/0.jpg as an image: "),
+        (["fit", *_colour("cut"), "--data.num_workers", "0"], "error: cannot read cut/train/a/"),
+        (["predict", *_colour("good"), "--images", "cut"], "cannot read cut/train/a/0.jpg as an image"),
+        (["fit", *_colour("empty")], "Found no valid file for the classes a"),
+        (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
+        (["fit", *_pair("FineTuner", "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
+        (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
+        (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run leaves its own in RUN/checkpoints"),
+        (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint, or a damaged one"),
+        (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),
+        (["fit", *PIECES, "--trainer.limit_train_batches", "-3"], "invalid value -3 for limit_train_batches"),
+        (["fit", *PIECES, "--trainer.callbacks+=OnlineProbe", "--trainer.callbacks.layer", "fc"], "layer 'fc' did not run in this batch; give OnlineProbe a layer that does"),
+        (["fit", *_pair("FineTuner", "--model.train", "layer9.9")], "nearest: layer4.1, layer4.0, layer3.1"),
+        (["fit", *_pair("FineTuner", "--model.backbone", "{stem: cifar}")], "expected the name of a timm architecture in the backbone, got ['stem']"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_on_the_way_is_said_in_a_line(
+def test_what_a_run_refuses_is_said_in_a_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *SMALL_FIT, *words])
-    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ")
-    assert message in said
-    assert "Namespace" not in said
-    assert "\n" not in said
+    Path("file").write_text("")
+    for root in ("bad", "cut", "good"):
+        _pictures(root)
+    write_image(Path("empty/train/b/0.jpg"), 0)
+    Path("empty/train/a").mkdir()
+    error = _refusal(capsys, words[0], *QUIET, "--trainer.max_epochs", "1", *words[1:])
+    assert message in error
+    assert "Given value" not in error
 
 
-def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCFINETUNE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="SimCLR trains on views"):
-        main(["fit", *SMALL_FIT, "--model", "SimCLR", *PIECES[2:]])
+    with pytest.raises(ValueError, match="expected batch_size of at least 1"):
+        main(["fit", *QUIET, *PIECES, "--data.batch_size", "0"])
 
 
-@pytest.mark.parametrize("model", ["Supervised", "SupCon", "SimCLR", "FineTuner"])
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_every_learner_resumes_as_its_configuration_says(model: str, tmp_path: Path) -> None:
-    words = ["--model", model, "--model.backbone", TINY[:-1] + ", channels_last: true}", *PIECES[4:]]
-    words += ["--data.views", "2"] if model in ("SupCon", "SimCLR") else []
-    run = _fit(tmp_path, "a", *words)
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    before = yaml.safe_load((run / "config.yaml").read_text())["model"]
-    main(["fit", "--config", str(run / "config.yaml"), "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
-    assert any("epoch=1" in path.name for path in (run / "checkpoints").glob("*.ckpt"))
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"] == before
+@pytest.mark.parametrize("bug", [RuntimeError, AttributeError, KeyError, KeyboardInterrupt])
+def test_bugs_keep_their_traceback(bug: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: list[str] | None) -> None:
+        raise bug
+
+    monkeypatch.setattr("ncfinetune.cli.main", run)
+    with pytest.raises(bug):
+        main(["fit"])
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,9 @@ def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.Lo
     [
         ({"train": "*"}, r"train='\*' names every layer; say train=\"all\""),
         ({"train": ["conv1", "bn1", "layer?"]}, 'names every layer; say train="all"'),
+        ({"train": []}, r'train=\[\] names no layer; say train="none"'),
+        ({"train": ""}, "train='' names no layer"),
+        ({"train": ["none"]}, r"train=\['none'\]: none and all stand alone; give one of them, or layers"),
         ({"train": "layer3.0.act1"}, "layer 'layer3.0.act1' has no parameters to train; name the block that holds it"),
         ({"skip_from": "fc"}, r"layer 'fc' does not run before the penultimate features; expected a block \(layer1.0"),
         ({"skip_join": "concat"}, "skip_join='concat' and skip_gradient='both' need a layer in skip_from"),

@@ -75,6 +75,16 @@ def test_losses_of_supervised(soft: bool) -> None:
     torch.testing.assert_close(squared.loss(logits, y), one_hot_mse(logits, labels, 15, 30))
 
 
+def test_probabilities_of_squared_error_are_its_outputs_above_zero() -> None:
+    outputs = torch.tensor([[0.6, 0.2, -0.5], [-0.3, -0.1, -0.2], [0.0, 0.0, 30.0]])
+    expected = torch.tensor([[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    model = Supervised(3, SMALL, loss="mse", mse_weight=15, mse_target=30).eval()
+    torch.testing.assert_close(model.probabilities(outputs), expected)
+    images = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(model.predict_step((images, torch.zeros(4)), 0), model.probabilities(model(images)))
+    torch.testing.assert_close(Supervised(3, SMALL).probabilities(outputs), outputs.softmax(1))
+
+
 @pytest.mark.parametrize(
     ("projection", "width", "layers"), [("none", None, 0), ("linear", None, 1), ("linear", 5, 1), ("mlp", 7, 2)]
 )
@@ -400,10 +410,17 @@ def test_export_takes_the_backbone_out_of_a_checkpoint(tmp_path: Path, capsys: p
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(Backbone(**SMALL).net.state_dict(), tmp_path / "plain.pth")
     torch.save({f"backbone.net.{k}": v for k, v in Backbone(**SMALL).net.state_dict().items()}, tmp_path / "a.ckpt")
+    (tmp_path / "g.ckpt").write_bytes(b"garbage" * 9)
+    (tmp_path / "g.safetensors").write_bytes(b"garbage" * 9)
     for words, message in {
         (str(tmp_path / "none.ckpt"), "a.pth"): "no checkpoint",
         (str(tmp_path / "plain.pth"), "a.pth"): "has no tensors below 'backbone.net.', only 126 (conv1.weight, ",
         (str(tmp_path / "a.ckpt"), "a.txt"): "expected a file name that ends in .safetensors or .pth, got 'a.txt'",
+        (str(tmp_path / "g.ckpt"), "a.pth"): "it is damaged, no file of weights, or holds other objects beside",
+        (
+            str(tmp_path / "g.safetensors"),
+            "a.pth",
+        ): "g.safetensors' as a checkpoint of plain tensors: it is damaged, no file of weights",
         ("a.ckpt",): "usage: ncfinetune export CHECKPOINT FILE.safetensors",
     }.items():
         assert main(["export", *words]) == 2
@@ -411,7 +428,9 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_command_line_with_lars_warm_up_and_scaling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_command_line_with_lars_warm_up_and_scaling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "pretrain.yaml").write_text("""
 model:
   class_path: SimCLR
@@ -428,13 +447,5 @@ data: test_pretrain.Views
     with caplog.at_level("INFO"):
         main([*words, "--trainer.enable_progress_bar", "false"])
     assert "learning rate scaled by 0.03125, from 256 images a step" in caplog.text
-    with pytest.raises(SystemExit, match="error: the training loss is nan by step 0, at learning rate"):
-        main([*words, "--model.temperature", "1e-46"])
-
-
-def test_outputs_of_squared_error_are_probabilities_themselves() -> None:
-    model = Supervised(3, SMALL, loss="mse")
-    outputs = torch.tensor([[0.0, 1.0, 0.0], [0.3, 0.1, -0.2], [-0.1, -0.4, -0.2]])
-    expected = torch.tensor([[0.0, 1, 0], [0.75, 0.25, 0], [1, 0, 0]])
-    assert torch.allclose(model.probabilities(outputs), expected)
-    assert torch.allclose(Supervised(3, SMALL).probabilities(outputs), outputs.softmax(1))
+    assert main([*words, "--model.temperature", "1e-46"]) == 2
+    assert "error: the training loss is nan by step 0, at learning rate" in capsys.readouterr().err
