@@ -19,6 +19,8 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 # Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
+# Directions whose variance is taken at a time, so that the products with the covariance stay small beside it.
+_ROWS = 256
 
 
 class UndefinedCollapseError(ValueError):
@@ -123,7 +125,9 @@ def nc1(moments: ClassMoments) -> Tensor:
     if moments.within is None:
         raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
     rows = _whitening(moments)
-    return torch.tensordot(rows @ moments.within, rows) if len(rows) else rows.new_tensor(torch.nan)
+    if not len(rows):
+        return rows.new_tensor(torch.nan)
+    return torch.stack([torch.tensordot(part @ moments.within, part) for part in rows.split(_ROWS)]).sum()
 
 
 def _whitening(moments: ClassMoments) -> Tensor:
@@ -140,7 +144,7 @@ def _whitening(moments: ClassMoments) -> Tensor:
     squares, vectors = squares[-rank:], vectors[:, -rank:]
     kept = squares > max(classes, width) * _EPS * squares[-1]
     squares, vectors = squares[kept], vectors[:, kept]
-    return (vectors.T @ centred) / squares[:, None] if wide else vectors.T / squares.sqrt()[:, None]
+    return (vectors.T @ centred).div_(squares[:, None]) if wide else vectors.T / squares.sqrt()[:, None]
 
 
 def nc1_ratio(moments: ClassMoments) -> Tensor:
@@ -155,17 +159,21 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
+    present = moments.present.nonzero().squeeze(1)
+    matrix = moments.mean.new_full((len(moments.count), len(moments.count)), torch.nan)
+    matrix[present[:, None], present] = _cdnv_pairs(moments).fill_diagonal_(torch.nan)
+    return matrix
+
+
+def _cdnv_pairs(moments: ClassMoments) -> Tensor:
+    """CDNV of the pairs of present classes, ``(P, P)``; without meaning on the diagonal."""
     norms, variance = moments.gram.diagonal(), moments.variance[moments.present]
     sums = norms[:, None] + norms
     distances = torch.sub(sums, moments.gram, alpha=2)
-    close = (distances < _CLOSE * sums).nonzero()  # where the difference has lost its digits
+    close = (distances < sums.mul_(_CLOSE)).nonzero()  # where the difference has lost its digits
     for first, second in zip(*(torch.split(side, _PAIRS) for side in close.unbind(1)), strict=True):
         distances[first, second] = (moments.centred[first] - moments.centred[second]).square().sum(1)
-    pairs = (variance[:, None] + variance).div_(distances.mul_(2)).fill_diagonal_(torch.nan)
-    present = moments.present.nonzero().squeeze(1)
-    matrix = pairs.new_full((len(moments.count), len(moments.count)), torch.nan)
-    matrix[present[:, None], present] = pairs
-    return matrix
+    return torch.add(variance[:, None], variance, out=sums).div_(distances.mul_(2))
 
 
 def cdnv(moments: ClassMoments) -> Tensor:
@@ -173,9 +181,8 @@ def cdnv(moments: ClassMoments) -> Tensor:
 
     Classes whose means coincide give inf, and nan if they are points.
     """
-    classes = len(moments.centred)
-    pairs = cdnv_matrix(moments)[moments.present][:, moments.present].fill_diagonal_(0)
-    return pairs.sum() / (classes * (classes - 1))
+    pairs = _cdnv_pairs(moments).fill_diagonal_(0)
+    return pairs.sum() / (len(pairs) * (len(pairs) - 1))
 
 
 def equinorm(moments: ClassMoments) -> Tensor:
@@ -213,7 +220,7 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    return (rows / rows.norm() - moments.centred / moments.centred.norm()).square().sum()
+    return rows.div_(rows.norm()).sub_(moments.centred / moments.centred.norm()).square_().sum()
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:

@@ -414,7 +414,7 @@ def _moments(state: Mapping[str, Any]) -> ClassMoments:
             within[rows.stop :, rows] = within[rows, rows.stop :].T
         within.addmm_(sums.T, delta, alpha=-1)
         within /= count.sum().clamp(min=1)
-    return ClassMoments(count.clone(), state["shift"] + delta, squares / count.clamp(min=1), within)
+    return ClassMoments(count.clone(), delta.add_(state["shift"]), squares / count.clamp(min=1), within)
 
 
 class NC1(_MomentMetric):
