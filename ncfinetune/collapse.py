@@ -127,7 +127,7 @@ def nc1(moments: ClassMoments) -> Tensor:
     rows = _whitening(moments)
     if not len(rows):
         return rows.new_tensor(torch.nan)
-    return torch.stack([torch.tensordot(part @ moments.within, part) for part in rows.split(_ROWS)]).sum()
+    return torch.stack([torch.tensordot(part @ moments.within, part) for part in torch.split(rows, _ROWS)]).sum()
 
 
 def _whitening(moments: ClassMoments) -> Tensor:
