@@ -19,7 +19,8 @@ commands:
   validate   loss, accuracy and collapse on the validation set
   test       the same on the test set
              a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
-  predict    class probabilities, as a CSV file in the run's folder; of the test set, or with --images of a folder
+  predict    class probabilities of the test set, or with --images of a folder, as RUN/predictions.csv or as the .csv or
+             .parquet file that --predictions names
   export     a trained run's backbone as a file for timm and for FineTuner:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   report     a table and a picture of finished runs:  ncfinetune report runs/

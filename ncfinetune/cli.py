@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import importlib
 import inspect
@@ -20,6 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+
+from ncfinetune import predictions
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
@@ -80,6 +81,12 @@ class NCFinetuneCLI(LightningCLI):
             default=None,
             help="With predict: a folder of images, in place of the test set.",
         )
+        parser.add_argument(
+            "--predictions",
+            type=str | None,
+            default=None,
+            help="With predict: the .csv or .parquet file to write, in place of RUN/predictions.csv.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration: Lightning would put the checkpoint's hyper-parameters over it.
@@ -89,8 +96,11 @@ class NCFinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep the configuration of a training run apart from those of later tests in the same folder."""
-        if self.subcommand != "predict" and self._get(self.config, "images") is not None:
-            self.parser.error(f"images is an option of predict, not of {self.subcommand}")
+        for option in ("images", "predictions"):
+            if self.subcommand != "predict" and self._get(self.config, option) is not None:
+                self.parser.error(f"{option} is an option of predict, not of {self.subcommand}")
+        if asked := self._get(self.config, "predictions"):
+            predictions.check_format(Path(asked))
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
@@ -138,7 +148,7 @@ class NCFinetuneCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write class probabilities to ``predictions.csv`` in the run's folder, by index in the test set or by file."""
+        """Write class probabilities, by index in the test set or by file, to ``--predictions`` or the run's folder."""
         files = self._files()
         batches: list[Any] = self.trainer.predict(**kwargs) or []
         if not batches or not all(isinstance(batch, torch.Tensor) and batch.ndim == 2 for batch in batches):
@@ -148,12 +158,9 @@ class NCFinetuneCLI(LightningCLI):
             )
         probabilities = torch.cat(batches)
         names = getattr(self.datamodule, "class_names", None) or list(range(probabilities.shape[1]))
-        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
-        with path.open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file" if files else "index", "prediction", *names])
-            for key, row in zip(files or range(len(probabilities)), probabilities.tolist(), strict=True):
-                table.writerow([key, names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
+        run = self.trainer.log_dir or self.trainer.default_root_dir
+        path = Path(self._get(self.config, "predictions") or Path(run, "predictions.csv"))
+        predictions.write(path, files or range(len(probabilities)), names, probabilities)
         print(f"predictions: {path}")
 
     def _files(self) -> list[str] | None:

@@ -10,9 +10,11 @@ import torch
 import yaml
 from image_files import write_image
 from PIL import Image
+from pyarrow import parquet
 
 from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
+from ncfinetune.predictions import check_format
 from ncfinetune.report import main as report
 from ncfinetune.report import method_name, task_name
 
@@ -137,6 +139,33 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
     for row in rows:
         assert sum(float(row[name]) for name in "789") == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == max("789", key=lambda name: float(row[name]))
+
+
+def test_predictions_go_where_they_are_asked_to(tmp_path: Path) -> None:
+    run = _fit(tmp_path, "a", *PIECES, "--data.classes", "[7, 8, 9]")
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    for name in ("a.csv", "a.parquet"):
+        main(["predict", *trained, "--predictions", str(tmp_path / "new" / name)])
+    rows = list(csv.DictReader((tmp_path / "new" / "a.csv").read_text().splitlines()))
+    table = parquet.read_table(tmp_path / "new" / "a.parquet")
+    assert table.column_names == ["index", "prediction", "7", "8", "9"]
+    assert table["prediction"].to_pylist() == [row["prediction"] for row in rows]
+    assert table["index"].to_pylist() == list(range(len(rows)))
+    assert table["8"].to_pylist() == pytest.approx([float(row["8"]) for row in rows], abs=1e-6)
+    assert not (run / "predictions.csv").exists()
+
+
+def test_predictions_of_another_kind_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*QUIET, *PIECES, "--predictions"]
+    assert "predictions is an option of predict, not of fit" in _refusal(capsys, "fit", *words, "a.csv")
+    error = _refusal(capsys, "predict", *words, "a.xlsx")
+    assert "expected predictions to be a .csv or .parquet file, got 'a.xlsx'" in error
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'a.parquet' needs pyarrow: pip install 'ncfinetune.parquet.', or name a"):
+        check_format(Path("a.parquet"))
 
 
 def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
