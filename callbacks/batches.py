@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -141,7 +142,7 @@ def _network(module: nn.Module) -> nn.Module:
     )
 
 
-def plain_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
+def pass_loader(trainer: Any) -> tuple[Iterable[Any], bool]:
     """A loader of the training set in a fixed order, each sample once over all processes, and whether it is plain.
 
     Plain is what a datamodule's ``train_plain_dataloader()`` gives: images without augmentation. Otherwise it is what
@@ -235,6 +236,11 @@ def _has_length(loader: Any) -> bool:
         return len(loader) >= 0
     except TypeError:
         return False
+
+
+def flat(loaders: Any) -> list[Any]:
+    """The loaders in the order of their ``dataloader_idx``, however a project nests them."""
+    return list(CombinedLoader(loaders, "sequential").flattened)
 
 
 def new_samples(loader: Any, start: int, size: int) -> int:

@@ -5,6 +5,7 @@ Legend: ``N`` samples, ``M`` samples of a bank, ``V`` views, ``K`` classes, ``d`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.plain import evaluation, on_device
 
-from .batches import known_num_classes, plain_loader
+from .batches import flat, known_num_classes, new_samples, pass_loader
 from .features import FeatureTap, find_classifier, penultimate_of
 
 # Queries compared with the bank at a time, which bounds the memory that kNN takes.
@@ -86,6 +87,7 @@ class OnlineProbe(Callback):
         self._stored: dict[str, Any] = {}
         self._bank: tuple[Tensor, Tensor] | None = None
         self._right: dict[str, Tensor] = {}
+        self._seen: Counter[int] = Counter()
 
     @property
     def state_key(self) -> str:
@@ -151,10 +153,10 @@ class OnlineProbe(Callback):
         """Make the bank, and start to listen, unless Lightning only checks that validation runs."""
         if self._tap is None or trainer.sanity_checking:
             return
-        self._right = {}
+        self._right, self._seen = {}, Counter()
         if self.knn and self._is_due(trainer):
             with evaluation(trainer, pl_module):
-                self._bank = self._features(trainer, pl_module, plain_loader(trainer)[0], partial(on_device, trainer))
+                self._bank = self._features(trainer, pl_module, pass_loader(trainer)[0], partial(on_device, trainer))
         self._listen()
 
     def on_validation_batch_start(
@@ -173,10 +175,16 @@ class OnlineProbe(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Classify the batch."""
+        """Classify the batch, but for samples that another process has too."""
         if self._tap is None or trainer.sanity_checking:
             return
         features, labels = self._take(batch)
+        samples = len(batch[1])
+        new = new_samples(flat(trainer.val_dataloaders)[dataloader_idx], self._seen[dataloader_idx], samples)
+        self._seen[dataloader_idx] += samples
+        if new < samples:
+            rows = new * (len(features) // samples)
+            features, labels = features[:rows], labels[:rows]
         if self._probe is not None:
             self._count(self._name("acc"), self._probe.eval()(features).argmax(1), labels)
         if self._bank is not None:

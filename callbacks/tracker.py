@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -203,13 +203,13 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        loader = _loaders(trainer.val_dataloaders)[dataloader_idx]
+        loader = batches.flat(trainer.val_dataloaders)[dataloader_idx]
         self._update(batch, loader, dataloader_idx, self._means(trainer))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation set."""
         if not trainer.sanity_checking:
-            self._finish(trainer, pl_module, "val", len(_loaders(trainer.val_dataloaders)))
+            self._finish(trainer, pl_module, "val", len(batches.flat(trainer.val_dataloaders)))
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to listen."""
@@ -225,11 +225,11 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._update(batch, _loaders(trainer.test_dataloaders)[dataloader_idx], dataloader_idx)
+        self._update(batch, batches.flat(trainer.test_dataloaders)[dataloader_idx], dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test set."""
-        self._finish(trainer, pl_module, "test", len(_loaders(trainer.test_dataloaders)))
+        self._finish(trainer, pl_module, "test", len(batches.flat(trainer.test_dataloaders)))
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tap is not None:
@@ -366,7 +366,7 @@ class NeuralCollapseTracker(Callback):
 
     def _training_loader(self, trainer: Trainer) -> Any:
         if self._loader is None:
-            self._loader, plain = batches.plain_loader(trainer)
+            self._loader, plain = batches.pass_loader(trainer)
             if not plain:
                 rank_zero_info(
                     "NeuralCollapseTracker measures the training set as its data set gives it, augmentation included; "
@@ -414,7 +414,3 @@ def _boards(trainer: Trainer) -> list[Any]:
         for logger in loggers
         if isinstance(getattr(logger, "hparams", None), Mapping) and hasattr(logger.experiment, "add_figure")
     ]
-
-
-def _loaders(loaders: Any) -> list[Any]:
-    return list(CombinedLoader(loaders, "sequential").flattened)

@@ -240,6 +240,20 @@ def test_two_processes_learn_one_probe(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_samples_that_two_processes_repeat_count_once(tmp_path: Path) -> None:
+    values = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        spread = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {"devices": 1}
+        probe = OnlineProbe(3, knn=5, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+        trainer = _trainer(tmp_path, probe, max_epochs=2, **spread)
+        odd = DataLoader(_data(2, 7), batch_size=2)
+        trainer.fit(Stranger(lr=0.0), _loader(1, batch_size=60 // processes), odd)
+        values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert values[0]["probe/acc"] * 7 == pytest.approx(round(values[0]["probe/acc"] * 7), abs=1e-5)
+
+
 def test_a_bank_is_spread_over_data_sorted_by_class() -> None:
     labels = torch.arange(100) // 10
     loader = DataLoader(TensorDataset(torch.zeros(100, 1), labels), batch_size=8)
