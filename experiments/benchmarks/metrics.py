@@ -193,7 +193,7 @@ def main() -> None:
             f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {SAMPLES:,} samples in batches of"
         )
         say(f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Ours against the usual two passes:")
-        say("class by class, as published code has them (one run), and a whole batch at once (median, least to most, of")
+        say("class by class, as published code has them (one run), and a whole batch at once (medians, range, of")
         say("pairs), which `bound` says how far could be beaten by the products alone.")
         say("")
         say(
