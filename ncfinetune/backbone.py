@@ -6,6 +6,7 @@ Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -185,10 +186,9 @@ def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
     channels = spec.get("in_chans", 3)
     if x.ndim == 4 and x.shape[1] == channels:
         return
+    mend = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
     if x.ndim == 4:
-        mend = f"; give it in_chans={x.shape[1]}"
-    else:
-        mend = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
+        mend = "; channels come first" if x.shape[3] == channels else f"; give it in_chans={x.shape[1]}"
     raise ValueError(f"the backbone takes images (N, {channels}, H, W), got {tuple(x.shape)}{mend}")
 
 
@@ -286,11 +286,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _content(path: Path) -> dict[str, Any]:
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # unpickling other bytes can raise anything
-        raise ValueError(
-            f"cannot read {str(path)!r} as a checkpoint of plain tensors: it is damaged, no file of weights, or holds "
-            "other objects beside them; expected one that torch.save(model.state_dict(), path) or safetensors wrote"
-        ) from error
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds objects of {foreign[1]}" if foreign else "it is damaged or no file of weights"
+        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
@@ -313,8 +314,12 @@ def _check_name(name: str) -> None:
         nearest = difflib.get_close_matches(base, timm.list_models(), n=4)
         hint = f"nearest: {', '.join(nearest)}" if nearest else "see timm.list_models()"
         raise ValueError(f"timm has no architecture {name!r}; {hint}")
-    if tag and name not in (known := timm.list_models(f"{base}.*", pretrained=True)):
-        raise ValueError(f"timm has no weights {tag!r} of {base}; expected one of {', '.join(known) or 'none'}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        known = timm.list_models(f"{base}.*", pretrained=True)
+        mend = f"expected one of {', '.join(known)}" if known else f"it has none, so the name is {base}"
+        raise ValueError(f"timm has no weights {tag!r} of {base}; {mend}") from None
 
 
 def _shrink_stem(net: Any, name: str) -> None:

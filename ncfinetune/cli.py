@@ -8,9 +8,11 @@ import inspect
 import os
 import re
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -36,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
 
     Raises:
-        ValueError: Lightning refuses the configuration, as many others refuse theirs.
+        ValueError: Lightning refuses the configuration, or a checkpoint is of another model.
     """
     try:
         NCFinetuneCLI(
@@ -53,6 +55,11 @@ def main(args: list[str] | None = None) -> None:
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if "in loading state_dict" not in str(error):
+            raise
+        found = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
 
 
 class PlainParser(LightningArgumentParser):
@@ -101,6 +108,7 @@ class NCFinetuneCLI(LightningCLI):
                 self.parser.error(f"{option} is an option of predict, not of {self.subcommand}")
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
+            _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
@@ -124,23 +132,6 @@ class NCFinetuneCLI(LightningCLI):
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")
             _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
-
-    def before_fit(self) -> None:
-        """Refuse to go on with a run that trained other layers, whose optimiser knows nothing of these.
-
-        Raises:
-            ValueError: It did.
-        """
-        path = self._get(self.config, "ckpt_path")
-        train = self.model.hparams.get("train")
-        if train is None or path is None or not Path(path).is_file():
-            return
-        before = torch.load(path, "cpu", weights_only=True, mmap=True).get("hyper_parameters", {}).get("train", train)
-        if before != train:
-            raise ValueError(
-                f"--ckpt_path goes on with a run of train={before!r}, not {train!r}; to start from its weights, "
-                f"give --model.checkpoint {path} instead"
-            )
 
     def after_fit(self) -> None:
         """Test the last weights, if asked to."""
@@ -185,8 +176,17 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> None
         return
     if not Path(path).exists():
         parser.error(f"no checkpoint {path!r}; a run leaves its own in RUN/checkpoints")
-    if not zipfile.is_zipfile(path):
-        parser.error(f"{path!r} is no checkpoint, or a damaged one; expected what a run leaves in RUN/checkpoints")
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
+    except UnpicklingError:  # objects of a project's own, which Lightning may be told to trust
+        return
+    except RuntimeError:  # another zip file
+        content = None
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        parser.error(
+            f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
+            "(weights alone go to --model.checkpoint)"
+        )
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
@@ -166,14 +167,14 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
 
 
 def _cdnv_pairs(moments: ClassMoments) -> Tensor:
-    """CDNV of the pairs of present classes, ``(P, P)``; without meaning on the diagonal."""
+    """CDNV of the pairs of present classes, ``(P, P)``; 0 on the diagonal."""
     norms, variance = moments.gram.diagonal(), moments.variance[moments.present]
     sums = norms[:, None] + norms
-    distances = torch.sub(sums, moments.gram, alpha=2)
+    distances = torch.sub(sums, moments.gram, alpha=2).fill_diagonal_(torch.inf)
     close = (distances < sums.mul_(_CLOSE)).nonzero()  # where the difference has lost its digits
     for first, second in zip(*(torch.split(side, _PAIRS) for side in close.unbind(1)), strict=True):
         distances[first, second] = (moments.centred[first] - moments.centred[second]).square().sum(1)
-    return torch.add(variance[:, None], variance, out=sums).div_(distances.mul_(2))
+    return (variance[:, None] + variance).div_(distances.mul_(2))
 
 
 def cdnv(moments: ClassMoments) -> Tensor:
@@ -181,7 +182,7 @@ def cdnv(moments: ClassMoments) -> Tensor:
 
     Classes whose means coincide give inf, and nan if they are points.
     """
-    pairs = _cdnv_pairs(moments).fill_diagonal_(0)
+    pairs = _cdnv_pairs(moments)
     return pairs.sum() / (len(pairs) * (len(pairs) - 1))
 
 
@@ -220,7 +221,7 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    return rows.div_(rows.norm()).sub_(moments.centred / moments.centred.norm()).square_().sum()
+    return F.mse_loss(rows / rows.norm(), moments.centred / moments.centred.norm(), reduction="sum")
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:

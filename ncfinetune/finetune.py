@@ -208,8 +208,23 @@ class FineTuner(Classifier):
             self.save_delta(Path(folder) / "delta.safetensors", names, state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the classifier that is loaded."""
+        """Keep the classifier that is loaded, and go on with no run but one of the same layers.
+
+        Raises:
+            ValueError: A run that tuned or skipped from other layers would go on, whose optimiser does not know these.
+        """
         self._head_ready = True
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("hyper_parameters", {})
+        mend = "to start from its weights, give the file as the FineTuner's checkpoint instead"
+        if "train" not in saved:
+            raise ValueError(f"a FineTuner cannot go on with the run of another learner; {mend}")
+        same = [*_chosen(self.backbone, saved["train"]).values()] == [*self._trained.values()]
+        if not same or saved["skip_from"] != self.skip_from:
+            before = f"train={saved['train']!r}, skip_from={saved['skip_from']!r}"
+            now = f"train={self.hparams['train']!r}, skip_from={self.skip_from!r}"
+            raise ValueError(f"cannot go on with a run of {before} as one of {now}; {mend}")
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""

@@ -14,10 +14,12 @@ def check_format(path: Path) -> None:
     """Refuse a file that `write` cannot write.
 
     Raises:
-        ValueError: Its name ends neither in .csv nor in .parquet, or it is Parquet and pyarrow is not installed.
+        ValueError: Its name ends neither in .csv nor in .parquet, it is a folder, or Parquet without pyarrow.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"expected predictions to be a .csv or .parquet file, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"expected predictions to be a file, got the folder {str(path)!r}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{str(path)!r} needs pyarrow: pip install 'ncfinetune[parquet]', or name a .csv file")
 
@@ -32,20 +34,18 @@ def write(path: Path, samples: Sequence[int] | Sequence[str], names: Sequence[ob
         probabilities: ``(N, K)``.
     """
     classes = [str(name) for name in names]
-    columns = {
-        "file" if samples and isinstance(samples[0], str) else "index": samples,
-        "prediction": [classes[index] for index in probabilities.argmax(1).tolist()],
-    }
+    names = ["file" if samples and isinstance(samples[0], str) else "index", "prediction", *classes]
+    keys = [samples, [classes[index] for index in probabilities.argmax(1).tolist()]]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
-        rows = probabilities.float().numpy().T
-        parquet.write_table(pyarrow.table(columns | dict(zip(classes, rows, strict=True))), path)
+        columns = [pyarrow.array(column) for column in (*keys, *probabilities.float().numpy().T)]
+        parquet.write_table(pyarrow.table(columns, names), path)
         return
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow([*columns, *classes])
-        for *row, shares in zip(*columns.values(), probabilities.tolist(), strict=True):
+        table.writerow(names)
+        for *row, shares in zip(*keys, probabilities.tolist(), strict=True):
             table.writerow([*row, *(f"{share:.6f}" for share in shares)])

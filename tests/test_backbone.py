@@ -139,6 +139,7 @@ def test_weights_of_a_larger_network_are_warned_of(tmp_path: Path) -> None:
     ("shape", "message"),
     [
         ((2, 1, 32, 32), r"takes images \(N, 3, H, W\), got \(2, 1, 32, 32\); give it in_chans=1"),
+        ((2, 32, 32, 3), r"got \(2, 32, 32, 3\); channels come first"),
         ((2, 2, 3, 32, 32), r"got \(2, 2, 3, 32, 32\); those are views, so give the datamodule views=1"),
         ((2,), r"got \(2,\)$"),
     ],
@@ -184,3 +185,5 @@ def test_backbone_without_a_name_or_of_an_unknown_tag() -> None:
         Backbone.build({"stem": "cifar"})
     with pytest.raises(ValueError, match="timm has no weights 'nonsense' of test_resnet; expected one of"):
         Backbone("test_resnet.nonsense", pretrained=True)
+    with pytest.raises(ValueError, match="no weights 'nonsense' of convnextv2_small; it has none, so the name is conv"):
+        Backbone("convnextv2_small.nonsense")

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pyarrow import parquet
 
 from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
-from ncfinetune.predictions import check_format
+from ncfinetune.predictions import check_format, write
 from ncfinetune.report import main as report
 from ncfinetune.report import method_name, task_name
 
@@ -113,11 +114,24 @@ def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.Cap
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
     assert main(["test", *trained, "--model.train", "layer2.0"]) is None
     assert yaml.safe_load((run / "config_test.yaml").read_text())["model"]["init_args"]["train"] == "layer2.0"
-    error = _refusal(capsys, "fit", *trained, "--model.train", "layer2.0", "--trainer.max_epochs", "2")
-    assert (
-        "goes on with a run of train='layer3.1', not 'layer2.0'; to start from its weights, give --model.checkpoint"
-        in error
-    )
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _fit(tmp_path, "a", *PIECES)
+    checkpoint = str(next((run / "checkpoints").glob("*.ckpt")))
+    torch.save(torch.load(checkpoint, weights_only=True)["state_dict"], tmp_path / "weights.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        other.writestr("a.txt", "no checkpoint")
+    for name in ("weights.pth", "list.pt", "other.zip"):
+        error = _refusal(capsys, "test", *QUIET, *PIECES, "--ckpt_path", str(tmp_path / name))
+        assert f"{name}' is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/chec" in error
+    wider = ["--model.backbone", TINY.replace("[4, 6, 8, 10]", "[4, 6, 8, 12]")]
+    error = _refusal(capsys, "test", *QUIET, *PIECES, *wider, "--ckpt_path", checkpoint)
+    assert "--ckpt_path is a checkpoint of another model: Error(s) in loading state_dict for Supervised" in error
+    words = ["--model", "FineTuner", *PIECES[2:], "--trainer.max_epochs", "2"]
+    error = _refusal(capsys, "fit", *QUIET, *words, "--ckpt_path", checkpoint)
+    assert "a FineTuner cannot go on with the run of another learner; to start from its weights, give the file" in error
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -156,6 +170,13 @@ def test_predictions_go_where_they_are_asked_to(tmp_path: Path) -> None:
     assert not (run / "predictions.csv").exists()
 
 
+def test_classes_named_as_other_columns_lose_none(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["x.png"], ["file", "prediction"], torch.tensor([[0.25, 0.75]]))
+    table = parquet.ParquetFile(tmp_path / "a.parquet").read()
+    assert table.column_names == ["file", "prediction", "file", "prediction"]
+    assert [column.to_pylist() for column in table.columns] == [["x.png"], ["prediction"], [0.25], [0.75]]
+
+
 def test_predictions_of_another_kind_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +184,13 @@ def test_predictions_of_another_kind_are_refused(
     assert "predictions is an option of predict, not of fit" in _refusal(capsys, "fit", *words, "a.csv")
     error = _refusal(capsys, "predict", *words, "a.xlsx")
     assert "expected predictions to be a .csv or .parquet file, got 'a.xlsx'" in error
+    (tmp_path / "folder.csv").mkdir()
+    error = _refusal(capsys, "predict", *words, str(tmp_path / "folder.csv"))
+    assert "expected predictions to be a file, got the folder" in error
+    (tmp_path / "file").write_text("")
+    error = _refusal(capsys, "predict", *words, str(tmp_path / "file" / "a.csv"))
+    assert "cannot write to the predictions' folder" in error
+    assert "choose another with --predictions" in error
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'a.parquet' needs pyarrow: pip install 'ncfinetune.parquet.', or name a"):
         check_format(Path("a.parquet"))
@@ -261,7 +289,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", *_pair("FineTuner", "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run leaves its own in RUN/checkpoints"),
-        (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint, or a damaged one"),
+        (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
         (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),
         (["fit", *PIECES, "--trainer.limit_train_batches", "-3"], "invalid value -3 for limit_train_batches"),
         (["fit", *PIECES, "--trainer.callbacks+=OnlineProbe", "--trainer.callbacks.layer", "fc"], "layer 'fc' did not run in this batch; give OnlineProbe a layer that does"),

@@ -1,6 +1,7 @@
 """Collapse numbers against closed forms and against the slow reference."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -94,6 +95,22 @@ def test_against_the_reference(name: str, classes: int, dim: int) -> None:
     features = torch.randn(600, dim, dtype=torch.float64) + torch.randn(classes, dim, dtype=torch.float64)[labels]
     value = getattr(collapse, name)(class_moments(features, labels, classes)).item()
     assert value == pytest.approx(getattr(reference, name)(features.numpy(), labels.numpy()), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["nc1", "nc1_ratio", "cdnv", "equinorm", "equiangularity", "etf_distance"])
+def test_numbers_can_be_differentiated(name: str) -> None:
+    features = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    number = getattr(collapse, name)
+    assert torch.autograd.gradcheck(lambda h: number(collapse.class_moments(h, torch.arange(12) % 3, 3)), features)
+
+
+@pytest.mark.parametrize("number", [collapse.self_duality, collapse.self_duality_structure])
+def test_self_duality_can_be_differentiated_by_both(number: Callable[..., torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.arange(12) % 3
+    assert torch.autograd.gradcheck(lambda h, w: number(collapse.class_moments(h, labels, 3), w), (features, weight))
 
 
 def test_between_and_within_are_the_covariances() -> None:

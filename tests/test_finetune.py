@@ -127,6 +127,19 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> Non
         torch.testing.assert_close(resumed.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("knobs", [{"train": "layer2.0"}, {"train": "layer3.0", "skip_from": "layer3.0"}])
+def test_a_run_of_other_layers_is_not_gone_on_with(knobs: dict, tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], shots=4)
+    trainer = _trainer(tmp_path)
+    trainer.fit(FineTuner(3, SMALL, train="layer3.0"), data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"with a run of train='layer3.0', skip_from=None as one of train='layer"):
+        _trainer(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, **knobs), data, ckpt_path=tmp_path / "run.ckpt")
+    same = FineTuner(3, SMALL, train=["layer3.0"])
+    _trainer(tmp_path, max_epochs=2).fit(same, data, ckpt_path=tmp_path / "run.ckpt")
+    assert same.trainer.current_epoch == 2
+
+
 def test_num_classes_that_contradicts_the_data_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has num_classes=4, the data 3; give the model num_classes=3"):
         _trainer(tmp_path).fit(Supervised(4, SMALL), Digits([0, 1, 2]))

@@ -247,11 +247,10 @@ def test_samples_that_two_processes_repeat_count_once(tmp_path: Path) -> None:
         spread = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {"devices": 1}
         probe = OnlineProbe(3, knn=5, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
         trainer = _trainer(tmp_path, probe, max_epochs=2, **spread)
-        odd = DataLoader(_data(2, 7), batch_size=2)
+        odd = DataLoader(_data(2, 7), batch_size=1)  # the second process ends with a batch that is all repeated
         trainer.fit(Stranger(lr=0.0), _loader(1, batch_size=60 // processes), odd)
         values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
     assert values[0] == pytest.approx(values[1], rel=1e-4)
-    assert values[0]["probe/acc"] * 7 == pytest.approx(round(values[0]["probe/acc"] * 7), abs=1e-5)
 
 
 def test_a_bank_is_spread_over_data_sorted_by_class() -> None:

@@ -7,7 +7,7 @@ does. All get the same features in the same batches, in one process and on one t
 of the whole batch are compared pair by pair; class by class, which can take minutes, runs once. The bound is what the
 ratio to the whole batch would be if ours cost no more than the products on and above the diagonal of the d x d matrix,
 multiplied 1,024 rows at a time. Memory is the peak of a fresh process that makes its features batch by batch, less what
-it held before the first one.
+it held with the first batch made and no metric yet.
 
     python experiments/benchmarks/metrics.py [--repeats 5] [--out experiments/results/metrics.md]
 """

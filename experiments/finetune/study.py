@@ -3,8 +3,7 @@
 ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. Of ``val`` half, always the same, chooses
 learning rate and block; the other half is the test set. A seed draws the training images and the classifier's start.
 Every run takes the same number of steps, and every method the same learning rates; times are CPU seconds of `fit`, one
-thread. Rows are written as they come; what
-a file has already is not run again, so that a study that broke off goes on.
+thread. Rows are written as they come; what a file has already is not run again, so that a study that broke off goes on.
 
     python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
     python experiments/finetune/study.py table rows.csv
@@ -39,7 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "SCL FT, gradient through the skip": {"train": "BLOCK", "skip_from": "BLOCK", "skip_gradient": "skip"},
     "full FT": {"train": "all"},
 }
-FIELDS = ("method", "block", "shots", "seed", "lr", "trained", "val", "test", "nc1", "seconds")
+RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precision")
+FIELDS = (*RUN, "trained", "val", "test", "nc1", "seconds")
 Part = tuple[Tensor, Tensor]
 
 
@@ -96,8 +96,8 @@ class Images(LightningDataModule):
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
     """One run, as a row."""
     seed_everything(run["seed"], verbose=False)
-    data = Images(few(parts[0], run["shots"], run["seed"]), *parts[1:], options.batch_size, options.mean, options.std)
-    epochs = math.ceil(options.steps / len(data.train_dataloader()))
+    data = Images(few(parts[0], run["shots"], run["seed"]), *parts[1:], run["batch_size"], options.mean, options.std)
+    epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
     model = FineTuner(
         data.num_classes,
@@ -113,7 +113,7 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "precision": options.precision,
+        "precision": run["precision"],
         "devices": 1,
     }
     trainer = Trainer(max_epochs=epochs, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
@@ -145,22 +145,23 @@ def collapse(model: FineTuner, data: Images) -> float:
 
 def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs, cheap methods first, all seeds of one thing together."""
+    kind = {name: getattr(options, name) for name in ("steps", "batch_size", "precision")}
     for method, shots in itertools.product(options.methods, options.shots):
         blocks = options.blocks if "BLOCK" in METHODS[method].values() else [""]
         for block, lr, seed in itertools.product(blocks, options.rates, options.seeds):
-            yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr}
+            yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
 def study(options: argparse.Namespace) -> None:
     val, test = halves(read(options.root / "val"))
     parts = (read(options.root / "train"), val, test)
-    done = {tuple(row[name] for name in FIELDS[:5]) for row in rows(options.out)} if options.out.exists() else set()
+    done = {tuple(row[name] for name in RUN) for row in rows(options.out)} if options.out.exists() else set()
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not done:
             table.writeheader()
         for run in planned(options):
-            if tuple(str(run[name]) for name in FIELDS[:5]) not in done:
+            if tuple(str(run[name]) for name in RUN) not in done:
                 row = tune(options, parts, run)
                 table.writerow(row)
                 file.flush()
@@ -173,24 +174,32 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def table(path: Path) -> str:
-    """Mean and standard deviation over seeds, at the learning rate and block of the best mean validation accuracy."""
-    settings: dict[tuple[int, str], dict[tuple[str, str], list[dict[str, str]]]] = defaultdict(
+    """Mean and standard deviation over seeds of each block, at the learning rate of the best validation accuracy.
+
+    The block that validation chooses, too, is marked.
+    """
+    runs: dict[tuple[int, int, str], dict[tuple[str, ...], list[dict[str, str]]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in rows(path):
-        settings[int(row["shots"]), row["method"]][row["block"], row["lr"]].append(row)
-    lines = ["| shots | method | block | lr | seeds | trained | test accuracy % | NC1 | s |", "|" + "---|" * 9]
-    for (shots, method), choices in sorted(
-        settings.items(), key=lambda item: (item[0][0], list(METHODS).index(item[0][1]))
-    ):
-        (block, lr), best = max(choices.items(), key=lambda item: statistics.fmean(float(r["val"]) for r in item[1]))
-        cells = [spread([100 * float(r["test"]) for r in best], ".1f"), spread([float(r["nc1"]) for r in best], ".3g")]
-        took = statistics.fmean(float(r["seconds"]) for r in best)
-        trained = f"{int(best[0]['trained']):,}"
-        lines.append(
-            f"| {shots} | {method} | {block} | {lr} | {len(best)} | {trained} | {' | '.join(cells)} | {took:.0f} |"
-        )
+        setting = tuple(row[name] for name in ("lr", "steps", "batch_size", "precision"))
+        runs[int(row["shots"]), list(METHODS).index(row["method"]), row["block"]][setting].append(row)
+    best = {key: max(settings.values(), key=validation) for key, settings in runs.items()}
+    lines = ["| shots | method | block | lr | seeds | trained | validation % | test % | NC1 | s |", "|" + "---|" * 10]
+    for (shots, number, block), seeds in sorted(best.items()):
+        rivals = [value for key, value in best.items() if key[:2] == (shots, number)]
+        mark = " (chosen)" if len(rivals) > 1 and seeds is max(rivals, key=validation) else ""
+        trained = f"{int(seeds[0]['trained']):,}"
+        percent = [spread([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
+        collapse = spread([float(row["nc1"]) for row in seeds], ".3f")
+        took = statistics.fmean(float(row["seconds"]) for row in seeds)
+        cells = [shots, list(METHODS)[number], block + mark, seeds[0]["lr"], len(seeds), trained, *percent, collapse]
+        lines.append(f"| {' | '.join(map(str, cells))} | {took:.0f} |")
     return "\n".join(lines)
+
+
+def validation(seeds: list[dict[str, str]]) -> float:
+    return statistics.fmean(float(row["val"]) for row in seeds)
 
 
 def spread(values: list[float], form: str) -> str:
