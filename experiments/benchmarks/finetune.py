@@ -1,10 +1,10 @@
 """Time and memory of fine-tuning a middle block, against full fine-tuning of the same network.
 
 Each method is a `FineTuner` under a Trainer on the same images, in turn in one process; ratios are taken turn by turn.
-A step's time is that of the whole training batch, the first epoch left out; an epoch's holds the loader too. On a CPU,
-memory is the peak of a fresh process that trains one epoch, less what it held before the network was built, and the
-cache lies on disk; on a GPU it is the peak that torch allocated. The linear probe is timed from the start of `fit` to
-its end, against one forward pass over its images.
+A step's time is that of the whole training batch, the first epoch left out; an epoch's holds the loader too. On a CPU
+times are CPU seconds of one thread, memory is the peak of a fresh process that trains one epoch, less what it held
+before the network was built, and the cache lies on disk; on a GPU memory is the peak that torch allocated. The linear
+probe is timed from the start of `fit` to its end, against one forward pass over its images.
 
     python experiments/benchmarks/finetune.py [--networks resnet50 ...] [--batch 32] [--device cuda] [--out FILE]
 """
@@ -84,8 +84,10 @@ class Clock(Callback):
 
 
 def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Seconds: of a clock on a GPU, whose work is waited for; of the processor on a CPU, which others may use too."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
