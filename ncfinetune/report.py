@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # What differs between the runs of one experiment: where they lie, and their seed.
@@ -29,6 +30,12 @@ _NOT_THE_TASK = (
     *("seed", "batch_size", "num_workers", "device_cache", "in_memory", "download", "image_size"),
     *("augmentation", "strength", "views", "mixup", "cutmix", "normalize", "mean", "std"),
 )
+# How well features or a classifier on them do, by tag; what is drawn is the first that was logged.
+_ACCURACIES = {
+    "test/acc": "test accuracy %",
+    "probe/downstream_acc": "downstream probe accuracy %",
+    "probe/acc": "probe accuracy %",
+}
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 
@@ -207,9 +214,7 @@ def _row(experiment: Experiment) -> dict[str, str]:
         "method": experiment.method,
         "runs": str(len(runs)),
         "trained parameters": _trained(runs[0]),
-        "test accuracy %": _percent(runs, "test/acc"),
-        "probe accuracy %": _percent(runs, "probe/acc"),
-        "downstream probe accuracy %": _percent(runs, "probe/downstream_acc"),
+        **{name: _percent(runs, tag) for tag, name in _ACCURACIES.items()},
         "NC1 before": _spread([run.first("nc1/train/penultimate") for run in runs], ".3g"),
         "NC1 after": _spread([run.last("nc1/train/penultimate") for run in runs], ".3g"),
     }
@@ -237,19 +242,28 @@ def _spread(values: Sequence[float | None], form: str) -> str:
 
 
 def picture(experiments: Sequence[Experiment]) -> Figure:
-    """NC1 over depth, and test accuracy against NC1: a row of two panels for each task."""
+    """NC1 over depth and, where accuracies can be compared, these against NC1: a row of panels for each task."""
     tasks = list(dict.fromkeys(experiment.task for experiment in experiments))
-    figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(3, 2))
-    for task, (left, right) in zip(tasks, panels, strict=True):
-        members = [experiment for experiment in experiments if experiment.task == task]
+    members = [[experiment for experiment in experiments if experiment.task == task] for task in tasks]
+    tags = [_drawn_accuracy(of_task) for of_task in members]
+    widths = (3, 2) if any(tags) else (3,)
+    figure = Figure(figsize=(2.2 * sum(widths), 4.2 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(widths), squeeze=False, width_ratios=widths)
+    for task, of_task, tag, (left, *right) in zip(tasks, members, tags, panels, strict=True):
         left.set_title(task, loc="left")
-        _draw_depth(left, members)
-        if len(members) > 1:
-            _draw_accuracy(right, members)
-        else:
-            right.set_axis_off()
+        _draw_depth(left, of_task)
+        for axes in right:
+            if tag is None:
+                axes.set_axis_off()
+            else:
+                _draw_accuracy(axes, of_task, tag)
     return figure
+
+
+def _drawn_accuracy(experiments: Sequence[Experiment]) -> str | None:
+    """The tag of the accuracy that several experiments are compared by, None where there is nothing to compare."""
+    logged = {tag for experiment in experiments for run in experiment.runs for tag in run.scalars}
+    return next((tag for tag in _ACCURACIES if tag in logged), None) if len(experiments) > 1 else None
 
 
 def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
@@ -265,14 +279,19 @@ def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _draw_accuracy(axes: Axes, experiments: Sequence[Experiment]) -> None:
+def _draw_accuracy(axes: Axes, experiments: Sequence[Experiment], tag: str) -> None:
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
-        points = [(run.last("nc1/train/penultimate"), run.last("test/acc")) for run in experiment.runs]
+        points = [(run.last("nc1/train/penultimate"), run.last(tag)) for run in experiment.runs]
         known = [(nc1, 100 * accuracy) for nc1, accuracy in points if nc1 is not None and accuracy is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "o", color=colour, label=experiment.method)
-    if not axes.lines:  # nothing was tested
-        axes.set_axis_off()
-        return
-    axes.set(xscale="log", xlabel="NC1 of the features that reach the classifier", ylabel="test accuracy %")
+    axes.set(xscale="log", xlabel="NC1 of the features that reach the classifier", ylabel=_ACCURACIES[tag])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _decades(axes) < 2 else (1,)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
+
+
+def _decades(axes: Axes) -> float:
+    low, high = axes.get_xlim()
+    return math.log10(high / low)

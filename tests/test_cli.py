@@ -12,12 +12,13 @@ import yaml
 from image_files import write_image
 from PIL import Image
 from pyarrow import parquet
+from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.predictions import check_format, write
+from ncfinetune.report import find_runs, group, method_name, picture, task_name
 from ncfinetune.report import main as report
-from ncfinetune.report import method_name, task_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
@@ -373,6 +374,27 @@ def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "runs" / "report.md").read_text().strip() in printed
     assert (tmp_path / "runs" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")
+
+
+@pytest.mark.parametrize(
+    ("tags", "labels"),
+    [
+        (["test/acc", "probe/acc"], ["test accuracy %"]),
+        (["probe/acc", "probe/downstream_acc"], ["downstream probe accuracy %"]),
+        (["probe/acc"], ["probe accuracy %"]),
+        ([], []),
+    ],
+)
+def test_picture_shows_the_accuracy_that_was_logged(tags: list[str], labels: list[str], tmp_path: Path) -> None:
+    for name in ("SupCon", "SimCLR"):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for tag in ("nc1/train/penultimate", *tags):
+                writer.add_scalar(tag, 0.5)
+        model = {"class_path": f"ncfinetune.{name}"}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "Digits"}}))
+    figure = picture(group(find_runs([tmp_path])))
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == labels
+    assert all(len(axes.lines) == 2 for axes in figure.axes[1:])
 
 
 @pytest.mark.parametrize(
