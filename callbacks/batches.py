@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -191,9 +191,9 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     if loader.batch_sampler is not None and loader.batch_size is None:
         sampler = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(loader.batch_sampler)
     while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
-        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
     if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
-        return range(len(loader.dataset))  # type: ignore[arg-type]
+        return range(len(cast(Sized, loader.dataset)))
     return sorted(set(sampler))
 
 
@@ -253,6 +253,6 @@ def new_samples(loader: Any, start: int, size: int) -> int:
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return size
-    total: int = len(sampler.dataset)  # type: ignore[arg-type]
+    total = len(cast(Sized, sampler.dataset))
     own = len(range(sampler.rank, total, sampler.num_replicas))
     return max(0, min(size, own - start))

@@ -6,9 +6,9 @@ Legend: ``N`` samples, ``M`` samples of a bank, ``V`` views, ``K`` classes, ``d`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -234,7 +234,7 @@ class OnlineProbe(Callback):
         assert self._optimizer is not None
         loss = F.cross_entropy(self._probe.train()(features), labels)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         self._optimizer.step()
         return loss.detach()
 
@@ -287,7 +287,7 @@ class LinearProbe(nn.Module):
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
         self.normalise = nn.BatchNorm1d(dim, affine=False)
-        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # type: ignore[no-untyped-call]
+        self.linear = nn.Linear(dim, num_classes, device="meta").to_empty(device="cpu")
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -333,16 +333,18 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe
     probe.normalise.running_mean = features.mean(0)
     probe.normalise.running_var = features.var(0, correction=0)
     inputs, linear = probe.normalise(features), probe.linear
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=200, line_search_fn="strong_wolfe"
+    )
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = F.cross_entropy(linear(inputs), labels) + linear.weight.square().sum() / (2 * len(labels))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return probe.requires_grad_(False)
 
 
@@ -356,7 +358,7 @@ def _spread(loader: Any, most: int) -> Iterable[Any]:
     """Batches of at most ``most`` samples, evenly spread over the data set in its own order; the first, of a stream."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    total = len(loader.dataset)  # type: ignore[arg-type]
+    total = len(cast(Sized, loader.dataset))
     indices = torch.linspace(0, total - 1, min(most, total)).round().long().tolist()
     subset = Subset(loader.dataset, indices)
     return DataLoader(subset, loader.batch_size or 1, num_workers=loader.num_workers, collate_fn=loader.collate_fn)

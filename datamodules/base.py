@@ -99,13 +99,9 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         _check_numbers(batch_size=batch_size, views=views, shots=shots, image_size=image_size)
         _check_shares(fraction, val_fraction)
+        _check_mixing(mixup, cutmix, views)
         if shots is not None and fraction is not None:
             raise ValueError(f"expected shots or fraction, got both: shots={shots}, fraction={fraction}")
-        if min(mixup, cutmix) < 0 or (views > 1 and max(mixup, cutmix) > 0):
-            raise ValueError(
-                f"expected mixup and cutmix of at least 0, and 0 with views={views} above 1, "
-                f"got mixup={mixup}, cutmix={cutmix}"
-            )
         if device_cache and num_workers:
             raise ValueError(f"expected num_workers of 0 with device_cache, got {num_workers}; leave num_workers out")
         self.num_classes = num_classes
@@ -346,6 +342,14 @@ def _check_shares(fraction: float | None, val_fraction: float | None) -> None:
         raise ValueError(f"expected fraction in (0, 1], got {fraction}")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}")
+
+
+def _check_mixing(mixup: float, cutmix: float, views: int) -> None:
+    if min(mixup, cutmix) < 0 or (views > 1 and max(mixup, cutmix) > 0):
+        raise ValueError(
+            f"expected mixup and cutmix of at least 0, and 0 with views={views} above 1, "
+            f"got mixup={mixup}, cutmix={cutmix}"
+        )
 
 
 def _channels(name: str, values: Sequence[float], channels: int) -> Tensor:

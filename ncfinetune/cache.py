@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -81,7 +81,7 @@ class PrefixCache(Callback):
             OSError: The disk is full.
         """
         plain = plain_loader(trainer, f"cache={self.place!r}")
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
         with evaluation(trainer, module):
@@ -141,7 +141,7 @@ class PrefixCache(Callback):
         return torch.cat(self._features(images), 1) if self._tail is None else self._tail.capture(images)
 
     def _store(self, trainer: Trainer, loader: DataLoader[Any], base: tuple[str, ...]) -> StoredSet:
-        samples = len(loader.dataset)  # type: ignore[arg-type]
+        samples = _samples(loader)
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
             count = 0
@@ -176,9 +176,9 @@ def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: 
     Raises:
         ValueError: They differ, and so one stored value cannot stand for an image.
     """
-    if not isinstance(train, DataLoader) or len(train.dataset) != len(plain.dataset):  # type: ignore[arg-type]
+    if not isinstance(train, DataLoader) or _samples(train) != _samples(plain):
         raise ValueError("the cache needs a train_dataloader() over the same images as train_plain_dataloader()")
-    if getattr(trainer.datamodule, "augments", False):  # type: ignore[attr-defined]
+    if getattr(getattr(trainer, "datamodule", None), "augments", False):
         raise ValueError(_RANDOM)
     with isolate_rng():
         draws = [_sample(trainer, train) for _ in range(3)]
@@ -211,7 +211,7 @@ def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
     Of image files the paths, labels, sizes and times of change count (as in the ``samples`` of torchvision's folders),
     of anything else every sample; and in both cases some images as evaluation sees them.
     """
-    digest = hashlib.sha256(str(len(loader.dataset)).encode())  # type: ignore[arg-type]
+    digest = hashlib.sha256(str(_samples(loader)).encode())
     files = _files(loader.dataset)
     if files is None:
         for batch in loader:
@@ -252,6 +252,10 @@ def replace_loaders(data: Any, stored: Mapping[str, StoredSet]) -> Callable[[], 
             vars(data).pop(name, None)
 
     return undo
+
+
+def _samples(loader: DataLoader[Any]) -> int:
+    return len(cast(Sized, loader.dataset))
 
 
 def _constant(value: Any) -> Callable[[], Any]:

@@ -28,7 +28,7 @@ def write(path: Path, samples: Sequence[int] | Sequence[str], names: Sequence[ob
     """Write a row for each sample: its index or file, the name of the likeliest class, and every class's probability.
 
     Args:
-        path: Where to, a ``.csv`` or ``.parquet`` file; its folder is made.
+        path: Where to, a ``.csv`` or ``.parquet`` file.
         samples: Indices or files, ``N`` of them.
         names: The classes, ``K`` of them.
         probabilities: ``(N, K)``.
@@ -36,7 +36,6 @@ def write(path: Path, samples: Sequence[int] | Sequence[str], names: Sequence[ob
     classes = [str(name) for name in names]
     names = ["file" if samples and isinstance(samples[0], str) else "index", "prediction", *classes]
     keys = [samples, [classes[index] for index in probabilities.argmax(1).tolist()]]
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet

@@ -41,7 +41,11 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the table of the runs under the given folders, and save table and picture."""
+    """Print the table of the runs under the given folders, and save table and picture.
+
+    Raises:
+        FileNotFoundError, ValueError: A folder does not exist, or there is no run.
+    """
     parser = argparse.ArgumentParser(
         prog="ncfinetune report",
         description="Make one table and one picture of finished runs, from their event files and configurations.",
@@ -49,11 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders in which runs lie, however deep")
     parser.add_argument("--out", type=Path, help="folder for report.md and report.png; the first of RUNS unless given")
     options = parser.parse_args(args)
-    try:
-        experiments = group(find_runs(options.runs))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    experiments = group(find_runs(options.runs))
     out = options.out or options.runs[0]
     out.mkdir(parents=True, exist_ok=True)
     text = table(experiments)

@@ -424,10 +424,8 @@ def test_report_names_the_task_by_what_selects_images() -> None:
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report([str(tmp_path)]) == 2
-    assert "no runs below" in capsys.readouterr().err
-    assert report([str(tmp_path / "nowhere")]) == 2
-    assert "no folder" in capsys.readouterr().err
+    assert "error: no runs below" in _refusal(capsys, "report", str(tmp_path))
+    assert "error: no folder" in _refusal(capsys, "report", str(tmp_path / "nowhere"))
 
 
 def test_predict_refuses_what_is_no_table_of_probabilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

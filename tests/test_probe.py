@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stranger
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -22,26 +23,11 @@ SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 
-class Stranger(LightningModule):
-    """A module as somebody else would write it, without anything that differs between training and evaluation."""
+class Stranger(stranger.Stranger):
+    """Without anything that differs between training and evaluation."""
 
     def __init__(self, noise: float = 0.0, lr: float = 0.1) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout(noise))
-        self.classify = nn.Linear(6, 3)
-        self.lr = lr
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.features(x).mean((2, 3)))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+        super().__init__(nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout(noise)), lr)
 
 
 def _data(seed: int = 1, n: int = 60, classes: int = 3, apart: float = 0.3) -> TensorDataset:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stranger
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,25 +21,11 @@ from ncfinetune.datamodules import Digits
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 
 
-class Stranger(LightningModule):
-    """A module as somebody else would write it."""
+class Stranger(stranger.Stranger):
+    """With BatchNorm, which training changes."""
 
     def __init__(self, noise: float = 0.0) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(noise))
-        self.classify = nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.features(x).mean((2, 3)))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        super().__init__(nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(noise)))
 
 
 def _loader(shuffle: bool = False) -> DataLoader:

@@ -191,9 +191,9 @@ def table(path: Path) -> str:
         mark = " (chosen)" if len(rivals) > 1 and seeds is max(rivals, key=validation) else ""
         trained = f"{int(seeds[0]['trained']):,}"
         percent = [spread([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
-        collapse = spread([float(row["nc1"]) for row in seeds], ".3f")
+        within = spread([float(row["nc1"]) for row in seeds], ".3f")
         took = statistics.fmean(float(row["seconds"]) for row in seeds)
-        cells = [shots, list(METHODS)[number], block + mark, seeds[0]["lr"], len(seeds), trained, *percent, collapse]
+        cells = [shots, list(METHODS)[number], block + mark, seeds[0]["lr"], len(seeds), trained, *percent, within]
         lines.append(f"| {' | '.join(map(str, cells))} | {took:.0f} |")
     return "\n".join(lines)
 
