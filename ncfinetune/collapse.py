@@ -10,11 +10,11 @@ factor 1/K in NC1 and the numerical rank; Chan, Golub, LeVeque 1979 for the merg
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
@@ -71,7 +71,8 @@ class ClassMoments:
             raise UndefinedCollapseError(
                 f"expected samples of at least two classes, got {present}: collapse is undefined"
             )
-        return self.mean[self.present] - self.global_mean
+        means = self.mean[self.present]
+        return means.sub_(means.mean(0))
 
     @cached_property
     def gram(self) -> Tensor:
@@ -117,7 +118,7 @@ def nc1(moments: ClassMoments) -> Tensor:
 
     ``Sigma_W`` weighs samples equally and ``Sigma_B`` classes, so that long-tailed data count in both as they are.
     Taken in the subspace that the class means span, with no inverse of a ``d x d`` matrix: ``Sigma_B^+ / K`` is
-    ``T^T T`` for the ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
+    ``T^T T`` for the rows ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
@@ -125,14 +126,26 @@ def nc1(moments: ClassMoments) -> Tensor:
     """
     if moments.within is None:
         raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
-    rows = _whitening(moments)
-    if not len(rows):
-        return rows.new_tensor(torch.nan)
-    return torch.stack([torch.tensordot(part @ moments.within, part) for part in torch.split(rows, _ROWS)]).sum()
+    within = moments.within
+    return nc1_along(moments, lambda rows: torch.tensordot(rows @ within, rows))
 
 
-def _whitening(moments: ClassMoments) -> Tensor:
-    """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``centred``.
+def nc1_along(moments: ClassMoments, spread: Callable[[Tensor], Tensor]) -> Tensor:
+    """`nc1` of a ``Sigma_W`` that is not written out.
+
+    Args:
+        moments: Class moments; their ``within`` is not looked at.
+        spread: Gives ``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``.
+
+    Raises:
+        UndefinedCollapseError: Fewer than two classes are present.
+    """
+    spreads = [spread(rows) for rows in _whitening(moments)]
+    return torch.stack(spreads).sum() if spreads else moments.mean.new_tensor(torch.nan)
+
+
+def _whitening(moments: ClassMoments) -> Iterator[Tensor]:
+    """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``centred``, in parts.
 
     Through an eigendecomposition of the smaller of ``P x P`` and ``d x d``. Centring costs one dimension, so that at
     most ``P - 1`` are kept.
@@ -141,17 +154,18 @@ def _whitening(moments: ClassMoments) -> Tensor:
     classes, width = centred.shape
     wide = classes <= width
     squares, vectors = torch.linalg.eigh(moments.gram if wide else centred.T @ centred)
-    rank = min(classes - 1, width)
-    squares, vectors = squares[-rank:], vectors[:, -rank:]
-    kept = squares > max(classes, width) * _EPS * squares[-1]
-    squares, vectors = squares[kept], vectors[:, kept]
-    return (vectors.T @ centred).div_(squares[:, None]) if wide else vectors.T / squares.sqrt()[:, None]
+    first = len(squares) - min(classes - 1, width)
+    first += int((squares[first:] <= max(classes, width) * _EPS * squares[-1]).sum())
+    for start in range(first, len(squares), _ROWS):
+        part = slice(start, start + _ROWS)
+        rows = vectors[:, part].T
+        yield rows @ centred / squares[part, None] if wide else rows / squares[part, None].sqrt()
 
 
 def nc1_ratio(moments: ClassMoments) -> Tensor:
     """``trace(Sigma_W) / trace(Sigma_B)``: within-class variability without regard to direction."""
     within = (moments.count * moments.variance).sum() / moments.count.sum()
-    return within / moments.centred.square().sum(1).mean()
+    return within * len(moments.centred) / moments.centred.norm().square()
 
 
 def cdnv_matrix(moments: ClassMoments) -> Tensor:
@@ -196,7 +210,7 @@ def equiangularity(moments: ClassMoments) -> Tensor:
     """NC2, equal angles: mean of ``|cos(mu_k - mu_G, mu_l - mu_G) + 1/(P - 1)|`` over pairs (Papyan et al., fig. 4)."""
     cosines = cosine_matrix(moments)
     classes = len(cosines)
-    off = (cosines + 1 / (classes - 1)).abs().fill_diagonal_(0)
+    off = cosines.add_(1 / (classes - 1)).abs().fill_diagonal_(0)
     return off.sum() / (classes * (classes - 1))
 
 
@@ -221,7 +235,8 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    return F.mse_loss(rows / rows.norm(), moments.centred / moments.centred.norm(), reduction="sum")
+    apart = torch.addcmul(rows, moments.centred, rows.norm() / moments.centred.norm(), value=-1)
+    return (apart.norm() / rows.norm()).square()
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:
@@ -231,8 +246,9 @@ def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:
 
 def _distance_to_etf(products: Tensor) -> Tensor:
     classes = len(products)
-    etf = torch.eye(classes, dtype=products.dtype, device=products.device) - 1 / classes
-    return (products / products.norm() - etf / (classes - 1) ** 0.5).norm()
+    apart = (products / products.norm()).add_(1 / (classes * (classes - 1) ** 0.5))  # less the ETF's off the diagonal
+    apart.diagonal().sub_(1 / (classes - 1) ** 0.5)
+    return apart.norm()
 
 
 def nearest_mean(features: Tensor, moments: ClassMoments) -> Tensor:

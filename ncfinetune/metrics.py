@@ -11,10 +11,11 @@ Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from ncfinetune import collapse
 from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
 
-# Numbers that wait to be multiplied together, 8 MB in float32: rows enough for a product at full speed.
-_WAITING = 2**21
+# Numbers that wait to be multiplied together, 16 MB in float32: rows enough for a product at full speed.
+_WAITING = 2**22
 # Rows that wait at most: few enough for float32 to add up.
 _WAITING_ROWS = 4096
 # Rows treated at a time before that, so that what is made of them fits in a processor's cache.
@@ -162,7 +163,7 @@ class _CollapseMetric(Metric, ABC):
         self._check_labels(features, labels)
         features = features.detach().to(self._state_device)
         features = features if features.dtype == torch.float64 else features.float()
-        if not features.sum().isfinite():
+        if not math.isfinite(features.sum()):
             self._check_finite(features)
         return features
 
@@ -172,6 +173,8 @@ class _CollapseMetric(Metric, ABC):
                 f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features "
                 "first, such as features.mean((2, 3)) or features[:, 0]"
             )
+        if features.shape[1] == 0:
+            raise ValueError(f"expected features of width at least 1, got shape {tuple(features.shape)}")
         if not features.is_floating_point():
             raise TypeError(f"expected floating-point features, got {features.dtype}")
 
@@ -224,7 +227,8 @@ class _MomentMetric(_CollapseMetric):
     squares: Tensor
     scatter: Tensor
     weight: Tensor
-    waiting: list[Tensor]
+    waiting: Tensor
+    pending: Tensor
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
@@ -236,7 +240,8 @@ class _MomentMetric(_CollapseMetric):
         self.add_state("weight", per_class.new_zeros(0, 0), dist_reduce_fx="mean")
         if self._keeps_scatter:
             self.add_state("scatter", per_class.new_zeros(0, 0), dist_reduce_fx="sum")
-            self.add_state("waiting", [], dist_reduce_fx="cat")
+            self.add_state("waiting", torch.zeros(0, 0), dist_reduce_fx="cat")
+            self.add_state("pending", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """Add samples.
@@ -257,12 +262,13 @@ class _MomentMetric(_CollapseMetric):
                 self._add(rows, their_labels)
 
     @abstractmethod
-    def _value(self, moments: ClassMoments) -> Tensor:
-        """The metric as a function of the moments."""
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
+        """The metric as a function of the moments without their ``within``, and of the state that they came from."""
 
     def compute(self) -> Tensor:
         """The metric over all samples since the last reset, float64."""
-        return self._value_of_some(self.moments())
+        state = self.metric_state
+        return self._value_of_some(_moments(state, within=False), state)
 
     def moments(self) -> ClassMoments:
         """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
@@ -278,14 +284,14 @@ class _MomentMetric(_CollapseMetric):
         self._settle()
         return super()._copy_state_dict()
 
-    def _value_of_some(self, moments: ClassMoments) -> Tensor:
+    def _value_of_some(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         if self._lenient and int(moments.present.sum()) < 2:
             return moments.mean.new_tensor(torch.nan)
         if not moments.present.any():
             raise UndefinedCollapseError(
                 f"{type(self).__name__}.compute needs samples; call update(features, labels) first"
             )
-        return self._value(moments)
+        return self._value(moments, state)
 
     def _check_weight(self, width: int, weight: Tensor | None) -> None:
         if weight is not None and weight.shape != (self.num_classes, width):
@@ -302,15 +308,11 @@ class _MomentMetric(_CollapseMetric):
         if self.shift.shape[1] == 0:
             self._widen(features.shape[1], features.dtype)
         self._choose_shifts(features, labels)
-        z = torch.sub(features, self.shift.index_select(0, labels))  # exact in float64 where either of the two is
+        z = self._room(features) if self._keeps_scatter else torch.empty_like(features)
+        torch.sub(features, self.shift.index_select(0, labels), out=z)
         self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.sums.index_add_(0, labels, z.double())
-        self.squares.index_add_(0, labels, z.square().sum(1).double())
-        if self._keeps_scatter:
-            self.waiting.append(z.to(features.dtype))
-            rows = sum(map(len, self.waiting))
-            if rows >= _WAITING_ROWS or rows * z.shape[1] >= _WAITING:
-                self._settle()
+        self.squares.index_add_(0, labels, torch.linalg.vector_norm(z, dim=1).double().square())
 
     def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
         """Shift each new class by the mean of its first samples."""
@@ -320,15 +322,31 @@ class _MomentMetric(_CollapseMetric):
             sums = self.sums.new_zeros(len(classes), features.shape[1]).index_add_(0, index, features[new].double())
             self.shift[classes] = (sums / number[:, None]).to(self.shift.dtype)
 
-    def _settle(self) -> None:
+    def _room(self, features: Tensor) -> Tensor:
+        """Memory for as many samples to wait in, until there are enough of them for a product at full speed."""
+        start, width = int(self.pending), features.shape[1]
+        same = self.waiting.dtype == features.dtype
+        if not same or start + len(features) > len(self.waiting):
+            self._multiply()
+            start = 0
+            if not same or len(self.waiting) == 0:
+                self.waiting = features.new_zeros(max(_ROWS, min(_WAITING_ROWS, _WAITING // width)), width)
+        self.pending += len(features)
+        return self.waiting[start : start + len(features)]
+
+    def _multiply(self) -> None:
         """Add the products ``z z^T`` of the samples that wait, in the blocks on and above the diagonal."""
-        if not (self._keeps_scatter and self.waiting):
-            return
         with torch.inference_mode(False), torch.no_grad(), _full_precision(self._state_device):
-            z = torch.cat(self.waiting)
-            self.waiting = []
+            z = self.waiting[: int(self.pending)]
             for rows in _blocks(z.shape[1]):
                 self.scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
+            self.pending.zero_()
+
+    def _settle(self) -> None:
+        """Let no samples wait, and give back their memory."""
+        if self._keeps_scatter and len(self.waiting):
+            self._multiply()
+            self.waiting = self.waiting.new_zeros(0, 0)
 
     def _hold(self, moments: ClassMoments) -> None:
         """Make the state that of ``moments``."""
@@ -402,19 +420,30 @@ def _blocks(width: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, width, size))
 
 
-def _moments(state: Mapping[str, Any]) -> ClassMoments:
+def _moments(state: Mapping[str, Any], within: bool = True) -> ClassMoments:
     """Moments from shifted sums: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, ``mu_k = c_k + delta_k``."""
     count, sums = state["count"], state["sums"]
     delta = sums / count.clamp(min=1)[:, None]
-    squares = (state["squares"] - torch.linalg.vecdot(sums, delta)).clamp(min=0)
-    within = None
-    if "scatter" in state:
-        within = state["scatter"].clone()  # in place from here on: it is as large as the state
-        for rows in _blocks(len(within)):
-            within[rows.stop :, rows] = within[rows, rows.stop :].T
-        within.addmm_(sums.T, delta, alpha=-1)
-        within /= count.sum().clamp(min=1)
-    return ClassMoments(count.clone(), delta.add_(state["shift"]), squares / count.clamp(min=1), within)
+    squares = (state["squares"] - sums.norm(dim=1).square() / count.clamp(min=1)).clamp(min=0)
+    sigma = None
+    if within and "scatter" in state:
+        sigma = state["scatter"].clone()
+        for rows in _blocks(len(sigma)):
+            sigma[rows.stop :, rows] = sigma[rows, rows.stop :].T
+        sigma.addmm_(sums.T, delta, alpha=-1)
+        sigma /= count.sum().clamp(min=1)
+    return ClassMoments(count.clone(), delta.add_(state["shift"]), squares / count.clamp(min=1), sigma)
+
+
+def _spread(state: Mapping[str, Any], rows: Tensor) -> Tensor:
+    """``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``, from shifted sums; ``Sigma_W`` itself is never formed."""
+    count, scatter = state["count"], state["scatter"]
+    total = -((rows @ state["sums"].T).square() / count.clamp(min=1)).sum()
+    for block in _blocks(len(scatter)):
+        above = rows[:, : block.start] @ scatter[: block.start, block]
+        diagonal = rows[:, block] @ scatter[block, block]
+        total = total + torch.tensordot(diagonal.add_(above, alpha=2), rows[:, block])
+    return total / count.sum()
 
 
 class NC1(_MomentMetric):
@@ -422,42 +451,42 @@ class NC1(_MomentMetric):
 
     _keeps_scatter = True
 
-    def _value(self, moments: ClassMoments) -> Tensor:
-        return collapse.nc1(moments)
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
+        return collapse.nc1_along(moments, partial(_spread, state))
 
 
 class NC1Ratio(_MomentMetric):
     """Within-class variability by traces, `collapse.nc1_ratio`: ``trace(Sigma_W) / trace(Sigma_B)``."""
 
-    def _value(self, moments: ClassMoments) -> Tensor:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         return collapse.nc1_ratio(moments)
 
 
 class CDNV(_MomentMetric):
     """Class-distance normalised variance, `collapse.cdnv`: mean over pairs of classes."""
 
-    def _value(self, moments: ClassMoments) -> Tensor:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         return collapse.cdnv(moments)
 
 
 class NC2Equinorm(_MomentMetric):
     """Spread of the norms of the centred class means, `collapse.equinorm`."""
 
-    def _value(self, moments: ClassMoments) -> Tensor:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         return collapse.equinorm(moments)
 
 
 class NC2Equiangularity(_MomentMetric):
     """Distance of the class means' cosines from -1/(K-1), `collapse.equiangularity`."""
 
-    def _value(self, moments: ClassMoments) -> Tensor:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         return collapse.equiangularity(moments)
 
 
 class NC2ETF(_MomentMetric):
     """Distance of the class means from a simplex equiangular tight frame, `collapse.etf_distance`."""
 
-    def _value(self, moments: ClassMoments) -> Tensor:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
         return collapse.etf_distance(moments)
 
 
@@ -467,10 +496,10 @@ class NC3(_MomentMetric):
     ``update(features, labels, weight)`` takes the classifier's weight ``(K, d)`` too.
     """
 
-    def _value(self, moments: ClassMoments) -> Tensor:
-        if len(self.weight) == 0:
+    def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
+        if len(state["weight"]) == 0:
             raise ValueError("NC3 needs the classifier's weight; give it to update(features, labels, weight=...)")
-        return collapse.self_duality(moments, self.weight)
+        return collapse.self_duality(moments, state["weight"])
 
 
 class NC4(_CollapseMetric):
@@ -641,7 +670,10 @@ class CollapseCollection(MetricCollection):
         return self.compute_with_moments()[0]
 
     def compute_with_moments(self) -> tuple[dict[str, Any], ClassMoments | None]:
-        """What ``compute`` gives, and the moments it was computed from; None if no member derives from them."""
+        """What ``compute`` gives, and the moments it was computed from, without their ``within``.
+
+        There are None if no member derives from moments.
+        """
         values: dict[str, Any] = {}
         moments = None
         for group in self.compute_groups.values():
@@ -650,10 +682,10 @@ class CollapseCollection(MetricCollection):
                 values[group[0]] = leader.compute()
                 continue
             with leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync):
-                moments, weight = leader.moments(), leader.weight
+                state = leader.metric_state
+            moments = _moments(state, within=False)
             for name, member in zip(group, members, strict=True):
-                member.weight = weight
-                values[name] = member._value_of_some(moments)
+                values[name] = member._value_of_some(moments, state)
         return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}, moments
 
 

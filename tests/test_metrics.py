@@ -267,6 +267,7 @@ def test_absent_classes_are_left_out(name: str) -> None:
         ({"labels": torch.zeros(3).long()}, ValueError, r"one label for each of 240 features, got .* \(3,\)"),
         ({"features": torch.randn(N, D, 2, 2)}, ValueError, r"shape \(N, d\), got \(240, 10, 2, 2\); pool spatial or"),
         ({"features": torch.randn(N, 3, D)}, ValueError, r"shape \(N, d\), got \(240, 3, 10\); pool spatial or"),
+        ({"features": torch.ones(N, 0)}, ValueError, r"features of width at least 1, got shape \(240, 0\)"),
         ({"features": torch.ones(N, D).long()}, TypeError, "expected floating-point features, got torch.int64"),
     ],
 )
@@ -359,8 +360,32 @@ def test_state_does_not_grow() -> None:
     sizes = _sizes(metric)
     for _ in range(50):
         _update(metric, data)
-        assert sum(map(len, metric.waiting)) < 4096
+        assert metric.waiting.shape == (4096, D)
     assert _sizes(metric) == sizes
+
+
+@pytest.mark.parametrize(("classes", "width"), [(6, 10), (12, 70), (70, 12), (6, 300)])
+def test_nc1_of_the_state_is_nc1_of_the_moments_in_full(classes: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % classes
+    features = torch.randn(400, width, generator=generator, dtype=torch.float64) + labels[:, None].double().sqrt()
+    metric = NC1(classes)
+    for x, y in zip(features.split(150), labels.split(150), strict=True):
+        metric.update(x, y)
+    exact = pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-12)
+    assert metric.compute().item() == exact
+    assert collapse.nc1(metric.moments()).item() == exact
+
+
+def test_features_of_two_types_wait_apart() -> None:
+    data = _data()
+    data["labels"][: 2 * K] = torch.arange(K).repeat(2)
+    whole = torch.arange(K)[:, None] + torch.arange(D) % 3  # integers, whose products float32 gives exactly
+    data["features"][: 2 * K] = torch.cat([whole, whole + 2])
+    metric = NC1(K)
+    for rows, dtype in ((slice(0, 2 * K), torch.float32), (slice(2 * K, N), torch.float64)):
+        metric.update(data["features"][rows].to(dtype), data["labels"][rows])
+    assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-12)
 
 
 def test_collection_updates_one_state_and_agrees_with_its_members() -> None:
