@@ -20,7 +20,7 @@ from torch import Tensor
 _EPS = torch.finfo(torch.float64).eps
 # Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
-# Directions whose variance is taken at a time, so that the products with the covariance stay small beside it.
+# Rows of width d treated at a time, so that what is made of them stays small beside the class means.
 _ROWS = 256
 
 
@@ -235,8 +235,10 @@ def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:
         weight: The classifier's weight, ``(K, d)``.
     """
     rows = weight.double()[moments.present]
-    apart = torch.addcmul(rows, moments.centred, rows.norm() / moments.centred.norm(), value=-1)
-    return (apart.norm() / rows.norm()).square()
+    scale = rows.norm() / moments.centred.norm()
+    parts = zip(torch.split(rows, _ROWS), torch.split(moments.centred, _ROWS), strict=True)
+    squares = [(row - scale * mean).square().sum() for row, mean in parts]
+    return torch.stack(squares).sum() / rows.norm().square()
 
 
 def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:

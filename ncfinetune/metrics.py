@@ -15,6 +15,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
@@ -30,7 +32,7 @@ from ncfinetune.collapse import ClassMoments, UndefinedCollapseError
 # Numbers that wait to be multiplied together, 16 MB in float32: rows enough for a product at full speed.
 _WAITING = 2**22
 # Rows that wait at most: few enough for float32 to add up.
-_WAITING_ROWS = 4096
+_WAITING_ROWS = 2048
 # Rows treated at a time before that, so that what is made of them fits in a processor's cache.
 _ROWS = 256
 
@@ -128,6 +130,17 @@ class _CollapseMetric(Metric, ABC):
         with torch.inference_mode(False):
             return super()._apply(move, exclude_state)
 
+    def _copy_state_dict(self) -> dict[str, Any]:
+        with torch.inference_mode(False):
+            return super()._copy_state_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that takes samples anywhere, though it be made in inference mode."""
+        memo[id(self)] = other = type(self).__new__(type(self))
+        with torch.inference_mode(False):
+            other.__setstate__(deepcopy(self.__getstate__(), memo))
+        return other
+
     @abstractmethod
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Make the state that of several together."""
@@ -149,7 +162,7 @@ class _CollapseMetric(Metric, ABC):
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
         """Make the state that of all processes together: gather all, then merge."""
-        tensors = {name: state for name, state in self.metric_state.items() if isinstance(state, Tensor)}
+        tensors = self.metric_state
         gathered = [dist_sync_fn(state, group=process_group or self.process_group) for state in tensors.values()]
         self._merge([dict(zip(tensors, states, strict=True)) for states in zip(*gathered, strict=True)])
 
@@ -257,9 +270,11 @@ class _MomentMetric(_CollapseMetric):
             self._check_weight(features.shape[1], weight)
             if weight is not None:
                 self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
+            if self.shift.shape[1] == 0:
+                self._widen(features.shape[1], features.dtype)
             labels = labels.to(self._state_device, torch.int64)
-            for rows, their_labels in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS), strict=True):
-                self._add(rows, their_labels)
+            for start in range(0, len(features), _ROWS):
+                self._add(features[start : start + _ROWS], labels[start : start + _ROWS])
 
     @abstractmethod
     def _value(self, moments: ClassMoments, state: Mapping[str, Any]) -> Tensor:
@@ -268,11 +283,11 @@ class _MomentMetric(_CollapseMetric):
     def compute(self) -> Tensor:
         """The metric over all samples since the last reset, float64."""
         state = self.metric_state
-        return self._value_of_some(_moments(state, within=False), state)
+        return self._value_of_some(_moments(state), state)
 
     def moments(self) -> ClassMoments:
         """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
-        return _moments(self.metric_state)
+        return _full_moments(self.metric_state)
 
     @property
     def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
@@ -305,14 +320,14 @@ class _MomentMetric(_CollapseMetric):
             self.scatter = self.scatter.new_zeros(width, width)
 
     def _add(self, features: Tensor, labels: Tensor) -> None:
-        if self.shift.shape[1] == 0:
-            self._widen(features.shape[1], features.dtype)
         self._choose_shifts(features, labels)
         z = self._room(features) if self._keeps_scatter else torch.empty_like(features)
         torch.sub(features, self.shift.index_select(0, labels), out=z)
+        if self._keeps_scatter:
+            self.pending.add_(len(z))
         self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.sums.index_add_(0, labels, z.double())
-        self.squares.index_add_(0, labels, torch.linalg.vector_norm(z, dim=1).double().square())
+        self.squares.index_add_(0, labels, z.square().sum(1).double())
 
     def _choose_shifts(self, features: Tensor, labels: Tensor) -> None:
         """Shift each new class by the mean of its first samples."""
@@ -325,21 +340,21 @@ class _MomentMetric(_CollapseMetric):
     def _room(self, features: Tensor) -> Tensor:
         """Memory for as many samples to wait in, until there are enough of them for a product at full speed."""
         start, width = int(self.pending), features.shape[1]
-        same = self.waiting.dtype == features.dtype
-        if not same or start + len(features) > len(self.waiting):
+        rows = max(_ROWS, min(_WAITING_ROWS, _WAITING // width))
+        if start + len(features) > rows or self.waiting.dtype != features.dtype:
             self._multiply()
             start = 0
-            if not same or len(self.waiting) == 0:
-                self.waiting = features.new_zeros(max(_ROWS, min(_WAITING_ROWS, _WAITING // width)), width)
-        self.pending += len(features)
+        if len(self.waiting) < rows or self.waiting.dtype != features.dtype:
+            room = features.new_zeros(rows, width)
+            if start:
+                room[:start] = self.waiting[:start]
+            self.waiting = room
         return self.waiting[start : start + len(features)]
 
     def _multiply(self) -> None:
-        """Add the products ``z z^T`` of the samples that wait, in the blocks on and above the diagonal."""
+        """Add the products ``z z^T`` of the samples that wait."""
         with torch.inference_mode(False), torch.no_grad(), _full_precision(self._state_device):
-            z = self.waiting[: int(self.pending)]
-            for rows in _blocks(z.shape[1]):
-                self.scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
+            _add_products(self.scatter, self.waiting[: int(self.pending)])
             self.pending.zero_()
 
     def _settle(self) -> None:
@@ -347,6 +362,21 @@ class _MomentMetric(_CollapseMetric):
         if self._keeps_scatter and len(self.waiting):
             self._multiply()
             self.waiting = self.waiting.new_zeros(0, 0)
+
+    def _trim(self) -> None:
+        """Give back the memory in which no samples wait."""
+        if self._keeps_scatter:
+            with torch.inference_mode(False):
+                self.waiting = self.waiting[: int(self.pending)].clone()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The persistent states; samples that wait go with them."""
+        self._trim()
+        return super().state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._trim()
+        return super().__getstate__()
 
     def _hold(self, moments: ClassMoments) -> None:
         """Make the state that of ``moments``."""
@@ -363,7 +393,7 @@ class _MomentMetric(_CollapseMetric):
             raise ValueError(f"expected states of features of one width to merge, got widths {sorted(widths)}")
         if states:
             with torch.inference_mode(False), torch.no_grad():
-                self._hold(reduce(collapse.merge, map(_moments, states)))
+                self._hold(reduce(collapse.merge, map(_full_moments, map(_settled, states))))
                 self.weight = next((s["weight"] for s in states if len(s["weight"])), self.weight).clone()
 
     def _sync_dist(
@@ -387,7 +417,7 @@ class _MomentMetric(_CollapseMetric):
             return
         if self.shift.shape[1] == 0:
             self._widen(width, torch.float64)
-        local = _moments(self.metric_state)
+        local = _full_moments(self.metric_state)
         count = _all_reduce(local.count.clone(), group)
         mean = _all_reduce(local.count[:, None] * local.mean, group) / count.clamp(min=1)[:, None]
         step = (local.mean - mean) * local.present[:, None]
@@ -416,23 +446,45 @@ def _all_reduce(tensor: Tensor, group: Any | None) -> Tensor:
 
 def _blocks(width: int) -> Iterator[slice]:
     """Blocks of rows of the ``(d, d)`` state: enough to leave out near half of it, each enough for a fast product."""
-    size = max(64, width // 16)
+    size = max(64, width // 8)
     return (slice(start, start + size) for start in range(0, width, size))
 
 
-def _moments(state: Mapping[str, Any], within: bool = True) -> ClassMoments:
-    """Moments from shifted sums: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, ``mu_k = c_k + delta_k``."""
+def _add_products(scatter: Tensor, z: Tensor) -> None:
+    """Add ``z^T z`` to the blocks of the ``(d, d)`` state that lie on and above its diagonal."""
+    for rows in _blocks(z.shape[1]):
+        scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
+
+
+def _settled(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state as it would be if no samples waited."""
+    if not int(state.get("pending", 0)):
+        return state
+    scatter = state["scatter"].clone()
+    with _full_precision(scatter.device):
+        _add_products(scatter, state["waiting"][: int(state["pending"])])
+    return {**state, "scatter": scatter}
+
+
+def _moments(state: Mapping[str, Any]) -> ClassMoments:
+    """Moments from shifted sums, ``mu_k = c_k + delta_k``, without the covariance within classes."""
     count, sums = state["count"], state["sums"]
-    delta = sums / count.clamp(min=1)[:, None]
-    squares = (state["squares"] - sums.norm(dim=1).square() / count.clamp(min=1)).clamp(min=0)
-    sigma = None
-    if within and "scatter" in state:
-        sigma = state["scatter"].clone()
-        for rows in _blocks(len(sigma)):
-            sigma[rows.stop :, rows] = sigma[rows, rows.stop :].T
-        sigma.addmm_(sums.T, delta, alpha=-1)
-        sigma /= count.sum().clamp(min=1)
-    return ClassMoments(count.clone(), delta.add_(state["shift"]), squares / count.clamp(min=1), sigma)
+    mean = sums / count.clamp(min=1)[:, None]
+    squares = state["squares"] - sums.norm(dim=1).square() / count.clamp(min=1)
+    variance = squares.clamp(min=0) / count.clamp(min=1)
+    return ClassMoments(count.clone(), mean.add_(state["shift"]), variance, None)
+
+
+def _full_moments(state: Mapping[str, Any]) -> ClassMoments:
+    """Moments with it, where the state has it: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``."""
+    moments = _moments(state)
+    if "scatter" not in state:
+        return moments
+    within, count = state["scatter"].clone(), state["count"]
+    for rows in _blocks(len(within)):
+        within[rows.stop :, rows] = within[rows, rows.stop :].T
+    within.addmm_(state["sums"].T, state["sums"] / count.clamp(min=1)[:, None], alpha=-1)
+    return replace(moments, within=within.div_(count.sum().clamp(min=1)))
 
 
 def _spread(state: Mapping[str, Any], rows: Tensor) -> Tensor:
@@ -440,10 +492,11 @@ def _spread(state: Mapping[str, Any], rows: Tensor) -> Tensor:
     count, scatter = state["count"], state["scatter"]
     total = -((rows @ state["sums"].T).square() / count.clamp(min=1)).sum()
     for block in _blocks(len(scatter)):
-        above = rows[:, : block.start] @ scatter[: block.start, block]
-        diagonal = rows[:, block] @ scatter[block, block]
-        total = total + torch.tensordot(diagonal.add_(above, alpha=2), rows[:, block])
-    return total / count.sum()
+        part = rows[:, block]
+        products = part @ scatter[block, block.start :]
+        diagonal = torch.tensordot(products[:, : part.shape[1]], part)
+        total = total + 2 * torch.tensordot(products, rows[:, block.start :]) - diagonal  # twice for what is mirrored
+    return (total / count.sum()).clamp(min=0)
 
 
 class NC1(_MomentMetric):
@@ -661,19 +714,25 @@ class CollapseCollection(MetricCollection):
             for member in members:
                 if member._computed is not None:
                     member._computed = None
-        if self._state_is_copy:  # a member that was looked at has a copy of the state from then
-            self._compute_groups_create_state_ref()
-            self._state_is_copy = False
+        self._state_is_copy = False  # a member that was looked at has a copy of the state from then
+
+    def _compute_groups_create_state_ref(self, copy: bool = False) -> None:
+        """Give members the states of their leader that they have too; the base class would give all of them."""
+        for group in self.compute_groups.values() if not self._state_is_copy else ():
+            leader, *others = [getattr(self, name) for name in group]
+            for member in others:
+                state = leader.metric_state
+                for name in member._defaults:
+                    setattr(member, name, deepcopy(state[name]) if copy else state[name])
+                member._update_count = leader._update_count
+        self._state_is_copy = copy
 
     def compute(self) -> dict[str, Any]:
         """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
         return self.compute_with_moments()[0]
 
     def compute_with_moments(self) -> tuple[dict[str, Any], ClassMoments | None]:
-        """What ``compute`` gives, and the moments it was computed from, without their ``within``.
-
-        There are None if no member derives from moments.
-        """
+        """What ``compute`` gives, and the class moments without ``within``, or None if no member derives from them."""
         values: dict[str, Any] = {}
         moments = None
         for group in self.compute_groups.values():
@@ -683,7 +742,7 @@ class CollapseCollection(MetricCollection):
                 continue
             with leader.sync_context(leader.dist_sync_fn, should_sync=leader._to_sync):
                 state = leader.metric_state
-            moments = _moments(state, within=False)
+            moments = _moments(state)
             for name, member in zip(group, members, strict=True):
                 values[name] = member._value_of_some(moments, state)
         return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}, moments

@@ -74,6 +74,14 @@ def test_self_duality_of_parallel_and_opposed_weights(factor: float, expected: f
     assert collapse.self_duality(moments, factor * _etf_means()).item() == pytest.approx(expected, abs=1e-10)
 
 
+def test_self_duality_is_smooth_at_its_least() -> None:
+    features, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
+    moments = class_moments(features, labels, 3)
+    curvature = torch.autograd.functional.hessian(lambda w: collapse.self_duality(moments, w), moments.centred)
+    assert curvature.isfinite().all()
+    assert torch.linalg.eigvalsh(curvature.reshape(15, 15)).min() > -1e-12
+
+
 def test_self_duality_of_orthogonal_weights() -> None:
     features, labels = _isotropic(_etf_means())
     weight = torch.zeros(K, D, dtype=torch.float64)

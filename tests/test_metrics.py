@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 import reference
-from ncfinetune import collapse
+from ncfinetune import collapse, metrics
 from ncfinetune.collapse import class_moments
 from ncfinetune.metrics import (
     CDNV,
@@ -126,6 +127,18 @@ def test_merged_states_are_those_of_all_samples(name: str, parts: tuple[int, int
     assert first.compute().item() == pytest.approx(_expected(name, data), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_saved_state_is_merged_with_the_samples_that_wait(name: str) -> None:
+    data, (first, second) = _data(torch.float32), (FAMILY[name][0](), FAMILY[name][0]())
+    first.persistent(True)
+    _update(first, data, slice(0, 100))
+    _update(second, data, slice(100, N))
+    saved = first.state_dict()
+    assert all(state.shape == (100, D) for key, state in saved.items() if key == "waiting")  # and no room for more
+    second.merge_state(saved)
+    assert second.compute().item() == pytest.approx(_expected(name, data), rel=1e-6)
+
+
 @member
 def test_merging_refuses_another_metrics_state(name: str) -> None:
     with pytest.raises(ValueError, match="expected the state of a .*, got one without"):
@@ -214,6 +227,21 @@ def test_inference_mode_and_training_can_alternate(name: str) -> None:
 
 
 @member
+@pytest.mark.parametrize("how", ["clone", "sync"])
+def test_what_inference_mode_copied_takes_samples_outside(name: str, how: str) -> None:
+    data, metric = _data(), FAMILY[name][0]()
+    _update(metric, data, slice(0, 100))
+    with torch.inference_mode():
+        if how == "clone":
+            metric = metric.clone()
+        else:
+            metric.sync(dist_sync_fn=lambda state, group: [state], distributed_available=lambda: True)
+            metric.unsync()
+    _update(metric, data, slice(100, N))
+    assert metric.compute().item() == pytest.approx(_expected(name, data), rel=1e-12)
+
+
+@member
 def test_autocast_changes_no_bit(name: str) -> None:
     data = _data(torch.float32)
     outside = _update(FAMILY[name][0](), data).compute()
@@ -296,6 +324,10 @@ def test_a_width_that_changes_is_refused(name: str) -> None:
     _update(metric, data)
     with pytest.raises(ValueError, match=r"width 10 as .*, got .*7"):
         _update(metric, {**data, "features": data["features"][:, :7]})
+    metric.reset()
+    _update(metric, data, slice(0, 0))  # an empty batch has a width too
+    with pytest.raises(ValueError, match=r"width 10 as .*, got .*7"):
+        _update(metric, {**data, "features": data["features"][:, :7]})
 
 
 @member
@@ -347,11 +379,7 @@ def test_sketch_of_few_rows_keeps_its_bound() -> None:
 
 
 def _sizes(metric: Metric) -> dict[str, int]:
-    """Elements of each state, the samples that wait to be multiplied with others counted in."""
-    return {
-        name: state.numel() if isinstance(state, Tensor) else sum(part.numel() for part in state)
-        for name, state in metric.metric_state.items()
-    }
+    return {name: state.numel() for name, state in metric.metric_state.items()}
 
 
 def test_state_does_not_grow() -> None:
@@ -360,8 +388,57 @@ def test_state_does_not_grow() -> None:
     sizes = _sizes(metric)
     for _ in range(50):
         _update(metric, data)
-        assert metric.waiting.shape == (4096, D)
+        assert metric.waiting.shape == (metrics._WAITING_ROWS, D)
     assert _sizes(metric) == sizes
+
+
+@pytest.mark.parametrize("numbers", [1, 1000, 2600])
+def test_samples_wait_in_little_room(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_ROWS", 40)
+    monkeypatch.setattr(metrics, "_WAITING", numbers)
+    data, metric = _data(), NC1(K)
+    for start, stop in itertools.pairwise([0, 7, 107, 114, 121, 221, N]):
+        _update(metric, data, slice(start, stop))
+    assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-12)
+
+
+def test_what_interrupts_an_update_leaves_its_rows_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, metric = _data(), NC1(K)
+    _update(metric, data, slice(0, 100))
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "sub", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _update(metric, data, slice(0, 50))
+    assert int(metric.pending) == int(metric.count.sum()) == 100
+    _update(metric, data, slice(100, N))
+    assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nc1_ratio", "cdnv"])
+def test_one_feature_far_larger_than_the_others(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % K
+    features = torch.randn(120, 16384, generator=generator) + torch.randn(K, 16384, generator=generator)[labels]
+    features[:, 7] *= 1000
+    metric = MEMBERS[name](K)
+    metric.update(features, labels)
+    expected = FAMILY[name][1](features.double().numpy(), labels.numpy())
+    assert metric.compute().item() == pytest.approx(expected, rel=2e-7)
+
+
+def test_collapse_of_double_features_is_never_negative() -> None:
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(60) % K
+        features = torch.randn(K, D, generator=generator, dtype=torch.float64)[labels]
+        metric = NC1(K)
+        for x, y in zip(features.split(7), labels.split(7), strict=True):
+            metric.update(x, y)
+        assert 0 <= metric.compute().item() < 1e-25
 
 
 @pytest.mark.parametrize(("classes", "width"), [(6, 10), (12, 70), (70, 12), (6, 300)])
@@ -474,6 +551,7 @@ def test_members_that_were_looked_at_go_on() -> None:
     for rows in (slice(0, 100), slice(100, N)):
         collection.update(data["features"][rows], data["labels"][rows])
         seen = collection["cdnv"].compute().item()
+    assert not hasattr(collection["cdnv"], "scatter")
     assert seen == collection.compute()["cdnv"].item() == pytest.approx(_expected("cdnv", data), rel=1e-12)
 
 

@@ -1,13 +1,16 @@
 """Time and memory of the metric family against the usual way of computing the same numbers.
 
 The usual way: a pass for the class means, a pass for the d x d covariance within classes, a float32 pseudo-inverse of
-the one between. It is written here twice. Class by class within each batch, as the code of Papyan et al. (2020) has it
-and most papers after it; and at once for a whole batch, with one product of residuals, the fastest that plain torch
-does. All get the same features in the same batches, in one process and on one thread, in turn. CPU seconds of ours and
-of the whole batch are compared pair by pair; class by class, which can take minutes, runs once. The bound is what the
-ratio to the whole batch would be if ours cost no more than the products on and above the diagonal of the d x d matrix,
-multiplied 1,024 rows at a time. Memory is the peak of a fresh process that makes its features batch by batch, less what
-it held with the first batch made and no metric yet.
+the one between. It is written here three times: class by class within each batch, as the code of Papyan et al. (2020)
+has it and most papers after it; as the accumulators of the library neural-collapse do it
+(github.com/rhubarbwu/neural-collapse), with products of one-hot labels, and covariance and variances apart, less its
+hashing of the means; and rewritten with one product of residuals a batch and nothing else, the fastest that plain torch
+does. All get the same features in the same batches, in one process and on one thread, in turn, every other time
+backwards. CPU seconds of ours, of the accumulators and of the rewriting are compared within each turn; class by class,
+which can take minutes, runs once. The bound is what the ratio to the rewriting would be if ours cost no more than the
+products on and above the diagonal of the d x d matrix, multiplied 2,048 rows at a time. Memory is the peak of a fresh
+process that makes its features batch by batch, less what it held with the first batch made and no metric yet; rows that
+wait to be multiplied are not counted in the state.
 
     python experiments/benchmarks/metrics.py [--repeats 5] [--out experiments/results/metrics.md]
 """
@@ -65,6 +68,25 @@ def at_once(data: Batches, classes: int, dim: int) -> Sums:
     return count, means, scatter, squares
 
 
+def with_accumulators(data: Batches, classes: int, dim: int) -> Sums:
+    def one_hot(labels: Tensor, count: Tensor) -> Tensor:
+        hot = labels[:, None] == torch.arange(classes)
+        count += hot.sum(0)
+        return hot.T.float()
+
+    sums, count = torch.zeros(classes, dim), torch.zeros(classes)
+    for features, labels in data:
+        sums += one_hot(labels, count) @ features
+    means = sums / count[:, None]
+    scatter, squares, unused = torch.zeros(dim, dim), torch.zeros(classes), torch.zeros(classes)
+    for features, labels in data:
+        one_hot(labels, unused)  # each accumulator counts for itself
+        residual = features - means[labels]
+        scatter += residual.T @ residual
+        squares += (one_hot(labels, unused) @ (features - means[labels]).square()).sum(1)
+    return count, means, scatter, squares
+
+
 def class_by_class(data: Batches, classes: int, dim: int) -> Sums:
     sums, count = torch.zeros(classes, dim), torch.zeros(classes)
     for features, labels in data:
@@ -115,30 +137,40 @@ def seconds(task: Callable[[], dict[str, float]]) -> tuple[float, dict[str, floa
 
 def products(data: Batches, dim: int) -> float:
     """CPU seconds of the products of all rows, on and above the diagonal in blocks, and of nothing else."""
-    rows, block = torch.cat([features for features, _ in data[:4]]), max(64, dim // 16)
+    rows, block = torch.cat([features for features, _ in data[:8]]), max(64, dim // 8)
     total = torch.zeros(dim, dim)
     start = time.process_time()
     for _ in range(SAMPLES // len(rows)):
         for first in range(0, dim, block):
             columns = slice(first, first + block)
             total[columns, first:].addmm_(rows[:, columns].T, rows[:, first:])
-    return time.process_time() - start
+    return (time.process_time() - start) * SAMPLES / (SAMPLES // len(rows) * len(rows))
 
 
-def compare(classes: int, dim: int, repeats: int) -> tuple[list[float], list[float], float, float, float]:
-    """CPU seconds of ours, of both usual ways and of the bound, and the largest relative difference of the numbers."""
+def compare(classes: int, dim: int, repeats: int) -> tuple[dict[str, list[float]], float]:
+    """CPU seconds of each way and of the products alone, and the largest relative difference of the numbers."""
     data, weight = list(batches(classes, dim, SAMPLES)), torch.randn(classes, dim)
-    seconds(lambda: ours(data[:20], classes, weight))
-    seconds(lambda: usual(at_once, data[:20] + data[-180:], weight))
-    pairs = [
-        (seconds(lambda: ours(data, classes, weight)), seconds(lambda: usual(at_once, data, weight)))
-        for _ in range(repeats)
-    ]
-    (_, mine), (_, theirs) = pairs[0]
-    apart = max(abs(mine[name] - theirs[name]) / abs(theirs[name]) for name in MEMBERS)
-    slow, _ = seconds(lambda: usual(class_by_class, data, weight))
-    least = statistics.median(products(data, dim) for _ in range(repeats))
-    return [a[0] for a, _ in pairs], [b[0] for _, b in pairs], slow, least, apart
+    ways = {
+        "ours": lambda some: ours(some, classes, weight),
+        "accumulators": lambda some: usual(with_accumulators, some, weight),
+        "at once": lambda some: usual(at_once, some, weight),
+    }
+    for way in ways.values():
+        way(data)
+    orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
+    turns = [{name: seconds(lambda way=ways[name]: way(data)) for name in order} for order in orders]
+    mine, *others = (turns[0][name][1] for name in ways)
+    apart = max(abs(mine[name] - other[name]) / abs(other[name]) for name in MEMBERS for other in others)
+    spent = {name: [turn[name][0] for turn in turns] for name in ways}
+    spent["class by class"] = [seconds(lambda: usual(class_by_class, data, weight))[0]]
+    spent["products"] = [products(data, dim) for _ in range(repeats)]
+    return spent, apart
+
+
+def ratios(spent: dict[str, list[float]], way: str) -> str:
+    """Seconds of a way by ours, turn by turn: the median and the range."""
+    turns = [theirs / mine for theirs, mine in zip(spent[way], spent["ours"], strict=True)]
+    return f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})"
 
 
 def _grown(classes: int, dim: int, samples: int, answer: "multiprocessing.Queue[float]") -> None:
@@ -172,8 +204,7 @@ def state_megabytes(classes: int, dim: int) -> float:
     collection = neural_collapse(classes, MEMBERS)
     collection.update(*next(batches(classes, dim, BATCH)), torch.randn(classes, dim))
     leader = collection["nc1"]
-    tensors = [state for state in leader.metric_state.values() if isinstance(state, Tensor)]
-    return sum(state.numel() * state.element_size() for state in tensors) / 2**20
+    return sum(state.numel() * state.element_size() for state in leader.metric_state.values()) / 2**20
 
 
 def main() -> None:
@@ -192,23 +223,24 @@ def main() -> None:
         say(
             f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {SAMPLES:,} samples in batches of"
         )
-        say(f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Ours against the usual two passes:")
-        say("class by class, as published code has them (one run), and a whole batch at once (medians, range, of")
-        say("pairs), which `bound` says how far could be beaten by the products alone.")
+        say(f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Seconds of the usual two passes by")
+        say("ours, for three ways to write these: class by class, as the code of most papers has them (one run); as")
+        say("the accumulators of the library neural-collapse; rewritten with one product a batch (both medians, range,")
+        say("of turns). `bound` is how far the rewriting could be beaten by the products alone.")
         say("")
         say(
-            "| K | d | ours, s | class by class / ours | whole batch / ours | bound | asked | state, MB | "
-            "peak at N/5 | peak, MB | apart |"
+            "| K | d | ours, s | class by class / ours | accumulators / ours | asked | rewritten / ours | bound | "
+            "state, MB | peak at N/5 | peak, MB | apart |"
         )
-        say("|" + "---|" * 11)
+        say("|" + "---|" * 12)
         for (classes, dim), target in zip(SIZES, TARGETS, strict=True):
-            mine, theirs, slow, least, apart = compare(classes, dim, options.repeats)
-            ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+            spent, apart = compare(classes, dim, options.repeats)
+            middle = {name: statistics.median(values) for name, values in spent.items()}
             short, long = megabytes(classes, dim, 10_000), megabytes(classes, dim, SAMPLES)
             say(
-                f"| {classes} | {dim} | {statistics.median(mine):.2f} | {slow / statistics.median(mine):.1f} | "
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-                f"{statistics.median(theirs) / least:.2f} | {target} | "
+                f"| {classes} | {dim} | {middle['ours']:.2f} | {middle['class by class'] / middle['ours']:.1f} | "
+                f"{ratios(spent, 'accumulators')} | {target} | {ratios(spent, 'at once')} | "
+                f"{middle['at once'] / middle['products']:.2f} | "
                 f"{state_megabytes(classes, dim):.0f} | {short:.0f} | {long:.0f} | {apart:.0e} |"
             )
 
