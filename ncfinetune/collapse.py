@@ -71,8 +71,7 @@ class ClassMoments:
             raise UndefinedCollapseError(
                 f"expected samples of at least two classes, got {present}: collapse is undefined"
             )
-        means = self.mean[self.present]
-        return means.sub_(means.mean(0))
+        return self.mean[self.present].sub_(self.global_mean)
 
     @cached_property
     def gram(self) -> Tensor:

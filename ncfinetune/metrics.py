@@ -339,12 +339,14 @@ class _MomentMetric(_CollapseMetric):
 
     def _room(self, features: Tensor) -> Tensor:
         """Memory for as many samples to wait in, until there are enough of them for a product at full speed."""
+        if self.waiting.dtype != features.dtype:
+            self._settle()
         start, width = int(self.pending), features.shape[1]
         rows = max(_ROWS, min(_WAITING_ROWS, _WAITING // width))
-        if start + len(features) > rows or self.waiting.dtype != features.dtype:
+        if start + len(features) > rows:
             self._multiply()
             start = 0
-        if len(self.waiting) < rows or self.waiting.dtype != features.dtype:
+        if len(self.waiting) < rows:
             room = features.new_zeros(rows, width)
             if start:
                 room[:start] = self.waiting[:start]
@@ -393,7 +395,7 @@ class _MomentMetric(_CollapseMetric):
             raise ValueError(f"expected states of features of one width to merge, got widths {sorted(widths)}")
         if states:
             with torch.inference_mode(False), torch.no_grad():
-                self._hold(reduce(collapse.merge, map(_full_moments, map(_settled, states))))
+                self._hold(reduce(collapse.merge, map(_full_moments, states)))
                 self.weight = next((s["weight"] for s in states if len(s["weight"])), self.weight).clone()
 
     def _sync_dist(
@@ -456,16 +458,6 @@ def _add_products(scatter: Tensor, z: Tensor) -> None:
         scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
 
 
-def _settled(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state as it would be if no samples waited."""
-    if not int(state.get("pending", 0)):
-        return state
-    scatter = state["scatter"].clone()
-    with _full_precision(scatter.device):
-        _add_products(scatter, state["waiting"][: int(state["pending"])])
-    return {**state, "scatter": scatter}
-
-
 def _moments(state: Mapping[str, Any]) -> ClassMoments:
     """Moments from shifted sums, ``mu_k = c_k + delta_k``, without the covariance within classes."""
     count, sums = state["count"], state["sums"]
@@ -476,11 +468,16 @@ def _moments(state: Mapping[str, Any]) -> ClassMoments:
 
 
 def _full_moments(state: Mapping[str, Any]) -> ClassMoments:
-    """Moments with it, where the state has it: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``."""
+    """Moments with it, where the state has it: ``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``.
+
+    Samples that wait in the state, as in a saved one, are counted in.
+    """
     moments = _moments(state)
     if "scatter" not in state:
         return moments
     within, count = state["scatter"].clone(), state["count"]
+    with _full_precision(within.device):
+        _add_products(within, state["waiting"][: int(state["pending"])])
     for rows in _blocks(len(within)):
         within[rows.stop :, rows] = within[rows, rows.stop :].T
     within.addmm_(state["sums"].T, state["sums"] / count.clamp(min=1)[:, None], alpha=-1)
@@ -718,13 +715,14 @@ class CollapseCollection(MetricCollection):
 
     def _compute_groups_create_state_ref(self, copy: bool = False) -> None:
         """Give members the states of their leader that they have too; the base class would give all of them."""
-        for group in self.compute_groups.values() if not self._state_is_copy else ():
-            leader, *others = [getattr(self, name) for name in group]
-            for member in others:
+        if not self._state_is_copy:
+            for group in self.compute_groups.values():
+                leader, *others = [getattr(self, name) for name in group]
                 state = leader.metric_state
-                for name in member._defaults:
-                    setattr(member, name, deepcopy(state[name]) if copy else state[name])
-                member._update_count = leader._update_count
+                for member in others:
+                    for name in member._defaults:
+                        setattr(member, name, deepcopy(state[name]) if copy else state[name])
+                    member._update_count = leader._update_count
         self._state_is_copy = copy
 
     def compute(self) -> dict[str, Any]:
