@@ -57,7 +57,7 @@ class ClassMoments:
     @property
     def global_mean(self) -> Tensor:
         """``mu_G``, the mean of the present classes' means, ``(d,)``; of balanced samples, their mean."""
-        return self.mean[self.present].mean(0)
+        return self.mean.sum(0) / self.present.sum()  # those of absent classes are zero
 
     @cached_property
     def centred(self) -> Tensor:
