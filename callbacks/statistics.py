@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncfinetune.collapse import ClassMoments, UndefinedCollapseError, self_duality
+from ncfinetune.collapse import self_duality
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.metrics import MEMBERS, NC4, NonFiniteFeaturesError, neural_collapse
+from ncfinetune.metrics import MEMBERS, NC4, neural_collapse
+from ncfinetune.moments import ClassMoments, NonFiniteFeaturesError, UndefinedCollapseError
 
 # What is measured in front of the classifier only.
 _OF_CLASSIFIER = ("nc3", "nc4")
