@@ -38,6 +38,10 @@ class ImageDataModule(LightningDataModule, ABC):
     images in a fixed order: it is what neural collapse is measured on. Among several processes each image is evaluated
     once, and training shards are equally long.
 
+    Evaluation goes through a part in a fixed order in which the classes alternate, so that the first batches
+    (``limit_val_batches``, ``overfit_batches``, the sanity check, a pass that is cut short) have the classes in the
+    shares that all images have them. Predictions come in the order of the data set.
+
     Args:
         num_classes: Number of classes ``K``.
         input_size: Shape ``(C, H, W)`` of an image as it is stored.
@@ -124,8 +128,12 @@ class ImageDataModule(LightningDataModule, ABC):
         self._parts: Mapping[str, Part] = {}
         self._files: FileImages | None = None
         self._run_seed = 0
-        self._generator = torch.Generator()
+        self._generator: torch.Generator | None = None
         self._epoch: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the generator, which spawned processes cannot be sent; it is made again when it is needed."""
+        return {**vars(self), "_generator": None, "_epoch": None}
 
     @property
     def augments(self) -> bool:
@@ -166,8 +174,8 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images, or those of `predict_files`."""
-        return self._loader("test") if self._files is None else self._load(self._files, in_memory=False)
+        """Test images in the order of the data set, or those of `predict_files`."""
+        return self._loader("test", as_stored=True) if self._files is None else self._load(self._files, in_memory=False)
 
     def predict_files(self, folder: str | Path) -> list[str]:
         """Predict the images below a folder from now on, seen as evaluation sees them; returns their paths in order.
@@ -201,7 +209,7 @@ class ImageDataModule(LightningDataModule, ABC):
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
         parts["train"] = self._few_labels(parts["train"])
-        return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name])})
+        return self._held({name: parts[name].balanced() for name in _PARTS if name in parts and len(parts[name])})
 
     def _few_labels(self, train: Labelled) -> Labelled:
         labels = train.own_labels
@@ -234,7 +242,9 @@ class ImageDataModule(LightningDataModule, ABC):
         trainer: Any = self.trainer
         return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
 
-    def _loader(self, name: str, training: bool = False, workers: int | None = None) -> DataLoader[Batch]:
+    def _loader(
+        self, name: str, training: bool = False, workers: int | None = None, as_stored: bool = False
+    ) -> DataLoader[Batch]:
         """A loader of a part; None is as many workers as the user asks for, or as are good."""
         if name not in self._parts:
             raise ValueError(f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}")
@@ -245,6 +255,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if training:
             seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
             self._run_seed, self._epoch = mixed_seed(seed), None
+        if as_stored:
+            part = part.as_stored()
         return self._load(self._dataset(part, training), part.in_memory, training, workers)
 
     def _load(
@@ -311,9 +323,10 @@ class ImageDataModule(LightningDataModule, ABC):
     def _random(self) -> torch.Generator:
         """Of this process and epoch, so that a run that is resumed after an epoch goes on as it would have."""
         trainer: Any = self.trainer
-        if trainer.current_epoch != self._epoch:
+        if self._generator is None or trainer.current_epoch != self._epoch:
             self._epoch = trainer.current_epoch
-            self._generator.manual_seed(mixed_seed(self._run_seed, self._epoch, trainer.global_rank))
+            seed = mixed_seed(self._run_seed, self._epoch, trainer.global_rank)
+            self._generator = torch.Generator().manual_seed(seed)
         return self._generator
 
 

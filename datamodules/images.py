@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .recipes import Recipe, draw_boxes
-from .splits import describe_counts
+from .splits import describe_counts, spread_classes
 
 # Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
 _CENTRE = 0.875
@@ -44,6 +44,9 @@ class Part(Protocol):
 
     def describe(self, num_classes: int) -> str:
         """How many there are, for the log."""
+
+    def as_stored(self) -> Part:
+        """The same images in the order of the data set."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,14 @@ class Labelled:
     def paths(self) -> list[str]:
         """Paths of the part's files."""
         return [os.fsdecode(bytes(path)) for path in np.asarray(self.images)[self.chosen]]
+
+    def balanced(self) -> Labelled:
+        """The same images in a fixed order of which every beginning has the classes in their shares."""
+        return self.take(spread_classes(self.own_labels))
+
+    def as_stored(self) -> Labelled:
+        """The same images in the order of the data set."""
+        return self.take(np.argsort(self.chosen))
 
     def take(self, indices: np.ndarray) -> Labelled:
         """Some of the part; the images are shared, not copied."""

@@ -149,6 +149,10 @@ class Shards:
         """How many samples there are."""
         return f"{len(self)} in {len(self.urls)} shards"
 
+    def as_stored(self) -> Shards:
+        """The shards, which have no other order."""
+        return self
+
     def stretch(self, order: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shards, and the first and last (excluded) sample of each, that samples start to stop of all in order are."""
         ends = np.cumsum(self.sizes[order])

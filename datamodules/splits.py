@@ -61,6 +61,17 @@ def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([members[: max(1, round(fraction * len(members)))] for members in classes]))
 
 
+def spread_classes(labels: np.ndarray) -> np.ndarray:
+    """An order of ``0..N-1`` of which every beginning has the classes in their shares of all, as nearly as can be.
+
+    The i-th of a class's n images, which are shuffled by a fixed seed, has the place ``(i + 1/2) / n`` from 0 to 1.
+    """
+    places = np.empty(len(labels))
+    for members in _shuffled_classes(labels, 0):
+        places[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.lexsort((labels, places))
+
+
 def describe_counts(labels: np.ndarray, num_classes: int) -> str:
     """How many images there are, and how many of a class: ``50 (10 a class)`` or ``53 (9 to 12 a class)``."""
     counts = np.bincount(labels, minlength=num_classes)

@@ -14,6 +14,7 @@ Transfer learning seen through neural collapse.
 
 commands:
   fit        train:                 ncfinetune fit --config experiments/digits/pretrain.yaml
+             on several devices:    torchrun --nproc_per_node 8 -m ncfinetune fit --config ...
              or piece by piece:     ncfinetune fit --data Digits --model Supervised \\
                                         --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'
   validate   loss, accuracy and collapse on the validation set

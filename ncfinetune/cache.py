@@ -95,6 +95,7 @@ class PrefixCache(Callback):
         self._say(stored)
         self.train_rows = stored["train"].loader_like(plain)
         self._undo = replace_loaders(data, stored)
+        _forget_loaders(trainer)
 
     def penultimate(self, value: Tensor) -> Tensor:
         """Penultimate features ``(N, d)`` of a stored value; where nothing is left to run they are its first part."""
@@ -190,7 +191,8 @@ def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: 
 
 def _sample(trainer: Trainer, loader: DataLoader[Any]) -> Any:
     dataset: Any = loader.dataset
-    positions = torch.linspace(0, len(dataset) - 1, min(_SAMPLES, len(dataset))).long().tolist()
+    count = min(_SAMPLES, len(dataset))
+    positions = [number * (len(dataset) - 1) // max(1, count - 1) for number in range(count)]
     few = DataLoader(dataset, batch_sampler=[positions], collate_fn=loader.collate_fn, generator=torch.Generator())
     return on_device(trainer, next(iter(few)))
 
@@ -252,6 +254,12 @@ def replace_loaders(data: Any, stored: Mapping[str, StoredSet]) -> Callable[[], 
             vars(data).pop(name, None)
 
     return undo
+
+
+def _forget_loaders(trainer: Trainer) -> None:
+    """Let a run that has asked for its loaders already, for the number of its steps say, ask again (as tuners do)."""
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
+        loop._combined_loader = None
 
 
 def _samples(loader: DataLoader[Any]) -> int:

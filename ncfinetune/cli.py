@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ncfinetune import predictions
 
@@ -48,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"logger": _LOGGER},
+            trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
             save_config_kwargs={"overwrite": True},
             args=args,
@@ -60,6 +61,13 @@ def main(args: list[str] | None = None) -> None:
             raise
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
+
+
+def _launched() -> dict[str, int]:
+    """As many devices and nodes as torchrun has launched processes for, so that they train together unasked."""
+    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
+        return {}
+    return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
 
 
 class PlainParser(LightningArgumentParser):
@@ -127,6 +135,8 @@ class NCFinetuneCLI(LightningCLI):
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
+        if rank_zero_only.rank:  # the first process's folder is that of all; another would count on from it
+            return
         run = self.trainer.log_dir or self.trainer.default_root_dir
         _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":

@@ -178,13 +178,14 @@ class FineTuner(Classifier):
         """Class logits ``(N, K)`` of images."""
         return self.head(*self.features(x))
 
-    def on_fit_start(self) -> None:
-        """Show and log what trains and start the classifier from class means, if asked to.
-
-        Lightning's warning of modules in eval mode is silenced, since they are to be.
-        """
-        super().on_fit_start()
+    def setup(self, stage: str) -> None:
+        """Silence Lightning's warning of modules in eval mode, since they are to be."""
+        super().setup(stage)
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def on_fit_start(self) -> None:
+        """Show and log what trains and start the classifier from class means, if asked to."""
+        super().on_fit_start()
         rank_zero_info(self.parameter_table())
         if self._cache is not None:
             self._cache.fill(self.trainer, self, delta.split(self.state_dict(), self._tuned_paths())[1])
@@ -214,13 +215,17 @@ class FineTuner(Classifier):
             names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
             self.save_delta(Path(folder) / "delta.safetensors", names, state)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whether the classifier has started: tuners save and restore it before it has."""
+        checkpoint["head_ready"] = self._head_ready
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classifier that is loaded, and go on with no run but one of the same layers.
 
         Raises:
             ValueError: A run that tuned or skipped from other layers would go on, whose optimiser does not know these.
         """
-        self._head_ready = True
+        self._head_ready = checkpoint.get("head_ready", True)
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})
@@ -328,7 +333,8 @@ class FineTuner(Classifier):
                 ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows)),
                 self.num_classes,
             )
-        weight, bias = (self.trainer.strategy.broadcast(value) for value in nearest_mean_classifier(moments))
+        # From the CPU, since a tensor that is sent as an object would come to lie on its sender's device.
+        weight, bias = (self.trainer.strategy.broadcast(v.cpu()) for v in nearest_mean_classifier(moments))
         with torch.no_grad():
             self.classifier.weight.copy_(weight)
             self.classifier.bias.copy_(bias)

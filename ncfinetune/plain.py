@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
+_END = object()
+
 
 @contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
@@ -30,12 +32,30 @@ def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 def on_device(trainer: Trainer, batch: Any) -> Any:
     """The batch as a step would get it."""
-    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    with _data_precision():
+        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of a loader as a step would get them."""
-    return (on_device(trainer, batch) for batch in loader)
+    batches = iter(loader)
+    while True:
+        with _data_precision():
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield on_device(trainer, batch)
+
+
+@contextmanager
+def _data_precision() -> Iterator[None]:
+    """Data are made in single precision, as outside a pass: in one, bf16-true makes bfloat16 the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
