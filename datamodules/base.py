@@ -224,6 +224,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if not self.device_cache:
             return held
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cpu":
+            rank_zero_info("device_cache: the training device is the CPU; images lie in memory, as in_memory has them")
         moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
         return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
 

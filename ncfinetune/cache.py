@@ -86,9 +86,8 @@ class PrefixCache(Callback):
         loaders = {"train": plain}
         with evaluation(trainer, module):
             start = self._cut(next(iter(ready_batches(trainer, plain)))[0][:_TRIED])
-            if trainer.limit_val_batches and is_overridden("val_dataloader", data) and not self._is_heard(module):
-                validation = data.val_dataloader()
-                loaders |= {"val": in_order(validation)} if isinstance(validation, DataLoader) else {}
+            if trainer.limit_val_batches and is_overridden("val_dataloader", data):
+                loaders |= self._validation(module, data.val_dataloader())
             network = repr(sorted(self._backbone.spec.items(), key=str))
             base = (fingerprint(frozen) if self.place == "disk" else "", network, start, trainer.precision)
             stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
@@ -96,6 +95,18 @@ class PrefixCache(Callback):
         self.train_rows = stored["train"].loader_like(plain)
         self._undo = replace_loaders(data, stored)
         _forget_loaders(trainer)
+
+    def _validation(self, module: LightningModule, loader: Any) -> dict[str, DataLoader[Any]]:
+        """The loader of validation images, where what is stored can stand for them; says so where it cannot."""
+        if not isinstance(loader, DataLoader):
+            reason = "come from several loaders or from none"
+        elif self._is_heard(module):
+            reason = "run through all layers, since a hook listens to a frozen one"
+        else:
+            return {"val": in_order(loader)}
+        if loader != []:
+            rank_zero_info(f"cache: validation images {reason}, and are not stored")
+        return {}
 
     def penultimate(self, value: Tensor) -> Tensor:
         """Penultimate features ``(N, d)`` of a stored value; where nothing is left to run they are its first part."""

@@ -135,7 +135,9 @@ class NCFinetuneCLI(LightningCLI):
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
-        if rank_zero_only.rank:  # the first process's folder is that of all; another would count on from it
+        if getattr(
+            rank_zero_only, "rank", 0
+        ):  # the first process's folder is that of all; another would count on from it
             return
         run = self.trainer.log_dir or self.trainer.default_root_dir
         _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)

@@ -28,6 +28,7 @@ from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]
 HeadInit = Literal["default", "zero", "mean"]
+_CACHE_DIR = "runs/cache"
 # Hyper-parameters that a delta keeps apart, or that say how a run went about it.
 _NOT_THE_MODEL = ("backbone", "cache", "cache_dir")
 
@@ -94,7 +95,7 @@ class FineTuner(Classifier):
         head_init: HeadInit = "default",
         head_lr_factor: float = 1.0,
         cache: Place = "none",
-        cache_dir: str = "runs/cache",
+        cache_dir: str = _CACHE_DIR,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
@@ -106,6 +107,8 @@ class FineTuner(Classifier):
         _check_choice("cache", cache, Place)
         if cache != "none" and train == "all":
             raise ValueError(f'cache={cache!r} keeps what frozen layers put out, and with train="all" there are none')
+        if cache != "disk" and cache_dir != _CACHE_DIR:
+            raise ValueError(f'cache_dir={cache_dir!r} is for cache="disk", and cache={cache!r} writes no files')
         _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
         if checkpoint is not None:
             self.backbone.load(checkpoint)

@@ -342,3 +342,29 @@ def test_stored_values_take_the_sizes_of_batches_of_the_loader() -> None:
     assert torch.equal(later[0].value, stored.values[[3, 1]])
     assert cache._same([torch.ones(2)], [torch.ones(2)])
     assert not cache._same([torch.ones(2)], [torch.zeros(2)])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_cache_takes_images_at_any_precision(precision: str, tmp_path: Path) -> None:
+    plain = _fit(tmp_path, _model(train="layer3.0"), precision=precision)
+    cached = _fit(tmp_path, _model(train="layer3.0", cache="memory"), precision=precision)
+    for key, value in plain.items():
+        torch.testing.assert_close(cached[key], value, rtol=1e-2, atol=1e-2, msg=key)
+
+
+def test_cache_is_used_where_the_loaders_were_asked_for_before(tmp_path: Path) -> None:
+    def counts_steps(parameters) -> torch.optim.Optimizer:
+        assert model.trainer.estimated_stepping_batches == 8
+        return _sgd(parameters)
+
+    model = _model(train="layer3.0", cache="memory")
+    model._optimizer = counts_steps
+    seen = []
+    model.training_step = lambda batch, index, step=model.training_step: seen.append(batch[0]) or step(batch, index)
+    _fit(tmp_path, model)
+    assert {type(images) for images in seen} == {store.Stored}
+
+
+def test_folder_without_files_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cache_dir='elsewhere' is for cache=\"disk\", and cache='memory' writes no"):
+        _model(cache="memory", cache_dir="elsewhere")

@@ -1,6 +1,7 @@
 """The command line, from the words a user types to the files that a run leaves."""
 
 import csv
+import os
 import subprocess
 import sys
 import zipfile
@@ -433,3 +434,30 @@ def test_predict_refuses_what_is_no_table_of_probabilities(tmp_path: Path, capsy
     words = ["--model", boring + "Model", "--data", boring + "DataModule", "--trainer.limit_predict_batches", "0"]
     error = _refusal(capsys, "predict", *QUIET, *words)
     assert error.endswith("the class probabilities (N, K) that predict_step returns; BoringModel's doesn't")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "distributed_backend=gloo"),
+        (["--trainer.devices", "1"], "error: torchrun launched 2 processes, but the Trainer has 1; give it as many"),
+        (["--trainer.devices", "3"], "error: You set `devices=3` and `num_nodes=1` in Lightning"),
+    ],
+)
+def test_processes_of_torchrun_train_together_or_not_at_all(options: list[str], said: str, tmp_path: Path) -> None:
+    words = ["--nproc_per_node", "2", "-m", "ncfinetune", "fit", "--data", "Digits", "--data.shots", "8"]
+    words += ["--model", "Supervised", "--model.backbone", "{name: test_vit, img_size: 8, patch_size: 2, in_chans: 1}"]
+    words += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert said in done.stdout + done.stderr
+    assert (done.returncode == 0) == (not options)
+    runs = [path for path in (tmp_path / "runs").glob("version_*") if any(path.iterdir())]
+    assert len(runs) == (not options)

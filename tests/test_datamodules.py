@@ -1,6 +1,7 @@
 """The datamodules' common ground, tried on the digits and on a folder of small images."""
 
 import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,10 +335,40 @@ def test_normalisation_of_a_pretrained_backbone() -> None:
         _fit(Digits([1, 2], normalize="backbone"))
 
 
-def test_predictions_come_in_the_order_of_the_test_images() -> None:
+def test_predictions_come_in_the_order_of_the_data_set() -> None:
     data = Digits([1, 2])
     predicted = _trainer().predict(Recorder(), data)
-    assert torch.equal(torch.cat(predicted), _stored(data, "test")[1])  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(predicted), torch.from_numpy(data.parts()["test"].own_labels))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("split", ["train_plain", "val"])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_first_batches_have_the_classes_in_their_shares(folder: Path, split: str, batches: int) -> None:
+    data = _folder(folder, batch_size=3)
+    data.setup("fit")
+    loader = getattr(data, f"{split}_dataloader")()
+    labels = torch.cat([batch[1] for _, batch in zip(range(batches), loader, strict=False)])
+    assert labels.bincount(minlength=3).tolist() == [len(labels) // 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("option", "stage"),
+    [("limit_val_batches", "val"), ("overfit_batches", "train0"), ("num_sanity_val_steps", "sanity")],
+)
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_whatever_limits_a_run_leaves_it_all_classes(folder: Path, option: str, stage: str) -> None:
+    seen = _fit(_folder(folder, batch_size=3), **{option: 1}).seen[stage]
+    assert [sorted(labels.tolist()) for _, labels in seen] == [[0, 1, 2]]
+
+
+def test_datamodules_can_be_sent_to_processes_that_are_spawned(folder: Path) -> None:
+    """A generator cannot: torch sends its state as shared memory that is gone when the other process asks for it."""
+    for data in (Digits([0, 1], shots=8, augmentation="standard"), _folder(folder, augmentation="standard")):
+        _fit(data)
+        state = data.__getstate__()
+        assert not any(isinstance(value, torch.Generator) for value in state.values())
+        again = pickle.loads(pickle.dumps(state["_parts"]["train"]))
+        assert np.array_equal(again.own_labels, data._parts["train"].own_labels)
 
 
 def test_overfitting_on_a_batch_works(folder: Path) -> None:
@@ -420,8 +451,9 @@ def test_lightning_keeps_the_samplers_of_several_processes(monkeypatch: pytest.M
 def test_files_are_decoded_and_labelled(folder: Path) -> None:
     data = _folder(folder)
     images, labels = _stored(data, "train")
-    assert [number_of(image.numpy()) for image in images] == list(range(24))
-    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    numbers = [number_of(image.numpy()) for image in images]
+    assert sorted(numbers) == list(range(24))
+    assert labels.tolist() == [number // 8 for number in numbers]
     assert images.shape == (24, 3, 8, 8)
     assert torch.equal(images, _stored(_folder(folder, in_memory=True), "train")[0])
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ncfinetune.datamodules.splits import describe_counts, split_indices, take_fraction, take_shots
+from ncfinetune.datamodules.splits import describe_counts, split_indices, spread_classes, take_fraction, take_shots
 
 
 def test_parts_are_disjoint_stratified_and_together_everything() -> None:
@@ -49,3 +49,13 @@ def test_shots_that_are_not_there() -> None:
 def test_counts_are_told() -> None:
     assert describe_counts(np.repeat([0, 1], 5), 2) == "10 (5 a class)"
     assert describe_counts(np.repeat([0, 1], [5, 7]), 3) == "12 (0 to 7 a class)"
+
+
+def test_every_beginning_of_the_spread_order_has_the_classes_in_their_shares() -> None:
+    labels = np.repeat([0, 1, 2], [60, 30, 6])
+    order = spread_classes(labels)
+    assert sorted(order) == list(range(96))
+    assert np.array_equal(order, spread_classes(labels))
+    for stop in range(1, 97):
+        counts = np.bincount(labels[order[:stop]], minlength=3)
+        assert np.abs(counts - stop * np.array([60, 30, 6]) / 96).max() < 1.5
