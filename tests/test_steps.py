@@ -331,7 +331,7 @@ def _tuned_model(method: Any, **options: Any) -> Any:
 
 
 def _digits(method: Any) -> Digits:
-    return Digits([0, 1, 2], shots=8, batch_size=4, views=2 if method in (SimCLR, SupCon) else 1)
+    return Digits([0, 1, 2], shots=20, batch_size=4, views=2 if method in (SimCLR, SupCon) else 1)
 
 
 @pytest.mark.parametrize("method", [FineTuner, Supervised, SimCLR, SupCon])
@@ -373,7 +373,7 @@ def test_rate_is_scaled_to_the_batch_size_that_a_finder_leaves(tmp_path: Path) -
     )
     assert data.batch_size == finder.optimal_batch_size == 8
     assert rates.rates[0] == [pytest.approx(0.01 * 8 / 2)]
-    assert len(rates.rates) == 3
+    assert len(rates.rates) == 8
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
