@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
@@ -220,11 +220,11 @@ class ImageDataModule(LightningDataModule, ABC):
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
             if share and not len(parts["val"]):
-                rank_zero_warn("there is no validation part: no class has more than one image to cut it from")
+                rank_zero_info("there is no validation part: no class has more than one image to cut it from")
         parts["train"] = self._few_labels(parts["train"])
         for name in set(parts) - {"train"}:
             if len(parts[name]) and (absent := absent_classes(parts[name].own_labels, self.class_names)):
-                rank_zero_warn(f"there are no {name} images of {absent}")
+                rank_zero_info(f"there are no {name} images of {absent}")
         return self._held({name: parts[name] for name in _PARTS if name in parts and len(parts[name])})
 
     def _few_labels(self, train: Labelled) -> Labelled:

@@ -174,12 +174,10 @@ class ImageFolder(FileDataModule):
             found.add(folder / cls)
             rows += [(path, cls) for path in found.images[before:]]
             if len(found.images) == before and cls not in self.class_names:
-                rank_zero_warn(f"left out the folder {cls} of {name}, which is empty and no class of train")
-        found.report(repr(str(folder)))
+                rank_zero_info(f"left out the folder {cls} of {name}, which is empty and no class of train")
+        found.report(repr(str(folder)), warn=True)
         if stray := [path.name for path in folder.iterdir() if is_image(path.name) and not is_hidden(path.name)]:
-            rank_zero_warn(
-                f"left out {len(stray)} images in {str(folder)!r} that are in no class folder: {some(stray)}"
-            )
+            rank_zero_warn(f"left out {len(stray)} images of {str(folder)!r} in no class folder: {some(stray)}")
         return rows
 
     def _rows(self, name: str) -> list[tuple[str, str]]:

@@ -88,7 +88,7 @@ def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, 
     if not lines:
         return {}, 0
     first = [cell.lower() for cell in lines[0][1]]
-    named = {column: [first.index(name) for name in names if name in first] for column, names in _COLUMNS.items()}
+    named = {column: [place for place, cell in enumerate(first) if cell in names] for column, names in _COLUMNS.items()}
     if not named["path"]:
         if len(first) > 3:
             raise ValueError(
@@ -137,6 +137,4 @@ def _check_one_row_an_image(file: Path, rows: list[Row]) -> None:
                 "are not supported: give each image one label"
             )
         if other.part != row.part:
-            raise ValueError(
-                f"{str(file)!r} has {row.path} in {other.part} and in {row.part}; give each image one part"
-            )
+            raise ValueError(f"{str(file)!r} has {row.path} in {other.part} and in {row.part}; give it one split")

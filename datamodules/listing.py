@@ -62,15 +62,16 @@ class Found:
                     self.others[Path(name).suffix.lower() or "without a suffix"] += 1
         return self
 
-    def report(self, where: str) -> None:
-        """Say in a line what was left out, if anything was."""
+    def report(self, where: str, warn: bool = False) -> None:
+        """Say in a line each what was passed over and what was left out, if anything was."""
+        say = rank_zero_warn if warn else rank_zero_info
         if self.hidden:
             rank_zero_info(f"passed over {self.hidden} hidden files and folders in {where}")
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(5))
-            rank_zero_warn(f"left out {self.others.total()} files in {where} that are no images by name: {kinds}")
+            say(f"left out {self.others.total()} files in {where} that are no images by name: {kinds}")
         if self.circles:
-            rank_zero_warn(f"left out {len(self.circles)} links in {where} that lead back: {some(self.circles)}")
+            say(f"left out {len(self.circles)} links in {where} that lead back: {some(self.circles)}")
 
 
 def _walk(root: str | Path, found: Found) -> Iterator[tuple[str, list[str]]]:
