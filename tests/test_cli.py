@@ -57,6 +57,10 @@ def _refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return errors[0]
 
 
+def _csv(path: Path) -> list[dict[str, Any]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def _refusal_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(list(words)) == 2
     return capsys.readouterr().err
@@ -269,7 +273,7 @@ def test_a_broken_image_has_a_row_that_says_so(
         assert main([*command, *words]) == 3
         said = capsys.readouterr().err
         assert "error: 2 of 12 images cannot be read; the column error of their rows says why, first: cannot" in said
-        rows = parquet.read_table(written).to_pylist() if suffix == "parquet" else list(csv.DictReader(written.open()))
+        rows = parquet.read_table(written).to_pylist() if suffix == "parquet" else _csv(written)
         assert [row["file"] for row in rows] == [f"photos/train/{c}/{i}.jpg" for c in "ab" for i in range(6)]
         broken = [row for row in rows if row["error"]]
         assert [row["file"] for row in broken] == ["photos/train/a/0.jpg", "photos/train/b/3.jpg"]
@@ -291,7 +295,7 @@ def test_broken_test_images_have_a_row_too(tmp_path: Path) -> None:
         write_image(Path("good/test/a", f"{number}.jpg"), number)
     Path("good/test/a/21.jpg").write_bytes(b"x")
     assert main(["predict", *QUIET, *_colour("good"), "--data.num_workers", "0", "--predictions", "p.csv"]) == 3
-    rows = list(csv.DictReader(Path("p.csv").open()))
+    rows = _csv(Path("p.csv"))
     assert [(row["index"], bool(row["error"])) for row in rows] == [("0", False), ("1", True), ("2", False)]
 
 
