@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, image_paths, mixed_seed
+from .decoding import Decoding
+from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, mixed_seed
+from .listing import image_paths
 from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
-from .splits import split_indices, take_fraction, take_shots
+from .splits import absent_classes, split_indices, take_fraction, take_shots
 
 # Fixed, so that no choice a user makes can move an image from one part to another.
 SPLIT_SEED = 0
@@ -72,6 +75,9 @@ class ImageDataModule(LightningDataModule, ABC):
     Attributes:
         class_names: Names of the classes in the order of their labels; the data set's own once it is set up.
         input_size: Shape ``(C, S, S)`` of an image in a batch.
+        decoding: How image files are decoded.
+        mark_broken: Whether a prediction goes on where an image cannot be read: it comes as zeros labelled -1. The
+            command line sets it; otherwise the file is refused by name.
 
     Raises:
         ValueError: An argument is out of its range, or contradicts another.
@@ -125,6 +131,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.views = views
         self.device_cache = device_cache
         self._mixers = _mixers(mixup, cutmix, num_classes)
+        self.decoding = Decoding(channels=input_size[0])
+        self.mark_broken = False
         self._parts: Mapping[str, Part] = {}
         self._files: FileImages | None = None
         self._run_seed = 0
@@ -175,7 +183,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Test images in the order of the data set, or those of `predict_files`."""
-        return self._loader("test", as_stored=True) if self._files is None else self._load(self._files, in_memory=False)
+        if self._files is None:
+            return self._marking(self._loader("test", as_stored=True))
+        return self._marking(self._load(self._files, in_memory=False))
 
     def predict_files(self, folder: str | Path) -> list[str]:
         """Predict the images below a folder from now on, seen as evaluation sees them; returns their paths in order.
@@ -183,9 +193,9 @@ class ImageDataModule(LightningDataModule, ABC):
         Raises:
             FileNotFoundError: No such folder, or no images in it.
         """
-        paths = image_paths(folder)
+        paths = self._readable(image_paths(folder))
         everything = Labelled.all(paths, [0] * len(paths))
-        self._files = FileImages(everything, self._stored_size, channels=self.input_size[0])
+        self._files = FileImages(everything, self._stored_size, decoding=replace(self.decoding, banner=0))
         return paths
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -198,6 +208,16 @@ class ImageDataModule(LightningDataModule, ABC):
             images, labels = self._mix(images, labels)
         return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
 
+    def _readable(self, paths: list[str]) -> list[str]:
+        """Those of the files that are predicted."""
+        return paths
+
+    def _marking(self, loader: DataLoader[Batch]) -> DataLoader[Batch]:
+        """The loader, whose data set marks images that cannot be read if that is asked for."""
+        if hasattr(loader.dataset, "mark_broken"):
+            loader.dataset.mark_broken = self.mark_broken
+        return loader
+
     def _read(self) -> Mapping[str, Part]:
         parts = self.parts()
         if len(self.class_names) != self.num_classes:
@@ -208,7 +228,12 @@ class ImageDataModule(LightningDataModule, ABC):
             share = _VAL_FRACTION if self.val_fraction is None else self.val_fraction
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
+            if share and not len(parts["val"]):
+                rank_zero_info("there is no validation part: no class has more than one image to cut it from")
         parts["train"] = self._few_labels(parts["train"])
+        for name in set(parts) - {"train"}:
+            if len(parts[name]) and (absent := absent_classes(parts[name].own_labels, self.class_names)):
+                rank_zero_info(f"there are no {name} images of {absent}")
         return self._held({name: parts[name].balanced() for name in _PARTS if name in parts and len(parts[name])})
 
     def _few_labels(self, train: Labelled) -> Labelled:
@@ -299,8 +324,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if part.in_memory:
             return TensorImages(part)
         if training and self.recipe.crops:
-            return FileImages(part, self.input_size[1], self.recipe, self.views, self._run_seed)
-        return FileImages(part, self.input_size[1])
+            return FileImages(part, self.input_size[1], self.recipe, self.views, self._run_seed, self.decoding)
+        return FileImages(part, self.input_size[1], decoding=self.decoding)
 
     def _augment(self, images: Tensor) -> Tensor:
         """uint8 images augmented and normalised: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views."""

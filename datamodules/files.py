@@ -8,89 +8,212 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from .base import SPLIT_SEED, ImageDataModule
-from .images import Labelled, broken_files, decode_all
+from .decoding import Decoding
+from .images import Batch, Labelled, broken_files, decode_all
+from .labels import Row, class_names, read_labels
+from .listing import Found, is_hidden, is_image, same_content, some
 from .splits import split_indices
 
 # Photographs are much alike in this, and ImageNet's statistics are what most pre-trained networks expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _PARTS = ("train", "val", "test")
+# Images up to which all are compared, in seconds; beyond, reading a little of each file takes minutes.
+_MOST_COMPARED = 100_000
 
 
 class FileDataModule(ImageDataModule, ABC):
     """Images in files of any size, decoded to RGB. Abstract.
 
     For training a random crop is cut out of the whole image while it is decoded. For evaluation the middle 7/8 of its
-    shorter side are taken, as in the usual 224 of 256 pixels, or all of an image that has the size already. The data's
-    mean and standard deviation are taken to be ImageNet's.
+    shorter side are taken, as in the usual 224 of 256 pixels, or all of an image that has the size already. Images are
+    upright as their EXIF data says. The data's mean and standard deviation are taken to be ImageNet's.
 
     Args:
         num_classes: Number of classes ``K``.
         image_size: Side ``S`` of the images in batches.
         in_memory: Decode every image once, for evaluation, and hold them as one uint8 tensor; random crops are then
             cut out of those. ``device_cache`` does this too, on the device.
+        value_range: The numbers that are black and white in grey files of more than 8 bits a pixel: [0, 4095] for 12
+            bits in 16-bit files, [-1000, 3000] for some Hounsfield units. None is what each file states: a TIFF's
+            SMinSampleValue and SMaxSampleValue or its bits a sample, and else all 16 bits; images that would be nearly
+            black by that, 32-bit integers and floating-point numbers are refused.
     """
 
-    def __init__(self, num_classes: int, image_size: int = 224, in_memory: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int = 224,
+        in_memory: bool = False,
+        value_range: tuple[float, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.in_memory = in_memory
+        self.decoding = Decoding(value_range=value_range)
 
     def hold(self, part: Labelled) -> Labelled:
         """The part's paths, or its images if they are to be in memory."""
-        return decode_all(part, self.input_size[1]) if self.in_memory or self.device_cache else part
+        held = self.in_memory or self.device_cache
+        return decode_all(part, self.input_size[1], self.decoding) if held else part
 
 
 class ImageFolder(FileDataModule):
     """Your own images: ``ROOT/train/CLASS/*.jpg``, ``ROOT/val/CLASS/*.jpg`` and, if there is one, ``ROOT/test/...``.
 
     Without such folders, ``ROOT/CLASS/*.jpg`` are cut into parts, always the same: ``test_fraction``, and of the rest
-    ``val_fraction``. Hidden files are ignored.
+    ``val_fraction``. With ``labels`` a CSV file says which image is of which class, wherever below ROOT it lies.
+
+    Images are the files whose names end as Pillow's formats for pictures do (jpg, png, gif, webp, avif, tif and the
+    like), through links to folders too. Whatever is hidden below ROOT is passed over: names that start with a dot, and
+    folders such as ``__MACOSX``. How many files are left out is said, as are files of one content in two parts. A class
+    may be missing in val and test. A test part that cannot be used is said, and refused only by who asks for it.
 
     Args:
         root: The folder.
         folders: Which folder in ``root`` is which part; None is train, val and test, as far as they exist. ImageNet,
             whose val is what everyone tests on, is ``{train: train, test: val}``, with validation cut off train.
+        labels: A CSV file in ``root`` or elsewhere, with commas between its columns: path, relative to ``root``, and
+            label, and if wanted the split (train, val or test). A first line may name them, in any order and beside
+            others: ``path`` (or file, filename, file_name, image), ``label`` (or class), ``split``. Each image has one
+            label. Without splits, parts are cut as from one folder.
         test_fraction: Share of each class that is cut off for testing where no folder is the test part.
-        skip_broken: Leave out files that are no images or cannot be decoded, after trying every one at the start;
-            otherwise they are refused by name.
+        skip_broken: Leave out files that are named as images but cannot be decoded, after trying every one at the
+            start, of prediction too; otherwise they are refused by name when they are met. The command line's predict
+            gives them a row of their own either way.
 
     Raises:
-        ValueError: There are fewer than two classes, parts with different ones, or files that are no images.
-        FileNotFoundError: A folder is missing, or a class is empty.
+        ValueError: There are fewer than two classes, parts with further ones than train, or files that are no images.
+        FileNotFoundError: A folder or a file is missing, or a class is empty.
     """
 
     def __init__(
         self,
         root: str,
         folders: dict[str, str] | None = None,
+        labels: str | None = None,
         test_fraction: float = 0.0,
         skip_broken: bool = False,
         **kwargs: Any,
     ) -> None:
         if not 0 <= test_fraction < 1:
             raise ValueError(f"expected test_fraction in [0, 1), got {test_fraction}")
-        self._folders = _part_folders(Path(root), folders)
+        if labels is not None and folders is not None:
+            raise ValueError("expected folders or labels, got both; labels names the parts in its column split")
+        self.root = Path(root)
+        self._table: list[Row] = []
+        self._folders: dict[str, Path] = {}
+        if labels is not None:
+            self._labels = _label_file(self.root, labels)
+            self._table = read_labels(self._labels)
+            names = class_names([row for row in self._table if row.part in (None, "train")])
+            where = self._labels
+        else:
+            self._folders = _part_folders(self.root, folders)
+            where = self._folders["train"]
+            names = _class_folders(where)
+        if len(names) < 2:
+            what = "labels" if labels is not None else "a folder for each"
+            raise ValueError(f"expected {what} of at least two classes in {str(where)!r}, got {names}")
         self.test_fraction = test_fraction
         self.skip_broken = skip_broken
-        names = {part: _class_names(folder) for part, folder in self._folders.items()}
-        _check_same_classes(names)
-        super().__init__(num_classes=len(names["train"]), **kwargs)
-        self.class_names = names["train"]
+        self._refused: dict[str, Exception] = {}
+        super().__init__(num_classes=len(names), **kwargs)
+        self.class_names = names
 
     def parts(self) -> dict[str, Labelled]:
-        """The parts that have folders, and the test part if it is cut off."""
-        parts = {
-            name: _read_folder(folder, self.class_names, self.skip_broken) for name, folder in self._folders.items()
-        }
-        if self.test_fraction and "test" not in parts:
+        """The parts that have folders or splits, and the test part if it is cut off."""
+        if self._table:
+            self._check_paths()
+        parts, self._refused = {}, {}
+        for name in (part for part in _PARTS if part in self._part_names()):
+            try:
+                parts[name] = self._labelled(name)
+            except (ValueError, FileNotFoundError) as error:
+                if name != "test":
+                    raise
+                self._refused[name] = error
+                rank_zero_warn(f"there is no test part: {error}")
+        if self.test_fraction and "test" not in self._part_names():
             cut = split_indices(parts["train"].own_labels, {"test": self.test_fraction}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
         return parts
+
+    def _part_names(self) -> set[str]:
+        return {row.part or "train" for row in self._table} or set(self._folders)
+
+    def _labelled(self, name: str) -> Labelled:
+        """The files of a part and their labels, without those that are left out."""
+        found = self._rows(name) if self._table else self._files_of(name)
+        lacking = sorted(set(self.class_names) - {cls for _, cls in found})
+        further = sorted({cls for _, cls in found} - set(self.class_names))
+        if further:
+            raise ValueError(f"expected the classes of train in {name}; it lacks {lacking} and has also {further}")
+        if self.skip_broken and (broken := set(broken_files([path for path, _ in found], self.decoding))):
+            listed = some(sorted(broken))
+            rank_zero_warn(f"left out {len(broken)} files that cannot be read as images: {listed}")
+            found = [(path, cls) for path, cls in found if path not in broken]
+        counts = Counter(cls for _, cls in found)
+        where = repr(str(self._labels if self._table else self._folders[name]))
+        if not found:
+            raise FileNotFoundError(f"no images in the {name} part of {where}; add some, or remove the part")
+        if name == "train" and (empty := [cls for cls in self.class_names if not counts[cls]]):
+            raise FileNotFoundError(f"no images of {some(empty)} in {where}; add some, or remove the class")
+        numbers = {cls: label for label, cls in enumerate(self.class_names)}
+        return Labelled.all([path for path, _ in found], [numbers[cls] for _, cls in found])
+
+    def _files_of(self, name: str) -> list[tuple[str, str]]:
+        """Path and class of the images in a part's folders."""
+        folder, found, rows = self._folders[name], Found(), []
+        for cls in _class_folders(folder):
+            before = len(found.images)
+            found.add(folder / cls)
+            rows += [(path, cls) for path in found.images[before:]]
+            if len(found.images) == before and cls not in self.class_names:
+                rank_zero_info(f"left out the folder {cls} of {name}, which is empty and no class of train")
+        found.report(repr(str(folder)), warn=True)
+        if stray := [path.name for path in folder.iterdir() if is_image(path.name) and not is_hidden(path.name)]:
+            rank_zero_warn(f"left out {len(stray)} images of {str(folder)!r} in no class folder: {some(stray)}")
+        return rows
+
+    def _rows(self, name: str) -> list[tuple[str, str]]:
+        """Path and class of the rows of a part."""
+        return [(str(self.root / row.path), row.label) for row in self._table if (row.part or "train") == name]
+
+    def _check_paths(self) -> None:
+        """Refuse rows without a file, and say how many images have no row."""
+        paths = [str(self.root / row.path) for row in self._table]
+        missing = [] if self.skip_broken else [path for path in paths if not os.path.exists(path)]
+        if missing:
+            first = "; a first line that names the columns must name path and label" if missing[0] == paths[0] else ""
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(paths)} files that {str(self._labels)!r} names do not exist: {some(missing)}; "
+                f"expected paths relative to root{first}"
+            )
+        _count_images_without_row(self.root, set(paths), str(self._labels))
+
+    def _readable(self, paths: list[str]) -> list[str]:
+        if not self.skip_broken or self.mark_broken:
+            return paths
+        if broken := set(broken_files(paths, self.decoding)):
+            rank_zero_warn(f"left out {len(broken)} files that cannot be read as images: {some(sorted(broken))}")
+        return [path for path in paths if path not in broken]
+
+    def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
+        if (count := sum(map(len, parts.values()))) <= _MOST_COMPARED:
+            _warn_of_repeated_images(parts, self.class_names)
+        else:
+            rank_zero_info(f"did not look for the same image in two parts, since there are {count}")
+        return super()._held(parts)
+
+    def _loader(self, name: str, training: bool = False, workers: int | None = None) -> DataLoader[Batch]:
+        if name in self._refused:
+            raise self._refused[name]
+        return super()._loader(name, training, workers)
 
 
 def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]:
@@ -109,42 +232,57 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
         raise ValueError(f"expected folders to name train, and val and test if wanted, got {', '.join(folders)}")
     missing = [str(root / folder) for folder in folders.values() if not (root / folder).is_dir()]
     if missing:
-        raise FileNotFoundError(f"no folder {', '.join(missing)}; mend folders={folders}")
+        raise FileNotFoundError(f"no folder {', '.join(missing)}; correct folders={folders}")
     return {part: root / folder for part, folder in folders.items()}
 
 
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(names) < 2:
-        raise ValueError(f"expected a folder for each of at least two classes in {str(folder)!r}, got {names}")
-    return names
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def _check_same_classes(names: dict[str, list[str]]) -> None:
-    for part, own in names.items():
-        if own != names["train"]:
-            lacking, further = sorted(set(names["train"]) - set(own)), sorted(set(own) - set(names["train"]))
-            raise ValueError(f"expected the classes of train in {part}; it lacks {lacking} and has also {further}")
+def _label_file(root: Path, labels: str) -> Path:
+    """The file in root, or where the path leads from here."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {str(root)!r}; expected one with the images that {labels!r} names")
+    there = [path for path in (root / labels, Path(labels)) if path.is_file()]
+    if not there:
+        raise FileNotFoundError(f"no file {labels!r}, in {str(root)!r} or from here; expected a CSV file path,label")
+    if len(there) == 2 and not there[0].samefile(there[1]):
+        raise ValueError(f"there are two files {labels!r}, in {str(root)!r} and from here; give an absolute path")
+    return there[0]
 
 
-def _read_folder(folder: Path, class_names: list[str], skip_broken: bool) -> Labelled:
-    numbers = {name: label for label, name in enumerate(class_names)}
-    found = datasets.DatasetFolder.make_dataset(
-        str(folder), numbers, is_valid_file=lambda path: not os.path.basename(path).startswith(".")
-    )
-    paths = [path for path, _ in found]
-    if skip_broken:
-        left_out = broken_files(paths)
-    else:
-        left_out = [path for path in paths if not path.lower().endswith(IMG_EXTENSIONS)]
-    if left_out:
-        listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        if not skip_broken:
-            raise ValueError(f"{len(left_out)} files are no images: {listed}; remove them, or give skip_broken=true")
-        rank_zero_warn(f"left out {len(left_out)} files that cannot be read as images: {listed}")
-    spared = set(left_out)
-    kept = [(path, label) for path, label in found if path not in spared]
-    counts = Counter(label for _, label in kept)
-    if empty := [name for label, name in enumerate(class_names) if not counts[label]]:
-        raise FileNotFoundError(f"no images of {', '.join(empty)} in {str(folder)!r}")
-    return Labelled.all([path for path, _ in kept], [label for _, label in kept])
+@rank_zero_only
+def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
+    further = [path for path in Found().add(root).images if path not in named]
+    if further:
+        rank_zero_info(
+            f"left out {len(further)} images in {str(root)!r} that {labels!r} does not name: {some(further)}"
+        )
+
+
+@rank_zero_only
+def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str]) -> None:
+    """Say which images of a part are those of another, or of another class, byte for byte."""
+    labels = {
+        path: int(label) for part in parts.values() for path, label in zip(part.paths, part.own_labels, strict=True)
+    }
+    homes = {path: name for name, part in parts.items() for path in part.paths}
+    groups = same_content(labels, lambda group: len({(homes[path], labels[path]) for path in group}) > 1)
+    for name, others in (("val", ("train",)), ("test", ("train", "val"))):
+        for other in others:
+            pairs = [
+                (path, next(twin for twin in group if homes[twin] == other))
+                for group in groups
+                for path in group
+                if homes[path] == name and any(homes[twin] == other for twin in group)
+            ]
+            if pairs:
+                rank_zero_warn(
+                    f"{len(pairs)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as "
+                    f"{pairs[0][0]} and {pairs[0][1]}: what {name} measures is too good; remove one of each two"
+                )
+    torn = [group for group in groups if len({labels[path] for path in group}) > 1]
+    if torn:
+        names = some(sorted({class_names[labels[path]] for path in torn[0]}))
+        rank_zero_warn(f"{len(torn)} images are in several classes, byte for byte, as {torn[0][0]} is in {names}")

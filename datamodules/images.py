@@ -5,32 +5,24 @@ Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .decoding import COLOUR, Boxes, Decoding, UnknownRangeError, UnreadableError, read_image
 from .recipes import Recipe, draw_boxes
 from .splits import describe_counts, spread_classes
 
-# Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
-_CENTRE = 0.875
-# A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
-_DECODED_SIDE = 2
-
 Batch = tuple[Tensor, Tensor]
-# Makes boxes (top, left, height, width) for an image of a height and a width.
-Boxes = Callable[[int, int], list[list[float]]]
+# The label of an image that cannot be read, where that does not end a prediction.
+UNREADABLE = -1
 
 
 class Part(Protocol):
@@ -142,15 +134,25 @@ class FileImages(Dataset[Batch]):
         recipe: Whose random crops are cut out of the whole image, for training; None is the centre.
         views: Crops an image; more than one make an image ``(V, C, S, S)``.
         seed: Seed of the crops. They depend on it, the epoch and the image, but not on which worker decodes it.
-        channels: 3 for colour, 1 for grey.
+        decoding: Channels, range and banner of the files.
+
+    Attributes:
+        mark_broken: Whether an image that cannot be read comes as zeros labelled `UNREADABLE` in place of an error.
     """
 
     def __init__(
-        self, part: Labelled, size: int, recipe: Recipe | None = None, views: int = 1, seed: int = 0, channels: int = 3
+        self,
+        part: Labelled,
+        size: int,
+        recipe: Recipe | None = None,
+        views: int = 1,
+        seed: int = 0,
+        decoding: Decoding = COLOUR,
     ) -> None:
         self.part = part
         self.size = size
-        self.channels = channels
+        self.decoding = decoding
+        self.mark_broken = False
         self.recipe = recipe
         self.views = views
         self.seed = seed
@@ -165,13 +167,32 @@ class FileImages(Dataset[Batch]):
 
     def __getitem__(self, key: int) -> Batch:
         epoch, index = divmod(key, len(self))
-        row = self.part.chosen[index]
-        path, label = os.fsdecode(bytes(np.asarray(self.part.images)[row])), torch.tensor(self.part.labels[row])
+        label = torch.tensor(self.part.labels[self.part.chosen[index]])
         if self.recipe is None:
-            return read_image(path, self.size, channels=self.channels)[0], label
+            return self._whole(index, label)
         boxes = crops(self.recipe, self.views, mixed_seed(self.seed, epoch, index))
-        images = read_image(path, self.size, boxes, channels=self.channels)
+        images = read_image(self.path(index), self.size, boxes, decoding=self.decoding)
         return images if self.views > 1 else images[0], label
+
+    def path(self, index: int) -> str:
+        """Path of an image."""
+        return os.fsdecode(bytes(np.asarray(self.part.images)[self.part.chosen[index]]))
+
+    def fault(self, index: int) -> str:
+        """Why an image cannot be read; empty if it can."""
+        try:
+            read_image(self.path(index), self.size, decoding=self.decoding)
+        except (UnreadableError, UnknownRangeError) as error:
+            return str(error)
+        return ""
+
+    def _whole(self, index: int, label: Tensor) -> Batch:
+        try:
+            return read_image(self.path(index), self.size, decoding=self.decoding)[0], label
+        except (UnreadableError, UnknownRangeError):
+            if not self.mark_broken:
+                raise
+        return blank(self.decoding.channels, self.size), torch.full_like(label, UNREADABLE)
 
     def __getitems__(self, keys: list[int]) -> Batch:
         images, labels = zip(*(self[key] for key in keys), strict=True)
@@ -204,82 +225,18 @@ def crops(recipe: Recipe, views: int, seed: int) -> Boxes:
     return lambda height, width: draw_boxes(recipe, views, height, width, generator).tolist()
 
 
-def image_paths(folder: str | Path) -> list[str]:
-    """The image files below a folder, however deep, by path; hidden ones are ignored.
-
-    Raises:
-        FileNotFoundError: No such folder, or no images in it.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
-    files = (p for p in Path(folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
-    if not (paths := sorted(files)):
-        raise FileNotFoundError(f"no images in {str(folder)!r}; expected files {', '.join(IMG_EXTENSIONS)}")
-    return [str(path) for path in paths]
+def blank(channels: int, size: int) -> Tensor:
+    """What stands for an image that cannot be read, ``(C, S, S)``."""
+    return torch.zeros(channels, size, size, dtype=torch.uint8)
 
 
-def read_image(
-    path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None, channels: int = 3
-) -> Tensor:
-    """Decode a file and cut boxes out of it, each brought to ``(S, S)``, bilinear and antialiased.
-
-    Args:
-        path: The file. Grey, palette, CMYK and 16-bit images become RGB; transparency is ignored.
-        size: Side ``S``.
-        boxes: Makes boxes (top, left, height, width) for an image of a height and width. None is one box for
-            evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
-        content: What is in the file, where that has been read already; the path is then only its name.
-        channels: 3 for colour, 1 for grey.
-
-    Returns:
-        uint8, ``(V, C, S, S)``.
-
-    Raises:
-        ValueError: The file cannot be read as an image.
-    """
-    try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            width, height = image.size
-            wanted = _centre(height, width, size) if boxes is None else boxes(height, width)
-            need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
-            image.draft(None, (round(width * need[0]), round(height * need[1])))
-            pixels = _rgb(image) if channels == 3 else _rgb(image).convert("L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {path} as an image: {error}; mend or remove the file") from error
-    x, y = pixels.width / width, pixels.height / height
-    corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
-    views = np.empty((len(corners), channels, size, size), np.uint8)
-    for view, corner in zip(views, corners, strict=True):
-        square = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner))
-        view[:] = np.atleast_3d(square).transpose(2, 0, 1)
-    return torch.from_numpy(views)
-
-
-def _centre(height: int, width: int, size: int) -> list[list[float]]:
-    if (height, width) == (size, size):
-        return [[0.0, 0.0, float(size), float(size)]]
-    side = _CENTRE * min(height, width)
-    return [[(height - side) / 2, (width - side) / 2, side, side]]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":  # convert() would copy it
-        image.load()
-        return image
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers without a known range")
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
-
-
-def decode_all(part: Labelled, size: int) -> Labelled:
-    """The part's files as one tensor ``(N, 3, S, S)``, decoded for evaluation by as many threads as there are cores."""
+def decode_all(part: Labelled, size: int, decoding: Decoding) -> Labelled:
+    """The part's files as one tensor ``(N, C, S, S)``, decoded for evaluation by as many threads as there are cores."""
     paths = part.paths
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    images = torch.empty(len(paths), decoding.channels, size, size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
-        images[index] = read_image(paths[index], size)[0]
+        images[index] = read_image(paths[index], size, decoding=decoding)[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for _ in threads.map(decode, range(len(paths))):
@@ -287,13 +244,17 @@ def decode_all(part: Labelled, size: int) -> Labelled:
     return Labelled.all(images, part.own_labels)
 
 
-def broken_files(paths: list[str]) -> list[str]:
-    """Those of the files that cannot be read as images; every one is decoded."""
+def broken_files(paths: list[str], decoding: Decoding) -> list[str]:
+    """Those of the files that cannot be read as images; every one is decoded.
+
+    Raises:
+        UnknownRangeError: One is whole, but nobody says which of its numbers are black and white.
+    """
 
     def is_broken(path: str) -> bool:
         try:
-            read_image(path, 1)
-        except ValueError:
+            read_image(path, 1, decoding=decoding)
+        except UnreadableError:
             return True
         return False
 

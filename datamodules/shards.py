@@ -25,11 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .base import ImageDataModule
+from .decoding import COLOUR, Decoding, UnknownRangeError, UnreadableError, read_image
 from .files import IMAGENET_MEAN, IMAGENET_STD
-from .images import Batch, crops, mixed_seed, read_image
+from .images import UNREADABLE, Batch, blank, crops, mixed_seed
+from .listing import IMAGE_SUFFIXES
 from .recipes import Recipe
 
-_IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+_IMAGE_KEYS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _LABEL_KEY = "cls"
 # Options that need to know each image's label before it is read, or all images at once, and their defaults.
 _NOT_OF_STREAMS = {"shots": None, "fraction": None, "seed": 0, "val_fraction": None, "device_cache": False}
@@ -38,13 +40,16 @@ _NOT_OF_STREAMS = {"shots": None, "fraction": None, "seed": 0, "val_fraction": N
 class WebDataset(ImageDataModule):
     """Your own images in tar shards, the layout of the library webdataset: ``KEY.jpg`` beside ``KEY.cls``.
 
-    The image may be jpg, jpeg, png or webp; cls holds its label in digits, from 0 on. Images are decoded, cropped and
-    augmented as `ImageFolder` does. The samples of all shards are one stream, of which every process, and every worker
-    in it, reads its own stretch: shards may be of any number and sizes. Each sample is evaluated once. In training the
-    shards come in another order each epoch, and all processes get equally many samples and batches: of the last shard
-    of the epoch up to one sample less than there are processes sits it out, and one a process if it would be a batch by
-    itself. Batches depend on the seed and the numbers of workers and processes. Predictions come in the order of the
-    shards, so one worker decodes for them.
+    The image may be jpg, png, webp or whatever else `ImageFolder` takes for one; cls holds its label in digits, from 0
+    on. Images are decoded, cropped and augmented as `ImageFolder` does. The samples of all shards are one stream, of
+    which every process, and every worker in it, reads its own stretch: shards may be of any number and sizes. Each
+    sample is evaluated once. In training the shards come in another order each epoch, and all processes get equally
+    many samples and batches: of the last shard of the epoch up to one sample less than there are processes is left
+    out, and one a process if it would be a batch by itself. Batches depend on the seed and the numbers of workers and
+    processes. Predictions come in the order of the shards, so one worker decodes for them.
+
+    A shard that is cut is refused, even between two samples: where its samples are counted, by its missing end of
+    archive, and where ``sizes`` are given, by their number when its end is read.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -57,6 +62,8 @@ class WebDataset(ImageDataModule):
             counts them at the start, in every process; only files can be counted.
         image_size: Side ``S`` of the images in batches.
         shuffle: Samples that each worker holds, undecoded, to draw the next one from in training.
+        value_range: The numbers that are black and white in grey images of more than 8 bits a pixel, as `ImageFolder`
+            has it.
 
     Raises:
         ImportError: webdataset is not installed.
@@ -74,9 +81,11 @@ class WebDataset(ImageDataModule):
         sizes: str | dict[str, list[int]] | None = None,
         image_size: int = 224,
         shuffle: int = 1000,
+        value_range: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
+        self.decoding = Decoding(value_range=value_range)
         # Asked of the attributes: on the command line, kwargs.get would hide what the base class does not take.
         refused = [name for name, default in _NOT_OF_STREAMS.items() if getattr(self, name) != default]
         if refused:
@@ -102,7 +111,7 @@ class WebDataset(ImageDataModule):
         """Test images in the order of the shards, or those of `predict_files`."""
         if self._files is not None:
             return super().predict_dataloader()
-        return self._loader("test", workers=int(self.num_workers != 0))
+        return self._marking(self._loader("test", workers=int(self.num_workers != 0)))
 
     def _read(self) -> dict[str, Any]:
         return self.parts()
@@ -125,6 +134,7 @@ class WebDataset(ImageDataModule):
             views=self.views,
             seed=self._run_seed,
             epoch=trainer.current_epoch if trainer else 0,
+            decoding=self.decoding,
         )
 
 
@@ -184,7 +194,8 @@ class Shards:
             set_options(stream, ignore_errors=True)  # a command complains if its output is no longer wanted
             stream.close()
         if found != last:
-            raise ValueError(f"expected {size} samples in {url}, got {found if found < last else 'more'}; mend sizes")
+            got = str(found) if found < last else "more"
+            raise ValueError(f"expected {size} samples in {url}, got {got}; the shard is cut, or sizes are wrong")
 
 
 @dataclass(eq=False)
@@ -203,6 +214,8 @@ class ShardBatches(IterableDataset[Batch]):
         views: Crops an image.
         seed: Seed of the order, and of the crops, which depend on it, the epoch and the sample alone.
         epoch: The epoch of the first pass.
+        decoding: Range of the images' values.
+        mark_broken: Whether an image that cannot be read comes as zeros labelled `UNREADABLE` in place of an error.
     """
 
     shards: Shards
@@ -216,6 +229,8 @@ class ShardBatches(IterableDataset[Batch]):
     views: int = 1
     seed: int = 0
     epoch: int = 0
+    decoding: Decoding = COLOUR
+    mark_broken: bool = False
 
     def __post_init__(self) -> None:
         total, places = len(self.shards), (self.rank, self.rank + 1)
@@ -271,14 +286,21 @@ class ShardBatches(IterableDataset[Batch]):
         label = _label(sample[_LABEL_KEY], self.num_classes, name)
         seed = mixed_seed(self.seed, epoch, shard, position)
         boxes = crops(self.recipe, self.views, seed) if self.recipe else None
-        images = read_image(f"{name} ({key})", self.size, boxes, sample[key])
+        try:
+            images = read_image(f"{name} ({key})", self.size, boxes, sample[key], self.decoding)
+        except (UnreadableError, UnknownRangeError):
+            if not self.mark_broken:
+                raise
+            return blank(self.decoding.channels, self.size), UNREADABLE
         return images if boxes and self.views > 1 else images[0], label
 
 
 def _label(text: bytes, num_classes: int, name: str) -> int:
     if re.fullmatch(rb"\s*\d+\s*", text) and int(text) < num_classes:
         return int(text)
-    raise ValueError(f"expected a label in 0..{num_classes - 1} for {name}, got {text[:20]!r}; mend num_classes or it")
+    raise ValueError(
+        f"expected a label in 0..{num_classes - 1} for {name}, got {text[:20]!r}; correct num_classes or it"
+    )
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
@@ -357,9 +379,26 @@ def count_samples(path: str) -> int:
     try:
         with tarfile.open(path) as tar:
             names = (file.name for file in tar if file.isreg() and not re.match(r"__[^/]*__($|/)", file.name))
-            return sum(1 for _ in group_by_keys({"fname": name, "data": b"", "__url__": path} for name in names))
+            count = sum(1 for _ in group_by_keys({"fname": name, "data": b"", "__url__": path} for name in names))
+            _check_end(tar)
+            return count
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"cannot read shard {path}: {_reason(error)}") from error
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuse an archive that has been read to where tarfile stopped, and does not end there as archives do.
+
+    tarfile takes anything that is no header for the end: a file cut between two members, within a header, or damaged.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    # The end is blocks of zeros up to a multiple of 20 blocks; what follows that would be a second archive.
+    end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
+    if end[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it has no end of archive after {len(tar.getmembers())} files; it is cut or damaged")
+    if any(end):
+        raise tarfile.ReadError(f"it goes on after its end of archive at byte {tar.offset}; extract and pack it again")
 
 
 def _reason(error: Exception) -> Any:

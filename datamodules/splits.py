@@ -13,6 +13,8 @@ import numpy as np
 def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     """Stratified split of ``0..N-1``: each named part gets its fraction of every class, ``train`` what is left.
 
+    A class of few images gives each part with a fraction at least one of them, in order, while one is left to train on.
+
     Args:
         labels: Labels, ``(N,)``.
         fractions: Share of each part but ``train``.
@@ -23,8 +25,11 @@ def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) ->
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
     for members in _shuffled_classes(labels, seed):
-        ends = np.cumsum([round(share * len(members)) for share in fractions.values()])
-        for name, part in zip(parts, np.split(members, ends), strict=True):
+        counts: list[int] = []
+        for share in fractions.values():
+            wanted = max(1, round(share * len(members))) if share else 0
+            counts.append(min(wanted, len(members) - 1 - sum(counts)))
+        for name, part in zip(parts, np.split(members, np.cumsum(counts)), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
 
@@ -77,6 +82,13 @@ def describe_counts(labels: np.ndarray, num_classes: int) -> str:
     counts = np.bincount(labels, minlength=num_classes)
     low, high = counts.min(), counts.max()
     return f"{len(labels)} ({low if low == high else f'{low} to {high}'} a class)"
+
+
+def absent_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
+    """Names of the classes that have no label among these, the first three of them and how many more; or empty."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    absent = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    return ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
 
 
 def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:

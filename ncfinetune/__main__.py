@@ -21,7 +21,8 @@ commands:
   test       the same on the test set
              a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
   predict    class probabilities of the test set, or with --images of a folder, as RUN/predictions.csv or as the .csv or
-             .parquet file that --predictions names
+             .parquet file that --predictions names; images that cannot be read have an error in their row, and the
+             exit status is then 3
   export     a trained run's backbone as a file for timm and for FineTuner:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   report     a table and a picture of finished runs:  ncfinetune report runs/
@@ -62,7 +63,7 @@ def _run(args: list[str] | None) -> int | None:
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.cli import main as run
 
-        run(args)
+        return run(args)
     else:
         known = ", ".join((*_TRAINER_COMMANDS, "export", "report"))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import tempfile
 import textwrap
 import zipfile
@@ -19,6 +20,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,15 +36,21 @@ _LOGGER = {
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
 
+# The exit status of a prediction that is complete but for images that cannot be read.
+BROKEN_IMAGES = 3
 
-def main(args: list[str] | None = None) -> None:
+
+def main(args: list[str] | None = None) -> int | None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
+
+    Returns:
+        The exit status: None, or `BROKEN_IMAGES`.
 
     Raises:
         ValueError: Lightning refuses the configuration, or a checkpoint is of another model.
     """
     try:
-        NCFinetuneCLI(
+        return NCFinetuneCLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -53,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
             parser_class=PlainParser,
             save_config_kwargs={"overwrite": True},
             args=args,
-        )
+        ).status
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
@@ -83,6 +91,10 @@ class PlainParser(LightningArgumentParser):
 
 class NCFinetuneCLI(LightningCLI):
     """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
+
+    status: int | None = None
+    _samples: list[str] | None = None
+    _table: predictions.Table | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the link from data to model, and the choice to test after training."""
@@ -151,20 +163,58 @@ class NCFinetuneCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write class probabilities, by index in the test set or by file, to ``--predictions`` or the run's folder."""
-        files = self._files()
-        batches: list[Any] = self.trainer.predict(**kwargs) or []
-        if not batches or not all(isinstance(batch, torch.Tensor) and batch.ndim == 2 for batch in batches):
-            name = type(self.model).__name__
-            self.parser.error(
-                f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
+        """Write class probabilities, by index in the test set or by file, to ``--predictions`` or the run's folder.
+
+        Raises:
+            ValueError: There are several processes, or the model predicts no class probabilities.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("predict writes its rows in order, from one process; give --trainer.devices 1")
+        if hasattr(self.datamodule, "mark_broken"):
+            self.datamodule.mark_broken = True
+        self._samples = self._files()
+        add_rows: Any = LambdaCallback(on_predict_batch_end=self._add_rows)
+        self.trainer.callbacks.append(add_rows)  # type: ignore[attr-defined]
+        try:
+            self.trainer.predict(**{**kwargs, "return_predictions": False})
+        except BaseException:
+            if self._table is not None:
+                self._table.close()
+                print(f"{self._table.rows} predictions so far: {self._table.partial}", file=sys.stderr)
+            raise
+        if self._table is None:
+            raise ValueError(self._no_probabilities())
+        self._table.finish()
+        print(f"predictions: {self._table.path}")
+        if self._table.errors:
+            self.status = BROKEN_IMAGES
+            print(
+                f"error: {self._table.errors} of {self._table.rows} images cannot be read; the column error of their "
+                f"rows says why, first: {self._table.first_error}",
+                file=sys.stderr,
             )
-        probabilities = torch.cat(batches)
-        names = getattr(self.datamodule, "class_names", None) or list(range(probabilities.shape[1]))
-        run = self.trainer.log_dir or self.trainer.default_root_dir
-        path = Path(self._get(self.config, "predictions") or Path(run, "predictions.csv"))
-        predictions.write(path, files or range(len(probabilities)), names, probabilities)
-        print(f"predictions: {path}")
+
+    def _add_rows(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Write the predictions of a batch."""
+        if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
+            raise ValueError(self._no_probabilities())
+        if self._table is None:
+            names = getattr(self.datamodule, "class_names", None) or list(range(outputs.shape[1]))
+            run = self.trainer.log_dir or self.trainer.default_root_dir
+            path = Path(self._get(self.config, "predictions") or Path(run, "predictions.csv"))
+            self._table = predictions.Table(path, "index" if self._samples is None else "file", names)
+        rows = range(self._table.rows, self._table.rows + len(outputs))
+        errors = [""] * len(rows)
+        if getattr(self.datamodule, "mark_broken", False):
+            fault = getattr(trainer.predict_dataloaders.dataset, "fault", None)
+            for place in (batch[1] < 0).nonzero().flatten().tolist():
+                errors[place] = (fault and fault(rows[place])) or "cannot be read as an image"
+        samples = list(rows) if self._samples is None else [self._samples[row] for row in rows]
+        self._table.add(samples, outputs.cpu(), errors)
+
+    def _no_probabilities(self) -> str:
+        name = type(self.model).__name__
+        return f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
 
     def _files(self) -> list[str] | None:
         """The images to predict, which the datamodule gives from now on; None is its test set."""

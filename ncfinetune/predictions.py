@@ -1,4 +1,4 @@
-"""Class probabilities as a file: CSV, or Parquet with the extra ``parquet``."""
+"""Class probabilities as a file that grows as they come: CSV, or Parquet with the extra ``parquet``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import csv
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file that `write` cannot write.
+    """Refuse a file that `Table` cannot write.
 
     Raises:
         ValueError: Its name ends neither in .csv nor in .parquet, it is a folder, or Parquet without pyarrow.
@@ -24,27 +25,99 @@ def check_format(path: Path) -> None:
         raise ValueError(f"{str(path)!r} needs pyarrow: pip install 'ncfinetune[parquet]', or name a .csv file")
 
 
-def write(path: Path, samples: Sequence[int] | Sequence[str], names: Sequence[object], probabilities: Tensor) -> None:
-    """Write a row for each sample: its index or file, the name of the likeliest class, and every class's probability.
+class Table:
+    """Predictions, a row for each sample: its index or file, the likeliest class, every class's probability, an error.
+
+    Rows are written when they are added, to ``NAME.partial`` beside the file, which takes the file's name when the
+    table is complete: what has the name is whole, and what a run that breaks off has predicted is kept. A sample that
+    could not be read has its error and no numbers.
 
     Args:
-        path: Where to, a ``.csv`` or ``.parquet`` file.
-        samples: Indices or files, ``N`` of them.
+        path: Where to, a ``.csv`` or ``.parquet`` file. Parquet gets a row group for each `add`.
+        key: What the first column is, ``index`` or ``file``.
         names: The classes, ``K`` of them.
-        probabilities: ``(N, K)``.
+
+    Attributes:
+        rows: How many rows there are.
+        errors: How many of them have an error.
+        first_error: The first of those errors; empty if there is none.
     """
-    classes = [str(name) for name in names]
-    names = ["file" if samples and isinstance(samples[0], str) else "index", "prediction", *classes]
-    keys = [samples, [classes[index] for index in probabilities.argmax(1).tolist()]]
-    if path.suffix == ".parquet":
+
+    def __init__(self, path: Path, key: str, names: Sequence[object]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.rows = self.errors = 0
+        self.first_error = ""
+        self._classes = [str(name) for name in names]
+        columns = [key, "prediction", *self._classes, "error"]
+        self._file: Any = _Parquet(self.partial, columns) if path.suffix == ".parquet" else _CSV(self.partial, columns)
+
+    def add(self, samples: Sequence[int] | Sequence[str], probabilities: Tensor, errors: Sequence[str]) -> None:
+        """Write a batch.
+
+        Args:
+            samples: Indices or files, ``N`` of them.
+            probabilities: ``(N, K)``.
+            errors: Why each sample could not be read; empty if it could.
+
+        Raises:
+            ValueError: There are more or fewer classes than names.
+        """
+        if probabilities.shape[1] != len(self._classes):
+            raise ValueError(f"expected probabilities of {len(self._classes)} classes, got {probabilities.shape[1]}")
+        likeliest = probabilities.argmax(1).tolist()
+        numbers = [None if error else row for row, error in zip(probabilities.float().tolist(), errors, strict=True)]
+        names = [None if error else self._classes[index] for index, error in zip(likeliest, errors, strict=True)]
+        self._file.write(samples, names, numbers, [error or None for error in errors])
+        self.rows += len(samples)
+        self.errors += sum(map(bool, errors))
+        self.first_error = self.first_error or next(filter(None, errors), "")
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self.close()
+        self.partial.replace(self.path)
+
+    def close(self) -> None:
+        """End the partial file so that it can be read."""
+        self._file.close()
+
+
+class _CSV:
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._table = csv.writer(self._file)
+        self._blank = [""] * (len(columns) - 3)
+        self._table.writerow(columns)
+
+    def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
+        for sample, name, shares, error in zip(samples, names, numbers, errors, strict=True):
+            cells = self._blank if shares is None else [f"{share:.6f}" for share in shares]
+            self._table.writerow([sample, name, *cells, error])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parquet:
+    def __init__(self, path: Path, columns: list[str]) -> None:
         import pyarrow
         from pyarrow import parquet
 
-        columns = [pyarrow.array(column) for column in (*keys, *probabilities.float().numpy().T)]
-        parquet.write_table(pyarrow.table(columns, names), path)
-        return
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(names)
-        for *row, shares in zip(*keys, probabilities.tolist(), strict=True):
-            table.writerow([*row, *(f"{share:.6f}" for share in shares)])
+        key = pyarrow.string() if columns[0] == "file" else pyarrow.int64()
+        kinds = [key, pyarrow.string(), *[pyarrow.float32()] * (len(columns) - 3), pyarrow.string()]
+        self._schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+        self._writer = parquet.ParquetWriter(path, self._schema)
+
+    def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
+        import pyarrow
+
+        blank: list[float | None] = [None] * (len(self._schema) - 3)
+        shares = zip(*(row or blank for row in numbers), strict=True)
+        columns = [samples, names, *shares, errors]
+        arrays = [pyarrow.array(column, kind.type) for column, kind in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -11,10 +11,12 @@ def colour(number: int) -> tuple[int, int, int]:
     return (20 + number % 6 * 45, 20 + number // 6 % 6 * 45, 20 + number // 36 * 45)
 
 
-def write_image(path: Path, number: int, size: tuple[int, int] = (20, 16)) -> None:
-    """An image ``(width, height)`` of one colour."""
+def write_image(path: Path, number: int, size: tuple[int, int] = (20, 16), banner: int = 0) -> None:
+    """An image ``(width, height)`` of one colour, and below it a white banner of some rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour(number)).save(path, quality=95)
+    image = Image.new("RGB", (size[0], size[1] + banner), "white")
+    image.paste(colour(number), (0, 0, *size))
+    image.save(path, quality=95)
 
 
 def number_of(image: np.ndarray) -> int:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.tensorboard import SummaryWriter
 
+from ncfinetune import Supervised
 from ncfinetune.__main__ import main
 from ncfinetune.datamodules import Digits
-from ncfinetune.predictions import check_format, write
+from ncfinetune.predictions import Table, check_format
 from ncfinetune.report import find_runs, group, method_name, picture, task_name
 from ncfinetune.report import main as report
 
@@ -54,6 +56,15 @@ def _refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert "Namespace" not in errors[0]
     assert "Traceback" not in "".join(error)
     return errors[0]
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def _refusal_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +162,7 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
     checkpoint = next((run / "checkpoints").glob("*.ckpt"))
     main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
-    assert [*rows[0]] == ["index", "prediction", "7", "8", "9"]
+    assert [*rows[0]] == ["index", "prediction", "7", "8", "9", "error"]
     for row in rows:
         assert sum(float(row[name]) for name in "789") == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == max("789", key=lambda name: float(row[name]))
@@ -165,7 +176,9 @@ def test_predictions_go_where_they_are_asked_to(tmp_path: Path) -> None:
         main(["predict", *trained, "--predictions", str(tmp_path / "new" / name)])
     rows = list(csv.DictReader((tmp_path / "new" / "a.csv").read_text().splitlines()))
     table = parquet.read_table(tmp_path / "new" / "a.parquet")
-    assert table.column_names == ["index", "prediction", "7", "8", "9"]
+    assert table.column_names == ["index", "prediction", "7", "8", "9", "error"]
+    assert table["error"].to_pylist() == [None] * len(rows)
+    assert not list((tmp_path / "new").glob("*.partial"))
     assert table["prediction"].to_pylist() == [row["prediction"] for row in rows]
     assert table["index"].to_pylist() == list(range(len(rows)))
     assert table["8"].to_pylist() == pytest.approx([float(row["8"]) for row in rows], abs=1e-6)
@@ -173,10 +186,35 @@ def test_predictions_go_where_they_are_asked_to(tmp_path: Path) -> None:
 
 
 def test_classes_named_as_other_columns_lose_none(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", ["x.png"], ["file", "prediction"], torch.tensor([[0.25, 0.75]]))
+    written = Table(tmp_path / "a.parquet", "file", ["file", "prediction"])
+    written.add(["x.png"], torch.tensor([[0.25, 0.75]]), [""])
+    written.finish()
     table = parquet.ParquetFile(tmp_path / "a.parquet").read()
-    assert table.column_names == ["file", "prediction", "file", "prediction"]
-    assert [column.to_pylist() for column in table.columns] == [["x.png"], ["prediction"], [0.25], [0.75]]
+    assert table.column_names == ["file", "prediction", "file", "prediction", "error"]
+    assert [column.to_pylist() for column in table.columns] == [["x.png"], ["prediction"], [0.25], [0.75], [None]]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_are_written_as_they_come(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("of an earlier run")
+    table = Table(path, "file", ["cat", "dog"])
+    table.add(["x", "y"], torch.tensor([[0.25, 0.75], [0.5, 0.5]]), ["", "it is no image"])
+    if suffix == "csv":
+        rows = "file,prediction,cat,dog,error\nx,dog,0.250000,0.750000,\ny,,,,it is no image\n"
+        assert table.partial.read_text() == rows
+    table.close()
+    if suffix == "parquet":
+        rows = parquet.read_table(table.partial).to_pylist()
+        assert rows[0] == {"file": "x", "prediction": "dog", "cat": 0.25, "dog": 0.75, "error": None}
+        assert rows[1] == {"file": "y", "prediction": None, "cat": None, "dog": None, "error": "it is no image"}
+    assert path.read_text() == "of an earlier run"
+    assert (table.rows, table.errors, table.first_error) == (2, 1, "it is no image")
+
+
+def test_predictions_of_other_classes_than_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected probabilities of 2 classes, got 3"):
+        Table(tmp_path / "a.csv", "file", ["cat", "dog"]).add(["x"], torch.ones(1, 3), [""])
 
 
 def test_predictions_of_another_kind_are_refused(
@@ -217,7 +255,76 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
     assert [Path(row[0]).name for row in got[1:]] == ["a.png", "b.png", "c.PNG"]
     for row, known in zip(got[1:], expected[1:4], strict=True):
         assert row[1] == known[1]
-        assert [float(p) for p in row[2:]] == pytest.approx([float(p) for p in known[2:]], abs=1e-5)
+        assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[2:-1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_broken_image_has_a_row_that_says_so(
+    suffix: str, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pictures("photos")
+    Path("photos/train/a/0.jpg").write_bytes(Path("photos/train/a/0.jpg").read_bytes()[:300])
+    Path("photos/train/b/3.jpg").write_bytes(b"")
+    _pictures("good")
+    command = ["predict", *QUIET, *_colour("good"), "--data.batch_size", "4", "--data.num_workers", workers]
+    written = tmp_path / f"p.{suffix}"
+    for skip in ("false", "true"):
+        words = ["--images", "photos", "--predictions", str(written), "--data.skip_broken", skip]
+        assert main([*command, *words]) == 3
+        said = capsys.readouterr().err
+        assert "error: 2 of 12 images cannot be read; the column error of their rows says why, first: cannot" in said
+        rows = parquet.read_table(written).to_pylist() if suffix == "parquet" else _csv(written)
+        assert [row["file"] for row in rows] == [f"photos/train/{c}/{i}.jpg" for c in "ab" for i in range(6)]
+        broken = [row for row in rows if row["error"]]
+        assert [row["file"] for row in broken] == ["photos/train/a/0.jpg", "photos/train/b/3.jpg"]
+        for row in broken:
+            assert not row["prediction"]
+            assert not row["a"]
+            assert f"cannot read {row['file']} as an image" in row["error"]
+        assert all(row["prediction"] in ("a", "b") and row["a"] for row in rows if not row["error"])
+    for path in Path("photos").rglob("*.jpg"):
+        if path.stat().st_size > 300:
+            continue
+        path.unlink()
+    assert main([*command, "--images", "photos", "--predictions", str(written)]) is None
+
+
+def test_broken_test_images_have_a_row_too(tmp_path: Path) -> None:
+    _pictures("good")
+    for number in (20, 21, 22):
+        write_image(Path("good/test/a", f"{number}.jpg"), number)
+    Path("good/test/a/21.jpg").write_bytes(b"x")
+    assert main(["predict", *QUIET, *_colour("good"), "--data.num_workers", "0", "--predictions", "p.csv"]) == 3
+    rows = _csv(Path("p.csv"))
+    assert [(row["index"], bool(row["error"])) for row in rows] == [("0", False), ("1", True), ("2", False)]
+
+
+def test_what_was_predicted_is_kept_where_a_run_breaks_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pictures("good")
+    Path("p.csv").write_text("of an earlier run")
+    step, seen = Supervised.predict_step, []
+
+    def break_off(self: Supervised, batch: Any, batch_idx: int) -> torch.Tensor:
+        seen.append(Path("p.csv.partial").read_text().count("\n") if batch_idx else 0)
+        if batch_idx == 2:
+            raise OSError("the disk is gone")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Supervised, "predict_step", break_off)
+    words = [*_colour("good"), "--data.batch_size", "4", "--data.num_workers", "0", "--images", "good"]
+    assert "the disk is gone" in _refusal_of(capsys, "predict", *QUIET, *words, "--predictions", "p.csv")
+    assert seen == [0, 5, 9]
+    assert Path("p.csv").read_text() == "of an earlier run"
+    assert len(Path("p.csv.partial").read_text().splitlines()) == 9
+
+
+def test_predict_refuses_several_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
+    error = _refusal(capsys, "predict", *QUIET, *PIECES)
+    assert error == "error: predict writes its rows in order, from one process; give --trainer.devices 1"
 
 
 def test_images_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +366,7 @@ def _pictures(root: str) -> None:
     """Two classes of images in files, of which ``bad`` has one that is none, and ``cut`` one that breaks off."""
     for name in ("a", "b"):
         for number in range(6):
-            write_image(Path(root, "train", name, f"{number}.jpg"), number)
+            write_image(Path(root, "train", name, f"{number}.jpg"), number + 6 * (name == "b"))
     first = Path(root, "train", "a", "0.jpg")
     if root == "bad":
         first.write_bytes(b"no image")
@@ -285,8 +392,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", *PIECES, "--data.shots", "999"], "expected shots of at most 107"),
         (["fit", *_colour("bad"), "--data.num_workers", "1"], "error: cannot read bad/train/a/0.jpg as an image: "),
         (["fit", *_colour("cut"), "--data.num_workers", "0"], "error: cannot read cut/train/a/"),
-        (["predict", *_colour("good"), "--images", "cut"], "cannot read cut/train/a/0.jpg as an image"),
-        (["fit", *_colour("empty")], "Found no valid file for the classes a"),
+        (["fit", *_colour("empty")], "no images of a in 'empty/train'; add some, or remove the class"),
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
         (["fit", *_pair("FineTuner", "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),

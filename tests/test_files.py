@@ -1,6 +1,7 @@
 """Folders of images, and what can be wrong with them."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision import transforms as v1
 
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.datamodules.images import read_image
+from ncfinetune.datamodules.listing import same_content
 
 
 def _write(root: Path, parts: dict[str, int], classes: tuple[str, ...] = ("ant", "bee")) -> dict[str, list[int]]:
@@ -78,11 +80,17 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
 def test_broken_files_are_left_out_only_on_request(tmp_path: Path) -> None:
     written = _write(tmp_path, {"train": 4, "val": 2})
     (tmp_path / "train" / "ant" / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"1 files are no images: .*notes.txt; remove them, or give skip_broken=true"):
-        _make(tmp_path).setup("fit")
+    with pytest.warns(UserWarning, match=r"left out 1 files in '.*train' that are no images by name: 1 .txt"):
+        assert _read(_make(tmp_path), "train") == written["train"]
+    (tmp_path / "train" / "ant" / "notes.txt").unlink()
     (tmp_path / "train" / "bee" / "99.jpg").write_bytes(b"no JPEG at all")
-    with pytest.warns(UserWarning, match=r"left out 2 files that cannot be read as images: .*notes.txt, .*99.jpg"):
-        assert _read(_make(tmp_path, skip_broken=True), "train") == written["train"]
+    with pytest.raises(ValueError, match=r"cannot read .*99.jpg as an image: .*; repair or remove the file"):
+        _read(_make(tmp_path), "train")
+    data = _make(tmp_path, skip_broken=True)
+    with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read as images: .*99.jpg"):
+        assert _read(data, "train") == written["train"]
+    with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read as images: .*99.jpg"):
+        assert len(data.predict_files(tmp_path / "train" / "bee")) == 4
 
 
 def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def _no_train(root: Path) -> None:
         (_one_class, {}, r"expected a folder for each of at least two classes in '.*train', got \['ant'\]"),
         (_other_classes, {}, r"expected the classes of train in val; it lacks \['ant'\] and has also \['cow'\]"),
         (_empty_class, {}, "ant"),
-        (_other_classes, {"folders": {"train": "train", "val": "dev"}}, r"no folder .*dev; mend folders="),
+        (_other_classes, {"folders": {"train": "train", "val": "dev"}}, r"no folder .*dev; correct folders="),
         (_other_classes, {"folders": {"val": "val"}}, "expected folders to name train, and val and test if wanted"),
         (_no_train, {}, r"expected a folder train beside val in .*, got Train, val; rename it, or name the folders"),
         (_other_classes, {"test_fraction": 1.0}, r"expected test_fraction in \[0, 1\), got 1.0"),
@@ -204,18 +212,15 @@ def test_every_kind_of_image_becomes_rgb(
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), atol=4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["truncated JPEG", "truncated PNG", "text", "floating point", "gone"])
+@pytest.mark.parametrize("kind", ["truncated JPEG", "truncated PNG", "text", "gone"])
 def test_files_that_cannot_be_read_are_named(kind: str, tmp_path: Path) -> None:
-    suffix = {"truncated PNG": "png", "floating point": "tiff"}.get(kind, "jpg")
-    path = tmp_path / f"image.{suffix}"
-    if kind == "floating point":
-        Image.fromarray(np.zeros((8, 8), np.float32)).save(path)
-    elif kind == "text":
+    path = tmp_path / f"image.{'png' if kind == 'truncated PNG' else 'jpg'}"
+    if kind == "text":
         path.write_text("x")
     elif kind != "gone":
         _photograph(100, 100).save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"cannot read .*image.* as an image: .*; mend or remove the file"):
+    with pytest.raises(ValueError, match=r"cannot read .*image.* as an image: .*; repair or remove the file"):
         read_image(str(path), 8)
 
 
@@ -268,5 +273,151 @@ def test_files_that_are_no_images_are_refused_when_they_are_read(tmp_path: Path)
     (tmp_path / "broken.png").write_bytes(b"no image")
     data = Digits(num_workers=0)
     data.predict_files(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot read .*broken.png as an image: .*; mend or remove the file"):
+    with pytest.raises(ValueError, match=r"cannot read .*broken.png as an image: .*; repair or remove the file"):
         next(iter(data.predict_dataloader()))
+
+
+def test_what_is_hidden_is_passed_over_in_training_and_in_prediction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, {"": 8})
+    expected = sorted(tmp_path.rglob("*.png"))
+    for folder in ("ant/.ipynb_checkpoints", "__MACOSX/ant", "ant/deeper/@eaDir", ".Trash/ant", "bee/.thumbs/deeper"):
+        for number in range(8):
+            write_image(tmp_path / folder / f"{number:02d}.png", number)
+    (tmp_path / "ant" / "._00.png").write_bytes(b"a fork")
+    with caplog.at_level("INFO"):
+        data = _make(tmp_path, val_fraction=0.25)
+        data.setup("fit")
+        found = [path for part in data._parts.values() for path in part.paths]  # type: ignore[attr-defined]
+        predicted = data.predict_files(tmp_path)
+    assert sorted(map(Path, found)) == list(map(Path, predicted)) == expected
+    assert data.class_names == ["ant", "bee"]
+    assert "passed over 4 hidden files and folders in" in caplog.text
+    assert "passed over 6 hidden files and folders in" in caplog.text
+    hidden = tmp_path / ".cache" / "data"
+    _write(hidden, {"": 2})
+    assert len(_make(hidden).predict_files(hidden)) == 4  # a hidden root is what the user named
+
+
+def test_training_and_prediction_find_the_same_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    names = ["a.png", "b.JPG", "c.gif", "d.jfif", "e.bmp", "f.TIFF", "g.jpe", "h.webp", "i.ppm", "j.tga", "k.jp2"]
+    for number, name in enumerate(names):
+        kind = {".jfif": "JPEG", ".jpe": "JPEG"}.get(Path(name).suffix)
+        for folder in ("ant", "bee"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (number, 0, folder == "ant")).save(root / folder / name, kind)
+        write_image(elsewhere / f"{number}.png", number)
+        (root / "ant" / f"{number}.heic").write_bytes(b"x")
+    (root / "ant" / "notes").write_text("x")
+    os.symlink(elsewhere, root / "bee" / "linked")
+    os.symlink(root, root / "bee" / "circle")
+    os.symlink(elsewhere, root / "cow")
+    data = _make(root, val_fraction=0.0)
+    line = r"left out 12 files in '.*root' that are no images by name: 11 .heic, 1 without a suffix"
+    circle = "left out 1 links in .* that lead back: .*circle"
+    with (
+        pytest.warns(UserWarning, match="in several classes"),
+        pytest.warns(UserWarning, match=line),
+        pytest.warns(UserWarning, match=circle),
+    ):
+        data.setup("fit")
+    with caplog.at_level("INFO"):
+        predicted = data.predict_files(root)
+    assert re.search(line, caplog.text)
+    assert sorted(predicted) == sorted(data._parts["train"].paths)  # type: ignore[attr-defined]
+    assert len(predicted) == 4 * len(names)
+    for loader in (data.train_plain_dataloader(), data.predict_dataloader()):
+        assert sum(len(images) for images, _ in loader) == 4 * len(names)
+
+
+def test_images_that_are_in_two_parts_are_counted(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 4, "val": 3, "test": 2})
+    for copy, original in (("val/ant/x.png", "train/ant/00.png"), ("val/ant/y.png", "train/ant/01.png")):
+        (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
+    (tmp_path / "test/bee/z.png").write_bytes((tmp_path / "val/bee/00.png").read_bytes())
+    with pytest.warns(UserWarning, match="byte for byte") as caught:
+        _make(tmp_path).setup("fit")
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == 2
+    assert said[0].startswith("2 of 8 val images are in train too, byte for byte, as ")
+    assert said[0].endswith("00.png: what val measures is too good; remove one of each two")
+    assert said[1].startswith("1 of 5 test images are in val too, byte for byte, as ")
+
+
+def test_copies_in_one_folder_that_is_cut_are_counted(tmp_path: Path) -> None:
+    _write(tmp_path, {"": 10})
+    for path in list((tmp_path / "ant").iterdir()):
+        (tmp_path / "ant" / f"{path.stem} copy.png").write_bytes(path.read_bytes())
+    (tmp_path / "bee" / "ant.png").write_bytes((tmp_path / "ant" / "03.png").read_bytes())
+    with pytest.warns(UserWarning, match="byte for byte") as caught:
+        _make(tmp_path, val_fraction=0.5).setup("fit")
+    said = "; ".join(str(warning.message) for warning in caught)
+    assert re.search(r"\d of 16 val images are in train too, byte for byte", said)
+    assert re.search(r"1 images are in several classes, byte for byte, as .* is in ant, bee", said)
+
+
+def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8).tobytes()
+    contents = {"a": noise, "b": noise, "c": b"x" + noise[1:], "d": noise[:10_000] + b"x" + noise[10_001:], "e": b"x"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in (*contents, "gone")]
+    assert same_content(paths, lambda group: True) == [paths[:2]]
+    assert same_content(paths, lambda group: "a" not in str(group)) == []
+
+
+def test_a_class_may_be_missing_where_it_is_evaluated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(tmp_path, {"train": 3}, ("ant", "bee", "cow"))
+    for number, (part, name) in enumerate((("val", "ant"), ("test", "bee"))):
+        write_image(tmp_path / part / name / "x.png", 100 + number)
+    (tmp_path / "val" / "bee").mkdir()
+    (tmp_path / "val" / "dog").mkdir()
+    data = _make(tmp_path)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert "there are no val images of bee, cow" in caplog.text
+    assert "there are no test images of ant, cow" in caplog.text
+    assert "left out the folder dog of val, which is empty and no class of train" in caplog.text
+    for split, label in (("val", 0), ("test", 1)):
+        loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+        assert [labels.tolist() for _, labels in loader] == [[label]]
+
+
+def test_a_test_part_that_cannot_be_used_stops_only_the_test(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 3, "val": 2})
+    (tmp_path / "test" / "zebra").mkdir(parents=True)
+    write_image(tmp_path / "test" / "zebra" / "x.png", 99)
+    data = _make(tmp_path)
+    message = r"expected the classes of train in test; it lacks \['ant', 'bee'\] and has also \['zebra'\]"
+    with pytest.warns(UserWarning, match=f"there is no test part: {message}"):
+        data.setup("fit")
+    assert len(list(data.train_plain_dataloader())) == 1
+    with pytest.raises(ValueError, match=message):
+        data.test_dataloader()
+
+
+@pytest.mark.parametrize(("count", "parts"), [(5, (4, 1, 0)), (3, (2, 1, 0)), (2, (1, 1, 0)), (3, (1, 1, 1))])
+def test_few_images_a_class_give_every_part_one(count: int, parts: tuple[int, int, int], tmp_path: Path) -> None:
+    _write(tmp_path, {"": count})
+    data = _make(tmp_path, test_fraction=0.1 if parts[2] else 0.0)
+    data.setup("fit")
+    found = {name: np.bincount(part.own_labels).tolist() for name, part in data._parts.items()}  # type: ignore[attr-defined]
+    assert found == {name: [n, n] for name, n in zip(("train", "val", "test"), parts, strict=True) if n}
+
+
+def test_one_image_a_class_is_trained_on_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(tmp_path, {"": 1})
+    data = _make(tmp_path)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert data.val_dataloader() == []
+    assert "there is no validation part: no class has more than one image to cut it from" in caplog.text
+
+
+def test_images_in_no_class_folder_are_said(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 3, "val": 2})
+    write_image(tmp_path / "train" / "stray.png", 99)
+    with pytest.warns(UserWarning, match=r"left out 1 images of '.*train' in no class folder: stray.png"):
+        _make(tmp_path).setup("fit")

@@ -26,7 +26,7 @@ def test_every_data_set_has_an_overlay_that_parses(overlay: Path, capsys: pytest
 def test_an_overlay_for_every_data_set() -> None:
     known = {name.lower().replace("_", "") for name in datamodules.__all__} - {"imagedatamodule", "recipe"}
     there = {path.stem.replace("_", "") for path in OVERLAYS.glob("*.yaml")}
-    assert there == known | {"imagenet"}
+    assert there == known | {"imagenet", "imagelabels"}
 
 
 def test_a_recipe_of_ones_own_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tar shards: their sizes, exact epochs over processes and workers, and what can be wrong with them."""
 
+import gzip
 import io
 import json
 import sys
@@ -17,7 +18,7 @@ from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _tra
 
 from ncfinetune.__main__ import main
 from ncfinetune.callbacks import NeuralCollapseTracker
-from ncfinetune.datamodules import ImageFolder, WebDataset
+from ncfinetune.datamodules import ImageFolder, Recipe, WebDataset
 from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples
 
 CLASSES = 3
@@ -348,10 +349,13 @@ def test_sizes_are_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"png": _png(0)}, r"expected cls and one of jpg, jpeg, png, webp for img/7 in .*bad.tar, got png"),
+        ({"png": _png(0)}, r"expected cls and one of jpg, jpeg, png, webp, .* for img/7 in .*bad.tar, got png"),
         ({"cls": b"0", "txt": b""}, r"expected cls and one of .* for img/7 in .*bad.tar, got cls, txt"),
         ({"png": _png(0)[:99], "cls": b"0"}, r"cannot read img/7 in .*bad.tar \(png\) as an image: "),
-        ({"png": _png(0), "cls": b"3"}, r"expected a label in 0..2 for img/7 in .*bad.tar, got b'3'; mend num_classes"),
+        (
+            {"png": _png(0), "cls": b"3"},
+            r"expected a label in 0..2 for img/7 in .*bad.tar, got b'3'; correct num_classes",
+        ),
         ({"png": _png(0), "cls": b"-1"}, r"expected a label in 0..2 for img/7 in .*, got b'-1'"),
         ({"png": _png(0), "cls": b"cat"}, r"expected a label in 0..2 for img/7 in .*, got b'cat'"),
     ],
@@ -371,8 +375,8 @@ def test_a_worker_names_the_sample_that_it_cannot_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([5, 1, 8, 0, 4], r"expected 8 samples in .*train-2.tar, got 7; mend sizes"),
-        ([5, 1, 6, 0, 4], r"expected 6 samples in .*train-2.tar, got more; mend sizes"),
+        ([5, 1, 8, 0, 4], r"expected 8 samples in .*train-2.tar, got 7; the shard is cut, or sizes are wrong"),
+        ([5, 1, 6, 0, 4], r"expected 6 samples in .*train-2.tar, got more; the shard is cut, or sizes"),
         ([5, 1, 7, 0], r"expected sizes of the 5 train shards, got 4"),
     ],
 )
@@ -407,6 +411,79 @@ def test_shards_that_cannot_be_read_are_named(root: Path, tmp_path: Path) -> Non
     data = _make(root, train="pipe:exit 3", val=None, sizes={"train": [7]})
     with pytest.raises(ValueError, match="cannot read shard pipe:exit 3: .*(exit 3|empty file)"):
         _raw(data, "train_plain")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+@pytest.mark.parametrize(
+    "kind", ["between members", "between samples", "within a header", "a second archive", "damage"]
+)
+def test_a_shard_without_its_end_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+    """tarfile takes each of these for the end of the archive, and would count fewer samples without a word."""
+    write_image(tmp_path / "one.png", 0)
+    files = [
+        (f"{n}.{key}", (tmp_path / "one.png").read_bytes() if key == "png" else b"0")
+        for n in range(4)
+        for key in ("cls", "png")
+    ]
+    _write_tar(tmp_path / "whole.tar", files)
+    whole = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        starts = [member.offset for member in tar]
+    spoilt = {
+        "between members": whole[: starts[3]],
+        "between samples": whole[: starts[4]],
+        "within a header": whole[: starts[4] + 100],
+        "a second archive": whole + whole,
+        "damage": whole[: starts[4]] + b"x" * 512 + whole[starts[4] + 512 :],
+    }[kind]
+    pack = gzip.compress if suffix == "tar.gz" else bytes
+    path = tmp_path / f"bad.{suffix}"
+    path.write_bytes(pack(whole))
+    assert count_samples(str(path)) == 4
+    path.write_bytes(pack(spoilt))
+    message = (
+        "it goes on after its end of archive at byte" if kind == "a second archive" else "it has no end of archive"
+    )
+    with pytest.raises(ValueError, match=rf"cannot read shard .*bad.{suffix}: {message}"):
+        _make(tmp_path, train=str(path), val=None).setup("fit")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_cut_is_refused_where_sizes_are_given(workers: int, tmp_path: Path) -> None:
+    write_image(tmp_path / "one.png", 0)
+    files = [
+        (f"{n}.{key}", (tmp_path / "one.png").read_bytes() if key == "png" else b"0")
+        for n in range(4)
+        for key in ("cls", "png")
+    ]
+    _write_tar(tmp_path / "0.tar", files)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        start = [member.offset for member in tar][6]
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:start])
+    data = _make(tmp_path, train=f"{tmp_path}/0.tar", val=None, sizes={"train": [4]}, num_workers=workers)
+    with pytest.raises(ValueError, match=r"expected 4 samples in .*0.tar, got 3; the shard is cut, or sizes are wrong"):
+        _raw(data, "train_plain")
+
+
+def test_samples_are_decoded_as_files_are(tmp_path: Path) -> None:
+    """Formats, orientation and range."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    half = Image.new("L", (16, 16), 0)
+    half.paste(255, (0, 0, 16, 8))
+    files: list[tuple[str, bytes]] = []
+    for number, kind in enumerate(("JPEG", "TIFF", "PNG")):
+        out = io.BytesIO()
+        (half if kind != "TIFF" else Image.fromarray(np.asarray(half).astype(np.int32) * 10)).save(out, kind, exif=exif)
+        files += [(f"{number}.{kind[:3].lower()}".replace("jpe", "jpg"), out.getvalue()), (f"{number}.cls", b"0")]
+    _write_tar(tmp_path / "0.tar", files)
+    for augmentation in ("plain", Recipe(min_area=0.95, max_aspect=1.01)):
+        arguments: dict[str, Any] = {"augmentation": augmentation, "value_range": (0, 2550), "image_size": 12}
+        data = _make(tmp_path, train=f"{tmp_path}/0.tar", val=None, **arguments)
+        data.setup("fit")
+        images = torch.cat([images for images, _ in data.train_dataloader()])
+        assert images[:, :, 1].max() < 10
+        assert images[:, :, -2].min() > 245
 
 
 REASON = "since its images and labels are not known before they are read; write shards of the images that you want, or"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from image_files import colour, number_of, write_image
+from PIL import Image
 from scipy.io import savemat
 
 from ncfinetune.datamodules import (
@@ -22,6 +23,7 @@ from ncfinetune.datamodules import (
     Food101,
     ImageDataModule,
     Pets,
+    Recipe,
     StanfordCars,
     vision,
 )
@@ -75,7 +77,7 @@ def _aircraft(root: Path) -> Written:
     for part, rows in written.items():
         lines = [f"{part}{label:04d} {names[label]}" for _, label in rows]
         for line, (number, _) in zip(lines, rows, strict=True):
-            write_image(data / "images" / f"{line.split()[0]}.jpg", number)
+            write_image(data / "images" / f"{line.split()[0]}.jpg", number, banner=20)
         (data / f"images_manufacturer_{part}.txt").write_text("\n".join(lines) + "\n")
     (data / "manufacturers.txt").write_text("\n".join(names) + "\n")
     return written
@@ -253,3 +255,24 @@ def test_images_of_a_set_in_memory_are_not_copied(tmp_path: Path) -> None:
     assert isinstance(train, torch.Tensor)
     assert train is val
     assert train.is_contiguous()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"in_memory": True}])
+def test_the_banner_of_aircraft_is_never_seen(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """All of an image is blue but its banner; the crops are as large as they can be, so each reaches the bottom."""
+    _aircraft(tmp_path)
+    folder = tmp_path / "fgvc-aircraft-2013b" / "data" / "images"
+    for path in folder.iterdir():
+        image = Image.new("RGB", (48, 68), "white")
+        image.paste("blue", (0, 0, 48, 48))
+        image.save(path, quality=100)
+    data = Aircraft(
+        str(tmp_path), "manufacturer", image_size=16, num_workers=0, augmentation=Recipe(max_aspect=1.01), **arguments
+    )
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.train_plain_dataloader(), data.val_dataloader()):
+        images, _ = next(iter(loader))  # type: ignore[arg-type]
+        assert images[:, 0].max() < 30
+        assert images[:, 2].min() > 230
+    data.predict_files(folder)  # photographs of one's own have no banner
+    assert next(iter(data.predict_dataloader()))[0][:, 0, -1].min() > 230

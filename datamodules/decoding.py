@@ -1,0 +1,242 @@
+"""Decoding: boxes of an image file as uint8 squares, upright and in eight bits, whatever the file holds.
+
+Legend: ``V`` views, ``C`` channels, ``S`` side of a decoded image.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+# Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
+_CENTRE = 0.875
+# A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
+_DECODED_SIDE = 2
+# What stored pixels go through to be upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
+_ORIENTATIONS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+_UPRIGHT = (False, False, False)
+# 16-bit pixels none of which reaches this come from a camera or a scanner of 10, 12 or 14 bits, and would be dark.
+_DARK = 2**14
+_PHOTOMETRIC, _BITS_PER_SAMPLE, _S_MIN, _S_MAX = 262, 258, 340, 341
+# Pillow's readers raise all of these on damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+# Makes boxes (top, left, height, width) for an upright image of a height and a width.
+Boxes = Callable[[int, int], list[list[float]]]
+Box = list[float]
+
+
+class UnreadableError(ValueError):
+    """A file cannot be read as an image."""
+
+
+class UnknownRangeError(ValueError):
+    """An image is whole, but which of its numbers are black and white is not known."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What must be known of files to decode them.
+
+    Args:
+        channels: 3 for colour, 1 for grey.
+        value_range: The numbers that are black and white in grey files of more than 8 bits a pixel. None is the range
+            that the file states: SMinSampleValue and SMaxSampleValue or fewer than 16 bits in a TIFF, and all 16 bits
+            otherwise.
+        banner: Rows of pixels at the bottom of each file that are not part of the picture.
+
+    Raises:
+        ValueError: ``value_range`` is empty.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    banner: int = 0
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"expected value_range to be black and white, black below white, got {self.value_range}")
+
+
+COLOUR = Decoding()
+
+
+def read_image(
+    path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None, decoding: Decoding = COLOUR
+) -> Tensor:
+    """Decode a file and cut boxes out of it, each brought to ``(S, S)``, bilinear and antialiased.
+
+    Args:
+        path: The file. Grey, palette, CMYK and 16-bit images become RGB; transparency is ignored; the orientation
+            that EXIF states is applied.
+        size: Side ``S``.
+        boxes: Makes boxes (top, left, height, width) for an upright image of a height and width. None is one box for
+            evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
+        content: What is in the file, where that has been read already; the path is then only its name.
+        decoding: Channels, range and banner.
+
+    Returns:
+        uint8, ``(V, C, S, S)``.
+
+    Raises:
+        UnreadableError: The file cannot be read as an image.
+        UnknownRangeError: Nobody says which of its numbers are black and white.
+    """
+    try:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            deep = image.format in ("PNG", "TIFF", "SGI") and ";16" in repr(image.tile[:1])
+            swap, *flips = _orientation(image)
+            width, height = image.width, image.height - decoding.banner
+            if height < 1:
+                raise ValueError(f"it has {image.height} rows, {decoding.banner} of which are a banner")
+            upright = (width, height) if swap else (height, width)
+            wanted = [
+                _stored(box, upright, swap, *flips)
+                for box in (_centre(*upright, size) if boxes is None else boxes(*upright))
+            ]
+            need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
+            image.draft(None, (round(image.width * need[0]), round(image.height * need[1])))
+            pixels = _eight_bits(image, decoding, deep)
+    except UnknownRangeError as error:
+        raise UnknownRangeError(f"cannot use {path}: {error}") from error
+    except _DAMAGE as error:
+        raise UnreadableError(f"cannot read {path} as an image: {error}; repair or remove the file") from error
+    if decoding.banner:
+        rows = pixels.height * height // (height + decoding.banner)
+        pixels = pixels.crop((0, 0, pixels.width, rows))
+    x, y = pixels.width / width, pixels.height / height
+    corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
+    views = np.empty((len(corners), decoding.channels, size, size), np.uint8)
+    for view, corner in zip(views, corners, strict=True):
+        square = np.atleast_3d(np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner)))
+        view[:] = _turned(square, swap, *flips).transpose(2, 0, 1)
+    return torch.from_numpy(views)
+
+
+def _centre(height: int, width: int, size: int) -> list[Box]:
+    if (height, width) == (size, size):
+        return [[0.0, 0.0, float(size), float(size)]]
+    side = _CENTRE * min(height, width)
+    return [[(height - side) / 2, (width - side) / 2, side, side]]
+
+
+def _orientation(image: Image.Image) -> tuple[bool, bool, bool]:
+    """How the stored pixels become upright; all but JPEG files, whose size is still open, are loaded."""
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # some formats have their EXIF at the end, and Pillow turns TIFF files itself
+    try:
+        return _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), _UPRIGHT)
+    except _DAMAGE:  # of the EXIF data alone: the picture may be whole
+        return _UPRIGHT
+
+
+def _stored(box: Box, upright: tuple[int, int], swap: bool, upside_down: bool, mirror: bool) -> Box:
+    """A box of the upright image as a box of the stored one."""
+    top, left, height, width = box
+    if upside_down:
+        top = upright[0] - top - height
+    if mirror:
+        left = upright[1] - left - width
+    return [left, top, width, height] if swap else [top, left, height, width]
+
+
+def _turned(square: np.ndarray, swap: bool, upside_down: bool, mirror: bool) -> np.ndarray:
+    """Stored pixels ``(S, S, C)`` upright."""
+    if swap:
+        square = square.swapaxes(0, 1)
+    return square[:: -1 if upside_down else 1, :: -1 if mirror else 1]
+
+
+def _eight_bits(image: Image.Image, decoding: Decoding, deep: bool) -> Image.Image:
+    """RGB or grey of eight bits a channel; deep are 16 bits a channel in the file."""
+    if image.mode == "RGB" and not deep:  # convert() would copy it
+        image.load()
+        pixels = image
+    elif image.mode.startswith(("I", "F")):
+        pixels = _scaled(image, decoding.value_range).convert("RGB")
+    else:
+        pixels = (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
+        if deep:
+            _check_upper_bits(pixels, decoding.value_range)
+    return pixels if decoding.channels == 3 else pixels.convert("L")
+
+
+def _scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    low, high = value_range or _stated_range(image)
+    values = np.asarray(image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("some of its pixels are no finite numbers")
+    if _white_is_zero(image):
+        low, high = high, low
+    return Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8))
+
+
+def _stated_range(image: Image.Image) -> tuple[float, float]:
+    """Black and white as the file has them.
+
+    PNG's sBIT chunk is left aside: it tells how many bits the camera had, while the specification (11.3.2.7) has
+    samples scaled to all bits of the file whatever it says.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if _S_MIN in tags and _S_MAX in tags:
+        low, high = float(np.min(tags[_S_MIN])), float(np.max(tags[_S_MAX]))
+        if low < high:
+            return low, high
+    bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))
+    if image.mode.startswith("I;16") and bits < 16:
+        return 0.0, 2.0**bits - 1
+    if image.format in ("PPM", "JPEG2000"):  # Pillow scales these by the largest value that they state
+        return 0.0, 65535.0
+    if not image.mode.startswith("I;16") and image.format != "PNG":  # PNG's 16 bits are mode I in some versions
+        kind = "floating-point numbers" if image.mode == "F" else "integers"
+        raise UnknownRangeError(
+            f"its pixels are {kind} without a known range; give the values that are black and white as value_range"
+        )
+    brightest = int(np.asarray(image).max())
+    if 0 < brightest < _DARK:
+        raise UnknownRangeError(
+            f"its 16-bit pixels end at {brightest}, which would be nearly black; give the values that are black and "
+            "white as value_range: [0, 4095] where 12 bits are used, [0, 65535] where the picture is as dark as that"
+        )
+    return 0.0, 65535.0
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF counts from white to black, which Pillow heeds for eight bits alone."""
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+
+def _check_upper_bits(pixels: Image.Image, value_range: tuple[float, float] | None) -> None:
+    """Of 16 bits a channel Pillow keeps the upper eight: enough if all 16 are used."""
+    brightest = int(np.asarray(pixels).max())
+    if value_range is None and (brightest == 0 or brightest >= _DARK // 256):
+        return
+    if value_range is None or tuple(value_range) != (0, 65535):
+        raise UnknownRangeError(
+            f"its colours have 16 bits a channel, of which only the upper 8 are read and end at {brightest}; "
+            "value_range can be [0, 65535] for them; store other ranges as 8 bits a channel"
+        )

@@ -1,0 +1,140 @@
+"""Labels in a CSV file: which image is of which class, and of which part."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from .listing import some
+
+_COLUMNS = {
+    "path": ("path", "file", "filename", "file_name", "image"),
+    "label": ("label", "class"),
+    "split": ("split",),
+}
+_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Characters between the labels of one image, as the usual multi-label files have them.
+_BETWEEN_LABELS = "|;,"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the file: the path as it is written there, the name of the class, and the part or None."""
+
+    path: str
+    label: str
+    part: str | None
+
+
+def read_labels(file: Path) -> list[Row]:
+    """The rows of a CSV file with columns path, label and, if wanted, split.
+
+    The first line may name the columns, in any order and among others, which are ignored: ``path`` (or ``file``,
+    ``filename``, ``file_name``, ``image``), ``label`` (or ``class``) and ``split``. Without such a line the columns are
+    path and label, or path, label and split. Splits are ``train``, ``val`` (or ``valid``, ``validation``) and ``test``.
+    A row that is there twice counts once.
+
+    Raises:
+        ValueError: The file is no such table, or an image has several labels.
+    """
+    lines = _cells(file)
+    columns, first = _columns(file, lines)
+    total = len(lines[0][1]) if lines else 0
+    rows = [_row(f"line {number} of {str(file)!r}", cells, columns, total) for number, cells in lines[first:]]
+    if not rows:
+        raise ValueError(f"{str(file)!r} has no rows; expected path,label")
+    if len({row.part is None for row in rows}) > 1:
+        raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
+    kept = list(dict.fromkeys(rows))
+    if len(kept) < len(rows):
+        rank_zero_info(f"{len(rows) - len(kept)} rows of {str(file)!r} are there twice")
+    _check_one_row_an_image(file, kept)
+    return kept
+
+
+def class_names(rows: list[Row]) -> list[str]:
+    """The classes in the order of their labels: as numbers if all are whole numbers, and else by name."""
+    names = {row.label for row in rows}
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _cells(file: Path) -> list[tuple[int, list[str]]]:
+    """Number and cells of each line that is not empty."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {str(file)!r} to be text in UTF-8: {error.reason} at byte {error.start}") from error
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {str(file)!r} is no CSV: {error}") from error
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    if lines and len(lines[0][1]) == 1:
+        other = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign in lines[0][1][0]), "none")
+        raise ValueError(f"expected commas between the columns of {str(file)!r}, got {other}; expected path,label")
+    return lines
+
+
+def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, int], int]:
+    """Where each column is, and the first line that is a row."""
+    if not lines:
+        return {}, 0
+    first = [cell.lower() for cell in lines[0][1]]
+    named = {column: [place for place, cell in enumerate(first) if cell in names] for column, names in _COLUMNS.items()}
+    if not named["path"]:
+        if len(first) > 3:
+            raise ValueError(
+                f"expected a first line of {str(file)!r} that names path and label among its {len(first)} columns, "
+                f"got {some(lines[0][1])}; several labels an image (multi-label) are not supported"
+            )
+        return {column: place for place, column in enumerate(("path", "label", "split")[: len(first)])}, 0
+    for column, places in named.items():
+        if len(places) > 1 or (column == "label" and not places):
+            raise ValueError(
+                f"expected one column {column} in {str(file)!r}, got {', '.join(lines[0][1])}; a column for each class "
+                "(multi-label, one-hot) is not supported: give one label an image"
+            )
+    return {column: places[0] for column, places in named.items() if places}, 1
+
+
+def _row(where: str, cells: list[str], columns: dict[str, int], total: int) -> Row:
+    given = ",".join(cells)
+    if len(cells) > total:
+        raise ValueError(
+            f"expected {total} columns in {where}, as in the first line, got {given!r}; several labels an image "
+            "(multi-label) are not supported"
+        )
+    if len(cells) <= max(columns.values()):
+        raise ValueError(f"expected {','.join(columns)} in {where}, got {given!r}")
+    path, label, part = (cells[columns[name]] if name in columns else "" for name in ("path", "label", "split"))
+    if not path or not label:
+        raise ValueError(f"expected a path and a label in {where}, got {given!r}")
+    if any(sign in label for sign in _BETWEEN_LABELS):
+        raise ValueError(f"expected one label in {where}, got {label!r}; multi-label images are not supported")
+    if part and part.lower() not in _PARTS:
+        raise ValueError(
+            f"expected a split train, val or test in {where}, got {part!r}; if that is a further label: multi-label "
+            "images are not supported"
+        )
+    return Row(os.path.normpath(path), label, _PARTS[part.lower()] if part else None)
+
+
+def _check_one_row_an_image(file: Path, rows: list[Row]) -> None:
+    seen: dict[str, Row] = {}
+    for row in rows:
+        other = seen.setdefault(row.path, row)
+        if other.label != row.label:
+            raise ValueError(
+                f"{str(file)!r} has {row.path} with the labels {other.label!r} and {row.label!r}; multi-label images "
+                "are not supported: give each image one label"
+            )
+        if other.part != row.part:
+            raise ValueError(f"{str(file)!r} has {row.path} in {other.part} and in {row.part}; give it one split")

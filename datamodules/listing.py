@@ -1,0 +1,152 @@
+"""Which files below a folder are images: one rule, for training and for prediction; and which hold the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+# What Pillow reads of still pictures, by the ends of files' names; .avif from Pillow 11.3 on.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".avif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
+)
+# Folders that file systems and archivers put beside a user's own: thumbnails, forks and deleted files lie in them.
+_NOT_THE_USERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Bytes in the middle of a file that tell most files of one size apart.
+_GLIMPSE = 4096
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image, by the end of its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder below the root is passed over, with all that is in it."""
+    return name.startswith(".") or name in _NOT_THE_USERS
+
+
+@dataclass
+class Found:
+    """What lies below a folder.
+
+    Attributes:
+        images: Paths of the image files, by folder and name.
+        others: How many files are no images, by the ends of their names.
+        hidden: How many hidden files and folders were passed over.
+        circles: Links to folders that they lie in.
+    """
+
+    images: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
+    circles: list[str] = field(default_factory=list)
+
+    def add(self, folder: str | Path) -> Found:
+        """Go through a folder, however deep, and through links to folders."""
+        # By the path of the folder, then by name, as torchvision has it: a seed cuts the parts by this order.
+        for here, files in sorted(_walk(folder, self)):
+            for name in sorted(files):
+                if is_hidden(name):
+                    self.hidden += 1
+                elif is_image(name):
+                    self.images.append(os.path.join(here, name))
+                else:
+                    self.others[Path(name).suffix.lower() or "without a suffix"] += 1
+        return self
+
+    def report(self, where: str, warn: bool = False) -> None:
+        """Say in a line each what was passed over and what was left out, if anything was."""
+        say = rank_zero_warn if warn else rank_zero_info
+        if self.hidden:
+            rank_zero_info(f"passed over {self.hidden} hidden files and folders in {where}")
+        if self.others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(5))
+            say(f"left out {self.others.total()} files in {where} that are no images by name: {kinds}")
+        if self.circles:
+            say(f"left out {len(self.circles)} links in {where} that lead back: {some(self.circles)}")
+
+
+def _walk(root: str | Path, found: Found) -> Iterator[tuple[str, list[str]]]:
+    for here, folders, files in os.walk(root, followlinks=True):
+        found.hidden += sum(map(is_hidden, folders))
+        seen = [name for name in folders if not is_hidden(name)]
+        circles = [name for name in seen if _leads_back(here, name)]
+        found.circles += [os.path.join(here, name) for name in circles]
+        folders[:] = [name for name in seen if name not in circles]
+        yield here, files
+
+
+def _leads_back(here: str, name: str) -> bool:
+    path = os.path.join(here, name)
+    return os.path.islink(path) and Path(path).resolve() in (inside := Path(here).resolve(), *inside.parents)
+
+
+def image_paths(folder: str | Path) -> list[str]:
+    """The image files below a folder, however deep; what is left out is said.
+
+    Raises:
+        FileNotFoundError: No such folder, or no images in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
+    found = Found().add(folder)
+    found.report(repr(str(folder)))
+    if not found.images:
+        raise FileNotFoundError(f"no images in {str(folder)!r}; expected files {', '.join(IMAGE_SUFFIXES)}")
+    return found.images
+
+
+def some(things: Sequence[object]) -> str:
+    """The first three, for a message."""
+    return ", ".join(map(str, things[:3])) + (", ..." if len(things) > 3 else "")
+
+
+def same_content(paths: Iterable[str], matters: Callable[[list[str]], bool]) -> list[list[str]]:
+    """Groups of files with the same bytes that matter. Only files of one size are opened, and few are read whole."""
+    groups = [list(paths)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for key in (_size, _glimpse, _digest):
+            groups = [alike for group in groups for alike in _alike(group, key, threads) if matters(alike)]
+    return groups
+
+
+def _alike(paths: list[str], key: Callable[[str], Hashable], threads: ThreadPoolExecutor) -> list[list[str]]:
+    groups = defaultdict(list)
+    for path, value in zip(paths, threads.map(key, paths), strict=True):
+        groups[value].append(path)
+    return [group for value, group in groups.items() if len(group) > 1 and value is not None]
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.path.getsize(path) or None
+    except OSError:  # whoever decodes it will say so
+        return None
+
+
+def _glimpse(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, (os.path.getsize(path) - _GLIMPSE) // 2))
+            return file.read(_GLIMPSE)
+    except OSError:
+        return None
+
+
+def _digest(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.blake2b()
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            return digest.digest()
+    except OSError:
+        return None
