@@ -11,6 +11,7 @@ sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of all others ``N``, class 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ class FoldMoments:
         if num_classes < 2 or folds < 2:
             raise ValueError(f"expected at least two classes and two folds, got {num_classes} and {folds}")
         self.num_classes, self.folds = num_classes, folds
-        self._generator = torch.Generator().manual_seed(seed)
+        self._random = random.Random(seed)
         self._state: _State | None = None
 
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -102,7 +103,7 @@ class FoldMoments:
         broken |= (labels < 0).any() | (labels >= self.num_classes).any()
         order = labels.argsort(stable=True)
         rows, labels = features[order] - shift, labels[order].clamp(0, self.num_classes - 1)
-        start = int(torch.randint(self.folds, (), generator=self._generator))
+        start = self._random.randrange(self.folds)
         for fold in range(self.folds):
             part = slice((fold + start) % self.folds, None, self.folds)
             count[fold].index_add_(0, labels[part], torch.ones_like(labels[part], dtype=torch.float64))

@@ -20,8 +20,7 @@ def _data(samples: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
 def _filled(features: Tensor, labels: Tensor, classes: int, batch: int) -> tuple[FoldMoments, Tensor]:
     """The moments, and each sample's fold, told by an indicator column a sample that a second state takes along."""
     moments, marked = FoldMoments(classes, folds=3), FoldMoments(classes, folds=3)
-    for some, ids in zip(torch.split(torch.arange(len(labels)), batch), range(len(labels)), strict=False):
-        del ids
+    for some in torch.arange(len(labels)).split(batch):
         moments.update(features[some], labels[some])
         marked.update(torch.eye(len(labels), dtype=torch.float64)[some], labels[some])
     assert marked._state is not None

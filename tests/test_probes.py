@@ -11,8 +11,9 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ncfinetune import calibration, folds, probes
+from ncfinetune import calibration, closed_forms, folds, probes
 from ncfinetune.probes import Head, lda, nearest_mean, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
@@ -324,6 +325,30 @@ def test_input_without_sense_is_refused(name: str, changes: dict[str, Any], text
 def test_etf_without_room_is_refused(classes: int, dim: int) -> None:
     with pytest.raises(ValueError, match=f"got num_classes={classes} and dim={dim}"):
         simplex_etf(classes, dim)
+
+
+@pytest.mark.parametrize(("samples", "dim"), [(40, 5), (12, 30)])
+def test_algebra_stays_on_the_device_and_never_waits_for_it(samples: int, dim: int) -> None:
+    """Tensors without values, on a GPU that need not be there: mixing devices raises, and so does a look at a value."""
+    with FakeTensorMode():
+        double = {"dtype": torch.float64, "device": "cuda"}
+        features, labels = torch.zeros(samples, dim, device="cuda"), torch.zeros(samples, device="cuda").long()
+        weight, mean, share = torch.ones(samples, **double), torch.zeros(dim, **double), torch.ones(3, **double)
+        fit = closed_forms.Samples(features, labels, weight, mean, share, 3)
+        lams, lam = torch.ones(45, **double), torch.ones((), **double)
+        spectrum = closed_forms.dual_form(fit) if samples <= dim else closed_forms.primal(fit)
+        curve, slack = closed_forms.ridge_curve(fit, spectrum, lams)
+        linear = spectrum.weight(fit, lam)
+        groups = closed_forms.Groups.of(fit)
+        basis, values = closed_forms.within(fit, groups)
+        model = closed_forms.Gaussians(fit, groups, basis, values)
+        left_out = model.left_out(fit.centred() @ basis, slice(None), lam)
+        near = closed_forms.nearest_left_out(fit, groups, slice(None))
+        moments = folds.FoldMoments(3)
+        moments.update(features, labels)
+        assert moments._state is not None
+        found = [*curve, slack, linear, spectrum.residuals(fit, linear, lam), *model.curve(lams), left_out, near]
+        assert {tensor.device.type for tensor in (*found, model.weight(lam), *moments._state)} == {"cuda"}
 
 
 @pytest.mark.parametrize("module", [probes, calibration, folds])
