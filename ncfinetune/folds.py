@@ -1,0 +1,229 @@
+"""Cross-validation from sums, where features pass once and are not kept.
+
+Of class sums and second moments by fold, what trains is all folds but one, and two numbers of the fold left out follow
+exactly: its NC1 around class means that it had no part in, and its squared error under ridge regression. Accuracy does
+not follow: it is no function of sums. Nor do leave-one-out scores, a choice among them, or a temperature. For these
+`ncfinetune.probes` takes the features themselves.
+
+Legend: ``K`` classes, ``d`` feature width, ``F`` folds, ``L`` strengths; of a fold ``n`` counts ``(K,)``, ``s`` class
+sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of all others ``N``, class means ``mu``, mean ``m``, shares ``p``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+class _State(NamedTuple):
+    """Sums of features less ``shift``, by fold, and whether a label was out of range."""
+
+    shift: Tensor
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+    broken: Tensor
+
+
+class HeldOut(NamedTuple):
+    """Ridge regression chosen by cross-validation.
+
+    Args:
+        weight: Of all folds at the strength chosen, ``(K, d)``.
+        bias: ``(K,)``.
+        lam: The strength with the least squared error.
+        lams: Strengths, ``(L,)``.
+        squared_error: Mean over samples of the squared error held out, summed over classes, ``(L,)``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    lam: Tensor
+    lams: Tensor
+    squared_error: Tensor
+
+
+class FoldMoments:
+    """Class sums and second moments of features that come in batches, by fold.
+
+    Rows of a batch are dealt to the folds in the order of their labels, starting anywhere, so that a class is spread
+    over the folds. The state is ``(F, K, d)`` and ``(F, d, d)`` in float64 on the device of the first batch, whatever
+    passes; nothing waits for the device until a number is asked for. The first batch's mean is taken off all features,
+    so that a common offset costs no digits.
+
+        >>> moments = FoldMoments(num_classes=3)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> for _ in range(10):
+        ...     labels = torch.randint(0, 3, (32,), generator=generator)
+        ...     moments.update(torch.eye(3, 8)[labels] + 0.1 * torch.randn(32, 8, generator=generator), labels)
+        >>> head = moments.ridge()
+        >>> head.weight.shape, bool(head.squared_error.min() < 0.1), bool(moments.nc1() > 0)
+        (torch.Size([3, 8]), True, True)
+
+    Args:
+        num_classes: Number of classes ``K``.
+        folds: Number of folds ``F``.
+        seed: Draws where each batch starts.
+
+    Raises:
+        ValueError: Fewer than two classes or folds.
+    """
+
+    def __init__(self, num_classes: int, folds: int = 5, seed: int = 0) -> None:
+        if num_classes < 2 or folds < 2:
+            raise ValueError(f"expected at least two classes and two folds, got {num_classes} and {folds}")
+        self.num_classes, self.folds = num_classes, folds
+        self._random = random.Random(seed)
+        self._state: _State | None = None
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add features ``(n, d)`` with labels ``(n,)``.
+
+        Raises:
+            ValueError: Shapes that do not fit.
+        """
+        if features.ndim != 2 or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"expected features (N, d) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}"
+            )
+        if not len(features):
+            return
+        features, labels = features.detach().double(), labels.to(features.device).long()
+        if self._state is None:
+            self._state = self._empty(features)
+        shift, count, sums, squares, broken = self._state
+        if features.shape[1] != len(shift):
+            raise ValueError(f"expected features of width {len(shift)} as before, got {features.shape[1]}")
+        broken |= (labels < 0).any() | (labels >= self.num_classes).any()
+        order = labels.argsort(stable=True)
+        rows, labels = features[order] - shift, labels[order].clamp(0, self.num_classes - 1)
+        start = self._random.randrange(self.folds)
+        for fold in range(self.folds):
+            part = slice((fold + start) % self.folds, None, self.folds)
+            count[fold].index_add_(0, labels[part], torch.ones_like(labels[part], dtype=torch.float64))
+            sums[fold].index_add_(0, labels[part], rows[part])
+            squares[fold].addmm_(rows[part].T, rows[part])
+
+    def _empty(self, features: Tensor) -> _State:
+        width = features.shape[1]
+        count = features.new_zeros(self.folds, self.num_classes)
+        sums, squares = count.new_zeros(*count.shape, width), count.new_zeros(self.folds, width, width)
+        broken = torch.zeros((), dtype=torch.bool, device=features.device)
+        return _State(features.mean(0), count, sums, squares, broken)
+
+    def nc1(self) -> Tensor:
+        """Cross-validated NC1: ``sum_f tr(H_f Sigma_B(f)^+) / (K N)``.
+
+        ``H_f = S - s^T mu - mu^T s + mu^T diag(n) mu`` is the scatter of fold ``f`` around means ``mu`` that it had no
+        part in, ``Sigma_B(f)`` the covariance between these, over classes as NC1 has it (Li et al. 2022, arXiv
+        2212.12206); ``K`` counts the classes present. Unlike NC1 of the samples that made the means,
+        it does not fall to 0 because samples are few.
+
+        Raises:
+            ValueError: Nothing was added, labels out of range, values that are not finite, fewer than two classes, or a
+                class that lies in one fold only, so that the others have no mean of it.
+        """
+        state = self._checked()
+        total = state.counts.new_zeros(())
+        for fold in range(self.folds):
+            present = state.counts.sum(0) > 0
+            count, sums, squares = (part[fold] for part in (state.counts, state.sums, state.squares))
+            mean = ((state.sums.sum(0) - sums)[present]) / (state.counts.sum(0) - count)[present, None]
+            white = _whitening(mean)
+            around = white @ mean.T
+            total += torch.tensordot(white @ squares, white) - 2 * (white @ sums[present].T * around).sum()
+            total += (around.square() * count[present]).sum()
+        return total / state.counts.sum()
+
+    def ridge(self, lams: Sequence[float] | Tensor | None = None) -> HeldOut:
+        """Ridge regression on one-hot targets, its strength chosen by the squared error of the folds left out.
+
+        With ``A = S - N m m^T`` and ``B = s^T - N m p^T`` of the other folds, ``W = (A + lam I)^-1 B`` and
+        ``b = p - m W`` cost a fold ``sum(n) - 2 tr(W^T s^T) - 2 b.n + tr(W^T S W) + 2 (sum s) W b + sum(n) |b|^2``.
+
+        Args:
+            lams: Strengths as in `ncfinetune.probes.ridge`; by default from 1e-6 to 1e3 times the mean eigenvalue.
+
+        Raises:
+            ValueError: As `nc1`, or strengths that are none, not positive or not finite.
+        """
+        state = self._checked()
+        everything = _Regression.of(state.counts.sum(0), state.sums.sum(0), state.squares.sum(0))
+        samples = state.counts.sum()
+        if lams is None:
+            scale = everything.scatter.trace() / torch.clamp(samples - 1, max=len(state.shift))
+            lams = torch.where(scale > 0, scale, 1.0) * torch.logspace(
+                -6, 3, 45, dtype=torch.float64, device=scale.device
+            )
+        strengths = torch.as_tensor(lams, dtype=torch.float64, device=samples.device)
+        fine = strengths.isfinite() & (strengths > 0)
+        if strengths.ndim != 1 or not len(strengths) or not bool(fine.all()):
+            raise ValueError(f"expected lams of one or more positive, finite numbers, got {strengths.tolist()}")
+        folds = [self._fold_error(state, fold, strengths) for fold in range(self.folds)]
+        errors = torch.stack(folds).sum(0) / samples
+        lam = strengths[errors.argmin()]
+        shrunk = everything.scatter + lam * torch.eye(len(state.shift), dtype=torch.float64, device=lam.device)
+        weight = torch.linalg.solve(shrunk, everything.products).T
+        bias = everything.share - weight @ (everything.mean + state.shift)
+        return HeldOut(weight, bias, lam, strengths, errors)
+
+    def _fold_error(self, state: _State, fold: int, lams: Tensor) -> Tensor:
+        """Sum over a fold's samples of the squared error of the other folds' regression at each strength, ``(L,)``."""
+        count, sums, squares = (part[fold] for part in (state.counts, state.sums, state.squares))
+        others = _Regression.of(state.counts.sum(0) - count, state.sums.sum(0) - sums, state.squares.sum(0) - squares)
+        values, basis = torch.linalg.eigh(others.scatter)
+        loadings, mean, held, moment = basis.T @ others.products, others.mean @ basis, sums @ basis, squares @ basis
+        moment, errors = basis.T @ moment, torch.empty_like(lams)
+        for index, lam in enumerate(lams):
+            weight = loadings / (values.clamp(min=0) + lam)[:, None]
+            bias = others.share - mean @ weight
+            errors[index] = count.sum() * (1 + bias.square().sum()) - 2 * (weight * held.T).sum() - 2 * bias @ count
+            errors[index] += (weight * (moment @ weight)).sum() + 2 * held.sum(0) @ weight @ bias
+        return errors
+
+    def _checked(self) -> _State:
+        """The state, if there are numbers to be had from it."""
+        if self._state is None:
+            raise ValueError("expected features to take moments of, got none")
+        state = self._state
+        if bool(state.broken):
+            raise ValueError(f"expected labels from 0 to num_classes - 1 = {self.num_classes - 1}, got others")
+        if not bool(state.squares.isfinite().all()):
+            raise ValueError("expected finite features, got nan or inf")
+        folds = (state.counts > 0).sum(0).tolist()
+        if sum(number > 0 for number in folds) < 2:
+            raise ValueError("expected samples of at least two classes, got one")
+        if 1 in folds:
+            raise ValueError(
+                f"expected each class in two folds or more, got class {folds.index(1)} in one: it needs more samples"
+            )
+        return state
+
+
+class _Regression(NamedTuple):
+    """What ridge regression needs of samples: scatter ``A``, products ``B`` with the targets, ``m`` and ``p``."""
+
+    scatter: Tensor
+    products: Tensor
+    mean: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, count: Tensor, sums: Tensor, squares: Tensor) -> _Regression:
+        samples = count.sum()
+        mean, share = sums.sum(0) / samples, count / samples
+        return cls(squares - samples * mean.outer(mean), sums.T - samples * mean.outer(share), mean, share)
+
+
+def _whitening(mean: Tensor) -> Tensor:
+    """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` of class means ``(P, d)``, in the space that these span."""
+    _, scales, rows = torch.linalg.svd(mean - mean.mean(0), full_matrices=False)
+    scales, rows = scales[: len(mean) - 1], rows[: len(mean) - 1]  # centring costs one dimension
+    kept = scales > max(mean.shape) * _EPS * scales[0]
+    return rows[kept] / scales[kept, None]

@@ -1,0 +1,344 @@
+"""Closed-form classifiers of cached features, each with the exact scores that leaving one sample out would give.
+
+`ridge` is the strongest of them on few labels, `lda` gives posteriors of Gaussian classes, `nearest_mean` is the
+decision that collapsed features come to; `simplex_etf` is a weight that needs no features. They are fitted in float64
+on the device of the features (on the CPU where the device has no float64), whatever the precision of these. Features
+are centred first, so that a common offset costs no digits.
+
+    >>> import torch
+    >>> from ncfinetune.probes import ridge
+    >>> labels = torch.arange(60) % 3
+    >>> features = torch.eye(3, 8)[labels] + 0.1 * torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    >>> head = ridge(features, labels, num_classes=3)
+    >>> head.weight.shape, head.bias.shape, head.loo_scores.shape
+    (torch.Size([3, 8]), torch.Size([3]), torch.Size([60, 3]))
+    >>> head.loo_error.item()
+    0.0
+
+Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``L`` strengths of regularisation, ``r = min(N, d)``;
+``w_i`` weights of samples and ``W`` their sum, ``W_k`` a class's; ``mu_k`` class means, ``m`` the mean of the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ncfinetune.closed_forms import (
+    Curve,
+    Gaussians,
+    Groups,
+    Samples,
+    Spectrum,
+    centred_bias,
+    dual_form,
+    margins,
+    nearest_left_out,
+    primal,
+    ridge_curve,
+    row_parts,
+    within,
+)
+
+ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
+Strengths = Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier fitted in closed form; all tensors are float64.
+
+    Args:
+        weight: ``(K, d)``.
+        bias: ``(K,)``; ``-inf`` where `lda` or `nearest_mean` saw no sample of a class.
+        loo_scores: For each sample its scores by the classifier that is fitted without it, ``(N, K)``.
+        loo_error: Share of samples that these scores decide wrongly, weighted as the fit is; a tie is wrong.
+        lam: The strength of regularisation chosen; None where there is none to choose.
+        curve: Leave-one-out loss and error at every strength.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    loo_scores: Tensor
+    loo_error: Tensor
+    lam: Tensor | None = None
+    curve: Curve | None = None
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores ``(N, K)`` of features ``(N, d)``; the highest decides."""
+        return features.to(self.weight.device).double() @ self.weight.T + self.bias
+
+    def logits(self, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight ``(K, d)`` and bias ``(K,)`` of the classifier whose softmax gives probabilities, to train from.
+
+        Scores are divided by the temperature, which `ncfinetune.calibration.fit_temperature` finds on the leave-one-out
+        scores. A bias of ``-inf`` becomes the lowest score seen, which keeps the loss and its gradient finite.
+
+            >>> import torch
+            >>> from ncfinetune.calibration import fit_temperature
+            >>> labels = torch.arange(40) % 2
+            >>> features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+            >>> head = ridge(features, labels, num_classes=2)
+            >>> weight, bias = head.logits(fit_temperature(head.loo_scores, labels))
+            >>> torch.softmax(features.double() @ weight.T + bias, 1).shape
+            torch.Size([40, 2])
+        """
+        seen = self.loo_scores.isfinite()
+        lowest = self.loo_scores.where(seen, torch.inf).min()
+        return self.weight / temperature, self.bias.where(self.bias.isfinite(), lowest) / temperature
+
+
+def ridge(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    lams: Strengths | None = None,
+    class_weight: ClassWeight | None = None,
+    sample_weight: Tensor | None = None,
+) -> Head:
+    """Ridge regression on one-hot targets, its strength chosen by leave-one-out squared error.
+
+    Minimises ``sum_i w_i |y_i - W h_i - b|^2 + lam |W|^2``; the bias is not shrunk. One eigendecomposition of the
+    smaller of ``N x N`` and ``d x d`` serves all strengths. With the leverage ``g_i`` of a sample (which counts the
+    bias) and its fitted scores ``p_i``, the scores without it are ``y_i - (y_i - p_i) / (1 - g_i)`` (Allen 1974,
+    "The relationship between variable selection and data augmentation"; Golub, Heath, Wahba 1979).
+
+    Weights of samples and of classes multiply each other; leaving one out leaves the others' weights as they are,
+    those that ``balanced`` gave included. A class without samples has weight and bias 0.
+
+        >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
+        >>> head = ridge(features, labels, num_classes=4, lams=[0.1, 1.0, 10.0])
+        >>> head.lam.item(), head.scores(features).argmax(1).equal(labels)
+        (0.1, True)
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``.
+        lams: Strengths to choose from, as scikit-learn's ``alphas``. By default 45 from 1e-6 to 1e3 times the mean of
+            the non-zero eigenvalues of the weighted scatter, so that the scale of the features does not matter.
+        class_weight: Weights of classes, ``(K,)``; ``balanced`` makes the present classes weigh the same together.
+        sample_weight: Weights of samples, ``(N,)``, positive.
+
+    Raises:
+        ValueError: Input without sense: shapes, labels out of range, values that are not finite, fewer than two classes
+            with samples; strengths or weights that are none, not positive or not finite.
+    """
+    fit = _checked(features, labels, num_classes, class_weight, sample_weight)
+    spectrum = dual_form(fit) if len(features) <= features.shape[1] else primal(fit)
+    strengths = _default_lams(fit, spectrum) if lams is None else _strengths(lams, torch.inf, fit.mean.device)
+    curve, slack = ridge_curve(fit, spectrum, strengths)
+    best = curve.loss.argmin()
+    weight = spectrum.weight(fit, strengths[best])
+    residuals = spectrum.residuals(fit, weight, strengths[best])
+    loo_scores = fit.targets() - residuals / slack[:, best, None]
+    return Head(weight, fit.share - weight @ fit.mean, loo_scores, curve.error[best], strengths[best], curve)
+
+
+def lda(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    lams: Strengths | None = None,
+    class_weight: ClassWeight | None = None,
+    sample_weight: Tensor | None = None,
+) -> Head:
+    """Linear discriminant analysis with a shrunk covariance, the shrinkage chosen by leave-one-out likelihood.
+
+    Gaussian classes share ``S_lam = (1 - lam) S + lam tr(S)/d I``, ``S`` the unbiased covariance within classes
+    (Friedman 1989, "Regularized discriminant analysis", eq. 18, with one covariance for all). Scores are
+    ``(h - m)^T S_lam^-1 (mu_k - m) - |mu_k - m|^2_{S_lam^-1} / 2 + log(W_k / W)``, whose softmax is the posterior.
+    Without a sample, ``S`` loses a rank-one term and its trace changes; the class's mean, ``m`` and the shares of the
+    classes move. All of it is exact.
+
+    Weights act as in `ridge`: they weigh means, covariance and shares of classes. A class without samples is never
+    chosen. Nor is a class of one sample when this is left out: its score is ``-inf``, it counts as an error and has no
+    likelihood.
+
+        >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
+        >>> features += 0.1 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+        >>> head = lda(features, labels, num_classes=4)
+        >>> head.loo_error.item(), torch.softmax(head.scores(features), 1).argmax(1).equal(labels)
+        (0.0, True)
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``.
+        lams: Shrinkages to choose from, above 0 and up to 1; by default 25 from 0.001 to 0.999, their
+            odds spaced evenly in the logarithm.
+        class_weight: Weights of classes, ``(K,)``; ``balanced`` makes the present classes weigh the same together.
+        sample_weight: Weights of samples, ``(N,)``, positive.
+
+    Raises:
+        ValueError: As `ridge`; also where fewer than two samples are left beyond one of each class, or features do not
+            vary within classes, since then there is no covariance without a sample.
+    """
+    fit = _checked(features, labels, num_classes, class_weight, sample_weight)
+    groups = Groups.of(fit)
+    if len(labels) - fit.present < 2:
+        raise ValueError(
+            f"lda needs two samples more than there are classes with samples, got {len(labels)} samples of "
+            f"{fit.present} classes: without one of them there is no covariance; use nearest_mean or ridge"
+        )
+    basis, values = within(fit, groups)
+    if not values.sum() > 0:
+        raise ValueError("lda needs features that vary within classes, got none that do; use nearest_mean or ridge")
+    odds = torch.logspace(-3, 3, 25, dtype=torch.float64, device=fit.mean.device)
+    strengths = odds / (1 + odds) if lams is None else _strengths(lams, 1, fit.mean.device)
+    model = Gaussians(fit, groups, basis, values)
+    curve = model.curve(strengths)
+    best = curve.loss.argmin()
+    loo_scores = torch.cat([model.left_out(fit.centred(part) @ basis, part, strengths[best]) for part in fit.parts()])
+    weight = model.weight(strengths[best])
+    shares = (groups.weight / groups.weight.sum()).log()
+    return Head(
+        weight, centred_bias(weight, fit, groups) + shares, loo_scores, curve.error[best], strengths[best], curve
+    )
+
+
+def nearest_mean(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    class_weight: ClassWeight | None = None,
+    sample_weight: Tensor | None = None,
+) -> Head:
+    """The classifier that decides for the nearest class mean: scores ``(h - m)^T (mu_k - m) - |mu_k - m|^2 / 2``.
+
+    That is ``-|h - mu_k|^2 / 2`` up to a term that is the same for every class. Leaving a sample out moves its class's
+    mean and ``m``. Weights of samples weigh the means; those of classes move ``m`` and weigh ``loo_error``. A class
+    without samples is never chosen, nor is a class of one sample when this is left out: its score is ``-inf``.
+
+        >>> head = nearest_mean(torch.tensor([[0.0], [1.0], [4.0], [5.0]]), torch.tensor([0, 0, 1, 1]), num_classes=2)
+        >>> head.scores(torch.tensor([[2.4], [2.6]])).argmax(1), head.loo_error.item()
+        (tensor([0, 1]), 0.0)
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``.
+        class_weight: Weights of classes, ``(K,)``; ``balanced`` makes the present classes weigh the same together.
+        sample_weight: Weights of samples, ``(N,)``, positive.
+
+    Raises:
+        ValueError: As `ridge`.
+    """
+    fit = _checked(features, labels, num_classes, class_weight, sample_weight)
+    groups = Groups.of(fit)
+    loo_scores = torch.cat([nearest_left_out(fit, groups, part) for part in fit.parts()])
+    absent = torch.where(groups.weight > 0, 0.0, -torch.inf)
+    wrong = margins(loo_scores, fit.labels) <= 0
+    error = (fit.weight * wrong).sum() / fit.weight.sum()
+    return Head(groups.means, centred_bias(groups.means, fit, groups) + absent, loo_scores, error)
+
+
+def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
+    """The weight ``(K, d)`` of a fixed equiangular classifier: unit rows with cosines ``-1/(K - 1)`` that sum to 0.
+
+    ``W = sqrt(K/(K-1)) B Q^T`` with ``B B^T = I - 1 1^T / K`` and ``Q^T Q = I`` (Papyan, Han, Donoho 2020, definition
+    1; Yang et al. 2022, arXiv 2203.09081, eq. 1). ``B`` has ``K - 1`` columns, so that ``d = K - 1`` suffices; ``Q`` is
+    drawn uniformly by the seed, on the CPU, the same everywhere.
+
+        >>> weight = simplex_etf(3, 2)
+        >>> torch.allclose(weight @ weight.T, 1.5 * torch.eye(3, dtype=torch.float64) - 0.5)
+        True
+
+    Raises:
+        ValueError: Fewer than two classes, or a width below ``K - 1``.
+    """
+    if num_classes < 2 or dim < num_classes - 1:
+        raise ValueError(
+            f"expected at least two classes and a width of at least num_classes - 1, got num_classes={num_classes} and "
+            f"dim={dim}: {num_classes} directions at equal angles need that much room"
+        )
+    order = torch.arange(1, num_classes, dtype=torch.float64)
+    helmert = torch.ones(num_classes, num_classes - 1, dtype=torch.float64).triu() - torch.diag(order, -1)[:, :-1]
+    normal = torch.randn(dim, num_classes - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    frame, triangle = torch.linalg.qr(normal)
+    frame = frame * triangle.diagonal().sign()  # makes the factorisation unique, so that no library's choice shows
+    return (num_classes / (num_classes - 1)) ** 0.5 * (helmert / (order * (order + 1)).sqrt()) @ frame.T
+
+
+def _checked(
+    features: Tensor, labels: Tensor, num_classes: int, class_weight: ClassWeight | None, sample_weight: Tensor | None
+) -> Samples:
+    """Input as a fit takes it. What it holds is looked at once."""
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
+        raise ValueError(
+            "expected floating-point features (N, d) and labels (N,), got "
+            f"{features.dtype} {tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    if len(features) < 2:
+        raise ValueError(f"expected at least two samples, so that one can be left out, got {len(features)}")
+    features = features.detach() if features.device.type != "mps" else features.detach().cpu()  # it has no float64
+    labels = labels.to(features.device).long()
+    valid = labels.clamp(0, num_classes - 1)
+    weight = _sample_weights(sample_weight, features)
+    weight = weight * _class_weights(class_weight, valid, num_classes, weight)
+    total = weight.sum()
+    mean = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for part in row_parts(len(labels)):
+        mean += weight[part] @ features[part].double()
+    share = torch.zeros(num_classes, dtype=torch.float64, device=features.device).index_add_(0, valid, weight / total)
+    facts = [labels.min(), labels.max(), mean.isfinite().all(), (share > 0).sum()]
+    lowest, highest, finite, present = (int(fact) for fact in torch.stack([fact.long() for fact in facts]).tolist())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"expected labels from 0 to num_classes - 1 = {num_classes - 1}, got {lowest} to {highest}")
+    if not finite:
+        broken = int((~features.isfinite().all(1)).sum())
+        raise ValueError(f"expected finite features, got nan or inf in {broken} of {len(features)} samples")
+    if present < 2:
+        raise ValueError(f"expected samples of at least two classes, got {present}")
+    return Samples(features, labels, weight, mean / total, share, present)
+
+
+def _sample_weights(weights: Tensor | None, features: Tensor) -> Tensor:
+    if weights is None:
+        return torch.ones(len(features), dtype=torch.float64, device=features.device)
+    return _positive("sample_weight", weights, len(features), features.device)
+
+
+def _class_weights(weights: ClassWeight | None, labels: Tensor, num_classes: int, samples: Tensor) -> Tensor:
+    """What each sample's weight is multiplied by for its class, ``(N,)``; ``samples`` are the weights until then."""
+    if weights is None:
+        return torch.ones_like(samples)
+    if isinstance(weights, str):
+        if weights != "balanced":
+            raise ValueError(f"expected class_weight balanced or {num_classes} weights, got {weights!r}")
+        sums = samples.new_zeros(num_classes).index_add_(0, labels, samples)
+        return (samples.sum() / (sums > 0).sum() / sums)[labels]
+    return _positive("class_weight", weights, num_classes, samples.device)[labels]
+
+
+def _positive(name: str, values: Strengths, length: int, device: torch.device) -> Tensor:
+    weights = torch.as_tensor(values, dtype=torch.float64, device=device)
+    if weights.shape != (length,) or not bool((weights > 0).logical_and(weights < torch.inf).all()):
+        raise ValueError(f"expected {name} of {length} positive, finite numbers, got {_shown(weights)}")
+    return weights
+
+
+def _strengths(lams: Strengths, highest: float, device: torch.device) -> Tensor:
+    strengths = torch.as_tensor(lams, dtype=torch.float64, device=device)
+    fine = (strengths > 0) & (strengths <= highest) & strengths.isfinite()
+    if strengths.ndim != 1 or not len(strengths) or not bool(fine.all()):
+        bound = "" if highest == torch.inf else f" up to {highest:g}"
+        raise ValueError(f"expected lams of one or more positive, finite numbers{bound}, got {_shown(strengths)}")
+    return strengths
+
+
+def _shown(values: Tensor, most: int = 5) -> str:
+    """Numbers for a message: their shape where they are no list, else the first few."""
+    if values.ndim != 1:
+        return f"shape {tuple(values.shape)}"
+    head = ", ".join(f"{value:g}" for value in values[:most].tolist())
+    return f"[{head}{', ...' if len(values) > most else ''}] ({len(values)})"
+
+
+def _default_lams(fit: Samples, spectrum: Spectrum) -> Tensor:
+    scale = spectrum.values.sum() / min(len(fit.labels) - 1, len(fit.mean))
+    return torch.where(scale > 0, scale, 1.0) * torch.logspace(-6, 3, 45, dtype=torch.float64, device=scale.device)
