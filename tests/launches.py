@@ -1,4 +1,4 @@
-"""What a piece of code would ask of an accelerator: kernel launches, waits for values, and memory, counted on the CPU."""
+"""What code would ask of an accelerator, counted on the CPU: kernel launches, waits for values, and memory."""
 
 from collections import Counter
 from typing import Any
