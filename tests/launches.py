@@ -36,11 +36,12 @@ class Launches(TorchDispatchMode):
     """Counts operators that compute, operators whose result the host waits for, and bytes that live at a time.
 
     Tensors that exist before it is entered are not counted. A boolean mask for an index counts as a look: it becomes
-    `nonzero`.
+    `nonzero`. With the device ``meta`` work of the host on the CPU is left out, and looks at tensors raise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self._device = device
         self.launches: Counter[str] = Counter()
         self.looks: Counter[str] = Counter()
         self._storages: list[tuple[StorageWeakRef, int]] = []
@@ -55,14 +56,14 @@ class Launches(TorchDispatchMode):
         name = func.overloadpacket.__name__
         aliases = [value.alias_info for value in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if name in _LOOKS:
             self.looks[name] += 1
-        elif not is_view and name not in _NO_LAUNCH:
+        elif not is_view and name not in _NO_LAUNCH and any(t.device.type == self._device for t in tensors):
             self.launches[name] += 1
         if not is_view and not any(alias is not None for alias in aliases):
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    self._note(tensor.untyped_storage())
+            for tensor in tensors:
+                self._note(tensor.untyped_storage())
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
