@@ -41,7 +41,7 @@ def _images(count: int) -> Tensor:
     return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [pytest.param("resnet", marks=pytest.mark.slow), "vit"])
 def test_a_block_is_compiled_once_for_training_and_once_for_evaluation(network: str, graphs: list[str]) -> None:
     backbone, plain = Backbone(**NETWORKS[network], compile=True), Backbone(**NETWORKS[network])
     plain.load_state_dict(backbone.state_dict())
@@ -66,6 +66,7 @@ def _note(seen: list[Tensor]) -> Callable[..., None]:
     return lambda module, args, output: seen.append(output)
 
 
+@pytest.mark.slow
 def test_hooks_inside_a_block_fire_and_gradients_are_the_same(graphs: list[str]) -> None:
     backbone, images, seen = Backbone(**NETWORKS["vit"], compile=True), _images(4), []
     gradients = []
@@ -83,6 +84,7 @@ def test_hooks_inside_a_block_fire_and_gradients_are_the_same(graphs: list[str])
     assert len(graphs) == len(backbone.layers)
 
 
+@pytest.mark.slow
 def test_copies_run_their_own_weights(graphs: list[str]) -> None:
     backbone, images = Backbone(**NETWORKS["vit"], compile=True).eval(), _images(4)
     with torch.no_grad():
