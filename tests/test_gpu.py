@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
@@ -41,9 +42,11 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 @pytest.fixture(autouse=True)
-def _nondeterministic_afterwards() -> Iterator[None]:
+def _nothing_left_behind() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
+    if dist.is_initialized():  # Lightning leaves the process group of a single process as it is
+        dist.destroy_process_group()
 
 
 class Collector(Callback):
@@ -52,14 +55,14 @@ class Collector(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.features: list[Tensor] = []
         self.labels: list[Tensor] = []
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         layer = pl_module.get_submodule("backbone").layer(LAYER)
         self.handle = layer.register_forward_hook(lambda m, args, output: self.features.append(_pooled(output)))
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.labels.append(batch[1].cpu())
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.handle.remove()
+        self.handle.remove()  # a tracker's own pass is no part of the validation
 
 
 def _pooled(output: Tensor) -> Tensor:
