@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 METHODS := linear_probe layer scl full
 SEEDS := 0 1 2
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow test-gpu lint
 
 # Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
 # One thread: on matrices this small two are no faster, and many times slower where something else runs too.
@@ -27,6 +27,10 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow
+
+# On a machine with a CUDA device; without one every test is skipped, and says why.
+test-gpu: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -rs -m gpu
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

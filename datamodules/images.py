@@ -110,8 +110,8 @@ class TensorImages(Dataset[Batch]):
     def __init__(self, part: Labelled) -> None:
         assert isinstance(part.images, Tensor)
         self.images = part.images
-        self.labels = torch.from_numpy(part.own_labels).to(self.images.device)
-        self.chosen = torch.from_numpy(part.chosen).to(self.images.device)
+        self.labels = torch.from_numpy(part.labels).to(self.images.device)
+        self.chosen = torch.from_numpy(part.chosen)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -121,8 +121,12 @@ class TensorImages(Dataset[Batch]):
         return images[0], labels[0]
 
     def __getitems__(self, keys: list[int]) -> Batch:
-        index = torch.tensor(keys, device=self.images.device) % len(self)
-        return self.images.index_select(0, self.chosen[index]), self.labels[index]
+        rows = self.chosen[torch.tensor(keys) % len(self)]
+        if self.images.is_cuda:
+            # Only from pinned memory does the copy not wait until the device is through with what came before.
+            rows = rows.pin_memory()
+        rows = rows.to(self.images.device, non_blocking=True)
+        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
 
 
 class FileImages(Dataset[Batch]):

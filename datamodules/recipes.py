@@ -5,20 +5,25 @@ Legend: ``N`` images, ``H W`` height and width, ``S`` side of the images after a
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .transforms import blur, crop_resize, greyscale, jitter, on_some, resize, solarise
-from .trivial import apply_trivial, draw_trivial
+from .launches import blends, constant, flip_all, grey_all, jitter_all, send
+from .transforms import blur, crop_along, crop_lines, greyscale, jitter, on_some, resize, solarise, where
+from .trivial import apply_trivial, draw_trivial, make_trivial, plan_trivial
 
 # Tries at a crop that fits into the image, as in torchvision.
 _CROP_TRIES = 10
 # Float pixels that are worked on at a time on a CPU: they stay in its cache.
 _CPU_PIXELS = 2**20
+# The orders that four changes of colour can have.
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 # Below this side SimCLR leaves the blur out (appendix B.9).
 _BLUR_SIDE = 64
 
@@ -169,27 +174,23 @@ def _central_box(recipe: Recipe, height: int, width: int) -> list[float]:
 
 def draw_changes(recipe: Recipe, count: int, generator: torch.Generator) -> Changes:
     """Draw the changes of ``count`` images, on the CPU, so that every device makes the same ones."""
-
-    def happens(probability: float) -> Tensor:
-        return torch.rand(count, generator=generator) < probability
-
-    amounts = torch.tensor([recipe.brightness, recipe.contrast, recipe.saturation])
-    low = (1 - amounts).clamp(min=0)
-    factors = torch.rand(count, 4, generator=generator)
-    factors[:, :3] = low + factors[:, :3] * (1 + amounts - low)
-    factors[:, 3] = (2 * factors[:, 3] - 1) * recipe.hue
+    shares = torch.tensor([recipe.flip, recipe.jitter, recipe.grey, recipe.blur, recipe.solarise])
+    flip, jitter, grey, blur, solarise = (torch.rand(5, count, generator=generator) < shares.unsqueeze(1)).unbind()
+    amounts = torch.tensor([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    low = torch.cat([(1 - amounts[:3]).clamp(min=0), -amounts[3:]])
+    high = torch.cat([1 + amounts[:3], amounts[3:]])
     trivial, trivial_strength = draw_trivial(count, recipe.trivial, generator)
     return Changes(
-        flip=happens(recipe.flip),
+        flip=flip,
         trivial=trivial,
         trivial_strength=trivial_strength,
-        jitter=happens(recipe.jitter),
-        order=torch.rand(count, 4, generator=generator).argsort(1),
-        factors=factors,
-        grey=happens(recipe.grey),
-        blur=happens(recipe.blur),
+        jitter=jitter,
+        order=_ORDERS[torch.randint(len(_ORDERS), (count,), generator=generator)],
+        factors=torch.rand(count, 4, generator=generator).mul_(high - low).add_(low),
+        grey=grey,
+        blur=blur,
         sigma=torch.rand(count, generator=generator) * 1.9 + 0.1,
-        solarise=happens(recipe.solarise),
+        solarise=solarise,
     )
 
 
@@ -201,40 +202,90 @@ def render(
     Args:
         images: Images, ``(N, C, H, W)``.
         size: Side ``S``.
-        mean: Mean of each channel, for pixels in 0..1, ``(C,)``.
-        std: Standard deviation of each channel, for pixels in 0..1, ``(C,)``.
-        boxes: Crops, ``(N, 4)``; None is all of each image.
-        changes: Changes; None is none.
+        mean: Mean of each channel, for pixels in 0..1, on the CPU, ``(C,)``.
+        std: Standard deviation of each channel, for pixels in 0..1, on the CPU, ``(C,)``.
+        boxes: Crops, on the CPU, ``(N, 4)``; None is all of each image.
+        changes: Changes, on the CPU; None is none.
 
     Returns:
         Floats, ``(N, C, S, S)``.
     """
     count, channels = images.shape[:2]
-    mean, std = (v.to(images.device, non_blocking=True).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (constant(tuple(values.tolist()), images.device) for values in (mean, std))
     rendered = torch.empty(count, channels, size, size, device=images.device)
-    few = max(1, _CPU_PIXELS // (channels * size**2))
-    step = few if images.device.type == "cpu" else max(1, count)
+    on_cpu = images.device.type == "cpu"
+    change = change_some if on_cpu else change_all
+    step = max(1, _CPU_PIXELS // (channels * size**2)) if on_cpu else max(1, count)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        some = images[part].to(torch.float32).div_(255)
-        some = resize(some, size) if boxes is None else _cropped(some, boxes[part], size)
-        if changes is not None:
-            apply_changes(some, Changes(*(values[part] for values in changes)))
-        torch.div(some.sub_(mean), std, out=rendered[part])
+        some = None if changes is None else Changes(*(values[part] for values in changes))
+        floats = _changed(images[part], size, None if boxes is None else boxes[part], some, change)
+        torch.div(floats.sub_(mean), std, out=rendered[part])
     return rendered
 
 
-def _cropped(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crops of ``(S, S)``; where the images are larger, made at their size and shrunk with antialiasing."""
-    return resize(crop_resize(images, boxes, max(size, *images.shape[2:])), size)
+def _changed(
+    images: Tensor,
+    size: int,
+    boxes: Tensor | None,
+    changes: Changes | None,
+    change: Callable[[Tensor, Changes], Tensor],
+) -> Tensor:
+    """uint8 images as floats in 0..1, cropped or resized, and changed by ``change``."""
+    floats = images.to(torch.float32).div_(255)
+    if boxes is not None:
+        height, width = images.shape[2:]
+        side = max(size, height, width)
+        (lines,) = send([crop_lines(boxes, height, width, side)], images.device)
+        floats = crop_along(floats, lines, side)
+    # A crop out of larger images is made at their size and shrunk with antialiasing.
+    floats = resize(floats, size)
+    return floats if changes is None else change(floats, changes)
 
 
-def apply_changes(images: Tensor, changes: Changes) -> None:
-    """Make the changes, in the order of `Recipe`, on float images ``(N, C, S, S)`` in 0..1, where they lie."""
-    kernel_size = max(3, images.shape[2] // 10 | 1)
-    on_some(images, changes.flip, lambda some, _: some.flip(3))
+def change_some(images: Tensor, changes: Changes) -> Tensor:
+    """Make the changes, in the order of `Recipe`, on float images ``(N, C, S, S)`` in 0..1 of the CPU.
+
+    Those that a change was drawn for are changed where they lie.
+    """
+    kernel_size = _kernel_size(images)
+    on_some(images, where(changes.flip), lambda some, _: some.flip(3))
     apply_trivial(images, changes.trivial, changes.trivial_strength)
     jitter(images, changes.jitter, changes.order, changes.factors)
-    on_some(images, changes.grey, lambda some, _: greyscale(some).expand_as(some))
-    on_some(images, changes.blur, lambda some, index: blur(some, changes.sigma[index], kernel_size))
-    on_some(images, changes.solarise, lambda some, _: solarise(some, torch.full((len(some),), 0.5)))
+    on_some(images, where(changes.grey), lambda some, _: greyscale(some).expand_as(some))
+    on_some(images, where(changes.blur), lambda some, index: blur(some, changes.sigma[index], kernel_size))
+    on_some(images, where(changes.solarise), lambda some, _: solarise(some, torch.full((len(some),), 0.5)))
+    return images
+
+
+def change_all(images: Tensor, changes: Changes) -> Tensor:
+    """What `change_some` does, in few kernel launches and without a wait, on any device.
+
+    Changes of few operations are made on all images at a time, blur and TrivialAugment's, which cost more, on theirs.
+    """
+    index, numbers, counts = plan_trivial(changes.trivial, changes.trivial_strength, *images.shape[2:])
+    blurred = where(changes.blur)
+    shift = torch.where(changes.jitter, changes.factors[:, 3], 0.0)
+    floats = [changes.flip, numbers, blends(changes.jitter, changes.order, changes.factors), shift, changes.grey]
+    flip, numbers, shares, shift, grey, sigma, threshold = send(
+        # No pixel reaches a threshold of 2.
+        [*floats, changes.sigma[blurred], torch.where(changes.solarise, 0.5, 2.0)],
+        images.device,
+    )
+    index, there = send([index, blurred], images.device, torch.int64)
+    if changes.flip.any():
+        images = flip_all(images, flip)
+    if len(index):
+        make_trivial(images, index, numbers, counts)
+    if changes.jitter.any():
+        images = jitter_all(images, shares, shift)
+    if changes.grey.any():
+        images = grey_all(images, grey)
+    kernel_size = _kernel_size(images)
+    on_some(images, there, lambda some, _: blur(some, sigma, kernel_size))
+    return solarise(images, threshold) if changes.solarise.any() else images
+
+
+def _kernel_size(images: Tensor) -> int:
+    """A tenth of the side, odd, as in appendix A of SimCLR."""
+    return max(3, images.shape[2] // 10 | 1)

@@ -18,18 +18,21 @@ from torch.nn import functional as F
 _LUMA = (0.2989, 0.587, 0.114)
 
 
-def on_some(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+def on_some(images: Tensor, index: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Change some of the images where they lie.
 
     Args:
         images: Images, ``(N, C, H, W)``.
-        chosen: Which of them, bool, ``(N,)``, on the CPU, so that no device has to be waited for.
-        change: Gets the chosen images and their indices on the CPU, and returns as many.
+        index: Indices of those to change, on the images' device.
+        change: Gets these images and ``index``, and returns as many.
     """
-    index = chosen.nonzero().squeeze(1)
     if len(index):
-        there = index.to(images.device, non_blocking=True)
-        images.index_copy_(0, there, change(images.index_select(0, there), index))
+        images.index_copy_(0, index, change(images.index_select(0, index), index))
+
+
+def where(chosen: Tensor) -> Tensor:
+    """Indices of the True entries of ``chosen``, ``(N,)``, which is on the CPU, so that no device is waited for."""
+    return chosen.nonzero().squeeze(1)
 
 
 def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -46,18 +49,39 @@ def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     Returns:
         ``(N, C, S, S)``.
     """
-    top, left, height, width = boxes.to(images.device, images.dtype, non_blocking=True).unbind(1)
-    y = _positions(top, height, size, images.shape[2])
-    x = _positions(left, width, size, images.shape[3])
+    height, width = images.shape[2:]
+    return crop_along(images, crop_lines(boxes, height, width, size).to(images.device, images.dtype), size)
+
+
+def crop_lines(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
+    """Where the ``S`` columns and the ``S`` rows of crops lie, as `crop_along` takes them.
+
+    Args:
+        boxes: Top, left, height and width in pixels, ``(N, 4)``.
+        height: Height of the images.
+        width: Width of the images.
+        size: Side ``S``.
+
+    Returns:
+        For columns and rows: the first one's place, where -1..1 are the image's edges, the step to the next, and least
+        and greatest place, which keep off the box's outer half pixels, ``(4, N, 2, 1)``.
+    """
+    boxes = boxes.to(torch.float64)
+    start, length = boxes[:, [1, 0]], boxes[:, [3, 2]]
+    pixel = torch.tensor([2 / width, 2 / height], dtype=torch.float64)
+    step = length / size
+    first = start + step / 2
+    places = [first * pixel - 1, step * pixel, (start + 0.5) * pixel - 1, (start + length - 0.5) * pixel - 1]
+    return torch.stack(places).unsqueeze(3)
+
+
+def crop_along(images: Tensor, lines: Tensor, size: int) -> Tensor:
+    """`crop_resize` with the ``lines`` of `crop_lines`, on the images' device."""
+    first, step, least, greatest = lines
+    places = torch.addcmul(first, step, torch.arange(size, device=lines.device, dtype=lines.dtype))
+    x, y = places.clamp_(least, greatest).unbind(1)
     grid = torch.stack([x.unsqueeze(1).expand(-1, size, -1), y.unsqueeze(2).expand(-1, -1, size)], dim=-1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _positions(start: Tensor, length: Tensor, size: int, extent: int) -> Tensor:
-    """Where in -1..1, the image's edges, the ``S`` pixels of each box lie, kept off its outer half pixels: (N, S)."""
-    start, length = start.unsqueeze(1), length.unsqueeze(1)
-    position = start + (torch.arange(size, device=start.device) + 0.5) * (length / size)
-    return torch.clamp(position, start + 0.5, start + length - 0.5) * (2 / extent) - 1
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -73,6 +97,14 @@ def greyscale(images: Tensor) -> Tensor:
         return images
     red, green, blue = images.unbind(1)
     return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(1)
+
+
+def blend(images: Tensor, share: Tensor, luma: Tensor, mean: Tensor) -> Tensor:
+    """Blend each image with its luma and its mean luma; each has a share ``(N,)``, on the images' device."""
+    share, luma, mean = (values.view(-1, 1, 1, 1) for values in (share, luma, mean))
+    grey = greyscale(images)
+    others = torch.addcmul(grey.mean((2, 3), keepdim=True) * mean, grey, luma)
+    return torch.addcmul(others, images, share).clamp_(0, 1)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -135,7 +167,7 @@ def jitter(images: Tensor, chosen: Tensor, order: Tensor, factors: Tensor) -> No
             def changed(some: Tensor, index: Tensor, number: int = number, change: _Change = change) -> Tensor:
                 return change(some, factors[index, number])
 
-            on_some(images, chosen & (order[:, step] == number), changed)
+            on_some(images, where(chosen & (order[:, step] == number)), changed)
 
 
 def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:

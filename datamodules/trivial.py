@@ -9,17 +9,19 @@ Legend: ``N`` images, ``C`` channels, ``H W`` height and width, ``m`` strength o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .transforms import brightness, contrast, on_some, saturation, solarise
+from .transforms import blend, on_some, solarise, where
 
 _STEPS = 31
+# Images and a row of numbers for each, ``(N, C, H, W)`` and ``(N, 6)``, to changed images.
 _Change = Callable[[Tensor, Tensor], Tensor]
+# Strengths ``(N,)`` and the images' height and width to those numbers, up to six.
+_Numbers = Callable[[Tensor, int, int], Sequence[Tensor | float]]
 
 
 def draw_trivial(count: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -31,7 +33,7 @@ def draw_trivial(count: int, probability: float, generator: torch.Generator) -> 
     change = torch.randint(len(CHANGES), (count,), generator=generator)
     step = torch.randint(_STEPS, (count,), generator=generator) / (_STEPS - 1)
     sign = 2.0 * torch.randint(2, (count,), generator=generator) - 1
-    low, high, signed = torch.tensor([ranges for _, ranges in CHANGES.values()])[change].unbind(1)
+    low, high, signed = torch.tensor(list(CHANGES.values()))[change].unbind(1)
     strength = (low + step * (high - low)) * torch.where(signed > 0, sign, 1.0)
     spared = torch.rand(count, generator=generator) >= probability
     return change.masked_fill_(spared, -1), strength
@@ -39,70 +41,112 @@ def draw_trivial(count: int, probability: float, generator: torch.Generator) -> 
 
 def apply_trivial(images: Tensor, change: Tensor, strength: Tensor) -> None:
     """Make the drawn changes on float images ``(N, C, H, W)`` in 0..1, where they lie."""
-    for number, (function, _) in enumerate(CHANGES.values()):
-        if function is not None:
-            on_some(images, change == number, partial(_changed, function, strength))
+    if (change < 0).all():
+        return
+    index, numbers, counts = plan_trivial(change, strength, *images.shape[2:])
+    make_trivial(images, index.to(images.device), numbers.to(images.device), counts)
 
 
-def _changed(change: _Change, strength: Tensor, images: Tensor, index: Tensor) -> Tensor:
-    return change(images, strength[index])
+def plan_trivial(change: Tensor, strength: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, list[int]]:
+    """What `make_trivial` needs to make the drawn changes, on the CPU, so that no device is waited for.
+
+    Returns:
+        Indices of the images that change, group by group, a row of six numbers for each, and the groups' sizes.
+    """
+    indices, rows, counts = [], [], []
+    for _, members in _GROUPS:
+        counts.append(0)
+        for name, numbers in members.items():
+            index = where(change == _NUMBERS[name])
+            counts[-1] += len(index)
+            row = torch.zeros(6, len(index))
+            for place, value in enumerate(numbers(strength[index], height, width)):
+                row[place] = value
+            indices.append(index)
+            rows.append(row)
+    return torch.cat(indices), torch.cat(rows, dim=1).T.contiguous(), counts
 
 
-def _shear_x(images: Tensor, m: Tensor) -> Tensor:
+def make_trivial(images: Tensor, index: Tensor, numbers: Tensor, counts: list[int]) -> None:
+    """Make the changes that `plan_trivial` planned on images where they lie; all is on their device."""
+    parts = zip(_GROUPS, torch.split(index, counts), torch.split(numbers, counts), strict=True)
+    for (change, _), some, own in parts:
+
+        def changed(chosen: Tensor, _: Tensor, change: _Change = change, own: Tensor = own) -> Tensor:
+            return change(chosen, own)
+
+        on_some(images, some, changed)
+
+
+def _on_grid(matrix: _Numbers) -> _Numbers:
+    """The matrix, which makes pixels of pixels, as `_sample` takes it."""
+
+    def numbers(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
+        a, b, c, d, e, f = matrix(m, height, width)
+        x, y = 2 / width, 2 / height
+        return a * x, b * x, c * x - 1, d * y, e * y, f * y - 1
+
+    return numbers
+
+
+def _shear_x(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
     """Move each row to the left by m times its distance from the upper edge."""
-    one, none = torch.ones_like(m), torch.zeros_like(m)
-    return _sample(images, [[one, m, none], [none, one, none]])
+    return 1, m, 0, 0, 1, 0
 
 
-def _shear_y(images: Tensor, m: Tensor) -> Tensor:
+def _shear_y(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
     """Move each column up by m times its distance from the left edge."""
-    one, none = torch.ones_like(m), torch.zeros_like(m)
-    return _sample(images, [[one, none, none], [m, one, none]])
+    return 1, 0, 0, m, 1, 0
 
 
-def _translate_x(images: Tensor, m: Tensor) -> Tensor:
+def _translate_x(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
     """Move to the right by m pixels, rounded towards 0."""
-    one, none = torch.ones_like(m), torch.zeros_like(m)
-    return _sample(images, [[one, none, -m.trunc()], [none, one, none]])
+    return 1, 0, -m.trunc(), 0, 1, 0
 
 
-def _translate_y(images: Tensor, m: Tensor) -> Tensor:
+def _translate_y(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
     """Move down by m pixels, rounded towards 0."""
-    one, none = torch.ones_like(m), torch.zeros_like(m)
-    return _sample(images, [[one, none, none], [none, one, -m.trunc()]])
+    return 1, 0, 0, 0, 1, -m.trunc()
 
 
-def _rotate(images: Tensor, m: Tensor) -> Tensor:
+def _rotate(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
     """Turn about the centre by m degrees, anticlockwise."""
     cos, sin = torch.cos(m * (math.pi / 180)), torch.sin(m * (math.pi / 180))
-    y, x = images.shape[2] / 2, images.shape[3] / 2
-    return _sample(images, [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]])
+    y, x = height / 2, width / 2
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-def _sample(images: Tensor, source: list[list[Tensor]]) -> Tensor:
+def _strength(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
+    return (m,)
+
+
+def _sample(images: Tensor, source: Tensor) -> Tensor:
     """The nearest pixel to where each pixel comes from, black if that is outside.
 
     Args:
         images: Images, ``(N, C, H, W)``.
-        source: Two rows of three entries ``(N,)``: they make of (x, y, 1), pixels from the upper left corner to a
-            pixel's centre, the point (x, y) that it comes from.
+        source: Matrices of two rows and three columns, ``(N, 6)``: they make of (x, y, 1), pixels from the upper left
+            corner to a pixel's centre, the point (x, y) that it comes from, where -1..1 are the image's edges.
     """
     height, width = images.shape[2:]
-    x = (torch.arange(width, device=images.device) + 0.5).view(1, 1, -1)
-    y = (torch.arange(height, device=images.device) + 0.5).view(1, -1, 1)
-    rows = [[entry.to(images.device, images.dtype).view(-1, 1, 1) for entry in row] for row in source]
-    from_x, from_y = (a * x + b * y + c for a, b, c in rows)
-    grid = torch.stack([from_x * (2 / width) - 1, from_y * (2 / height) - 1], dim=-1)
+    x = (torch.arange(width, device=images.device) + 0.5).view(-1, 1)
+    y = (torch.arange(height, device=images.device) + 0.5).view(-1, 1, 1)
+    along, down, start = source.view(-1, 2, 3)[:, None, None].unbind(4)
+    grid = torch.addcmul(torch.addcmul(start, down, y), along, x)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def _sharpness(images: Tensor, m: Tensor) -> Tensor:
+def _blend(images: Tensor, shares: Tensor) -> Tensor:
+    return blend(images, *shares.T[:3])
+
+
+def _sharpness(images: Tensor, numbers: Tensor) -> Tensor:
     """Blend with a version smoothed over 3x3 pixels, whose share is -m; the outermost pixels stay."""
     kernel = torch.ones(3, 3, device=images.device)
     kernel[1, 1] = 5
     channels = images.shape[1]
     smooth = F.conv2d(images, (kernel / 13).expand(channels, 1, 3, 3), groups=channels)
-    factor = (1 + m).to(images.device, images.dtype).view(-1, 1, 1, 1)
+    factor = (1 + numbers[:, 0]).view(-1, 1, 1, 1)
     sharp = images.clone()
     inner = images[:, :, 1:-1, 1:-1]
     sharp[:, :, 1:-1, 1:-1] = (factor * inner + (1 - factor) * smooth).clamp_(0, 1)
@@ -111,8 +155,12 @@ def _sharpness(images: Tensor, m: Tensor) -> Tensor:
 
 def _posterise(images: Tensor, bits: Tensor) -> Tensor:
     """Keep the upper ``bits`` of each pixel's eight."""
-    step = 2.0 ** (8 - bits.round().to(images.device, images.dtype).view(-1, 1, 1, 1))
+    step = torch.exp2(8 - bits[:, 0].round()).view(-1, 1, 1, 1)
     return (images * 255).round_().div_(step).floor_().mul_(step / 255)
+
+
+def _solarise(images: Tensor, threshold: Tensor) -> Tensor:
+    return solarise(images, threshold[:, 0])
 
 
 def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
@@ -134,20 +182,47 @@ def _equalise(images: Tensor, _: Tensor) -> Tensor:
     return torch.where(step.unsqueeze(3) > 0, flat, images)
 
 
-# Each change, and its weakest strength, its greatest, and whether it is drawn with either sign.
+# Weakest and greatest strength of each change, and whether it is drawn with either sign.
 CHANGES = {
-    "identity": (None, (0.0, 0.0, 0.0)),
-    "shear_x": (_shear_x, (0.0, 0.99, 1.0)),
-    "shear_y": (_shear_y, (0.0, 0.99, 1.0)),
-    "translate_x": (_translate_x, (0.0, 32.0, 1.0)),
-    "translate_y": (_translate_y, (0.0, 32.0, 1.0)),
-    "rotate": (_rotate, (0.0, 135.0, 1.0)),
-    "brightness": (lambda images, m: brightness(images, 1 + m), (0.0, 0.99, 1.0)),
-    "colour": (lambda images, m: saturation(images, 1 + m), (0.0, 0.99, 1.0)),
-    "contrast": (lambda images, m: contrast(images, 1 + m), (0.0, 0.99, 1.0)),
-    "sharpness": (_sharpness, (0.0, 0.99, 1.0)),
-    "posterise": (_posterise, (8.0, 2.0, 0.0)),
-    "solarise": (solarise, (1.0, 0.0, 0.0)),
-    "autocontrast": (_autocontrast, (0.0, 0.0, 0.0)),
-    "equalise": (_equalise, (0.0, 0.0, 0.0)),
+    "identity": (0.0, 0.0, 0.0),
+    "shear_x": (0.0, 0.99, 1.0),
+    "shear_y": (0.0, 0.99, 1.0),
+    "translate_x": (0.0, 32.0, 1.0),
+    "translate_y": (0.0, 32.0, 1.0),
+    "rotate": (0.0, 135.0, 1.0),
+    "brightness": (0.0, 0.99, 1.0),
+    "colour": (0.0, 0.99, 1.0),
+    "contrast": (0.0, 0.99, 1.0),
+    "sharpness": (0.0, 0.99, 1.0),
+    "posterise": (8.0, 2.0, 0.0),
+    "solarise": (1.0, 0.0, 0.0),
+    "autocontrast": (0.0, 0.0, 0.0),
+    "equalise": (0.0, 0.0, 0.0),
 }
+_NUMBERS = {name: number for number, name in enumerate(CHANGES)}
+# Changes that are one function of other numbers are made together.
+_GROUPS: tuple[tuple[_Change, Mapping[str, _Numbers]], ...] = (
+    (
+        _sample,
+        {
+            "shear_x": _on_grid(_shear_x),
+            "shear_y": _on_grid(_shear_y),
+            "translate_x": _on_grid(_translate_x),
+            "translate_y": _on_grid(_translate_y),
+            "rotate": _on_grid(_rotate),
+        },
+    ),
+    (
+        _blend,
+        {
+            "brightness": lambda m, height, width: (1 + m,),
+            "colour": lambda m, height, width: (1 + m, -m),
+            "contrast": lambda m, height, width: (1 + m, 0, -m),
+        },
+    ),
+    (_sharpness, {"sharpness": _strength}),
+    (_posterise, {"posterise": _strength}),
+    (_solarise, {"solarise": _strength}),
+    (_autocontrast, {"autocontrast": _strength}),
+    (_equalise, {"equalise": _strength}),
+)

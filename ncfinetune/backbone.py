@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ncfinetune.compiled import CompiledBlocks
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
 
 # Share of a network's values below which weights are rather those of another architecture.
@@ -34,8 +36,9 @@ class Backbone(nn.Module):
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
         channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
-        compile: Run the network through `torch.compile`; the first pass, and the first after layers got or lost
-            forward hooks, takes a while. `stages` is not compiled.
+        compile: Run the blocks of the network through `torch.compile`. Their first passes take a while, once for
+            training and once for evaluation. Hooks on blocks do not slow it down; a block with hooks on parts of it
+            runs as it is.
         timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
 
     Attributes:
@@ -76,8 +79,7 @@ class Backbone(nn.Module):
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         self.pool = Pool.of(self.net)
         self.channels_last = channels_last
-        self.compiled = compile
-        self._hooks_compiled: list[int] = []
+        self._compiled = CompiledBlocks(block_names(self.net)) if compile else None
         if channels_last:
             self.to(memory_format=torch.channels_last)
         if checkpoint is not None:
@@ -98,21 +100,12 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
-        if not self.compiled:
+        with self._compiled.inside(self.net, x) if self._compiled else nullcontext():
             return self._run(_features, x)
-        self._forget_other_hooks()
-        return self._run(_compiled_features(), x)
 
     def _run(self, features: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         _check_images(x, self.spec)
         return features(self.net, x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
-
-    def _forget_other_hooks(self) -> None:
-        """Compile anew where hooks came or went, since compiled code keeps calling those that it was made with."""
-        hooks = [key for m in self.net.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks)]
-        if hooks != self._hooks_compiled:
-            torch.compiler.reset()
-            self._hooks_compiled = hooks
 
     def stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Pooled outputs of named layers in one forward pass, ``{name: (N, d_l)}``.
@@ -195,11 +188,6 @@ def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
 def _features(net: Any, x: Tensor) -> Tensor:
     features: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
     return features.flatten(1)
-
-
-@cache
-def _compiled_features() -> Callable[[Any, Tensor], Tensor]:
-    return torch.compile(_features)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:

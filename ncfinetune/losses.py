@@ -5,6 +5,8 @@ Legend: ``N`` samples, ``V`` views of each, ``K`` classes, ``p`` projection widt
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Similarities in memory at a time, which bounds what the contrastive loss adds to a step: 4 million are 16 MB.
+# Similarities in memory at a time, which bounds what the contrastive loss adds to a step; 4 million are 16 MB.
 _BLOCK = 2**22
+# The share of a GPU's memory that they take instead, 160 MB of 80 GB: smaller blocks are done sooner than launched.
+_GPU_SHARE = 1 / 512
+# From this temperature on, exp(similarity / temperature) is within exp(-50) and exp(50): float32 needs no shift.
+_NO_SHIFT_FROM = 0.02
 
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
@@ -45,12 +51,11 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     """
     _check_contrastive(z, labels, temperature)
     with torch.autocast(z.device.type, enabled=False):
-        rows = F.normalize(z.flatten(0, 1).to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        keys, key_labels, first = _gather_views(rows, labels.repeat_interleave(z.shape[1]))
-        _check_samples(len(keys) // z.shape[1])
-        spread = _SumOfLogSumExp.apply(rows, keys, first, temperature)
-        pull = _positives(rows, keys, key_labels, first) / temperature
-    return (spread - pull) * (_processes() / len(keys))
+        own = _Normalised.apply(z.to(torch.promote_types(z.dtype, torch.float32)))
+        keys, labels, first = _gather(own, labels)
+        _check_samples(len(keys))
+        total: Tensor = _ContrastiveLoss.apply(keys, labels, first, len(own), temperature)
+    return total * (_processes() / (len(keys) * z.shape[1]))
 
 
 def one_hot_mse(logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0) -> Tensor:
@@ -71,56 +76,125 @@ def one_hot_mse(logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0) 
     return (k * share * (logits - m).square() + (1 - share) * logits.square()).mean()
 
 
-def _positives(rows: Tensor, keys: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Sum over rows of their mean similarity to the other keys of their class."""
-    classes, members = torch.unique(labels, return_inverse=True)
-    sums = keys.new_zeros(len(classes), keys.shape[1]).index_add(0, members, keys)
-    own = members[first : first + len(rows)]
-    others = members.bincount()[own] - 1
-    return ((rows * (sums[own] - rows)).sum(1) / others).sum()
-
-
-class _SumOfLogSumExp(torch.autograd.Function):
-    """Sum over rows of the logsumexp of their scaled similarities to all keys but themselves, the keys from ``first``.
-
-    Forward forms the gradients, block by block, while the similarities are there; backward scales them.
-    """
+class _Normalised(torch.autograd.Function):
+    """What `F.normalize` does along the last axis, with a quarter of the kernel launches of its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, keys: Tensor, first: int, temperature: float) -> Tensor:
-        needed = any(ctx.needs_input_grad)
-        total, to_rows, to_keys = rows.new_zeros(()), torch.empty_like(rows), torch.zeros_like(keys)
-        size = max(1, _BLOCK // len(keys))
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size] / temperature
-            weights = block @ keys.T
-            weights.diagonal(first + start).fill_(-torch.inf)
-            highest = weights.amax(1, keepdim=True)
-            weights.sub_(highest).exp_()
-            sums = weights.sum(1, keepdim=True)
-            total += (sums.log() + highest).sum()
-            if needed:
-                torch.mm(weights, keys, out=to_rows[start : start + size]).div_(sums * temperature)
-                to_keys.addmm_(weights.T, block / sums)
-        ctx.save_for_backward(to_rows, to_keys)
-        return total
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(1e-12)
+        unit = z / norms
+        ctx.save_for_backward(unit, norms)
+        return unit
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        to_rows, to_keys = ctx.saved_tensors
-        return grad * to_rows, grad * to_keys, None, None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, norms = ctx.saved_tensors
+        along = (unit * grad).sum(-1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).div_(norms)
 
 
-def _gather_views(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows and labels of all processes, and where those of this one begin."""
+class _ContrastiveLoss(torch.autograd.Function):
+    """Sum of L_out over the views of ``count`` samples from ``first`` on, with all views ``(N, V, p)`` for keys.
+
+    Forward forms the gradient too, while the similarities are there; backward scales it. Nothing in it waits for the
+    device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, labels: Tensor, first: int, count: int, temperature: float) -> Tensor:
+        needed, own, views = ctx.needs_input_grad[0], slice(first, first + count), keys.shape[1]
+        pull, gradient = _pull(keys, labels, own, -1 / temperature, needed)
+        rows = slice(own.start * views, own.stop * views)
+        flat = None if gradient is None else gradient.flatten(0, 1)
+        spread = _sum_of_logsumexp(keys.flatten(0, 1), rows, temperature, flat)
+        ctx.save_for_backward(gradient)
+        return spread.add_(pull)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None, None, None
+
+
+def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum over own views of their scaled mean similarity to the other keys of their class, and its gradient if needed.
+
+    That is ``sum_i w_i z_i (S_i - z_i)`` with the sum ``S_i`` over the class and ``w_i`` the scale over its size less
+    one. A class is known by where its labels begin among the sorted ones: unlike `torch.unique`, that reads nothing
+    back.
+    """
+    ordered = labels.sort().values
+    classes = torch.searchsorted(ordered, labels)
+    sizes = torch.searchsorted(ordered, labels, right=True) - classes
+    weights = (scale / (sizes.to(keys.dtype) * keys.shape[1] - 1)).view(-1, 1, 1)
+
+    def class_sums(some: slice) -> Tensor:
+        sums = torch.zeros_like(keys[:, 0]).index_add_(0, classes[some], keys[some].sum(1))
+        return sums[classes].unsqueeze(1)
+
+    everything = slice(0, len(keys))
+    others = (class_sums(everything) - keys).mul_(weights)
+    pull = (others * keys)[own].sum()
+    if not needed:
+        return pull, None
+    if own == everything:  # the two ends of a pair pull alike
+        return pull, others.mul_(2)
+    gradient = (class_sums(own) * weights).expand_as(keys).clone()
+    gradient[own] += others[own] - (keys * weights)[own]
+    return pull, gradient
+
+
+def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None) -> Tensor:
+    """Sum over rows of the logsumexp of their scaled similarities to all keys but themselves, block by block.
+
+    Args:
+        keys: Unit vectors, ``(M, p)``.
+        rows: Which of them are rows.
+        temperature: What similarities are divided by.
+        gradient: What that of the keys is added to, ``(M, p)``; None if nobody wants it.
+    """
+    count = rows.stop - rows.start
+    # Two blocks at least: a small batch takes half the memory of its similarities for a few more launches.
+    size = math.ceil(count / max(2, math.ceil(count * len(keys) / _block(keys.device))))
+    buffer, shift = keys.new_empty(size, len(keys)), keys.new_zeros(())
+    all_sums = keys.new_empty(count, 1)
+    for start in range(rows.start, rows.stop, size):
+        part = slice(start, min(start + size, rows.stop))
+        block, sums = keys[part], all_sums[start - rows.start : part.stop - rows.start]
+        weights = buffer[: len(block)].addmm_(block, keys.T, beta=0, alpha=1 / temperature)
+        weights.diagonal(start).fill_(-torch.inf)
+        if temperature < _NO_SHIFT_FROM:
+            highest = weights.amax(1, keepdim=True)
+            weights.sub_(highest)
+            shift += highest.sum()
+        torch.sum(weights.exp_(), 1, keepdim=True, out=sums)
+        if gradient is not None:
+            gradient[part].addcdiv_(weights @ keys, sums, value=1 / temperature)
+            gradient.addmm_(weights.T, block / sums, alpha=1 / temperature)
+    return all_sums.log_().sum().add_(shift)
+
+
+@cache
+def _block(device: torch.device) -> int:
+    """Similarities in memory at a time, 4 bytes each."""
+    if device.type != "cuda":
+        return _BLOCK
+    return int(torch.cuda.get_device_properties(device).total_memory * _GPU_SHARE) // 4
+
+
+def _gather(own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Views and labels of all processes, and where those of this one begin.
+
+    Several processes wait once for each other's number of samples, which the shapes depend on.
+    """
     if _processes() == 1:
-        return rows, labels, 0
-    own = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(own) for _ in range(_processes())]
-    dist.all_gather(counts, own)
-    sizes = [int(count) for count in counts]
-    return _Gather.apply(rows, sizes), _gathered(labels, sizes), sum(sizes[: dist.get_rank()])
+        return own, labels, 0
+    counts = torch.empty(_processes(), dtype=torch.int64, device=own.device)
+    dist.all_gather(list(counts.unbind()), torch.full_like(counts[0], len(own)))
+    sizes = counts.tolist()
+    return _Gather.apply(own, sizes), _gathered(labels, sizes), sum(sizes[: dist.get_rank()])
 
 
 class _Gather(torch.autograd.Function):
@@ -140,10 +214,13 @@ class _Gather(torch.autograd.Function):
 
 
 def _gathered(rows: Tensor, sizes: list[int]) -> Tensor:
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    longest = max(sizes)
+    if len(rows) < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = rows.new_empty(len(sizes), *rows.shape)
+    dist.all_gather(list(parts.unbind()), rows.contiguous())
+    if min(sizes) == longest:
+        return parts.flatten(0, 1)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from image_files import number_of, write_image
+from launches import Launches
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
-from ncfinetune.datamodules.images import EpochSampler
+from ncfinetune.datamodules.images import EpochSampler, Labelled, TensorImages
 
 SUBTLE = Recipe(min_area=0.5, max_aspect=1.2, jitter=1.0, brightness=0.5)
 
@@ -297,6 +298,16 @@ def test_a_resumed_run_goes_on_with_the_same_batches(kind: str, folder: Path, tm
     model = Recorder()
     _trainer(max_epochs=2).fit(model, make(), ckpt_path=tmp_path / "one.ckpt")
     assert torch.equal(model.images("train1"), through[1])
+
+
+def test_a_batch_out_of_a_device_cache_is_one_copy_of_indices() -> None:
+    images = torch.zeros(20, 3, 4, 4, dtype=torch.uint8, device="meta")
+    data = TensorImages(Labelled(images, np.arange(20), np.arange(5, 15)))
+    with Launches("meta") as counted:
+        found, labels = data.__getitems__([3, 17])
+    assert found.shape == (2, 3, 4, 4)
+    assert labels.shape == (2,)
+    assert counted.launches == {"_to_copy": 1, "index_select": 2}
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])

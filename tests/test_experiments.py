@@ -1,5 +1,7 @@
 """The YAML files of the pre-training study, on a handful of made-up images."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,23 @@ def test_study_runs(method: str, tmp_path: Path) -> None:
     version = ["--trainer.logger.init_args.version", method]
     main(["fit", "--config", str(STUDY / "cifar10.yaml"), "--config", str(STUDY / f"{method}.yaml"), *small, *version])
     assert (tmp_path / "runs" / "pretrain" / method / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.md"
+    script = STUDY.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--repeats", "1", "--out", str(out)]
+    subprocess.run(command, cwd=STUDY.parent.parent, check=True, timeout=500)
+    table = out.read_text()
+    for row in (
+        "contrastive loss, 64 pairs",
+        "metric family",
+        "tracked epoch, all blocks",
+        "SimCLR step",
+        "synchronisations",
+    ):
+        assert f"| {row}" in table
 
 
 def test_study_is_all_there() -> None:

@@ -363,21 +363,6 @@ def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> No
     assert backbone.spec == SMALL
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-def test_hooks_that_come_after_compiling_still_fire() -> None:
-    backbone = Backbone(**SMALL, compile=True).eval()
-    images, caught = torch.randn(2, 1, 8, 8), []
-    with torch.no_grad():
-        features = backbone(images)
-        handle = backbone.layer("layer3.0").register_forward_hook(lambda m, args, output: caught.append(output))
-        torch.testing.assert_close(backbone(images), features)
-        assert len(caught) == 1
-        handle.remove()
-        backbone(images)
-        assert len(caught) == 1
-
-
 # What a run leaves
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from launches import Launches
 from scipy.stats import chisquare, ks_2samp
 from torch import Tensor
 from torchvision import transforms as v1
@@ -13,7 +14,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from ncfinetune.datamodules import recipes
 from ncfinetune.datamodules import transforms as ours
-from ncfinetune.datamodules.recipes import RECIPES, Recipe, apply_changes, draw_boxes, draw_changes, recipe_for, render
+from ncfinetune.datamodules.recipes import (
+    RECIPES,
+    Changes,
+    Recipe,
+    change_all,
+    change_some,
+    draw_boxes,
+    draw_changes,
+    recipe_for,
+    render,
+)
 from ncfinetune.datamodules.trivial import CHANGES, apply_trivial, draw_trivial
 
 COUNT = 4000
@@ -78,7 +89,8 @@ def test_blur_is_torchvisions(kernel_size: int) -> None:
     torch.testing.assert_close(ours.blur(images, sigma, kernel_size), expected, atol=1e-6, rtol=0)
 
 
-def test_all_changes_together_are_torchvisions_one_after_the_other() -> None:
+@pytest.mark.parametrize("change", [change_some, change_all])
+def test_all_changes_together_are_torchvisions_one_after_the_other(change: Callable[[Tensor, Changes], Tensor]) -> None:
     images = torch.rand(64, 3, 32, 32)
     recipe = Recipe(**{**RECIPES["simclr"].__dict__, "solarise": 0.5})
     changes = draw_changes(recipe, len(images), _generator())
@@ -93,8 +105,7 @@ def test_all_changes_together_are_torchvisions_one_after_the_other() -> None:
         return tv.solarize(image, 0.5) if changes.solarise[i] else image
 
     expected = _each(images, reference)
-    apply_changes(images, changes)
-    near = (images - expected).abs() < 2e-5
+    near = (change(images, changes) - expected).abs() < 2e-5
     assert near.float().mean() > 0.9999  # solarising may take a rounding error across its threshold
 
 
@@ -251,6 +262,33 @@ def test_recipes_that_cannot_be(make: Callable[[], Recipe], message: str) -> Non
 def test_no_box_that_fits_gives_the_central_one() -> None:
     boxes = draw_boxes(Recipe(min_area=0.99, max_aspect=4 / 3), 3, 30, 90, _generator())
     assert boxes.tolist() == [[0, 25, 30, 40]] * 3
+
+
+@pytest.mark.parametrize(("name", "size", "most"), [("simclr", 32, 90), ("simclr", 64, 125), ("trivial", 32, 105)])
+def test_a_batch_on_an_accelerator_is_a_bounded_number_of_launches(name: str, size: int, most: int) -> None:
+    images = torch.zeros(256, 3, size, size, dtype=torch.uint8, device="meta")
+    recipe = recipe_for(name, 1.0, size)
+    boxes, changes = draw_boxes(recipe, 256, size, size, _generator()), draw_changes(recipe, 256, _generator())
+    with Launches("meta") as counted:  # which has no values to wait for
+        found = render(images, size, torch.zeros(3), torch.ones(3), boxes, changes)
+    assert found.shape == images.shape
+    assert counted.total <= most
+    with Launches("meta") as again:
+        render(images, size, torch.zeros(3), torch.ones(3))
+    assert again.total <= 5  # what normalises is on the device by then
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_accelerators_and_cpus_make_the_same_images(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (200, channels, 24, 28), dtype=torch.uint8)
+    images[0] = 255
+    recipe = Recipe(**{**RECIPES["simclr"].__dict__, "trivial": 0.7, "solarise": 0.3})
+    boxes, changes = draw_boxes(recipe, 200, 24, 28, _generator()), draw_changes(recipe, 200, _generator())
+    arguments = (images, 32, torch.zeros(channels), torch.ones(channels), boxes, changes)
+    expected = render(*arguments)
+    monkeypatch.setattr(recipes, "change_some", change_all)
+    apart = (render(*arguments) - expected).abs() > 2e-5
+    assert apart.float().mean() < 1e-4  # solarising may take a rounding error across its threshold
 
 
 def test_images_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
