@@ -16,9 +16,9 @@ CORE = ROOT / "ncfinetune"
 # Which of our modules each module may import. What is not listed here may not exist.
 IMPORTS = {
     "ncfinetune": {"backbone", "contrastive", "finetune", "learner", "supervised"},
-    "ncfinetune.__main__": {"", "backbone", "cli", "report"},
+    "ncfinetune.__main__": {"", "cli", "report", "weights"},
     "ncfinetune.adversarial": set(),
-    "ncfinetune.backbone": {"layers"},
+    "ncfinetune.backbone": {"layers", "weights"},
     "ncfinetune.cli": {"", "predictions"},
     "ncfinetune.collapse": {"moments"},
     "ncfinetune.cache": {"backbone", "delta", "plain", "store", "tail"},
@@ -36,6 +36,7 @@ IMPORTS = {
     "ncfinetune.report": set(),
     "ncfinetune.store": {"delta"},
     "ncfinetune.tail": set(),
+    "ncfinetune.weights": set(),
     "callbacks.batches": {".features"},
     "callbacks.features": {"layers"},
     "callbacks.figures": {"collapse"},
