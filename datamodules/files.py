@@ -8,18 +8,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .base import SPLIT_SEED, ImageDataModule
-from .images import Labelled, broken_files, decode_all
+from .images import CENTRE, Labelled, broken_files, centre_seen, decode_all
 from .splits import split_indices
 
 # Photographs are much alike in this, and ImageNet's statistics are what most pre-trained networks expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _PARTS = ("train", "val", "test")
+# So many files of a part are looked at to see whether all have the size that is wanted already.
+_LOOKED_AT = 8
 
 
 class FileDataModule(ImageDataModule, ABC):
@@ -39,9 +42,12 @@ class FileDataModule(ImageDataModule, ABC):
     def __init__(self, num_classes: int, image_size: int = 224, in_memory: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.in_memory = in_memory
+        self.centre = CENTRE
 
     def hold(self, part: Labelled) -> Labelled:
         """The part's paths, or its images if they are to be in memory."""
+        if len(part) and not part.in_memory:
+            self.centre = centre_seen(part.take(np.arange(min(len(part), _LOOKED_AT))).paths, self.input_size[1])
         return decode_all(part, self.input_size[1]) if self.in_memory or self.device_cache else part
 
 

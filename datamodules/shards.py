@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .base import ImageDataModule
 from .files import IMAGENET_MEAN, IMAGENET_STD
-from .images import Batch, crops, mixed_seed, read_image
+from .images import CENTRE, Batch, crops, mixed_seed, read_image
 from .recipes import Recipe
 
 _IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -93,6 +93,7 @@ class WebDataset(ImageDataModule):
             raise ValueError(f"expected each shard once and in one part, got {twice[0]} more often")
         self.sizes = sizes
         self.shuffle = shuffle
+        self.centre = CENTRE
 
     def parts(self) -> dict[str, Any]:
         """The shards of each part, with their sizes."""
