@@ -31,7 +31,7 @@ class Frozen:
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
-        self._trained: set[str] | None = None
+        self._trained: dict[str, bool] = {}
 
     def remember(self, frozen: Mapping[str, Tensor], module: nn.Module, used: Iterable[Any]) -> None:
         """Take note of the frozen tensors, of what in the module trains, and of the callbacks that are used."""
@@ -46,9 +46,11 @@ class Frozen:
         Raises:
             ValueError: Other parameters require a gradient than at the start of the run.
         """
-        if self._trained is not None and (other := _trained(module) ^ self._trained):
+        now = _trained(module)
+        # A pruned parameter gets another name.
+        if other := [name for name, trains in self._trained.items() if now.get(name, trains) != trains]:
             raise ValueError(
-                f"something changed in the run whether {_some(sorted(other))} train, which a FineTuner's optimiser and "
+                f"something changed in the run whether {_some(other)} train, which a FineTuner's optimiser and "
                 "delta know nothing of; say it by train=..., in a run of its own"
             )
         if self._kept:
@@ -115,8 +117,8 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: fingerprint({name: tensor}) for name, tensor in tensors.items()}
 
 
-def _trained(module: nn.Module) -> set[str]:
-    return {name for name, p in module.named_parameters() if p.requires_grad}
+def _trained(module: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in module.named_parameters()}
 
 
 def _some(names: list[str], most: int = 3) -> str:
