@@ -27,6 +27,7 @@ WRITING = {
     "SWA": lambda model: callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
     "average": lambda model: callbacks.WeightAveraging(),
     "EMA": lambda model: callbacks.EMAWeightAveraging(decay=0.9),
+    "learning rate finder": lambda model: callbacks.LearningRateFinder(num_training_steps=4),
     "batch size finder": lambda model: callbacks.BatchSizeFinder(max_trials=1, steps_per_trial=1),
     "pruning of the head": lambda model: callbacks.ModelPruning("l1_unstructured", [(model.head, "weight")]),
 }

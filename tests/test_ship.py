@@ -83,10 +83,10 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
     run = _fit(tmp_path, "a", *model, *_data(ours))
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", _checkpoint(run)]
+    assert main(["test", *trained]) is None
     for command in (["test"], ["validate"], ["predict"], ["fit", "--trainer.max_epochs", "2"]):
         error = _refusal(capsys, command[0], *trained, *command[1:], "--data.root", str(other))
         assert "was trained on the classes apple, lime, plum, and the data has lime, plum, zebra: its labels" in error
-    assert main(["test", *trained]) is None
     tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")  # nothing is frozen: needs no base
     assert tuned.class_names == ["apple", "lime", "plum"]
     with pytest.raises(ValueError, match="the model was trained on the classes apple, lime, plum, and the data has"):
