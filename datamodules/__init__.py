@@ -5,6 +5,7 @@ from .digits import Digits as Digits
 from .files import ImageFolder as ImageFolder
 from .recipes import Recipe as Recipe
 from .shards import WebDataset as WebDataset
+from .unlabelled import Unlabelled as Unlabelled
 from .vision import CIFAR10 as CIFAR10
 from .vision import CIFAR100 as CIFAR100
 from .vision import DTD as DTD
@@ -27,5 +28,6 @@ __all__ = [
     "Pets",
     "Recipe",
     "StanfordCars",
+    "Unlabelled",
     "WebDataset",
 ]

@@ -116,6 +116,8 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(f"expected num_workers of 0 with device_cache, got {num_workers}; leave num_workers out")
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
+        # Share of a stored image's shorter side that evaluation sees.
+        self.centre = 1.0
         self._stored_size = input_size[1]
         size = image_size or self._stored_size
         self.input_size = (input_size[0], size, size)
@@ -147,6 +149,22 @@ class ImageDataModule(LightningDataModule, ABC):
     def augments(self) -> bool:
         """Whether training images differ from those of evaluation, and from one epoch to the next."""
         return self.recipe.changes or self.views > 1 or bool(self._mixers)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How evaluation makes images ready, as plain data and in timm's words, once the datamodule is set up.
+
+        ``stored_size`` is ours: the side to which a file is decoded, before it is brought to ``input_size``.
+        """
+        return {
+            "input_size": list(self.input_size),
+            "mean": [round(value, 6) for value in self.mean.tolist()],
+            "std": [round(value, 6) for value in self.std.tolist()],
+            "interpolation": "bilinear",
+            "crop_pct": self.centre,
+            "crop_mode": "center",
+            "stored_size": self._stored_size,
+        }
 
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 # Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
-_CENTRE = 0.875
+CENTRE = 0.875
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
 _DECODED_SIDE = 2
 # What stored pixels go through to be upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
@@ -140,8 +140,22 @@ def read_image(
 def _centre(height: int, width: int, size: int) -> list[Box]:
     if (height, width) == (size, size):
         return [[0.0, 0.0, float(size), float(size)]]
-    side = _CENTRE * min(height, width)
+    side = CENTRE * min(height, width)
     return [[(height - side) / 2, (width - side) / 2, side, side]]
+
+
+def centre_seen(paths: Sequence[str], size: int) -> float:
+    """Share of the shorter side that evaluation sees of such files: all of them that have the size already."""
+    try:
+        sizes = set(map(_size, paths))
+    except _DAMAGE:  # said when it is decoded
+        return CENTRE
+    return 1.0 if sizes == {(size, size)} else CENTRE
+
+
+def _size(path: str) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 def _orientation(image: Image.Image) -> tuple[bool, bool, bool]:

@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from .base import SPLIT_SEED, ImageDataModule
-from .decoding import Decoding
+from .decoding import CENTRE, Decoding, centre_seen
 from .images import Batch, Labelled, broken_files, decode_all
 from .labels import Row, class_names, read_labels
 from .listing import Found, is_hidden, is_image, same_content, some
@@ -24,6 +25,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _PARTS = ("train", "val", "test")
 # Images up to which all are compared, in seconds; beyond, reading a little of each file takes minutes.
 _MOST_COMPARED = 100_000
+# So many files of a part are looked at to see whether all have the size that is wanted already.
+_LOOKED_AT = 8
 
 
 class FileDataModule(ImageDataModule, ABC):
@@ -55,9 +58,12 @@ class FileDataModule(ImageDataModule, ABC):
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.in_memory = in_memory
         self.decoding = Decoding(value_range=value_range)
+        self.centre = CENTRE
 
     def hold(self, part: Labelled) -> Labelled:
         """The part's paths, or its images if they are to be in memory."""
+        if len(part) and not part.in_memory:
+            self.centre = centre_seen(part.take(np.arange(min(len(part), _LOOKED_AT))).paths, self.input_size[1])
         held = self.in_memory or self.device_cache
         return decode_all(part, self.input_size[1], self.decoding) if held else part
 

@@ -83,7 +83,7 @@ def _export(words: list[str]) -> int:
     if len(words) != 2 or words[0].startswith("-"):
         print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
         return 2
-    from ncfinetune.backbone import export
+    from ncfinetune.weights import export
 
     print(export(*words))
     return 0

@@ -6,7 +6,6 @@ Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -15,15 +14,14 @@ from typing import Any, Literal
 
 import timm
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ncfinetune import weights
 from ncfinetune.compiled import CompiledBlocks
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
 
-# Share of a network's values below which weights are rather those of another architecture.
-_ENOUGH = 0.75
+# So many values of a tensor are kept to tell whether it is still at its random start.
+_SAMPLE = 8
 
 
 class Backbone(nn.Module):
@@ -32,7 +30,10 @@ class Backbone(nn.Module):
     Args:
         name: Name of a timm architecture, as in ``timm.list_models()``.
         pretrained: Load timm's weights for it (a download, or timm's local cache).
-        checkpoint: File with weights to start from: of this package, Lightning, timm or torchvision, or safetensors.
+        checkpoint: File with weights to start from: of this package, Lightning, timm, torchvision or whoever else has
+            such a network, as `weights.load` reads it. Of a file with several networks, ``{path: FILE, key: KEY,
+            prefix: PREFIX}`` says which: the path of the dictionary of tensors in the file, and what stands before
+            the names there.
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
         channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
@@ -59,7 +60,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         pretrained: bool = False,
-        checkpoint: str | None = None,
+        checkpoint: str | dict[str, Any] | None = None,
         stem: Literal["imagenet", "cifar"] = "imagenet",
         channels_last: bool = False,
         compile: bool = False,
@@ -74,8 +75,11 @@ class Backbone(nn.Module):
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"timm cannot make {name!r} with {timm_kwargs}: {error}") from error
+        fresh = set() if pretrained else {name for name, _ in self.net.named_parameters()}
         if stem == "cifar":
             _shrink_stem(self.net, name)
+            fresh |= {f"conv1.{name}" for name, _ in self.net.conv1.named_parameters()}
+        self._start = _samples(self.net, fresh)
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         self.pool = Pool.of(self.net)
         self.channels_last = channels_last
@@ -143,13 +147,29 @@ class Backbone(nn.Module):
             )
         return found[name]
 
-    def load(self, checkpoint: str) -> None:
-        """Start from the weights in a file and say which of them fitted; see `load_weights`."""
-        load_weights(self.net, checkpoint)
+    def load(self, checkpoint: str | dict[str, Any]) -> None:
+        """Start from the weights in a file and say which of them fitted; see `weights.load`.
+
+        Where the file says how its weights expect images to be normalised, so does the network's ``pretrained_cfg``.
+        """
+        loaded, data = weights.load(self.net, checkpoint)
+        self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
+        seen = {name: data.get("preprocessing", {}).get(name) for name in ("mean", "std")}
+        self.net.pretrained_cfg = {**self.net.pretrained_cfg, **{name: v for name, v in seen.items() if v is not None}}
 
     def save(self, path: str | Path) -> None:
-        """Write the network's weights to a ``.safetensors`` or ``.pth`` file; see `save_weights`."""
-        save_weights(self.net.state_dict(), path)
+        """Write the network's weights to a ``.safetensors`` or ``.pth`` file; see `weights.save`."""
+        weights.save(self.net.state_dict(), path)
+
+    @property
+    def random(self) -> dict[str, nn.Parameter]:
+        """The parameters that are still at their random start, by name: neither loaded nor trained since."""
+        now = dict(self.net.named_parameters())
+        return {
+            name: now[name]
+            for name, start in self._start.items()
+            if name in now and torch.equal(_sample(now[name]), start.to(now[name].dtype))
+        }
 
     @cached_property
     def layers(self) -> dict[str, int]:
@@ -175,6 +195,16 @@ class Backbone(nn.Module):
         return channels, height, width
 
 
+def _samples(net: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """A few values of each parameter of those names that starts at random, rather than at zero or one."""
+    samples = {name: _sample(p) for name, p in net.named_parameters() if name in names}
+    return {name: sample for name, sample in samples.items() if (sample != sample[:1]).any()}
+
+
+def _sample(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().reshape(-1)[:_SAMPLE].cpu().clone()
+
+
 def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
     channels = spec.get("in_chans", 3)
     if x.ndim == 4 and x.shape[1] == channels:
@@ -188,112 +218,6 @@ def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
 def _features(net: Any, x: Tensor) -> Tensor:
     features: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
     return features.flatten(1)
-
-
-def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write the weights of a timm network to a file.
-
-    ``Backbone(checkpoint=path)`` reads it, and so does ``timm.create_model(name, num_classes=0, checkpoint_path=path)``
-    unless the stem is ``cifar``, which timm does not have.
-
-    Raises:
-        ValueError: The file's name ends neither in .safetensors nor in .pth.
-    """
-    path = Path(path)
-    own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(own, path)
-    elif path.suffix == ".pth":
-        torch.save(own, path)
-    else:
-        raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
-
-
-def export(checkpoint: str, path: str) -> str:
-    """Take the backbone's weights out of a learner's checkpoint into a file of their own, and say how to read it.
-
-    Raises:
-        FileNotFoundError: No such checkpoint.
-        ValueError: It is not a learner's, or the file's name is not one that `save_weights` takes.
-    """
-    prefix = "backbone.net."
-    stored = _read_weights(Path(checkpoint))
-    weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-    if not weights:
-        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(stored))}")
-    save_weights(weights, path)
-    return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
-
-
-def load_weights(net: nn.Module, checkpoint: str) -> None:
-    """Load the weights of a checkpoint file into ``net`` where name and shape fit, and log in a line what did.
-
-    The line is a warning where they make up less than three quarters of the network's values, as those of a ResNet-50
-    do in a ResNet-18: another stem or size of image leaves more than that. A prefix that the fitting weights share
-    (``backbone.net.``, ``module.``, ``model.``) is left out, and so is a classifier, which the network does not have.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file holds no weights, or none that fit.
-    """
-    stored = _read_weights(Path(checkpoint))
-    own = net.state_dict()
-    stored = _without_prefix(stored, own)
-    fitting = {key: value for key, value in stored.items() if key in own and own[key].shape == value.shape}
-    missing = [key for key in own if key not in fitting]
-    unused = [key for key in stored if key not in fitting]
-    report = f"checkpoint {checkpoint}: {len(fitting)} of {len(own)} tensors of the network matched"
-    report += f"; not in the file or of another shape: {_some(missing)}" if missing else ""
-    report += f"; in the file but unused: {_some(unused)}" if unused else ""
-    if not any(key in fitting for key, _ in net.named_parameters()):
-        raise ValueError(f"{report}. Expected the weights of the same architecture.")
-    net.load_state_dict(fitting, strict=False)
-    share = sum(value.numel() for value in fitting.values()) / sum(value.numel() for value in own.values())
-    if share < _ENOUGH:
-        rank_zero_warn(f"{report}. That is {share:.0%} of the network's values: are they of the same architecture?")
-    else:
-        rank_zero_info(report)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
-    content = _content(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise ValueError(f"checkpoint {str(path)!r} holds no tensors, only {_some(list(content))}")
-    return weights
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # unpickling other bytes can raise anything
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds objects of {foreign[1]}" if foreign else "it is damaged or no file of weights"
-        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content
-
-
-def _without_prefix(stored: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``stored`` under the prefix with which most keys are known to ``own``."""
-    prefixes = {key[: -len(name)] for key in stored for name in own if key.endswith(name)} | {""}
-
-    def known(prefix: str) -> int:
-        return sum(key.startswith(prefix) and key[len(prefix) :] in own for key in stored)
-
-    prefix = max(sorted(prefixes, key=len), key=known)
-    return {key[len(prefix) :] if key.startswith(prefix) else key: value for key, value in stored.items()}
 
 
 def _check_name(name: str) -> None:
@@ -322,7 +246,3 @@ def _shrink_stem(net: Any, name: str) -> None:
     net.conv1 = nn.Conv2d(first.in_channels, last.out_channels, 3, stride=1, padding=1, bias=last.bias is not None)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
-
-
-def _some(keys: list[str], most: int = 4) -> str:
-    return f"{len(keys)} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"

@@ -11,13 +11,13 @@ import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import LambdaCallback
@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ncfinetune import predictions
+from ncfinetune.weights import DATA
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
@@ -131,7 +132,31 @@ class NCFinetuneCLI(LightningCLI):
             _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
-        _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
+        checkpoint = _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
+        if checkpoint is not None and self.subcommand != "fit":
+            self._take_from(checkpoint)
+
+    def _take_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Ask nothing of this machine that is in the checkpoint: where its weights started, what its images are like.
+
+        To predict images of a folder, the data set that it was trained on is not needed.
+        """
+        config = self.config[self.subcommand]
+        model, said = config.model, checkpoint.get(DATA) or {}
+        if model.class_path.startswith("ncfinetune."):
+            if "checkpoint" in model.init_args:
+                model.init_args.checkpoint = None
+            if isinstance(model.init_args.get("backbone"), dict):
+                starts = ("checkpoint", "pretrained")
+                model.init_args.backbone = {k: v for k, v in model.init_args.backbone.items() if k not in starts}
+        if self._get(self.config, "images") is not None and said.get("preprocessing"):
+            classes = checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
+            names = said.get("class_names") or [str(label) for label in range(classes)]
+            loading = {name: config.data.init_args.get(name) for name in ("batch_size", "num_workers")}
+            given = {name: value for name, value in loading.items() if value is not None}
+            arguments = {**given, "class_names": names, "preprocessing": said["preprocessing"]}
+            path = "ncfinetune.datamodules.Unlabelled"
+            config.data = Namespace({"class_path": path, "init_args": arguments})  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and see that their folders can be written.
@@ -232,16 +257,16 @@ class NCFinetuneCLI(LightningCLI):
             self.parser.error(str(error))
 
 
-def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> None:
-    """Refuse a file that cannot be Lightning's, before data and network are made."""
+def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapping[str, Any] | None:
+    """Refuse a file that cannot be Lightning's, before data and network are made; returns what is in one that can."""
     if path is None or path in _NAMED_CHECKPOINTS or re.match(r"\w+:", path) or Path(path).is_dir():
-        return
+        return None
     if not Path(path).exists():
         parser.error(f"no checkpoint {path!r}; a run leaves its own in RUN/checkpoints")
     try:
         content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
     except UnpicklingError:  # objects of a project's own, which Lightning may be told to trust
-        return
+        return None
     except RuntimeError:  # another zip file
         content = None
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
@@ -249,6 +274,7 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> None
             f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
             "(weights alone go to --model.checkpoint)"
         )
+    return content
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

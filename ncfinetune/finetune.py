@@ -5,6 +5,7 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
+from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
 from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier, Interval
@@ -29,8 +31,17 @@ from ncfinetune.store import Stored
 SkipGradient = Literal["both", "skip"]
 HeadInit = Literal["default", "zero", "mean"]
 _CACHE_DIR = "runs/cache"
-# Hyper-parameters that a delta keeps apart, or that say how a run went about it.
-_NOT_THE_MODEL = ("backbone", "cache", "cache_dir")
+# Arguments that a delta keeps apart, or that say how a run went about it.
+_NOT_THE_MODEL = (
+    "backbone",
+    "checkpoint",
+    "cache",
+    "cache_dir",
+    "allow_random",
+    "optimizer",
+    "lr_scheduler",
+    "lr_interval",
+)
 
 
 class FineTuner(Classifier):
@@ -47,13 +58,15 @@ class FineTuner(Classifier):
     full FT           all        (null)
     ================  =========  =============
 
-    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode. At the start of a
-    run a table says how many parameters train.
+    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode, and no callback
+    that averages weights changes it. At the start of a run a table says how many parameters train. A run on a backbone
+    that nothing pre-trained, or of which frozen parameters are still random, is refused.
 
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
-        checkpoint: File with the pre-trained weights of the backbone.
+        checkpoint: File with the pre-trained weights of the backbone, or ``{path: FILE, key: KEY, prefix: PREFIX}`` for
+            one of several networks in it; see `Backbone`.
         train: ``none``, ``all``, or the layers to train: a name or pattern such as ``layer3.1`` or ``blocks.1?``, or
             several.
         skip_from: Layer whose pooled output joins the features that reach the classifier.
@@ -71,6 +84,7 @@ class FineTuner(Classifier):
             pass from then on. For training without random augmentation.
         cache_dir: Folder of the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
             so that another run finds it; any may be deleted while no run uses it.
+        allow_random: Run on a backbone that is not pre-trained, or frozen parameters that no file gave.
         optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
@@ -87,7 +101,7 @@ class FineTuner(Classifier):
         self,
         num_classes: int,
         backbone: str | dict[str, Any] | Backbone,
-        checkpoint: str | None = None,
+        checkpoint: str | dict[str, Any] | None = None,
         train: str | list[str] = "none",
         skip_from: str | None = None,
         skip_join: SkipJoin = "pad",
@@ -96,6 +110,7 @@ class FineTuner(Classifier):
         head_lr_factor: float = 1.0,
         cache: Place = "none",
         cache_dir: str = _CACHE_DIR,
+        allow_random: bool = False,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
@@ -112,6 +127,8 @@ class FineTuner(Classifier):
         _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
+        self.allow_random = allow_random
+        self._frozen = Frozen()
         self.skip_from = skip_from
         self.skip_gradient = skip_gradient
         self.head_init = head_init
@@ -182,16 +199,25 @@ class FineTuner(Classifier):
         return self.head(*self.features(x))
 
     def setup(self, stage: str) -> None:
-        """Silence Lightning's warning of modules in eval mode, since they are to be."""
+        """Refuse callbacks that would decide what trains, and compare the data with what was learnt of them.
+
+        Lightning's warning of modules in eval mode is silenced, since they are to be.
+        """
         super().setup(stage)
+        if stage == "fit":
+            refuse_tuners(self, self.trainer.callbacks)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_fit_start(self) -> None:
         """Show and log what trains and start the classifier from class means, if asked to."""
         super().on_fit_start()
+        if not self.allow_random:
+            refuse_random(self.backbone.net, self.backbone.random)
+        frozen = self._split(self.trainer.strategy.lightning_module_state_dict())[1]
+        self._frozen.remember(frozen, self, self.trainer.callbacks)  # type: ignore[attr-defined]
         rank_zero_info(self.parameter_table())
         if self._cache is not None:
-            self._cache.fill(self.trainer, self, delta.split(self.state_dict(), self._tuned_paths())[1])
+            self._cache.fill(self.trainer, self, self._split()[1])
         if not self._head_ready:
             self._start_from_means()
 
@@ -206,21 +232,43 @@ class FineTuner(Classifier):
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its images back."""
+        self._frozen = Frozen()
         if self._cache is not None:
             self._cache.drop()
 
-    def on_fit_end(self) -> None:
-        """Leave ``delta.safetensors`` beside the checkpoints."""
-        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        state = self.trainer.strategy.lightning_module_state_dict()
-        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-            self.save_delta(Path(folder) / "delta.safetensors", names, state)
+    def on_train_epoch_start(self) -> None:
+        """See that what is frozen still is; a callback may have averaged it or reset its statistics."""
+        self._frozen.restore(self)
+
+    def on_validation_epoch_start(self) -> None:
+        """See that what is frozen still is; a callback may have put an average in its place."""
+        self._frozen.restore(self)
+
+    def on_train_end(self) -> None:
+        """See that what is frozen still is, in the weights that a callback leaves at the end too."""
+        self._frozen.restore(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whether the classifier has started: tuners save and restore it before it has."""
+        """Save what is frozen as it was loaded, whatever a callback made of it, and whether the classifier has started.
+
+        Tuners save and restore it before it has.
+        """
+        super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
+        self._frozen.restore_in(checkpoint["state_dict"])
+
+    def on_fit_end(self) -> None:
+        """Leave ``delta.safetensors`` beside the checkpoints.
+
+        Raises:
+            ValueError: Something changed what is frozen.
+        """
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        state = self.trainer.strategy.lightning_module_state_dict()
+        self._frozen.check(self._split(state)[1])
+        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.save_delta(Path(folder) / "delta.safetensors", state=state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classifier that is loaded, and go on with no run but one of the same layers.
@@ -228,6 +276,7 @@ class FineTuner(Classifier):
         Raises:
             ValueError: A run that tuned or skipped from other layers would go on, whose optimiser does not know these.
         """
+        super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
@@ -275,35 +324,41 @@ class FineTuner(Classifier):
 
         Args:
             path: File to write, ``.safetensors``.
-            class_names: Names of the classes, in the order of their labels.
+            class_names: Names of the classes, in the order of their labels; None is as it is known of the data.
             state: The state of this module, where its own is spread over processes.
 
         Raises:
             ValueError: The file's name ends in something else.
         """
-        tensors, frozen = delta.split(self.state_dict() if state is None else state, self._tuned_paths())
-        delta.save(path, tensors, frozen, {**self._facts(), "class_names": class_names})
+        tensors, frozen = self._split(state)
+        names = self.class_names if class_names is None else class_names
+        delta.save(path, tensors, delta.fingerprint(frozen), {**self._facts(), "class_names": names})
 
     def load_delta(self, path: str | Path) -> None:
         """Put tuned layers and classifier in place.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: The file is no delta, or one of other knobs or another base.
+            ValueError: The file is no delta, a damaged one, or one of other knobs or another base.
         """
-        _, frozen = delta.split(self.state_dict(), self._tuned_paths())
-        self.load_state_dict(delta.load(path, frozen, self._facts()), strict=False)
+        facts = delta.facts(path)
+        self.load_state_dict(delta.load(path, *self._split(), self._facts()), strict=False)
+        self.class_names, self.preprocessing = facts["class_names"], facts["preprocessing"]
         self._head_ready = True
 
     @classmethod
-    def from_delta(cls, path: str | Path, checkpoint: str | None = None, pretrained: bool = False) -> FineTuner:
+    def from_delta(
+        cls, path: str | Path, checkpoint: str | dict[str, Any] | None = None, pretrained: bool = False
+    ) -> FineTuner:
         """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: The file is no delta, or the base is another one.
+            ValueError: The file is no delta, a damaged one, or the base is another one.
         """
         facts = delta.facts(path)
+        if strange := facts["knobs"].keys() - _knobs():
+            raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
         model.load_delta(path)
         return model.eval()
@@ -311,22 +366,31 @@ class FineTuner(Classifier):
     def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
         """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
 
-        With ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
+        After training, or of a delta, those arguments say how images are made ready, so that
+        `timm.data.resolve_model_data_config` of the network does as the datamodule did, and what the classes are. With
+        ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
 
         Raises:
             ValueError: timm has no such network, as with a stem for small images; or the file's name does not end in
                 ``.safetensors``.
         """
         classifier = self.head if isinstance(self.head, nn.Linear) else None
-        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier)
+        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier, data)
 
     def _tuned_paths(self) -> list[str]:
         tuned = [self.head, *self._trained.values()]
         return [path for path, module in self.named_modules() if any(module is one for one in tuned)]
 
+    def _split(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state's tensors that are tuned, and those that are frozen."""
+        return delta.split(self.state_dict() if state is None else state, self._tuned_paths())
+
     def _facts(self) -> dict[str, Any]:
-        knobs = {name: value for name, value in self.hparams.items() if name not in _NOT_THE_MODEL}
-        return {"base": self.backbone.spec, "knobs": knobs}
+        # The command line has Lightning keep more than these in the hyper-parameters.
+        knobs = {name: self.hparams[name] for name in sorted(_knobs()) if name in self.hparams}
+        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        return {"base": self.backbone.spec, "knobs": knobs, **data}
 
     def _start_from_means(self) -> None:
         stored = None if self._cache is None else self._cache.train_rows
@@ -355,6 +419,11 @@ def _in_two_groups(optimizer: OptimizerCallable, head: list[nn.Parameter], param
     body = [p for p in parameters if id(p) not in in_head]
     groups = [{"params": body, "name": "backbone"}] if body else []
     return optimizer([*groups, {"params": head, "name": "head"}])
+
+
+def _knobs() -> set[str]:
+    """The arguments that a delta keeps."""
+    return set(inspect.signature(FineTuner).parameters) - set(_NOT_THE_MODEL)
 
 
 def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
+from ncfinetune.weights import DATA
 
 Batch = tuple[Tensor, Tensor]
 Interval = Literal["epoch", "step"]
@@ -88,6 +89,8 @@ class Learner(LightningModule, ABC):
     Attributes:
         lr: The learning rate in place of the optimiser's own, and of its scaling by ``lr_batch``; None is neither.
             Lightning's learning rate finder sets it.
+        class_names: What the datamodule that the learner was trained on calls its classes; None as long as unknown.
+        preprocessing: How it makes images ready: ``mean``, ``std``, ``input_size`` and more, in timm's words.
 
     Raises:
         ValueError: ``lr_batch`` is below 1; ``lr_interval`` is unknown, or there is no scheduler for it; a scheduler
@@ -123,6 +126,22 @@ class Learner(LightningModule, ABC):
         self.means = nn.ModuleDict(
             {f"{split}/{name}": SampleMean() for split in ("train", "val", "test") for name in self.logged}
         )
+        self.class_names: list[str] | None = None
+        self.preprocessing: dict[str, Any] | None = None
+
+    def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
+        """Compare what a datamodule says of classes and images with what the learner was trained on."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint what classes and images are like."""
+        checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what the checkpoint says of classes and images, and compare the datamodule with it."""
+        said = checkpoint.get(DATA, {})
+        self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
+        if self._trainer is not None:
+            self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -182,8 +201,12 @@ class Learner(LightningModule, ABC):
         return self.lr, self._lr_batch and _images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse to be one of several trainings that were meant to be one."""
+        """Refuse to be one of several trainings that were meant to be one, and learn what the data are like."""
         check_launched(self.trainer)
+        names, images = _described(getattr(self.trainer, "datamodule", None))
+        self.compare_data(names, images)
+        if stage == "fit":
+            self.class_names, self.preprocessing = names or self.class_names, images or self.preprocessing
 
     def on_fit_start(self) -> None:
         """Log how many parameters train, of how many, and by how much the learning rate was scaled.
@@ -240,6 +263,18 @@ def check_launched(trainer: Trainer) -> None:
             f"torchrun launched {launched} processes, but the Trainer has {trainer.world_size}; give it as many "
             "(devices a node, and num_nodes), or start one process"
         )
+
+
+def _described(data: Any) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """What a datamodule calls its classes, unless those are mere numbers, and how it makes images ready."""
+    names, images = getattr(data, "class_names", None), getattr(data, "preprocessing", None)
+    named = [str(name) for name in names or ()]
+    numbered = named == [str(label) for label in range(len(named))]
+    return None if numbered else named, images if isinstance(images, dict) else None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
 def _images_a_step(trainer: Trainer) -> int:
@@ -313,13 +348,33 @@ class Classifier(Learner):
         return nn.functional.cross_entropy(logits, labels)
 
     def setup(self, stage: str) -> None:
-        """Refuse a datamodule with another number of classes."""
+        """Refuse a datamodule with another number of classes, or with other classes."""
         super().setup(stage)
         offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if offered != self.num_classes:
             raise ValueError(
                 f"the model has num_classes={self.num_classes}, the data {offered}; "
                 f"give the model num_classes={offered}"
+            )
+
+    def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
+        """Refuse a datamodule whose labels mean other classes, and warn of one that normalises images otherwise.
+
+        Raises:
+            ValueError: It has other classes, or the same in another order.
+        """
+        if names and self.class_names and names != self.class_names:
+            raise ValueError(
+                f"the model was trained on the classes {_listed(self.class_names)}, and the data has {_listed(names)}: "
+                "its labels mean others; expected the same classes in the same order"
+            )
+        ours, theirs = (
+            {key: (seen or {}).get(key) for key in ("mean", "std")} for seen in (self.preprocessing, images)
+        )
+        if self.preprocessing and images and ours != theirs:
+            rank_zero_warn(
+                f"the model was trained on images normalised by {ours}, and the data are by {theirs}; "
+                "give the datamodule that mean and std"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -28,7 +28,7 @@ KNOBS = [
 
 def _model(**knobs) -> FineTuner:
     torch.manual_seed(1)
-    return FineTuner(3, SMALL, optimizer=_sgd, **knobs)
+    return FineTuner(3, SMALL, optimizer=_sgd, allow_random=True, **knobs)
 
 
 def _fit(folder: Path, model: FineTuner, data: Digits | None = None, **arguments) -> dict[str, torch.Tensor]:
@@ -256,7 +256,8 @@ def test_files_that_have_not_changed_are_not_decoded_again(tmp_path: Path, monke
         data = ImageFolder(
             str(tmp_path / "images"), image_size=8, num_workers=0, batch_size=4, augmentation="plain", val_fraction=0.2
         )
-        model = FineTuner(3, {**SMALL, "in_chans": 3}, cache="disk", cache_dir=str(tmp_path / "cache"))
+        folder = str(tmp_path / "cache")
+        model = FineTuner(3, {**SMALL, "in_chans": 3}, cache="disk", cache_dir=folder, allow_random=True)
         model.backbone.load_state_dict(weights)
         _trainer(tmp_path, max_epochs=2).fit(model, data)
         return len(set(seen))

@@ -25,6 +25,8 @@ from ncfinetune.report import main as report
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+# Fine-tuning what nothing pre-trained.
+RANDOM = ["--model.allow_random", "true"]
 PIECES = ["--model", "Supervised", "--model.backbone", TINY, "--data", "Digits", "--data.shots", "4"]
 QUIET = [
     "--trainer.enable_progress_bar",
@@ -84,7 +86,7 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["linear_probe", "layer", "scl", "full"])
 def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
     note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
-    run = _fit(tmp_path, method, *note, "--model.backbone", TINY, "--data", "Digits", "--data.shots", "4")
+    run = _fit(tmp_path, method, *note, "--model.backbone", TINY, *RANDOM, "--data", "Digits", "--data.shots", "4")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["class_path"] == "ncfinetune.FineTuner"
     assert (run / "checkpoints" / "delta.safetensors").exists()
@@ -102,7 +104,7 @@ def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
         ["Supervised", "--model.loss", "mse"],
         ["SupCon", "--data.views", "2", "--model.temperature", "0.3"],
         ["SimCLR", "--data.views", "2", "--model.projection", "linear"],
-        ["FineTuner", "--model.train", "layer4.1", "--model.skip_from", "layer4.1", "--model.cache", "memory"],
+        ["FineTuner", "--model.train", "layer4.1", "--model.skip_from", "layer4.1", "--model.cache", "memory", *RANDOM],
     ],
     ids=lambda words: words[0],
 )
@@ -122,7 +124,7 @@ def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_pa
 
 
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tuner = ["--model", "FineTuner", *PIECES[2:]]
+    tuner = ["--model", "FineTuner", *RANDOM, *PIECES[2:]]
     run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
     assert main(["test", *trained, "--model.train", "layer2.0"]) is None
@@ -394,7 +396,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", *_colour("cut"), "--data.num_workers", "0"], "error: cannot read cut/train/a/"),
         (["fit", *_colour("empty")], "no images of a in 'empty/train'; add some, or remove the class"),
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
-        (["fit", *_pair("FineTuner", "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
+        (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run leaves its own in RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
@@ -466,7 +468,7 @@ def test_front_door_as_a_module(word: str) -> None:
 def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = ["--trainer.callbacks+=NeuralCollapseTracker", "--test_after_fit", "true"]
     for seed in ("0", "1"):
-        words = ["--model", "FineTuner", *PIECES[2:], *tracker, "--seed_everything", seed, "--data.seed", seed]
+        words = ["--model", "FineTuner", *PIECES[2:], *RANDOM, *tracker, "--seed_everything", seed, "--data.seed", seed]
         _fit(tmp_path / "runs", f"scl-{seed}", *words, "--model.train", "layer3.0", "--model.skip_from", "layer3.0")
         _fit(tmp_path / "runs", f"full-{seed}", *words, "--model.train", "all")
     _fit(tmp_path / "runs", "source", *PIECES)

@@ -12,6 +12,7 @@ from test_finetune import SMALL, _sgd, _trainer
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.datamodules import Digits
+from ncfinetune.weights import read
 
 KNOBS = [
     {"train": "none"},
@@ -59,7 +60,14 @@ def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert json.loads(metadata["base"]) == {**SMALL}
     assert json.loads(metadata["class_names"]) == ["a", "b", "c"]
-    assert json.loads(metadata["knobs"])["train"] == "layer3.0"
+    knobs = {
+        "num_classes": 3,
+        "train": "layer3.0",
+        "skip_from": "layer3.0",
+        "skip_join": "pad",
+        "skip_gradient": "both",
+    }
+    assert json.loads(metadata["knobs"]) == {**knobs, "head_init": "default", "head_lr_factor": 1.0}
 
 
 def test_delta_of_a_base_vit_is_a_tenth_of_it(tmp_path: Path) -> None:
@@ -104,6 +112,42 @@ def test_what_is_no_delta_is_refused(tmp_path: Path) -> None:
             FineTuner.from_delta(path)
 
 
+def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> None:
+    base, path = _base(tmp_path), tmp_path / "delta.safetensors"
+    model = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0"))
+    model.save_delta(path)
+    whole, tensors = path.read_bytes(), load_file(path)
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    conv, frozen = "backbone.net.layer3.0.conv2.weight", "backbone.net.conv1.weight"
+    for changed, message in [
+        ({k: v for k, v in tensors.items() if not k.startswith("head")}, "lacks head.weight, head.bias; expected the"),
+        ({k: v for k, v in tensors.items() if k != conv}, f"lacks {conv}; expected the tensors of the tuned layers"),
+        ({**tensors, frozen: model.state_dict()[frozen]}, f"holds {frozen}, which was not tuned; expected"),
+        ({**tensors, conv: tensors[conv][:1].clone()}, r"has .*conv2.weight as \(1, 8, 3, 3\) for \(8, 8, 3, 3\)"),
+        ({**tensors, conv: tensors[conv] * torch.nan}, f"has values in {conv} that are not finite"),
+        ({**tensors, conv: tensors[conv] + 1}, "is damaged: its tensors are not those that were saved"),
+    ]:
+        save_file(changed, path, said)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            model.load_delta(path)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    for missing in ("base", "knobs", "class_names", "base_fingerprint"):
+        save_file(tensors, path, {name: fact for name, fact in said.items() if name != missing})
+        with pytest.raises(ValueError, match=f"does not say its {missing}; expected a file as fit leaves it"):
+            FineTuner.from_delta(path, checkpoint=base)
+    save_file(tensors, path, {**said, "knobs": json.dumps({**json.loads(said["knobs"]), "rank": 4})})
+    with pytest.raises(ValueError, match="is of another version: a FineTuner has no rank"):
+        FineTuner.from_delta(path, checkpoint=base)
+    for cut in (whole[:-100], whole[:50]):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match="is damaged or cut off"):
+            FineTuner.from_delta(path, checkpoint=base)
+    path.write_bytes(whole)
+    assert torch.equal(FineTuner.from_delta(path, checkpoint=base).head.weight, model.head.weight)
+
+
 def test_fit_leaves_a_delta_beside_the_checkpoint(tmp_path: Path) -> None:
     base = _base(tmp_path)
     model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=_sgd)
@@ -138,6 +182,39 @@ def test_merged_file_is_timms(backbone: dict, knobs: dict, classes: int, tmp_pat
     with torch.no_grad():
         expected = model(images) if classes else model.backbone(images)
         torch.testing.assert_close(net(images), expected)
+
+
+def test_merged_network_makes_images_ready_as_the_datamodule_did(tmp_path: Path) -> None:
+    net = {"name": "resnet18", "in_chans": 1, "channels": [4, 6, 8, 10]}
+    data = Digits([7, 8, 9], shots=4, image_size=16, mean=[0.25], std=[0.125])
+    model = FineTuner(3, net, train="layer3.0", optimizer=_sgd, allow_random=True)
+    trainer = _trainer(tmp_path, enable_checkpointing=True)
+    trainer.fit(model, data)
+    saved = Path(trainer.checkpoint_callback.dirpath)
+    loaded = FineTuner.load_from_checkpoint(next(saved.glob("*.ckpt")))
+    torch.save(model.backbone.state_dict(), tmp_path / "base.pth")
+    from_delta = FineTuner.from_delta(saved / "delta.safetensors", checkpoint=str(tmp_path / "base.pth"))
+    for tuned in (model, loaded, from_delta):
+        assert tuned.class_names == ["7", "8", "9"]
+        assert tuned.preprocessing == data.preprocessing
+        name, arguments = tuned.save_for_timm(tmp_path / "merged.safetensors")
+        merged = timm.create_model(name, **arguments).eval()
+        config = timm.data.resolve_model_data_config(merged)
+        seen = {"input_size": (1, 16, 16), "mean": (0.25,), "std": (0.125,)}
+        assert config == {**seen, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
+        assert merged.pretrained_cfg["label_names"] == ("7", "8", "9")
+    assert read(tmp_path / "merged.safetensors")[1]["class_names"] == ["7", "8", "9"]
+
+
+def test_merged_vision_transformer_has_its_size(tmp_path: Path) -> None:
+    """timm would make one for the size of the images, and ours takes any."""
+    model = FineTuner(3, {"name": "test_vit", "dynamic_img_size": True})
+    model.preprocessing = {"input_size": [3, 96, 96], "mean": [0.5] * 3}
+    name, arguments = model.eval().save_for_timm(tmp_path / "merged.safetensors")
+    merged, images = timm.create_model(name, **arguments).eval(), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(images), model(images))
+    assert timm.data.resolve_model_data_config(merged)["input_size"] == (3, 96, 96)
 
 
 def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:

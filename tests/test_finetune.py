@@ -25,7 +25,7 @@ def _trainer(folder: Path, **arguments) -> Trainer:
 
 @pytest.mark.parametrize(("train", "skip_from"), KNOBS)
 def test_only_what_is_named_changes(train, skip_from, tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, train=train, skip_from=skip_from, optimizer=_sgd)
+    model = FineTuner(3, SMALL, train=train, skip_from=skip_from, optimizer=_sgd, allow_random=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     _trainer(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
@@ -111,6 +111,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> Non
             3,
             SMALL,
             train="layer3.0",
+            allow_random=True,
             optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
             lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
         )
@@ -131,11 +132,11 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> Non
 def test_a_run_of_other_layers_is_not_gone_on_with(knobs: dict, tmp_path: Path) -> None:
     data = Digits([0, 1, 2], shots=4)
     trainer = _trainer(tmp_path)
-    trainer.fit(FineTuner(3, SMALL, train="layer3.0"), data)
+    trainer.fit(FineTuner(3, SMALL, train="layer3.0", allow_random=True), data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match=r"with a run of train='layer3.0', skip_from=None as one of train='layer"):
         _trainer(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, **knobs), data, ckpt_path=tmp_path / "run.ckpt")
-    same = FineTuner(3, SMALL, train=["layer3.0"])
+    same = FineTuner(3, SMALL, train=["layer3.0"], allow_random=True)
     _trainer(tmp_path, max_epochs=2).fit(same, data, ckpt_path=tmp_path / "run.ckpt")
     assert same.trainer.current_epoch == 2
 

@@ -15,6 +15,10 @@ def _images() -> torch.Tensor:
     return torch.randn(4, 1, 8, 8)
 
 
+def _still(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
 def _gradients(model: FineTuner, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -68,7 +72,7 @@ def test_classifier_that_starts_at_zero_gives_equal_logits(skip_from: str | None
 
 @pytest.mark.parametrize("knobs", [{}, {"skip_from": "layer3.0"}, {"skip_from": "layer2.0", "skip_join": "concat"}])
 def test_classifier_that_starts_from_means_decides_as_they_do(knobs: dict, tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, head_init="mean", optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **knobs)
+    model = FineTuner(3, SMALL, head_init="mean", optimizer=_still, allow_random=True, **knobs)
     data = Digits([0, 1, 2], shots=8, batch_size=5)
     _trainer(tmp_path).fit(model, data)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_plain_dataloader()]
@@ -85,11 +89,11 @@ def test_classifier_that_starts_from_means_decides_as_they_do(knobs: dict, tmp_p
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 def test_a_loaded_classifier_is_kept(tmp_path: Path) -> None:
     data = Digits([0, 1, 2], shots=4)
-    model = FineTuner(3, SMALL, head_init="mean", optimizer=_sgd)
+    model = FineTuner(3, SMALL, head_init="mean", optimizer=_sgd, allow_random=True)
     trainer = _trainer(tmp_path)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
-    still = FineTuner.load_from_checkpoint(tmp_path / "tuned.ckpt", optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    still = FineTuner.load_from_checkpoint(tmp_path / "tuned.ckpt", optimizer=_still)
     _trainer(tmp_path).fit(still, data)
     assert torch.equal(still.head.weight, model.head.weight)
 
@@ -97,7 +101,7 @@ def test_a_loaded_classifier_is_kept(tmp_path: Path) -> None:
 def test_start_from_means_needs_plain_images(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(_images(), torch.tensor([0, 1, 2, 0])))
     with pytest.raises(ValueError, match=r'head_init="mean" needs .* a datamodule that has a train_plain_dataloader'):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, head_init="mean"), loader, loader)
+        _trainer(tmp_path).fit(FineTuner(3, SMALL, head_init="mean", allow_random=True), loader, loader)
 
 
 @pytest.mark.parametrize(("train", "names"), [("layer3.0", ["backbone", "head"]), ("none", ["head"])])
@@ -135,7 +139,7 @@ def test_parameter_table_counts_each_group_once() -> None:
 
 def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, train="layer3.0"), Digits([0, 1, 2], shots=4))
+        _trainer(tmp_path).fit(FineTuner(3, SMALL, train="layer3.0", allow_random=True), Digits([0, 1, 2], shots=4))
     assert "layer3.0" in caplog.text
     assert "rest of the backbone" in caplog.text
 

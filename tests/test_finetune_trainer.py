@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ torch.set_num_threads(1)
 def fitted(devices, knobs):
     torch.manual_seed(0)
     backbone = {"name": "test_vit", "img_size": 8, "patch_size": 2, "in_chans": 1}
-    model = FineTuner(3, backbone, optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **knobs)
+    model = FineTuner(3, backbone, allow_random=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **knobs)
     trainer = Trainer(max_epochs=3, accelerator="cpu", devices=devices, strategy="ddp_fork" if devices > 1 else "auto",
                       logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                       limit_val_batches=0, num_sanity_val_steps=0)
@@ -79,7 +80,8 @@ def _fitted(folder: Path, model: FineTuner, **arguments) -> torch.Tensor:
 
 def _model(**knobs) -> FineTuner:
     torch.manual_seed(0)
-    return FineTuner(3, VIT, train="blocks.2", optimizer=lambda p: torch.optim.SGD(p, lr=0.05), **knobs)
+    optimizer = partial(torch.optim.SGD, lr=0.05)
+    return FineTuner(3, VIT, train="blocks.2", optimizer=optimizer, allow_random=True, **knobs)
 
 
 @pytest.mark.parametrize("gradient", ["both", "skip"])

@@ -147,7 +147,7 @@ def test_adversary_without_a_known_normalisation_is_refused(tmp_path: Path) -> N
 def test_probabilities_of_classes_are_labels(tmp_path: Path) -> None:
     images, soft = torch.randn(8, 1, 8, 8), torch.softmax(torch.randn(8, 3), 1)
     loader = DataLoader(TensorDataset(images, soft), batch_size=8)
-    model = FineTuner(3, SMALL, train="none", optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    model = FineTuner(3, SMALL, allow_random=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     trainer = _trainer(tmp_path)
     trainer.fit(model, loader)
     logits = model.eval()(images)

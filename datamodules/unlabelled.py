@@ -1,0 +1,44 @@
+"""Images to predict, made ready as a trained model's were, where its own data is not at hand.
+
+Legend: ``C`` channels, ``S`` side of an image in a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import ImageDataModule
+from .images import Labelled
+
+
+class Unlabelled(ImageDataModule):
+    """Images without labels, made ready as those were that a model was trained on; see `predict_files`.
+
+    ``ncfinetune predict --ckpt_path CHECKPOINT --images FOLDER`` uses it by itself.
+
+    Args:
+        class_names: Names of the model's classes, in the order of its outputs.
+        preprocessing: How its images were made ready: the ``preprocessing`` of its datamodule, as checkpoints keep it.
+
+    Raises:
+        ValueError: ``preprocessing`` lacks an entry; or other images than those of `predict_files` are asked for.
+    """
+
+    def __init__(self, class_names: list[str], preprocessing: dict[str, Any], **kwargs: Any) -> None:
+        if missing := {"input_size", "stored_size", "mean", "std"} - preprocessing.keys():
+            raise ValueError(f"expected the preprocessing of a datamodule; it lacks {', '.join(sorted(missing))}")
+        channels, size = preprocessing["input_size"][:2]
+        stored = preprocessing["stored_size"]
+        kwargs = {**kwargs, "image_size": size, "augmentation": "plain"}
+        super().__init__(
+            len(class_names), (channels, stored, stored), preprocessing["mean"], preprocessing["std"], **kwargs
+        )
+        self.class_names = class_names
+        self.centre = preprocessing.get("crop_pct", self.centre)
+
+    def parts(self) -> dict[str, Labelled]:
+        """Nothing: there are no labels."""
+        return {}
+
+    def _read(self) -> dict[str, Any]:
+        return self.parts()

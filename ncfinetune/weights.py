@@ -1,0 +1,415 @@
+"""Files of weights: which of their tensors are those of a network, whoever saved them, and what they leave random.
+
+A file holds one set of weights or several: every dictionary of tensors in it, however deep, is one, and its path in
+the file is its ``key``. In a set a ``prefix`` may stand before a network's names: ``module.encoder_q.conv1.weight``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import adapt_input_conv, model_entrypoint
+from torch import Tensor
+
+# Share of a network's values below which weights are rather those of another architecture.
+_ENOUGH = 0.75
+# A set of weights that fits this share of what the best one fits is as good an answer: the two differ by less than any
+# layer, as an average of weights without the buffers does from the weights.
+_AS_GOOD = 0.9
+# Under these names timm's modules keep what makes a published file one of theirs.
+_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+# What checkpoints of plain tensors hold besides: command lines and numbers of NumPy.
+_HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdilq?")]
+# Where a file keeps what its weights expect of images, and what the classes are called; see `Backbone.preprocessing`.
+DATA = "data"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are.
+
+    Args:
+        path: The file.
+        key: Path of the dictionary of tensors in the file, joined by dots; None is the one that fits best.
+        prefix: What stands before the network's names there; None is what fits best.
+    """
+
+    path: str
+    key: str | None = None
+    prefix: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: str | Path | Mapping[str, str | None]) -> Source:
+        """A path, or a mapping of ``path`` and, where they are wanted, ``key`` and ``prefix``.
+
+        Raises:
+            ValueError: Other entries, or no path.
+        """
+        if not isinstance(checkpoint, Mapping):
+            return cls(str(checkpoint))
+        if not checkpoint.get("path") or not set(checkpoint) <= {"path", "key", "prefix"}:
+            raise ValueError(f"expected a checkpoint of path, key and prefix, got {', '.join(map(str, checkpoint))}")
+        return cls(**checkpoint)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a network gets of one set of weights.
+
+    Args:
+        key: Path of the set in the file.
+        prefix: What stands before the network's names there.
+        tensors: Those that fit, under the network's names.
+        adapted: Which of them had another shape in the file.
+        unused: Names in the set that the network has no use for.
+    """
+
+    key: str
+    prefix: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many values fit."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def same(self, other: Reading) -> bool:
+        """Whether a network would be the same with the other one."""
+        names = self.tensors.keys() & other.tensors.keys()
+        return all(torch.equal(self.tensors[name], other.tensors[name]) for name in names)
+
+    def __str__(self) -> str:
+        return f"key={self.key!r}, prefix={self.prefix!r}"
+
+
+def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[set[str], dict[str, Any]]:
+    """Load the weights of a file into a network, and say which of them fitted and what stays as it was.
+
+    The rule: of all sets of weights in the file, under all prefixes, the network gets those of which most of its values
+    can be had. Where another fits nine tenths as many and is not the same, neither is taken. What has another
+    shape is adapted as timm does for its own weights: the first convolution to another number of channels, embeddings
+    of positions to another grid, tables of windows to another window, names of the authors' code to timm's. So are
+    ``shortcut`` for ``downsample`` and the numbers of an `nn.Sequential` of the network's parts. A classifier is left.
+
+    What stays random is named in a warning.
+
+    Returns:
+        Names of the network's tensors that were loaded, and what the file says of images and classes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file holds no weights, none that fit, or several sets that fit equally well.
+    """
+    source = Source.of(checkpoint)
+    content, data = read(source.path)
+    found = _chosen(_readings(content, net, source), source)
+    own = net.state_dict()
+    missing = [name for name in own if name not in found.tensors]
+    parts = [f"checkpoint {source.path}: {len(found.tensors)} of {len(own)} tensors of the network matched"]
+    if found.key or found.prefix:
+        parts[0] += f" under {found}"
+    parts += [f"adapted to the network: {_some(found.adapted)}"] if found.adapted else []
+    parts += [f"not in the file or of another shape: {_some(missing)}"] if missing else []
+    parts += [f"in the file but unused: {_some(found.unused)}"] if found.unused else []
+    report = "; ".join(parts)
+    if not any(name in found.tensors for name, _ in net.named_parameters()):
+        raise ValueError(f"{report}. Expected the weights of the same architecture.")
+    net.load_state_dict(found.tensors, strict=False)
+    share = found.size / sum(value.numel() for value in own.values())
+    if share < _ENOUGH:
+        rank_zero_warn(f"{report}. That is {share:.0%} of the network's values: are they of the same architecture?")
+    elif any(own[name].is_floating_point() for name in missing):
+        rank_zero_warn(f"{report}. What is not in the file stays at its random start")
+    else:
+        rank_zero_info(report)
+    return set(found.tensors), data
+
+
+def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any] | None = None) -> None:
+    """Write the weights of a timm network to a file.
+
+    ``Backbone(checkpoint=path)`` reads it, and so does ``timm.create_model(name, num_classes=0, checkpoint_path=path)``
+    unless the stem is ``cifar``, which timm does not have.
+
+    Args:
+        weights: Its tensors by name.
+        path: A ``.safetensors`` or ``.pth`` file.
+        data: What the weights expect of images and what the classes are called, as plain data.
+
+    Raises:
+        ValueError: The file's name ends in something else.
+    """
+    path = Path(path)
+    own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    if path.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(own, path, {"format": "pt", **({DATA: json.dumps(data)} if data else {})})
+    else:
+        torch.save({"state_dict": own, DATA: dict(data)} if data else own, path)
+
+
+def export(checkpoint: str, path: str) -> str:
+    """Take the backbone's weights out of a learner's checkpoint into a file of their own, and say how to read it.
+
+    Raises:
+        FileNotFoundError: No such checkpoint.
+        ValueError: It is not a learner's, or the file's name is not one that `save` takes.
+    """
+    prefix = "backbone.net."
+    content, data = read(checkpoint)
+    stored = content.get("state_dict", content)
+    weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(stored))}")
+    save(weights, path, data)
+    return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is in a file of weights, and what it says of images and classes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is a folder, or no file of plain tensors; the error says how to make one of it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder, expected a file of weights; {_of_folder(path)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                data = json.loads((file.metadata() or {}).get(DATA, "{}"))
+            return load_file(path), data
+        with _trusting():
+            content: Any = torch.load(path, "cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling other bytes can raise anything
+        reason = _of_file(path, str(error))
+        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
+    data = content.get(DATA)
+    return content, data if isinstance(data, dict) else {}
+
+
+def _trusting() -> Any:
+    """Where torch.load takes what is harmless beside tensors, as far as this version of torch can be told."""
+    if not hasattr(torch.serialization, "safe_globals"):
+        return nullcontext()
+    scalar = np.float64(0).__reduce__()[0]  # where it lives depends on NumPy's version
+    return torch.serialization.safe_globals([*_HARMLESS, scalar])
+
+
+def _of_folder(path: Path) -> str:
+    """How to make one file of a folder."""
+    names = sorted(file.name for file in path.iterdir())
+    if any(name.endswith(".distcp") for name in names):
+        if "meta.pt" in names:
+            return f"it is a sharded checkpoint: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        join = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pth"
+        return f"it is a sharded checkpoint, of which {join} makes one"
+    if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
+        return "it is a checkpoint of DeepSpeed, of which its zero_to_fp32.py makes one"
+    files = [name for name in names if Path(name).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
+    if any(name.endswith(".index.json") for name in names):
+        return f"it holds one checkpoint in {len(files)} files: load them, and save their tensors together as one file"
+    return f"name one of {', '.join(files)}" if files else "it holds none"
+
+
+def _of_file(path: Path, error: str) -> str:
+    """Why a file is no checkpoint of plain tensors, and how to make one of it."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", error)
+    package = foreign[1].split(".")[0] if foreign else ""
+    if package in ("fastai", "fastcore"):
+        return "fastai saved its optimiser too; save it by learn.save(NAME, with_opt=False)"
+    if package == "lightly_train":
+        given = f'checkpoint={str(path)!r}, part="model", format="torch_state_dict"'
+        return f"lightly-train saved its code too; make one by lightly_train.export(out=FILE, {given})"
+    if foreign:
+        return f"it holds objects of {foreign[1]}; where that is installed, save its state_dict() by torch.save"
+    members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if any(name.endswith("archive_format") for name in members):
+        return f"it is an exported program; save torch.export.load({str(path)!r}).state_dict by torch.save"
+    if any(name.endswith("constants.pkl") for name in members):
+        return f"it is TorchScript; save torch.jit.load({str(path)!r}).state_dict() by torch.save"
+    return "it is damaged or no file of weights"
+
+
+def _sets(content: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors, however deep, with its path."""
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield path, tensors
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping):
+            yield from _sets(value, f"{path}.{key}" if path else key)
+
+
+def _readings(content: Mapping[str, Any], net: Any, source: Source) -> list[Reading]:
+    """What the network gets of each set of weights that the source allows, under each likely prefix."""
+    sets = dict(_sets(content))
+    if not sets:
+        raise ValueError(f"checkpoint {source.path!r} holds no tensors, only {_some(list(content))}")
+    wanted = sets
+    if source.key is not None:
+        wanted = {key: tensors for key, tensors in sets.items() if f"{key}.".startswith(f"{source.key}.")}
+    if not wanted:
+        raise ValueError(f"checkpoint {source.path!r} has no tensors under key={source.key!r}, only {_quoted(sets)}")
+    own = net.state_dict()
+    places = [
+        (known, key, prefix, tensors)
+        for key, stored in wanted.items()
+        for tensors in _spellings(stored, net)
+        for prefix, known in _prefixes(tensors, own, source.prefix).items()
+    ]
+    if not places:
+        there = dict.fromkeys(name.rpartition(".")[0] for tensors in wanted.values() for name in tensors)
+        raise ValueError(
+            f"checkpoint {source.path!r} has no tensors under prefix={source.prefix!r}, only {_quoted(there)}"
+        )
+    most = max(known for known, *_ in places)
+    best: dict[tuple[str, str], Reading] = {}
+    for known, key, prefix, tensors in places:
+        if 2 * known < most and prefix not in ("", _common_prefix(tensors)):
+            continue
+        reading = _reading(key, prefix, tensors, net, own)
+        if (key, prefix) not in best or reading.size > best[key, prefix].size:
+            best[key, prefix] = reading
+    return list(best.values())
+
+
+def _chosen(readings: list[Reading], source: Source) -> Reading:
+    best = max(readings, key=lambda reading: reading.size)
+    rivals = [r for r in readings if r.size and r.size >= _AS_GOOD * best.size and not r.same(best)]
+    if rivals:
+        choices = ", or ".join(map(str, [best, *rivals]))
+        raise ValueError(
+            f"checkpoint {source.path!r} holds several sets of weights that fit equally well: {choices}; "
+            "choose one: checkpoint={path: ..., key: ..., prefix: ...}"
+        )
+    return best
+
+
+def _spellings(tensors: dict[str, Tensor], net: Any) -> Iterator[dict[str, Tensor]]:
+    """The set with timm's names for parts that others call ``shortcut`` or, in an `nn.Sequential`, by number."""
+    yield {_as_timm(name): tensor for name, tensor in tensors.items()}
+    parts = [name for name, part in net.named_children() if part.state_dict()]
+    starts = {name[: digits.start()] for name in tensors for digits in re.finditer(r"(?<![^.])\d+\.", name)}
+    for start in sorted(starts):
+        below = {name.removeprefix(start).partition(".")[0] for name in tensors if name.startswith(start)}
+        numbers = sorted(below, key=int) if all(map(str.isdecimal, below)) else []
+        if len(numbers) - len(parts) in (0, 1):  # one more is a classifier
+            spelt = {f"{start}{number}.": f"{start}{part}." for number, part in zip(numbers, parts, strict=False)}
+            yield {_renamed(name, start, spelt): tensor for name, tensor in tensors.items()}
+
+
+def _as_timm(name: str) -> str:
+    return re.sub(r"(?<![^.])shortcut\.", "downsample.", name)
+
+
+def _renamed(name: str, start: str, spelt: Mapping[str, str]) -> str:
+    head = start + name.removeprefix(start).partition(".")[0] + "."
+    return _as_timm(spelt.get(head, head) + name[len(head) :]) if name.startswith(start) else name
+
+
+def _prefixes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: str | None) -> dict[str, int]:
+    """What may stand before a network's names, and how many of them are known behind it."""
+    if wanted is not None:
+        prefix = f"{wanted.removesuffix('.')}." if wanted else ""
+        return {prefix: 1} if any(name.startswith(prefix) for name in tensors) else {}
+    found = Counter({"": 0, _common_prefix(tensors): 0})
+    for name in tensors:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                found["".join(f"{part}." for part in parts[:start])] += 1
+    return dict(found)
+
+
+def _common_prefix(names: Collection[str]) -> str:
+    """What stands before the last dot that all names share."""
+    first, last = min(names), max(names)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind(".", 0, same) + 1]
+
+
+def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own: Mapping[str, Tensor]) -> Reading:
+    below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    beside = [name for name in tensors if not name.startswith(prefix)]
+    versions = [below]
+    for convert in _filters(net):
+        # Each presumes its authors' files and may raise anything at others; torch warns of where timm's code is slow.
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            versions.append(convert(dict(below)))
+    readings = []
+    for version in versions:
+        fitting = {name: _adapted(name, tensor, net, own) for name, tensor in version.items() if name in own}
+        kept = {name: tensor for name, tensor in fitting.items() if tensor.shape == own[name].shape}
+        changed = [name for name, tensor in kept.items() if name in below and tensor.shape != below[name].shape]
+        unused = [name for name in version if name not in kept and isinstance(version[name], Tensor)]
+        readings.append(Reading(key, prefix, kept, changed, [*unused, *beside]))
+    return max(readings, key=lambda reading: reading.size)
+
+
+def _filters(net: Any) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+    """What timm puts published files of such a network through."""
+    architecture = net.pretrained_cfg.get("architecture")
+    homes = [type(net).__module__]
+    if architecture and timm.is_model(architecture):
+        homes.append(model_entrypoint(architecture).__module__)
+    functions = [getattr(sys.modules[home], name, None) for home in dict.fromkeys(homes) for name in _FILTERS]
+    return [_filter(function, net) for function in dict.fromkeys(functions) if function is not None]
+
+
+def _filter(function: Any, net: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    taken = inspect.signature(function).parameters
+    further = {"adapt_layer_scale": True} if "adapt_layer_scale" in taken else {}
+    return (lambda tensors: function(tensors, net, **further)) if "model" in taken else function
+
+
+def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor]) -> Tensor:
+    """The weight of the first convolution for as many channels as the network has; anything else as it is."""
+    firsts = net.pretrained_cfg.get("first_conv") or ()
+    firsts = (firsts,) if isinstance(firsts, str) else firsts
+    channels = own[name].shape[1] if own[name].ndim == 4 else 0
+    if name not in {f"{first}.weight" for first in firsts} or tensor.ndim != 4 or tensor.shape[1] == channels:
+        return tensor
+    try:
+        further = {} if tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
+        return adapt_input_conv(channels, tensor, **further)
+    except (NotImplementedError, TypeError):  # older versions of timm take three channels alone
+        return tensor
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, list(names)[:8])) + (", ..." if len(list(names)) > 8 else "")
+
+
+def _some(keys: list[str], most: int = 4) -> str:
+    return f"{len(keys)} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"

@@ -1,0 +1,161 @@
+"""What is shipped is what was trained: from the command line to Python, to timm, and to a machine without the data."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from test_cli import QUIET, RANDOM, TINY, _fit, _refusal
+
+from ncfinetune import FineTuner
+from ncfinetune.__main__ import main
+from ncfinetune.datamodules import Digits, ImageFolder, Unlabelled
+
+NARROW = "{name: resnet18, channels: [4, 6, 8, 10]}"
+COLOURS = {"apple": (220, 20, 20), "lime": (20, 220, 20), "plum": (20, 20, 220), "zebra": (120, 120, 120)}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _folder(root: Path, classes: list[str], size: int = 24) -> Path:
+    generator = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for number in range(6):
+                noise = np.array(COLOURS[name]) + generator.normal(0, 25, (size, size + 6, 3))
+                Image.fromarray(noise.clip(0, 255).astype("uint8")).save(root / part / name / f"{number}.png")
+    return root
+
+
+def _data(root: Path) -> list[str]:
+    options = ["--data.image_size", "32", "--data.batch_size", "12", "--data.num_workers", "0"]
+    return ["--data", "ImageFolder", "--data.root", str(root), *options]
+
+
+def _checkpoint(run: Path) -> str:
+    return str(next((run / "checkpoints").glob("*.ckpt")))
+
+
+def test_delta_of_the_command_line_is_a_model_in_python(tmp_path: Path) -> None:
+    data = ["--data", "Digits", "--data.shots", "4", "--data.classes", "[7, 8, 9]"]
+    source = _fit(tmp_path, "source", "--model", "Supervised", "--model.backbone", TINY, *data)
+    main(["export", _checkpoint(source), "base.safetensors"])
+    model = [
+        "--model",
+        "FineTuner",
+        "--model.backbone",
+        TINY,
+        "--model.train",
+        "layer4.1",
+        "--model.skip_from",
+        "layer4.1",
+    ]
+    start = "{path: base.safetensors, prefix: ''}"
+    run = _fit(tmp_path, "tuned", *model, "--model.checkpoint", start, *data)
+    tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors", checkpoint="base.safetensors")
+    saved = torch.load(_checkpoint(run), weights_only=True)
+    assert all(torch.equal(tensor, saved["state_dict"][name]) for name, tensor in tuned.state_dict().items())
+    assert tuned.class_names == saved["data"]["class_names"] == ["7", "8", "9"]
+    again = FineTuner.load_from_checkpoint(_checkpoint(run), weights_only=True)
+    assert torch.equal(again.classifier.weight, tuned.classifier.weight)
+    with safe_open("base.safetensors", framework="pt") as file:
+        assert '"class_names": ["7", "8", "9"]' in file.metadata()["data"]
+    written = tmp_path / "again.safetensors"
+    tuned.save_delta(written)
+    assert torch.equal(
+        FineTuner.from_delta(written, checkpoint="base.safetensors").classifier.weight, tuned.classifier.weight
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = _folder(tmp_path / "ours", ["apple", "lime", "plum"])
+    other = _folder(tmp_path / "other", ["lime", "plum", "zebra"])
+    model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
+    run = _fit(tmp_path, "a", *model, *_data(ours))
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", _checkpoint(run)]
+    assert main(["test", *trained]) is None
+    for command in (["test"], ["validate"], ["predict"], ["fit", "--trainer.max_epochs", "2"]):
+        error = _refusal(capsys, command[0], *trained, *command[1:], "--data.root", str(other))
+        assert "was trained on the classes apple, lime, plum, and the data has lime, plum, zebra: its labels" in error
+    tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")  # nothing is frozen: needs no base
+    assert tuned.class_names == ["apple", "lime", "plum"]
+    with pytest.raises(ValueError, match="the model was trained on the classes apple, lime, plum, and the data has"):
+        tuned.compare_data(["plum", "lime", "apple"], None)
+
+
+def test_images_normalised_otherwise_are_warned_of() -> None:
+    model = FineTuner(3, {"name": "resnet18", "channels": [4, 6, 8, 10]})
+    images = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 32, 32]}
+    model.preprocessing = images
+    model.compare_data(None, {**images, "input_size": [3, 64, 64]})
+    with pytest.warns(UserWarning, match=r"trained on images normalised by .*0.5.*, and the data are by .*0.1"):
+        model.compare_data(None, {**images, "mean": [0.1] * 3})
+
+
+@pytest.mark.parametrize("size", [24, 32])
+def test_datamodules_say_how_they_make_images_ready(size: int, tmp_path: Path) -> None:
+    data = ImageFolder(str(_folder(tmp_path / "a", ["apple", "lime"], size)), image_size=32, mean=[0.1, 0.2, 0.3])
+    data.setup("fit")
+    assert data.preprocessing["crop_pct"] == 0.875
+    assert data.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    for path in (tmp_path / "a").rglob("*.png"):
+        Image.open(path).resize((32, 32)).save(path)
+    data = ImageFolder(str(tmp_path / "a"), image_size=32)
+    data.setup("fit")
+    assert data.preprocessing["crop_pct"] == 1.0  # such images are seen whole
+    assert Digits(image_size=16).preprocessing["stored_size"] == 8
+    with pytest.raises(ValueError, match="expected the preprocessing of a datamodule; it lacks stored_size"):
+        Unlabelled(["a", "b"], {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3})
+
+
+def _rows(path: Path) -> dict[str, list[str]]:
+    return {Path(row[0]).name: row[1:] for row in list(csv.reader(path.read_text().splitlines()))[1:]}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_whole_way(tmp_path: Path) -> None:
+    """Pre-train, export, fine-tune, delta, timm, and predict where neither the data nor the base is."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    source = _folder(here / "source", ["lime", "plum", "zebra"])
+    images = _folder(here / "images", ["apple", "lime", "plum"])
+    quick = ["--trainer.max_epochs", "4", "--data.augmentation", "plain", "--data.normalize", "backbone"]
+    pretrained = _fit(here, "pre", "--model", "Supervised", "--model.backbone", NARROW, *_data(source))
+    base = here / "base.safetensors"
+    main(["export", _checkpoint(pretrained), str(base)])
+    model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "layer4.1"]
+    run = _fit(here, "tuned", *model, "--model.checkpoint", str(base), *_data(images), *quick)
+    to_predict = shutil.copytree(images / "test" / "apple", there / "photos")
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", _checkpoint(run)]
+    main(["predict", *trained, "--images", str(to_predict), "--predictions", str(here / "p.csv")])
+    expected = _rows(here / "p.csv")
+    assert len(expected) == 6
+    # As Python has it, of the delta.
+    tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors", checkpoint=str(base))
+    assert tuned.class_names == ["apple", "lime", "plum"]
+    name, arguments = tuned.save_for_timm(there / "merged.safetensors")
+    # Elsewhere: with a checkpoint, a configuration and the images.
+    copied = shutil.copytree(run, there / "run")
+    shutil.rmtree(here)
+    trained = ["--config", str(copied / "config.yaml"), "--ckpt_path", _checkpoint(copied)]
+    place = ["--trainer.logger.init_args.save_dir", str(there / "runs")]
+    main(["predict", *QUIET, *trained, *place, "--images", str(to_predict), "--predictions", str(there / "p.csv")])
+    assert _rows(there / "p.csv") == expected
+    # And as timm alone does it, to within what resizing first and cropping first differ by.
+    merged = timm.create_model(name, **arguments).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(merged), is_training=False)
+    for path in sorted(to_predict.iterdir()):
+        with torch.no_grad():
+            shares = merged(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
+        assert shares.tolist() == pytest.approx([float(p) for p in expected[path.name][1:]], abs=0.05)
+        assert merged.pretrained_cfg["label_names"][int(shares.argmax())] == expected[path.name][0]
