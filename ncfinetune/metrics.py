@@ -20,15 +20,9 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
-from ncfinetune.moments import (
-    ClassMoments,
-    MomentAccumulator,
-    UndefinedCollapseError,
-    check_finite,
-    check_labels,
-    check_shapes,
-    full_precision,
-)
+from ncfinetune.inputs import check_finite, check_labels, check_shapes
+from ncfinetune.moments import ClassMoments, MomentAccumulator, UndefinedCollapseError
+from ncfinetune.scatter import full_precision
 
 
 class _CollapseMetric(Metric, ABC):
@@ -183,8 +177,9 @@ class _MomentMetric(_CollapseMetric):
     _keeps_scatter = False
     _number: Callable[[ClassMoments], Tensor]
 
-    count, squares, shift, sums = _state("count"), _state("squares"), _state("shift"), _state("sums")
-    flags, rows, labels = _state("flags"), _state("rows"), _state("labels")
+    count, squares, flags = _state("count"), _state("squares"), _state("flags")
+    shift, anchors, sums = _state("shift"), _state("anchors"), _state("sums")
+    rows, labels = _state("rows"), _state("labels")
 
     def __init__(self, num_classes: int, ignore_index: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
@@ -272,7 +267,7 @@ class NC1(_MomentMetric):
 
     _number = staticmethod(collapse.FAMILY["nc1"])
     _keeps_scatter = True
-    scatter = _state("scatter")
+    scatter, rounding, plan = _state("scatter"), _state("rounding"), _state("plan")
 
 
 class NC1Ratio(_MomentMetric):
