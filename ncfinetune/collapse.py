@@ -101,7 +101,7 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
-    present = moments.present.nonzero().squeeze(1)
+    present = moments.labels
     matrix = moments.mean.new_full((len(moments.count), len(moments.count)), torch.nan)
     matrix[present[:, None], present] = _cdnv_pairs(moments).fill_diagonal_(torch.nan)
     return matrix
@@ -196,9 +196,8 @@ def nearest_mean(features: Tensor, moments: ClassMoments) -> Tensor:
 
     Features are centred first: with an offset of 1e3, float32 distances decide at random.
     """
-    labels = moments.present.nonzero().squeeze(1)
     centred = features.double() - moments.global_mean
-    return labels[torch.cdist(centred, moments.centred).argmin(1)]
+    return moments.labels[torch.cdist(centred, moments.centred).argmin(1)]
 
 
 def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -210,9 +209,14 @@ def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: 
         weight: The classifier's weight, ``(K, d)``.
         bias: The classifier's bias, ``(K,)``; without it the decisions are another classifier's.
     """
+    return disagreements(features, moments, weight, bias).double().mean()
+
+
+def disagreements(features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Which samples `disagreement` counts, ``(N,)``."""
     logits = features.double() @ weight.double().T
     logits = logits if bias is None else logits + bias.double()
-    return (logits.argmax(1) != nearest_mean(features, moments)).double().mean()
+    return logits.argmax(1) != nearest_mean(features, moments)
 
 
 def numerical_rank(features: Tensor, labels: Tensor, num_classes: int, centred: bool = False) -> Tensor:

@@ -78,6 +78,16 @@ def check_finite(features: Tensor, batch: int) -> None:
             )
 
 
+def sound_samples(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which samples count, ``(N,)``, and how many were left out for their labels and for their features, ``(2,)``."""
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    outside = ((labels < 0) | (labels >= num_classes)) & ~ignored
+    broken = ~features.isfinite().all(1) & ~ignored & ~outside
+    return ~(ignored | outside | broken), torch.stack([outside.sum(), broken.sum()])
+
+
 def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:
     """Raise for samples that were left out on the device: ``flags`` has how many for their labels, and features.
 

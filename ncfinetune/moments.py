@@ -12,23 +12,19 @@ Everything is kept in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ncfinetune import accumulator
+from ncfinetune.accumulator import Accumulator
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
-from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags
+from ncfinetune.inputs import may_look
 from ncfinetune.scatter import ShiftedScatter, add_products, full_precision
 
-# Numbers in the buffer, 16 MB in float32, and rows of it at most: enough for a product at full speed, few enough for
-# float32 to add up.
-_BUFFER, _BUFFER_ROWS = 2**22, 2048
-# Rows treated at a time in a flush on a CPU, so that what is made of them stays in the processor's cache.
-_ROWS = 256
 # A class's shift is chosen anew by a buffer with this many times the samples that it was chosen from.
 _BETTER = 4
 # Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to, and
@@ -74,6 +70,11 @@ class ClassMoments:
     def present(self) -> Tensor:
         """Which classes have samples, ``(K,)``."""
         return self.count > 0
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Labels of the present classes, ``(P,)``."""
+        return self.present.nonzero().squeeze(1)
 
     @property
     def global_mean(self) -> Tensor:
@@ -153,7 +154,7 @@ _NAMES = ("count", "squares", "shift", "anchors", "sums", "flags", "rows", "labe
 _SCATTER_NAMES = ("scatter", "rounding", "plan")
 
 
-class MomentAccumulator:
+class MomentAccumulator(Accumulator):
     """Class moments of features that come in batches, in memory that does not grow.
 
     Rows wait as they come in one buffer on the accumulator's device until there are enough of them for one product of
@@ -167,108 +168,35 @@ class MomentAccumulator:
         ignore_index: Samples with this label are left out.
     """
 
-    count: Tensor
     squares: Tensor
     shift: Tensor
+    anchors: Tensor
     sums: Tensor
     scatter: Tensor
-    flags: Tensor
+    rounding: Tensor
+    plan: Tensor
 
     def __init__(self, num_classes: int, scatter: bool = True, ignore_index: int | None = None) -> None:
-        self.num_classes = num_classes
         self.keeps_scatter = scatter
-        # The tensors that hold everything.
         self.names = (*_NAMES, *_SCATTER_NAMES) if scatter else _NAMES
-        self.ignore_index = ignore_index
-        self.reset(torch.device("cpu"))
+        super().__init__(num_classes, ignore_index)
 
-    def reset(self, device: torch.device | None = None) -> None:
-        """Forget all samples."""
-        device = self.device if device is None else device
-        with torch.inference_mode(False):
-            self.count = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
-            self.squares = self.count.clone()
-            # Samples that a class's shift was chosen from.
-            self.anchors = self.count.clone()
-            self.shift = self.count.new_zeros(self.num_classes, 0)
-            self.sums = self.shift.clone()
-            if self.keeps_scatter:
-                self.scatter = self.count.new_zeros(0, 0)
-                self.rounding = self.count.new_zeros(0)
-                # Products made, and whether the last were narrow.
-                self.plan = torch.zeros(2, dtype=torch.int64, device=device)
-            # Samples with labels out of range, and samples with features that are not finite.
-            self.flags = torch.zeros(2, dtype=torch.int64, device=device)
-            self.rows, self.labels = self.count.new_zeros(0, 0, dtype=torch.float32), self.flags.new_zeros(0)
-        self.batches = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the state lies."""
-        return self.count.device
+    def _reset(self) -> None:
+        self.squares = torch.zeros_like(self.count)
+        # Samples that a class's shift was chosen from.
+        self.anchors = torch.zeros_like(self.count)
+        self.shift = self.count.new_zeros(self.num_classes, 0)
+        self.sums = self.shift.clone()
+        if self.keeps_scatter:
+            self.scatter = self.count.new_zeros(0, 0)
+            self.rounding = self.count.new_zeros(0)
+            # Products made, and whether the last were narrow.
+            self.plan = torch.zeros_like(self.flags)
 
     @property
     def width(self) -> int:
         """Feature width ``d``, 0 while it is not known."""
         return self.shift.shape[1]
-
-    @property
-    def rows(self) -> Tensor:
-        """Features of the samples that wait in the buffer, ``(m, d)``."""
-        return self._rows if self._waiting == len(self._rows) else self._rows[: self._waiting]
-
-    @rows.setter
-    def rows(self, rows: Tensor) -> None:
-        self._rows, self._waiting = rows, len(rows)
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels of the samples that wait in the buffer, ``(m,)``."""
-        return self._labels if self._waiting == len(self._labels) else self._labels[: self._waiting]
-
-    @labels.setter
-    def labels(self, labels: Tensor) -> None:
-        self._labels = labels
-
-    def to(self, device: torch.device | str) -> MomentAccumulator:
-        """Move to a device. MPS has no float64, so that the state stays on the CPU there."""
-        device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-        for name in self.names:
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """All samples so far as a dictionary of tensors, those that wait in the buffer included."""
-        return {name: getattr(self, name).clone() for name in self.names}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for name in self.names:
-            setattr(self, name, state[name].clone())
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            features: Pooled features, ``(N, d)``, of any floating-point type.
-            labels: Integer labels in ``0..K-1``, ``(N,)``.
-
-        Raises:
-            ValueError: Wrong shapes, a width that changes; on a CPU also labels outside ``0..K-1``.
-            NonFiniteFeaturesError: On a CPU: nan or inf.
-            TypeError: Labels that are no integers, features that are no floats.
-        """
-        self.batches += 1
-        check_shapes(features, labels)
-        if self.width not in (0, features.shape[1]):
-            raise ValueError(f"expected features of width {self.width} as in earlier batches, got {features.shape[1]}")
-        with torch.inference_mode(False), torch.no_grad():
-            features, labels = features.detach(), labels.detach()
-            if may_look(features) or may_look(self.count):
-                check_labels(labels, self.num_classes, self.ignore_index)
-                check_finite(features, self.batches)
-            self._widen(features.shape[1])
-            self._wait(features, labels)
 
     def _widen(self, width: int) -> None:
         """Give the state the width of the features; it starts without."""
@@ -279,56 +207,11 @@ class MomentAccumulator:
                 self.scatter = self.count.new_zeros(width, width)
                 self.rounding = self.count.new_zeros(width)
 
-    def _wait(self, features: Tensor, labels: Tensor) -> None:
-        """Copy rows into the buffer, and flush it each time that it is full."""
-        width = features.shape[1]
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        capacity = max(_ROWS, min(_BUFFER_ROWS, _BUFFER // width))
-        if self._rows.dtype != dtype:
-            self.flush()
-        if len(features) and len(self._rows) < capacity:
-            rows, labels_ = self.rows, self.labels
-            self._rows = torch.empty(capacity, width, dtype=dtype, device=self.device)
-            self._labels = torch.empty(capacity, dtype=torch.int64, device=self.device)
-            self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), labels_
-        start = 0
-        while start < len(features):
-            stop = min(len(features), start + capacity - self._waiting)
-            room = slice(self._waiting, self._waiting + stop - start)
-            self._rows[room].copy_(features[start:stop])
-            self._labels[room].copy_(labels[start:stop])
-            self._waiting, start = room.stop, stop
-            if self._waiting == capacity:
-                self._add_waiting()
-
-    def flush(self) -> None:
-        """Add the samples that wait to the sums, and free the buffer."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._add_waiting()
-            if len(self._rows):
-                self._rows, self._labels = self._rows.new_zeros(0, 0), self._labels.new_zeros(0)
-
-    def trim(self) -> None:
-        """Free the part of the buffer in which no samples wait."""
-        with torch.inference_mode(False):
-            self._rows, self._labels = self.rows.clone(), self.labels.clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.trim()
-        return self.__dict__
-
-    def _add_waiting(self) -> None:
-        if self._waiting:
-            rows, labels = self.rows, self.labels
-            self._waiting = 0
-            self._add(rows, labels)
-
-    def _add(self, rows: Tensor, labels: Tensor) -> None:
-        labels, keep = self._kept(rows, labels)
+    def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         self._choose_shifts(rows, labels, keep)
         narrow = self.keeps_scatter and self._is_narrow_enough(rows)
         z = rows if narrow or rows.dtype == torch.float64 else torch.empty_like(rows, dtype=torch.float64)
-        size = _ROWS if may_look(self.count) else len(rows)
+        size = accumulator.ROWS if may_look(self.count) else len(rows)
         squares = torch.empty_like(labels, dtype=torch.float64)
         scratch = torch.empty(min(size, len(rows)), rows.shape[1], dtype=torch.float64, device=self.device)
         for part in (slice(start, start + size) for start in range(0, len(rows), size)):
@@ -386,19 +269,6 @@ class MomentAccumulator:
         scatter = ShiftedScatter(self.count, self.sums, self.scatter, rounding)
         return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
 
-    def _kept(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels that may index, ``(m,)``, and which samples count, or None if all do; raises the flags."""
-        if may_look(self.count) and self.ignore_index is None:
-            return labels, None
-        ignored = (
-            torch.zeros_like(labels, dtype=torch.bool) if self.ignore_index is None else labels == self.ignore_index
-        )
-        outside = ((labels < 0) | (labels >= self.num_classes)) & ~ignored
-        broken = ~rows.isfinite().all(1) & ~ignored
-        self.flags += torch.stack([outside.sum(), broken.sum()])
-        keep = ~(ignored | outside | broken)
-        return labels.where(keep, 0), keep
-
     def _choose_shifts(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         """Shift each new class by the mean of its samples in the buffer; on a CPU also one that had few before.
 
@@ -448,7 +318,7 @@ class MomentAccumulator:
             ValueError: Labels outside ``0..K-1``.
             NonFiniteFeaturesError: nan or inf.
         """
-        raise_flags(self.flags, int(self.count.sum()), self.num_classes, name)
+        super().check(name)
         distance = (self.sums / self.count.clamp(min=1)[:, None]).square().sum(1)
         variance = self.squares / self.count.clamp(min=1) - distance
         lost = (distance * 2.0**-51 > 1e-6 * variance).nonzero().squeeze(1)
