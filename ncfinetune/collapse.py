@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ncfinetune.moments import ClassMoments as ClassMoments
 from ncfinetune.moments import UndefinedCollapseError as UndefinedCollapseError
+from ncfinetune.moments import UnresolvedCollapseError
 from ncfinetune.moments import class_moments as class_moments
 from ncfinetune.moments import merge as merge
 
 _EPS = torch.finfo(torch.float64).eps
+# What NC1 is held to.
+_EXACT = 1e-6
 # Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
 # Rows of width d treated at a time, so that what is made of them stays small beside the class means.
@@ -38,26 +41,52 @@ def nc1(moments: ClassMoments) -> Tensor:
         UndefinedCollapseError: Fewer than two classes are present.
         ValueError: The moments are without the covariance within classes.
     """
-    spreads = [moments.spread(rows) for rows in _whitening(moments)]
-    return torch.stack(spreads).sum() if spreads else moments.mean.new_tensor(torch.nan)
+    total = doubt = scale = moments.mean.new_zeros(())
+    for rows in _whitening(moments):
+        total = total + moments.spread(rows)
+        doubt = doubt + moments.doubt(rows)
+        scale = scale + rows.square().sum()
+    if not scale > 0:
+        return moments.mean.new_tensor(torch.nan)
+    # What varies less within classes than the class means are rounded is taken for full collapse.
+    if doubt > _EXACT * total and doubt > scale * (_EPS * moments.mean.abs().max()).square():
+        raise UnresolvedCollapseError(
+            f"nc1 is {float(total):.2g}, and rounding may have moved it by {float(doubt):.0e}: variances within "
+            "classes are too uneven; give float64 features, and samples in random order"
+        )
+    return total
 
 
 def _whitening(moments: ClassMoments) -> Iterator[Tensor]:
     """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``centred``, in parts.
 
-    Through an eigendecomposition of the smaller of ``P x P`` and ``d x d``. Centring costs one dimension, so that at
-    most ``P - 1`` are kept.
+    Through eigendecompositions of the smaller of ``P x P`` and ``d x d``, largest values first; what is far smaller
+    is decomposed again by itself, so that it is as exact. Centring costs one dimension, so that at most ``P - 1`` are
+    kept, and of these the ones with ``s_j^2 > max(P, d) eps s_1^2``.
     """
     centred = moments.centred
     classes, width = centred.shape
     wide = classes <= width
-    squares, vectors = torch.linalg.eigh(moments.gram if wide else centred.T @ centred)
-    first = len(squares) - min(classes - 1, width)
-    first += int((squares[first:] <= max(classes, width) * _EPS * squares[-1]).sum())
-    for start in range(first, len(squares), _ROWS):
-        part = slice(start, start + _ROWS)
-        rows = vectors[:, part].T
-        yield rows @ centred / squares[part, None] if wide else rows / squares[part, None].sqrt()
+    block, basis, left, least = centred if wide else centred.T, None, min(classes - 1, width), 0.0
+    gram = moments.gram if wide else block @ block.T
+    while left:
+        squares, vectors = torch.linalg.eigh(gram)
+        least = least or max(classes, width) * _EPS * float(squares[-1].detach())
+        first = len(squares) - left
+        first += int((squares[first:] <= max(least, _CLOSE * float(squares[-1].detach()))).sum())
+        if first == len(squares):
+            return
+        for start in range(first, len(squares), _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = vectors[:, part].T
+            if wide:
+                yield rows @ block / squares[part, None]
+            else:
+                yield (rows if basis is None else rows @ basis) / squares[part, None].sqrt()
+        left -= len(squares) - first
+        rest = vectors[:, :first].T
+        block, basis = rest @ block, None if wide else rest if basis is None else rest @ basis
+        gram = block @ block.T
 
 
 def nc1_ratio(moments: ClassMoments) -> Tensor:
@@ -72,7 +101,7 @@ def cdnv_matrix(moments: ClassMoments) -> Tensor:
     ``(Var_i + Var_j) / (2 |mu_i - mu_j|^2)``, ``Var`` a mean over ``n_k`` samples. Symmetric; nan on the diagonal and
     for absent classes.
     """
-    present = moments.present.nonzero().squeeze(1)
+    present = moments.labels
     matrix = moments.mean.new_full((len(moments.count), len(moments.count)), torch.nan)
     matrix[present[:, None], present] = _cdnv_pairs(moments).fill_diagonal_(torch.nan)
     return matrix
@@ -167,9 +196,8 @@ def nearest_mean(features: Tensor, moments: ClassMoments) -> Tensor:
 
     Features are centred first: with an offset of 1e3, float32 distances decide at random.
     """
-    labels = moments.present.nonzero().squeeze(1)
     centred = features.double() - moments.global_mean
-    return labels[torch.cdist(centred, moments.centred).argmin(1)]
+    return moments.labels[torch.cdist(centred, moments.centred).argmin(1)]
 
 
 def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -181,9 +209,14 @@ def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: 
         weight: The classifier's weight, ``(K, d)``.
         bias: The classifier's bias, ``(K,)``; without it the decisions are another classifier's.
     """
+    return disagreements(features, moments, weight, bias).double().mean()
+
+
+def disagreements(features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Which samples `disagreement` counts, ``(N,)``."""
     logits = features.double() @ weight.double().T
     logits = logits if bias is None else logits + bias.double()
-    return (logits.argmax(1) != nearest_mean(features, moments)).double().mean()
+    return logits.argmax(1) != nearest_mean(features, moments)
 
 
 def numerical_rank(features: Tensor, labels: Tensor, num_classes: int, centred: bool = False) -> Tensor:

@@ -7,7 +7,6 @@ Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -16,191 +15,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
-from ncfinetune.moments import (
-    ClassMoments,
-    MomentAccumulator,
-    UndefinedCollapseError,
-    check_finite,
-    check_labels,
-    check_shapes,
-    full_precision,
-)
+from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags, sound_samples
+from ncfinetune.metric_base import AccumulatorMetric, CollapseMetric, state
+from ncfinetune.moments import ClassMoments, MomentAccumulator, UndefinedCollapseError
+from ncfinetune.sketch import ClassSketches
 
 
-class _CollapseMetric(Metric, ABC):
-    """What the family shares: checked input, float64 states that only ever move between devices.
+class _MomentMetric(AccumulatorMetric):
+    """A number of the class moments.
 
     Args:
         num_classes: Number of classes ``K``.
+        ignore_index: Samples with this label are left out.
         kwargs: What `torchmetrics.Metric` takes.
 
     Raises:
-        ValueError: ``num_classes`` is below 2.
-    """
-
-    full_state_update = False
-    higher_is_better = False
-    is_differentiable = False
-
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if num_classes < 2:
-            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
-        self.num_classes = num_classes
-        self._lenient = False
-
-    def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
-        """Declare a state; one made in inference mode could not be added to outside it."""
-        with torch.inference_mode(False):
-            super().add_state(name, default.clone() if isinstance(default, Tensor) else default, *args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add samples, and give the metric of these alone: nan where they do not define it.
-
-        What is refused leaves the earlier samples as they were.
-        """
-        before, updates = self._copy_state_dict(), self._update_count
-        self._lenient = True
-        try:
-            return super().forward(*args, **kwargs)
-        except Exception:
-            for name, value in before.items():
-                setattr(self, name, value)
-            self._update_count, self._computed = updates, None
-            self._is_synced, self._to_sync, self._should_unsync = False, self.sync_on_compute, True
-            raise
-        finally:
-            self._lenient = False
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        with torch.inference_mode(False):
-            super().reset()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Move, but never cast: a parent in half precision must not degrade the state. On MPS it stays on the CPU."""
-
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.empty(0, device=tensor.device)).device
-            return tensor if device.type == "mps" else tensor.to(device)
-
-        with torch.inference_mode(False):
-            return super()._apply(move, exclude_state)
-
-    def _copy_state_dict(self) -> dict[str, Any]:
-        with torch.inference_mode(False):
-            return super()._copy_state_dict()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy that takes samples anywhere, though it be made in inference mode."""
-        memo[id(self)] = other = type(self).__new__(type(self))
-        with torch.inference_mode(False):
-            other.__setstate__(deepcopy(self.__getstate__(), memo))
-        return other
-
-    @abstractmethod
-    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Make the state that of several together."""
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric of this kind, or of its state."""
-        super().merge_state(incoming_state)
-        self._computed = None  # the base class would give the value from before, or warn that there was no update
-        self._update_count += 1
-
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
-        missing = [name for name in self._defaults if name not in incoming_state]
-        if missing:
-            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
-        self._merge([self.metric_state, incoming_state])
-
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
-    ) -> None:
-        """Make the state that of all processes together: gather all, then merge."""
-        tensors = self.metric_state
-        gathered = [dist_sync_fn(state, group=process_group or self.process_group) for state in tensors.values()]
-        self._merge([dict(zip(tensors, states, strict=True)) for states in zip(*gathered, strict=True)])
-
-    @contextmanager
-    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
-        """Synchronise, and restore this process's own state afterwards, also if what is done in between raises."""
-        self.sync(*args, **kwargs)
-        try:
-            yield
-        finally:
-            self.unsync(should_unsync=self._is_synced and should_unsync)
-
-    def _checked(self, features: Tensor, labels: Tensor) -> Tensor:
-        """``features`` in float32 or float64, on the state's device.
-
-        Raises:
-            ValueError, TypeError: The input is not what ``update`` takes.
-        """
-        check_shapes(features, labels)
-        check_labels(labels, self.num_classes)
-        features = features.detach().to(self._state_device)
-        features = features if features.dtype == torch.float64 else features.float()
-        check_finite(features, self._update_count)
-        return features
-
-    def _check_width(self, features: Tensor, earlier: int) -> None:
-        if earlier not in (0, features.shape[1]):
-            raise ValueError(f"expected features of width {earlier} as in earlier batches, got {features.shape[1]}")
-
-    @property
-    def _state_device(self) -> torch.device:
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
-
-def _state(name: str) -> Any:
-    """A state of the metric that is one of its accumulator's."""
-
-    def get(self: _MomentMetric) -> Tensor:
-        return getattr(self._accumulator, name)
-
-    def put(self: _MomentMetric, value: Tensor) -> None:
-        setattr(self._accumulator, name, value)
-
-    return property(get, put)
-
-
-class _MomentMetric(_CollapseMetric):
-    """A number of the class moments. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
-
-    Raises:
-        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, a width that changes.
-        NonFiniteFeaturesError: In ``update``: nan or inf.
         UndefinedCollapseError: In ``compute``: no samples yet, or samples of one class only.
-        TypeError: In ``update``: labels that are no integers, features that are no floats.
     """
 
     _keeps_scatter = False
     _number: Callable[[ClassMoments], Tensor]
 
-    count, squares, shift, sums = _state("count"), _state("squares"), _state("shift"), _state("sums")
-    flags, rows, labels = _state("flags"), _state("rows"), _state("labels")
+    count, squares, flags = state("count"), state("squares"), state("flags")
+    shift, anchors, sums = state("shift"), state("anchors"), state("sums")
+    rows, labels = state("rows"), state("labels")
 
     def __init__(self, num_classes: int, ignore_index: int | None = None, **kwargs: Any) -> None:
+        self._ignore_index = ignore_index
         super().__init__(num_classes, **kwargs)
-        self._accumulator = MomentAccumulator(num_classes, self._keeps_scatter, ignore_index)
-        for name in self._accumulator.names:
-            self.add_state(name, getattr(self._accumulator, name), dist_reduce_fx="sum")
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            features: Pooled features, ``(N, d)``, of any floating-point type.
-            labels: Integer labels in ``0..K-1``, ``(N,)``.
-        """
-        self._accumulator.batches = self._update_count - 1
-        self._accumulator.update(features, labels)
+    def _new_accumulator(self) -> MomentAccumulator:
+        return MomentAccumulator(self.num_classes, self._keeps_scatter, self._ignore_index)
 
     def compute(self) -> Tensor:
         """The metric over all samples since the last reset, float64."""
@@ -226,29 +75,6 @@ class _MomentMetric(_CollapseMetric):
             )
         return self._number(moments)
 
-    @property
-    def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
-        """The state by name; no samples wait."""
-        self._accumulator.flush()
-        return super().metric_state
-
-    def _copy_state_dict(self) -> dict[str, Any]:
-        self._accumulator.flush()
-        return super()._copy_state_dict()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The persistent states; samples that wait go with them."""
-        self._accumulator.trim()
-        return super().state_dict(*args, **kwargs)
-
-    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Make the state that of several together, whatever their shifts."""
-        first, *others = [MomentAccumulator(self.num_classes, self._keeps_scatter) for _ in states]
-        for part, state in zip((first, *others), states, strict=True):
-            part.load(state)
-        first.merge(others)
-        self._accumulator.load(first.state())
-
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
@@ -272,7 +98,7 @@ class NC1(_MomentMetric):
 
     _number = staticmethod(collapse.FAMILY["nc1"])
     _keeps_scatter = True
-    scatter = _state("scatter")
+    scatter, rounding, plan = state("scatter"), state("rounding"), state("plan")
 
 
 class NC1Ratio(_MomentMetric):
@@ -345,7 +171,7 @@ class NC3(_MomentMetric):
         """Compare with this weight, ``(K, d)``, from now on; None changes nothing."""
         if weight is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self.weight = weight.detach().to(self._state_device, torch.float64, copy=True)
+                self.weight = weight.detach().to(self.state_device, torch.float64, copy=True)
 
     def _number(self, moments: ClassMoments) -> Tensor:
         if len(self.weight) == 0:
@@ -354,7 +180,7 @@ class NC3(_MomentMetric):
 
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         super()._merge(states)
-        self.weight = next((state["weight"] for state in states if len(state["weight"])), self.weight).clone()
+        self.weight = next((each["weight"] for each in states if len(each["weight"])), self.weight).clone()
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
@@ -387,7 +213,7 @@ class NC3(_MomentMetric):
             return all_reduce(self.weight.clone() if seen else self.weight.new_zeros(self.num_classes, width)) / holders
 
 
-class NC4(_CollapseMetric):
+class NC4(CollapseMetric):
     """Disagreement of the classifier with the nearest class mean, `collapse.disagreement`: a share in 0..1.
 
     The means are fixed beforehand, which is what lets it stream: those of the training set, say, for a pass over the
@@ -400,12 +226,14 @@ class NC4(_CollapseMetric):
 
     differ: Tensor
     total: Tensor
+    flags: Tensor
 
     def __init__(self, moments: ClassMoments, **kwargs: Any) -> None:
         super().__init__(len(moments.count), **kwargs)
         self._moments = moments
         self.add_state("differ", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("flags", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Add samples.
@@ -423,27 +251,33 @@ class NC4(_CollapseMetric):
                 f"expected weight of shape {shape} and features of width {shape[1]} as the class means have them, "
                 f"got {tuple(weight.shape)} and {features.shape[-1]}"
             )
-        with torch.inference_mode(False), torch.no_grad(), full_precision(features.device):
-            features = self._checked(features, labels)
-            if len(features):
-                device = features.device
-                moved = None if bias is None else bias.to(device)
-                share = collapse.disagreement(features, self._moments.to(device), weight.to(device), moved)
-                self.differ = self.differ + share * len(features)
-                self.total = self.total + len(features)
+        with torch.inference_mode(False), torch.no_grad():
+            device = self.state_device
+            if may_look(features) or may_look(self.total):
+                check_labels(labels, self.num_classes)
+                check_finite(features, self._update_count)
+            if self._moments.mean.device != device:
+                self._moments = self._moments.to(device)
+            features, labels, weight = (tensor.detach().to(device) for tensor in (features, labels, weight))
+            bias = None if bias is None else bias.detach().to(device)
+            keep, flags = sound_samples(features, labels, self.num_classes)
+            differ = collapse.disagreements(features, self._moments, weight, bias) & keep
+            self.differ, self.total = self.differ + differ.sum(), self.total + keep.sum()
+            self.flags = self.flags + flags
 
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         for name in self._defaults:
-            setattr(self, name, sum(state[name] for state in states))
+            setattr(self, name, sum(each[name] for each in states))
 
     def compute(self) -> Tensor:
         """The share of samples on which the two disagree, float64."""
+        raise_flags(self.flags, int(self.total), self.num_classes, "NC4")
         if self.total == 0:
             raise ValueError("NC4.compute needs samples; call update(features, labels, weight, bias) first")
         return self.differ / self.total
 
 
-class NumericalRank(_CollapseMetric):
+class NumericalRank(AccumulatorMetric):
     """Mean over present classes of ``|H_k|_F^2 / |H_k|_2^2`` (Li et al. 2022), from a sketch of each class's features.
 
     The Frobenius norm is exact. The spectral norm is that of a Frequent Directions sketch of ``rows`` rows a class
@@ -457,62 +291,25 @@ class NumericalRank(_CollapseMetric):
         kwargs: What `torchmetrics.Metric` takes.
     """
 
-    sketch: Tensor
-    energy: Tensor
-    count: Tensor
+    sketch, energy, count = state("sketch"), state("energy"), state("count")
+    flags, rows, labels = state("flags"), state("rows"), state("labels")
 
     def __init__(self, num_classes: int, rows: int = 32, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}")
-        self.rows = rows
-        self.add_state("energy", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sketch", torch.zeros(num_classes, rows, 0, dtype=torch.float64), dist_reduce_fx=None)
+        self._size = rows
+        super().__init__(num_classes, **kwargs)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples: features ``(N, d)`` and their labels ``(N,)``."""
-        with torch.inference_mode(False), torch.no_grad(), full_precision(features.device):
-            features = self._checked(features, labels).double()
-            if self.sketch.shape[2] == 0:
-                self.sketch = self.sketch.new_zeros(self.num_classes, self.rows, features.shape[1])
-            self._check_width(features, self.sketch.shape[2])
-            labels = labels.to(self._state_device, torch.int64)
-            self.energy.index_add_(0, labels, features.square().sum(1))
-            self.count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-            for label in sorted(set(labels.tolist())):
-                self._add(label, features[labels == label])
+    def _new_accumulator(self) -> ClassSketches:
+        return ClassSketches(self.num_classes, self._size)
 
     def compute(self) -> Tensor:
         """The mean numerical rank, float64."""
-        present = self.count > 0
-        if not present.any():
+        self._accumulator.flush()
+        self._accumulator.check(type(self).__name__)
+        if not self.count.any():
             raise ValueError("NumericalRank.compute needs samples; call update(features, labels) first")
-        largest = torch.linalg.matrix_norm(self.sketch[present], 2).square()
-        return (self.energy[present] / largest).mean()
-
-    def _add(self, label: int, rows: Tensor) -> None:
-        for part in torch.split(rows, 4 * self.rows):
-            self.sketch[label] = _shrunk(torch.cat([self.sketch[label], part]), self.rows)
-
-    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("energy", "count"):
-                setattr(self, name, torch.stack([state[name] for state in states]).sum(0))
-            sketches = [state["sketch"] for state in states if state["sketch"].shape[2]]
-            if sketches:
-                self.sketch = torch.stack([_shrunk(torch.cat(rows), self.rows) for rows in zip(*sketches, strict=True)])
-
-
-def _shrunk(stack: Tensor, rows: int) -> Tensor:
-    """A step of Frequent Directions, ``(m, d)`` to ``(rows, d)``: singular values squared less the largest left out."""
-    if len(stack) <= rows:
-        return stack
-    squares, vectors = torch.linalg.eigh(stack @ stack.T)
-    left_out = squares[-rows - 1].clamp(min=0)
-    squares, vectors = squares[-rows:], vectors[:, -rows:]
-    kept = ((squares - left_out) / squares).clamp(min=0).nan_to_num(0).sqrt()
-    return (kept * vectors).T @ stack
+        return self._accumulator.numerical_rank()
 
 
 # The family by the names under which it is logged.
@@ -531,7 +328,7 @@ MEMBERS: dict[str, type[Any]] = {
 class CollapseCollection(MetricCollection):
     """A MetricCollection whose members that derive from class moments update and synchronise one state once."""
 
-    def __init__(self, metrics: dict[str, _CollapseMetric], **kwargs: Any) -> None:
+    def __init__(self, metrics: dict[str, CollapseMetric], **kwargs: Any) -> None:
         moments = [name for name, metric in metrics.items() if isinstance(metric, _MomentMetric)]
         others = [[name] for name in metrics if name not in moments]
         # The group's state is its leader's; one that keeps the (d, d) matrix must lead.
@@ -560,10 +357,10 @@ class CollapseCollection(MetricCollection):
         if not self._state_is_copy:
             for group in self.compute_groups.values():
                 leader, *others = [getattr(self, name) for name in group]
-                state = leader.metric_state
+                shared = leader.metric_state
                 for member in others:
-                    for name in member._defaults.keys() & state.keys():
-                        setattr(member, name, deepcopy(state[name]) if copy else state[name])
+                    for name in member._defaults.keys() & shared.keys():
+                        setattr(member, name, deepcopy(shared[name]) if copy else shared[name])
                     member._update_count = leader._update_count
         self._state_is_copy = copy
 

@@ -12,28 +12,34 @@ Everything is kept in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# Numbers in the buffer, 16 MB in float32, and rows of it at most: enough for a product at full speed, few enough for
-# float32 to add up.
-_BUFFER, _BUFFER_ROWS = 2**22, 2048
-# Rows treated at a time in a flush on a CPU, so that what is made of them stays in the processor's cache.
-_ROWS = 256
+from ncfinetune import accumulator
+from ncfinetune.accumulator import Accumulator
+from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
+from ncfinetune.inputs import may_look
+from ncfinetune.scatter import ShiftedScatter, add_products, full_precision
+
+# A class's shift is chosen anew by a buffer with this many times the samples that it was chosen from.
+_BETTER = 4
+# Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to, and
+# where squares of single features neither overflow nor vanish in float32.
+_NARROW, _SMALL, _LARGE = 1e-7, 1e-24, 1e30
+# Random combinations of the directions that NC1 sums over, for the estimate.
+_PROBES = 16
 
 
 class UndefinedCollapseError(ValueError):
     """There are no samples, or none of a second class, so that nothing lies between classes."""
 
 
-class NonFiniteFeaturesError(ValueError):
-    """Features hold nan or inf."""
+class UnresolvedCollapseError(UndefinedCollapseError):
+    """Rounding may have moved a number by more than it is held to."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class ClassMoments:
     def present(self) -> Tensor:
         """Which classes have samples, ``(K,)``."""
         return self.count > 0
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Labels of the present classes, ``(P,)``."""
+        return self.present.nonzero().squeeze(1)
 
     @property
     def global_mean(self) -> Tensor:
@@ -106,39 +117,9 @@ class ClassMoments:
             raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
         return torch.tensordot(rows @ self.within, rows)
 
-
-@dataclass(frozen=True)
-class ShiftedScatter:
-    """``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T`` by its parts.
-
-    Args:
-        count: Samples a class, ``(K,)``.
-        sums: Sums of ``z`` a class, ``(K, d)``.
-        upper: The sum of ``z z^T``, ``(d, d)``; what lies below its diagonal blocks is not read.
-    """
-
-    count: Tensor
-    sums: Tensor
-    upper: Tensor
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``."""
-        total = -((rows @ self.sums.T).square() / self.count.clamp(min=1)).sum()
-        for block in _blocks(len(self.upper)):
-            part = rows[:, block]
-            products = part @ self.upper[block, block.start :]
-            diagonal = torch.tensordot(products[:, : part.shape[1]], part)
-            mirrored = torch.tensordot(products, rows[:, block.start :])
-            total = total + 2 * mirrored - diagonal
-        return (total / self.count.sum()).clamp(min=0)
-
-    def written_out(self) -> Tensor:
-        """``Sigma_W``, ``(d, d)``."""
-        within = self.upper.clone()
-        for rows in _blocks(len(within)):
-            within[rows.stop :, rows] = within[rows, rows.stop :].T
-        within.addmm_(self.sums.T, self.sums / self.count.clamp(min=1)[:, None], alpha=-1)
-        return within.div_(self.count.sum().clamp(min=1))
+    def doubt(self, rows: Tensor) -> Tensor:
+        """How far rounding may have moved ``spread(rows)``, as far as it is known."""
+        return rows.new_zeros(()) if self.scatter is None else self.scatter.doubt(rows)
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
@@ -169,7 +150,11 @@ def merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
     return ClassMoments(count, mean, squares / count.clamp(min=1), within)
 
 
-class MomentAccumulator:
+_NAMES = ("count", "squares", "shift", "anchors", "sums", "flags", "rows", "labels")
+_SCATTER_NAMES = ("scatter", "rounding", "plan")
+
+
+class MomentAccumulator(Accumulator):
     """Class moments of features that come in batches, in memory that does not grow.
 
     Rows wait as they come in one buffer on the accumulator's device until there are enough of them for one product of
@@ -183,103 +168,35 @@ class MomentAccumulator:
         ignore_index: Samples with this label are left out.
     """
 
-    count: Tensor
     squares: Tensor
     shift: Tensor
+    anchors: Tensor
     sums: Tensor
     scatter: Tensor
-    flags: Tensor
+    rounding: Tensor
+    plan: Tensor
 
     def __init__(self, num_classes: int, scatter: bool = True, ignore_index: int | None = None) -> None:
-        self.num_classes = num_classes
         self.keeps_scatter = scatter
-        # The tensors that hold everything.
-        self.names = ("count", "squares", "shift", "sums", "flags", "rows", "labels", *["scatter"] * scatter)
-        self.ignore_index = ignore_index
-        self.reset(torch.device("cpu"))
+        self.names = (*_NAMES, *_SCATTER_NAMES) if scatter else _NAMES
+        super().__init__(num_classes, ignore_index)
 
-    def reset(self, device: torch.device | None = None) -> None:
-        """Forget all samples."""
-        device = self.device if device is None else device
-        with torch.inference_mode(False):
-            self.count = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
-            self.squares = self.count.clone()
-            self.shift = self.count.new_zeros(self.num_classes, 0)
-            self.sums = self.shift.clone()
-            if self.keeps_scatter:
-                self.scatter = self.count.new_zeros(0, 0)
-            # Samples with labels out of range, and samples with features that are not finite.
-            self.flags = torch.zeros(2, dtype=torch.int64, device=device)
-            self.rows, self.labels = self.count.new_zeros(0, 0, dtype=torch.float32), self.flags.new_zeros(0)
-        self.batches = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the state lies."""
-        return self.count.device
+    def _reset(self) -> None:
+        self.squares = torch.zeros_like(self.count)
+        # Samples that a class's shift was chosen from.
+        self.anchors = torch.zeros_like(self.count)
+        self.shift = self.count.new_zeros(self.num_classes, 0)
+        self.sums = self.shift.clone()
+        if self.keeps_scatter:
+            self.scatter = self.count.new_zeros(0, 0)
+            self.rounding = self.count.new_zeros(0)
+            # Products made, and whether the last were narrow.
+            self.plan = torch.zeros_like(self.flags)
 
     @property
     def width(self) -> int:
         """Feature width ``d``, 0 while it is not known."""
         return self.shift.shape[1]
-
-    @property
-    def rows(self) -> Tensor:
-        """Features of the samples that wait in the buffer, ``(m, d)``."""
-        return self._rows if self._waiting == len(self._rows) else self._rows[: self._waiting]
-
-    @rows.setter
-    def rows(self, rows: Tensor) -> None:
-        self._rows, self._waiting = rows, len(rows)
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels of the samples that wait in the buffer, ``(m,)``."""
-        return self._labels if self._waiting == len(self._labels) else self._labels[: self._waiting]
-
-    @labels.setter
-    def labels(self, labels: Tensor) -> None:
-        self._labels = labels
-
-    def to(self, device: torch.device | str) -> MomentAccumulator:
-        """Move to a device. MPS has no float64, so that the state stays on the CPU there."""
-        device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-        for name in self.names:
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """All samples so far as a dictionary of tensors, those that wait in the buffer included."""
-        return {name: getattr(self, name).clone() for name in self.names}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for name in self.names:
-            setattr(self, name, state[name].clone())
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            features: Pooled features, ``(N, d)``, of any floating-point type.
-            labels: Integer labels in ``0..K-1``, ``(N,)``.
-
-        Raises:
-            ValueError: Wrong shapes, a width that changes; on a CPU also labels outside ``0..K-1``.
-            NonFiniteFeaturesError: On a CPU: nan or inf.
-            TypeError: Labels that are no integers, features that are no floats.
-        """
-        self.batches += 1
-        check_shapes(features, labels)
-        if self.width not in (0, features.shape[1]):
-            raise ValueError(f"expected features of width {self.width} as in earlier batches, got {features.shape[1]}")
-        with torch.inference_mode(False), torch.no_grad():
-            features, labels = features.detach(), labels.detach()
-            if may_look(features) or may_look(self.count):
-                check_labels(labels, self.num_classes, self.ignore_index)
-                check_finite(features, self.batches)
-            self._widen(features.shape[1])
-            self._wait(features, labels)
 
     def _widen(self, width: int) -> None:
         """Give the state the width of the features; it starts without."""
@@ -288,104 +205,108 @@ class MomentAccumulator:
             self.sums = torch.zeros_like(self.shift)
             if self.keeps_scatter:
                 self.scatter = self.count.new_zeros(width, width)
+                self.rounding = self.count.new_zeros(width)
 
-    def _wait(self, features: Tensor, labels: Tensor) -> None:
-        """Copy rows into the buffer, and flush it each time that it is full."""
-        width = features.shape[1]
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        capacity = max(_ROWS, min(_BUFFER_ROWS, _BUFFER // width))
-        if self._rows.dtype != dtype:
-            self.flush()
-        if len(features) and len(self._rows) < capacity:
-            rows, labels_ = self.rows, self.labels
-            self._rows = torch.empty(capacity, width, dtype=dtype, device=self.device)
-            self._labels = torch.empty(capacity, dtype=torch.int64, device=self.device)
-            self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), labels_
-        start = 0
-        while start < len(features):
-            stop = min(len(features), start + capacity - self._waiting)
-            room = slice(self._waiting, self._waiting + stop - start)
-            self._rows[room].copy_(features[start:stop])
-            self._labels[room].copy_(labels[start:stop])
-            self._waiting, start = room.stop, stop
-            if self._waiting == capacity:
-                self._add_waiting()
-
-    def flush(self) -> None:
-        """Add the samples that wait to the sums, and free the buffer."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._add_waiting()
-            if len(self._rows):
-                self._rows, self._labels = self._rows.new_zeros(0, 0), self._labels.new_zeros(0)
-
-    def trim(self) -> None:
-        """Free the part of the buffer in which no samples wait."""
-        with torch.inference_mode(False):
-            self._rows, self._labels = self.rows.clone(), self.labels.clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.trim()
-        return self.__dict__
-
-    def _add_waiting(self) -> None:
-        if self._waiting:
-            rows, labels = self.rows, self.labels
-            self._waiting = 0
-            self._add(rows, labels)
-
-    def _add(self, rows: Tensor, labels: Tensor) -> None:
-        labels, keep = self._kept(rows, labels)
+    def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         self._choose_shifts(rows, labels, keep)
-        ones = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
-        self.count.index_add_(0, labels, ones)
-        size = _ROWS if self.device.type == "cpu" else len(rows)
-        narrow = self.keeps_scatter and self.device.type == "cpu" and rows.dtype == torch.float32
+        narrow = self.keeps_scatter and self._is_narrow_enough(rows)
+        z = rows if narrow or rows.dtype == torch.float64 else torch.empty_like(rows, dtype=torch.float64)
+        size = accumulator.ROWS if may_look(self.count) else len(rows)
+        squares = torch.empty_like(labels, dtype=torch.float64)
+        scratch = torch.empty(min(size, len(rows)), rows.shape[1], dtype=torch.float64, device=self.device)
         for part in (slice(start, start + size) for start in range(0, len(rows), size)):
-            z = torch.sub(rows[part], self.shift.index_select(0, labels[part]))
+            step = scratch[: len(labels[part])]
+            torch.index_select(self.shift, 0, labels[part], out=step)
+            torch.sub(rows[part], step, out=step)
             if keep is not None:
-                z = z.where(keep[part, None], 0)
-            self.sums.index_add_(0, labels[part], z)
-            self.squares.index_add_(0, labels[part], torch.linalg.vecdot(z, z))
-            if narrow:
-                rows[part] = z
-            elif self.keeps_scatter:
-                _add_products(self.scatter, z)
-        if narrow:
-            with full_precision(self.device):
-                _add_products(self.scatter, rows)
+                step.masked_fill_(~keep[part, None], 0)
+            self.sums.index_add_(0, labels[part], step)
+            squares[part] = torch.linalg.vector_norm(step, dim=1).square()
+            z[part] = step
+        self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
+        self.squares.index_add_(0, labels, squares)
+        if self.keeps_scatter:
+            in_range = narrow and _SMALL < float(squares.max()) / z.shape[1] < _LARGE
+            add_products(self.scatter, self.rounding, z if in_range else z.double())
 
-    def _kept(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels that may index, ``(m,)``, and which samples count, or None if all do; raises the flags."""
-        if may_look(self.count) and self.ignore_index is None:
-            return labels, None
-        ignored = (
-            torch.zeros_like(labels, dtype=torch.bool) if self.ignore_index is None else labels == self.ignore_index
-        )
-        outside = ((labels < 0) | (labels >= self.num_classes)) & ~ignored
-        broken = ~rows.isfinite().all(1) & ~ignored
-        self.flags += torch.stack([outside.sum(), broken.sum()])
-        keep = ~(ignored | outside | broken)
-        return labels.where(keep, 0), keep
+    def _is_narrow_enough(self, rows: Tensor) -> bool:
+        """Whether to multiply in float32: looked into after 1, 4, 16, ... products, the first of which is float64."""
+        if not may_look(self.count) or rows.dtype == torch.float64:
+            return False
+        made, narrow = self.plan.tolist()
+        if made and math.log(made, 4).is_integer():
+            narrow = self._narrow_error() < _NARROW
+        self.plan = self.plan.new_tensor([made + 1, narrow])
+        return bool(narrow)
+
+    def _narrow_error(self) -> float:
+        """Estimated relative error of NC1 if all products were float32; nan or inf if it cannot be known.
+
+        The directions of `collapse.nc1` are rows ``T`` with ``T^T T = P = M^+ M^+^T``, for ``M`` the centred class
+        means. Random combinations of them are drawn without an eigendecomposition: ``M^T (M M^T)^-1 g``, or ``L^-T g``
+        with ``L L^T = M^T M`` where there are more classes than features, have the covariance ``P`` too.
+        """
+        present = self.count > 0
+        means = self.shift[present] + self.sums[present] / self.count[present, None]
+        means = means - means.mean(0)
+        scale = means.abs().amax().item() if len(means) > 1 else 0.0
+        if scale == 0:
+            return math.inf
+        means = (means / scale).float()
+        wide = len(means) <= means.shape[1]
+        with full_precision(means.device):
+            gram = means @ means.T if wide else means.T @ means
+            average = gram.diagonal().mean()
+            gram.diagonal().add_(1e-6 * average)  # about what float32 has of the small eigenvalues
+            factor, failed = torch.linalg.cholesky_ex(gram.add_(average / len(gram)) if wide else gram)
+            noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0))
+            if wide:
+                rows = torch.cholesky_solve(noise - noise.mean(0), factor).T @ means
+            else:
+                rows = torch.linalg.solve_triangular(factor.T, noise, upper=True).T
+        rows = rows.double() / scale
+        rounding = self.scatter.diagonal() * 2.0**-24
+        scatter = ShiftedScatter(self.count, self.sums, self.scatter, rounding)
+        return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
 
     def _choose_shifts(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
-        """Shift each new class by the mean of all its samples in the buffer.
+        """Shift each new class by the mean of its samples in the buffer; on a CPU also one that had few before.
 
         The mean is taken of differences to the class's first sample, which it is exactly if all samples are alike.
         """
-        new = self.count == 0
-        if may_look(self.count) and not new.any():
+        ones = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
+        number = torch.zeros_like(self.count).index_add_(0, labels, ones)
+        chosen = number > _BETTER * self.anchors
+        if not may_look(self.count):
+            chosen &= self.anchors == 0
+        elif not chosen.any():
             return
-        index = torch.arange(len(rows), device=self.device)
-        first = torch.full_like(self.count, len(rows) - 1, dtype=torch.int64)
-        first.scatter_reduce_(0, labels, index if keep is None else index.where(keep, len(rows) - 1), "amin")
+        elif not chosen.all():
+            index = chosen[labels].nonzero().squeeze(1)
+            rows, labels, ones = rows[index], labels[index], ones[index]
+        last = len(rows) - 1
+        index = torch.arange(len(rows), device=self.device).where(ones > 0, last)
+        first = torch.full_like(self.count, last, dtype=torch.int64).scatter_reduce_(0, labels, index, "amin")
         start = rows.index_select(0, first).double()
         steps = rows - start.index_select(0, labels)
-        ones = torch.ones_like(labels, dtype=torch.float64)
         if keep is not None:
-            steps, ones = steps.where(keep[:, None], 0), keep.double()
-        number = torch.zeros_like(self.count).index_add_(0, labels, ones)
-        mean = start + torch.zeros_like(self.sums).index_add_(0, labels, steps) / number.clamp(min=1)[:, None]
-        self.shift = mean.where((new & (number > 0))[:, None], self.shift)
+            steps, start = steps.where(ones[:, None] > 0, 0), start.where((number > 0)[:, None], 0)
+        mean = torch.zeros_like(self.sums).index_add_(0, labels, steps).div_(number.clamp(min=1)[:, None]).add_(start)
+        shift = mean.where(chosen[:, None], self.shift)
+        moved = chosen & (self.count > 0)
+        if may_look(self.count) and moved.any():
+            self._move(moved, shift[moved] - self.shift[moved])
+        self.shift, self.anchors = shift, number.where(chosen, self.anchors)
+
+    def _move(self, moved: Tensor, step: Tensor) -> None:
+        """Make the sums of some classes those about a shift that lies ``step`` further."""
+        sums, count = self.sums[moved], self.count[moved, None]
+        self.squares[moved] += (count * step.square() - 2 * sums * step).sum(1)
+        self.sums[moved] = sums - count * step
+        if self.keeps_scatter:
+            change = step.T @ (count * step - sums) - sums.T @ step
+            self.scatter += change
+            self.rounding.add_(change.diagonal().abs(), alpha=2.0**-53)
 
     def check(self, name: str) -> None:
         """Raise if samples were left out for what they hold; reads the device.
@@ -397,7 +318,15 @@ class MomentAccumulator:
             ValueError: Labels outside ``0..K-1``.
             NonFiniteFeaturesError: nan or inf.
         """
-        raise_flags(self.flags, int(self.count.sum()), self.num_classes, name)
+        super().check(name)
+        distance = (self.sums / self.count.clamp(min=1)[:, None]).square().sum(1)
+        variance = self.squares / self.count.clamp(min=1) - distance
+        lost = (distance * 2.0**-51 > 1e-6 * variance).nonzero().squeeze(1)
+        if len(lost):
+            raise UnresolvedCollapseError(
+                f"{name}: the first samples of class {int(lost[0])} lie so far from its later ones that rounding of "
+                "float64 hides how these vary; give the samples in another order"
+            )
 
     def moments(self, within: bool = True) -> ClassMoments:
         """The class moments of all samples so far.
@@ -409,9 +338,12 @@ class MomentAccumulator:
         count = self.count.clamp(min=1)
         delta = self.sums / count[:, None]
         variance = (self.squares / count - delta.square().sum(1)).clamp(min=0)
-        scatter = ShiftedScatter(self.count, self.sums, self.scatter) if self.keeps_scatter and self.width else None
+        scatter = None
+        if self.keeps_scatter and self.width:
+            scatter = ShiftedScatter(self.count, self.sums, self.scatter, self.rounding)
         written = scatter.written_out() if within and scatter is not None else None
-        return ClassMoments(self.count.clone(), delta.add_(self.shift), variance, written, None if within else scatter)
+        mean = delta.add_(self.shift)
+        return ClassMoments(self.count.clone(), mean, variance, written, None if within else scatter)
 
     def merge(self, others: Iterable[MomentAccumulator]) -> None:
         """Add the samples of other accumulators, whatever their shifts.
@@ -427,14 +359,18 @@ class MomentAccumulator:
             if parts:
                 moments = [part.moments().to(self.device) for part in parts]
                 self.flags = torch.stack([part.flags.to(self.device) for part in parts]).sum(0)
+                if self.keeps_scatter:
+                    self.rounding = torch.stack([part.rounding.to(self.device) for part in parts]).sum(0)
                 self._hold(reduce(merge, moments))
 
     def _hold(self, moments: ClassMoments) -> None:
         """Make the state that of ``moments``."""
         self.count, self.shift, self.sums = moments.count, moments.mean, torch.zeros_like(moments.mean)
+        self.anchors = moments.count.clone()
         self.squares = moments.count * moments.variance
         if moments.within is not None:
             self.scatter = moments.within * moments.count.sum()
+            self.plan = torch.zeros_like(self.plan)
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor], device: torch.device | None = None) -> None:
         """Make the state that of all processes together; all of them must call it.
@@ -471,128 +407,5 @@ class MomentAccumulator:
             if local.within is not None:
                 scatter = all_reduce(local.count.sum() * local.within + moved.T @ step)
                 within = scatter / count.sum().clamp(min=1)
+                self.rounding = all_reduce(self.rounding.clone())
             self._hold(ClassMoments(count, mean, squares / count.clamp(min=1), within))
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether the host may read values of a tensor at once: on a CPU, where nothing runs behind its back."""
-    return tensor.device.type == "cpu"
-
-
-def check_shapes(features: Tensor, labels: Tensor) -> None:
-    """Refuse what is no batch of pooled features ``(N, d)`` with labels ``(N,)``.
-
-    Raises:
-        ValueError: Wrong shapes.
-        TypeError: Labels that are no integers, features that are no floats.
-    """
-    if features.ndim != 2:
-        raise ValueError(
-            f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features "
-            "first, such as features.mean((2, 3)) or features[:, 0]"
-        )
-    if features.shape[1] == 0:
-        raise ValueError(f"expected features of width at least 1, got shape {tuple(features.shape)}")
-    if not features.is_floating_point():
-        raise TypeError(f"expected floating-point features, got {features.dtype}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"expected integer labels, got {labels.dtype}")
-    if labels.ndim != 1 or len(labels) != len(features):
-        raise ValueError(
-            f"expected one label for each of {len(features)} features, got labels of shape {tuple(labels.shape)}"
-        )
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Refuse labels ``(N,)`` outside ``0..K-1``; reads the device.
-
-    Raises:
-        ValueError: There are such.
-    """
-    if ignore_index is not None:
-        labels = labels[labels != ignore_index]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        outside = labels[(labels < 0) | (labels >= num_classes)]
-        raise ValueError(
-            f"expected labels in 0..{num_classes - 1} (num_classes={num_classes}), "
-            f"got {sorted(set(outside.tolist()))[:5]}"
-        )
-
-
-def check_finite(features: Tensor, batch: int) -> None:
-    """Refuse features ``(N, d)`` with nan or inf; reads the device.
-
-    Raises:
-        NonFiniteFeaturesError: There are such.
-    """
-    if not math.isfinite(features.sum(dtype=torch.promote_types(features.dtype, torch.float32))):
-        bad = int((~features.isfinite()).any(1).sum())
-        if bad:
-            raise NonFiniteFeaturesError(
-                f"expected finite features, got {bad} of {len(features)} samples with nan or inf "
-                f"in batch {batch} since the last reset"
-            )
-
-
-def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:
-    """Raise for samples that were left out on the device: ``flags`` has how many for their labels, and features.
-
-    Raises:
-        ValueError: Labels outside ``0..K-1``.
-        NonFiniteFeaturesError: nan or inf.
-    """
-    outside, broken = flags.tolist()
-    total = kept + outside + broken
-    if outside:
-        raise ValueError(
-            f"{name}: expected labels in 0..{num_classes - 1} (num_classes={num_classes}), "
-            f"got {outside} of {total} samples with others since the last reset"
-        )
-    if broken:
-        raise NonFiniteFeaturesError(
-            f"{name}: expected finite features, got {broken} of {total} samples with nan or inf since the last reset"
-        )
-
-
-def _blocks(width: int) -> Iterator[slice]:
-    """Blocks of rows of the ``(d, d)`` state: enough to leave out near half of it, each enough for a fast product."""
-    size = max(64, width // 8)
-    return (slice(start, start + size) for start in range(0, width, size))
-
-
-def _add_products(scatter: Tensor, z: Tensor) -> None:
-    """Add ``z^T z`` to the blocks of the ``(d, d)`` state that lie on and above its diagonal."""
-    for rows in _blocks(z.shape[1]):
-        if z.dtype == scatter.dtype:
-            scatter[rows, rows.start :].addmm_(z[:, rows].T, z[:, rows.start :])
-        else:
-            scatter[rows, rows.start :] += z[:, rows].T @ z[:, rows.start :]
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and float32 products in float32: neither TF32 nor bfloat16."""
-    with _ieee_products(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each backend by itself, and torch refuses to mix the two ways
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, value in zip(backends, before, strict=True):
-                backend.fp32_precision = value
-    else:
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 import reference
-from ncfinetune import collapse, moments
+from ncfinetune import accumulator, collapse
 from ncfinetune.collapse import class_moments
 from ncfinetune.metrics import (
     CDNV,
@@ -388,14 +388,14 @@ def test_state_does_not_grow() -> None:
     sizes = _sizes(metric)
     for _ in range(50):
         _update(metric, data)
-        assert metric._accumulator._rows.shape == (moments._BUFFER_ROWS, D)
+        assert metric._accumulator._rows.shape == (accumulator.BUFFER_ROWS, D)
     assert _sizes(metric) == sizes
 
 
 @pytest.mark.parametrize("numbers", [1, 1000, 2600])
 def test_samples_wait_in_little_room(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_ROWS", 40)
-    monkeypatch.setattr(moments, "_BUFFER", numbers)
+    monkeypatch.setattr(accumulator, "ROWS", 40)
+    monkeypatch.setattr(accumulator, "BUFFER", numbers)
     data, metric = _data(), NC1(K)
     for start, stop in itertools.pairwise([0, 7, 107, 114, 121, 221, N]):
         _update(metric, data, slice(start, stop))

@@ -1,0 +1,204 @@
+"""What accumulates features batch by batch: rows wait in one buffer, and nothing is read from an accelerator.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``m`` rows in the buffer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags, sound_samples
+
+Self = TypeVar("Self", bound="Accumulator")
+
+# Numbers in the buffer, 16 MB in float32, and rows of it at most: enough for a product at full speed, few enough for
+# float32 to add up.
+BUFFER, BUFFER_ROWS = 2**22, 2048
+# Rows treated at a time in a flush on a CPU, so that what is made of them stays in the processor's cache.
+ROWS = 256
+
+
+class Accumulator(ABC):
+    """Samples batch by batch, in memory that does not grow.
+
+    Rows wait as they come in one buffer on the accumulator's device until there are enough of them for one addition,
+    so that the result does not depend on how samples are cut into batches. On an accelerator an update only launches:
+    no value is read back to the host. Samples with bad labels or features are then counted on the device and left out,
+    and `check` raises; on a CPU they are refused at once.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        ignore_index: Samples with this label are left out.
+    """
+
+    # The tensors that hold everything.
+    names: tuple[str, ...]
+
+    count: Tensor
+    flags: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.count = torch.zeros(0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        with torch.inference_mode(False):
+            device = self.count.device
+            self.count = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
+            # Samples with labels out of range, and samples with features that are not finite.
+            self.flags = torch.zeros(2, dtype=torch.int64, device=device)
+            self.rows, self.labels = torch.zeros(0, 0, device=device), self.flags.new_zeros(0)
+            self._reset()
+        self.batches = 0
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Make the states beside the counts; they have no width yet."""
+
+    @abstractmethod
+    def _widen(self, width: int) -> None:
+        """Give the state the width of the features, if it has none."""
+
+    @abstractmethod
+    def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
+        """Add samples ``(m, d)``, in memory that may be written over; only those of ``keep``, if it is not None."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return self.count.device
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Feature width ``d``, 0 while it is not known."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Features of the samples that wait in the buffer, ``(m, d)``."""
+        return self._rows if self._waiting == len(self._rows) else self._rows[: self._waiting]
+
+    @rows.setter
+    def rows(self, rows: Tensor) -> None:
+        self._rows, self._waiting = rows, len(rows)
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the samples that wait in the buffer, ``(m,)``."""
+        return self._labels if self._waiting == len(self._labels) else self._labels[: self._waiting]
+
+    @labels.setter
+    def labels(self, labels: Tensor) -> None:
+        self._labels = labels
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Move to a device. MPS has no float64, so that the state stays on the CPU there."""
+        device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        for name in self.names:
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """All samples so far as a dictionary of tensors, those that wait in the buffer included."""
+        return {name: getattr(self, name).clone() for name in self.names}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        for name in self.names:
+            setattr(self, name, state[name].clone())
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            features: Pooled features, ``(N, d)``, of any floating-point type.
+            labels: Integer labels in ``0..K-1``, ``(N,)``.
+
+        Raises:
+            ValueError: Wrong shapes, a width that changes; on a CPU also labels outside ``0..K-1``.
+            NonFiniteFeaturesError: On a CPU: nan or inf.
+            TypeError: Labels that are no integers, features that are no floats.
+        """
+        self.batches += 1
+        check_shapes(features, labels)
+        if self.width not in (0, features.shape[1]):
+            raise ValueError(f"expected features of width {self.width} as in earlier batches, got {features.shape[1]}")
+        with torch.inference_mode(False), torch.no_grad():
+            features, labels = features.detach(), labels.detach()
+            if may_look(features) or may_look(self.count):
+                check_labels(labels, self.num_classes, self.ignore_index)
+                check_finite(features, self.batches)
+            self._widen(features.shape[1])
+            self._wait(features, labels)
+
+    def _wait(self, features: Tensor, labels: Tensor) -> None:
+        """Copy rows into the buffer, and flush it each time that it is full."""
+        width = features.shape[1]
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        capacity = max(ROWS, min(BUFFER_ROWS, BUFFER // width))
+        if self._rows.dtype != dtype:
+            self.flush()
+        if len(features) and len(self._rows) < capacity:
+            rows, labels_ = self.rows, self.labels
+            self._rows = torch.empty(capacity, width, dtype=dtype, device=self.device)
+            self._labels = torch.empty(capacity, dtype=torch.int64, device=self.device)
+            self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), labels_
+        start = 0
+        while start < len(features):
+            stop = min(len(features), start + capacity - self._waiting)
+            room = slice(self._waiting, self._waiting + stop - start)
+            self._rows[room].copy_(features[start:stop])
+            self._labels[room].copy_(labels[start:stop])
+            self._waiting, start = room.stop, stop
+            if self._waiting == capacity:
+                self._add_waiting()
+
+    def flush(self) -> None:
+        """Add the samples that wait to the sums, and free the buffer."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._add_waiting()
+            if len(self._rows):
+                self._rows, self._labels = self._rows.new_zeros(0, 0), self._labels.new_zeros(0)
+
+    def trim(self) -> None:
+        """Free the part of the buffer in which no samples wait."""
+        with torch.inference_mode(False):
+            self._rows, self._labels = self.rows.clone(), self.labels.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.trim()
+        return self.__dict__
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows, labels = self.rows, self.labels
+            self._waiting = 0
+            self._add(rows, *self._kept(rows, labels))
+
+    def _kept(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Labels that may index, ``(m,)``, and which samples count, or None if all do; raises the flags."""
+        if may_look(self.count) and self.ignore_index is None:
+            return labels, None
+        keep, flags = sound_samples(rows, labels, self.num_classes, self.ignore_index)
+        self.flags += flags
+        return labels.where(keep, 0), keep
+
+    def check(self, name: str) -> None:
+        """Raise if samples were left out for what they hold; reads the device.
+
+        Args:
+            name: What is being measured, for the message.
+
+        Raises:
+            ValueError: Labels outside ``0..K-1``.
+            NonFiniteFeaturesError: nan or inf.
+        """
+        raise_flags(self.flags, int(self.count.sum()), self.num_classes, name)

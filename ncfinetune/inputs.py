@@ -1,0 +1,108 @@
+"""What a batch of pooled features with labels must be, and how bad ones are reported.
+
+Where the host may read values, a batch is refused at once. On an accelerator reading would make the host wait for the
+device, so that bad samples are counted there, and reported when a number is asked for.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteFeaturesError(ValueError):
+    """Features hold nan or inf."""
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether the host may read values of a tensor at once: on a CPU, where nothing runs behind its back."""
+    return tensor.device.type == "cpu"
+
+
+def check_shapes(features: Tensor, labels: Tensor) -> None:
+    """Refuse what is no batch of pooled features ``(N, d)`` with labels ``(N,)``.
+
+    Raises:
+        ValueError: Wrong shapes.
+        TypeError: Labels that are no integers, features that are no floats.
+    """
+    if features.ndim != 2:
+        raise ValueError(
+            f"expected features of shape (N, d), got {tuple(features.shape)}; pool spatial or token features "
+            "first, such as features.mean((2, 3)) or features[:, 0]"
+        )
+    if features.shape[1] == 0:
+        raise ValueError(f"expected features of width at least 1, got shape {tuple(features.shape)}")
+    if not features.is_floating_point():
+        raise TypeError(f"expected floating-point features, got {features.dtype}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"expected integer labels, got {labels.dtype}")
+    if labels.ndim != 1 or len(labels) != len(features):
+        raise ValueError(
+            f"expected one label for each of {len(features)} features, got labels of shape {tuple(labels.shape)}"
+        )
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Refuse labels ``(N,)`` outside ``0..K-1``; reads the device.
+
+    Raises:
+        ValueError: There are such.
+    """
+    if ignore_index is not None:
+        labels = labels[labels != ignore_index]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        outside = labels[(labels < 0) | (labels >= num_classes)]
+        raise ValueError(
+            f"expected labels in 0..{num_classes - 1} (num_classes={num_classes}), "
+            f"got {sorted(set(outside.tolist()))[:5]}"
+        )
+
+
+def check_finite(features: Tensor, batch: int) -> None:
+    """Refuse features ``(N, d)`` with nan or inf; reads the device.
+
+    Raises:
+        NonFiniteFeaturesError: There are such.
+    """
+    if not math.isfinite(features.sum(dtype=torch.promote_types(features.dtype, torch.float32))):
+        bad = int((~features.isfinite()).any(1).sum())
+        if bad:
+            raise NonFiniteFeaturesError(
+                f"expected finite features, got {bad} of {len(features)} samples with nan or inf "
+                f"in batch {batch} since the last reset"
+            )
+
+
+def sound_samples(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which samples count, ``(N,)``, and how many were left out for their labels and for their features, ``(2,)``."""
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    outside = ((labels < 0) | (labels >= num_classes)) & ~ignored
+    broken = ~features.isfinite().all(1) & ~ignored & ~outside
+    return ~(ignored | outside | broken), torch.stack([outside.sum(), broken.sum()])
+
+
+def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:
+    """Raise for samples that were left out on the device: ``flags`` has how many for their labels, and features.
+
+    Raises:
+        ValueError: Labels outside ``0..K-1``.
+        NonFiniteFeaturesError: nan or inf.
+    """
+    outside, broken = flags.tolist()
+    total = kept + outside + broken
+    if outside:
+        raise ValueError(
+            f"{name}: expected labels in 0..{num_classes - 1} (num_classes={num_classes}), "
+            f"got {outside} of {total} samples with others since the last reset"
+        )
+    if broken:
+        raise NonFiniteFeaturesError(
+            f"{name}: expected finite features, got {broken} of {total} samples with nan or inf since the last reset"
+        )

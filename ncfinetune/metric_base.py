@@ -1,0 +1,191 @@
+"""What the metrics share as torchmetrics: float64 states that only move between devices, and merge exactly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class CollapseMetric(Metric, ABC):
+    """What the family shares: checked input, float64 states that only ever move between devices.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        kwargs: What `torchmetrics.Metric` takes.
+
+    Raises:
+        ValueError: ``num_classes`` is below 2.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_classes < 2:
+            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
+        self.num_classes = num_classes
+        self._lenient = False
+
+    def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
+        """Declare a state; one made in inference mode could not be added to outside it."""
+        with torch.inference_mode(False):
+            super().add_state(name, default.clone() if isinstance(default, Tensor) else default, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add samples, and give the metric of these alone: nan where they do not define it.
+
+        What is refused leaves the earlier samples as they were.
+        """
+        before, updates = self._copy_state_dict(), self._update_count
+        self._lenient = True
+        try:
+            return super().forward(*args, **kwargs)
+        except Exception:
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._update_count, self._computed = updates, None
+            self._is_synced, self._to_sync, self._should_unsync = False, self.sync_on_compute, True
+            raise
+        finally:
+            self._lenient = False
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        with torch.inference_mode(False):
+            super().reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Move, but never cast: a parent in half precision must not degrade the state. On MPS it stays on the CPU."""
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=tensor.device)).device
+            return tensor if device.type == "mps" else tensor.to(device)
+
+        with torch.inference_mode(False):
+            return super()._apply(move, exclude_state)
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        with torch.inference_mode(False):
+            return super()._copy_state_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that takes samples anywhere, though it be made in inference mode."""
+        memo[id(self)] = other = type(self).__new__(type(self))
+        with torch.inference_mode(False):
+            other.__setstate__(deepcopy(self.__getstate__(), memo))
+        return other
+
+    @abstractmethod
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Make the state that of several together."""
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric of this kind, or of its state."""
+        super().merge_state(incoming_state)
+        self._computed = None  # the base class would give the value from before, or warn that there was no update
+        self._update_count += 1
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
+        self._merge([self.metric_state, incoming_state])
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Make the state that of all processes together: gather all, then merge."""
+        tensors = self.metric_state
+        gathered = [dist_sync_fn(state, group=process_group or self.process_group) for state in tensors.values()]
+        self._merge([dict(zip(tensors, states, strict=True)) for states in zip(*gathered, strict=True)])
+
+    @contextmanager
+    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
+        """Synchronise, and restore this process's own state afterwards, also if what is done in between raises."""
+        self.sync(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    @property
+    def state_device(self) -> torch.device:
+        """Where the state lies: MPS has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+
+def state(name: str) -> Any:
+    """A state of the metric that is one of its accumulator's."""
+
+    def get(self: AccumulatorMetric) -> Tensor:
+        return getattr(self._accumulator, name)
+
+    def put(self: AccumulatorMetric, value: Tensor) -> None:
+        setattr(self._accumulator, name, value)
+
+    return property(get, put)
+
+
+class AccumulatorMetric(CollapseMetric):
+    """A shell over one accumulator. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
+
+    Raises:
+        ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, a width that changes.
+        NonFiniteFeaturesError: In ``update``: nan or inf. On an accelerator bad labels and features are reported by
+            ``compute``.
+        TypeError: In ``update``: labels that are no integers, features that are no floats.
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self._accumulator = self._new_accumulator()
+        for name in self._accumulator.names:
+            self.add_state(name, getattr(self._accumulator, name), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def _new_accumulator(self) -> Any:
+        """An accumulator without samples."""
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            features: Pooled features, ``(N, d)``, of any floating-point type.
+            labels: Integer labels in ``0..K-1``, ``(N,)``.
+        """
+        self._accumulator.batches = self._update_count - 1
+        self._accumulator.update(features, labels)
+
+    @property
+    def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
+        """The state by name; no samples wait."""
+        self._accumulator.flush()
+        return super().metric_state
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        self._accumulator.flush()
+        return super()._copy_state_dict()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The persistent states; samples that wait go with them."""
+        self._accumulator.trim()
+        return super().state_dict(*args, **kwargs)
+
+    def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Make the state that of several together."""
+        first, *others = [self._new_accumulator() for _ in states]
+        for part, state in zip((first, *others), states, strict=True):
+            part.load(state)
+        first.merge(others)
+        self._accumulator.load(first.state())
