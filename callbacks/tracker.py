@@ -161,11 +161,11 @@ class NeuralCollapseTracker(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
-        self._schedule.start(trainer)
         if trainer.global_step == 0:
             self.values, self.history, self._passes_done, self._drawn_at = {}, {}, 0, None
             if self.train_every_n_epochs:
                 self._measure_training_set(trainer, pl_module)
+        self._schedule.start(trainer)
         before = {name: value for name, value in self.values.items() if "/train/" in name}
         for name, value in before.items():  # for whoever monitors them, until there are new ones
             trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
