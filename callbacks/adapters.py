@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.moments import may_look
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
@@ -145,7 +146,7 @@ class BatchReader:
             return labels
         largest, index = labels.max(1)
         hard = (largest == 1) & (labels.sum(1) == 1)
-        if labels.device.type == "cpu" and not hard.numpy().all():
+        if may_look(labels) and not bool(hard.all()):
             raise ValueError(
                 f"{self.asker} needs one class a sample, got labels {sketch(labels)} that are shares of several "
                 f"(mixup, soft labels); give it {self.asker}(batch_to_labels=lambda batch: ...)"
@@ -192,7 +193,11 @@ def sketch(value: Any) -> str:
 def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(network.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    return {k: v for k, v in batch.items() if (takes_all or k in known) and k not in _LABEL_KEYS}
+    inputs = {k: v for k, v in batch.items() if k not in _LABEL_KEYS}
+    taken = {k: v for k, v in inputs.items() if takes_all or k in known}
+    if not taken and len(inputs) == 1 and known:  # there is no choice, whatever the two call it
+        return dict(zip(known, inputs.values(), strict=False))
+    return taken
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
@@ -291,10 +296,13 @@ def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor
     """
     if is_sharded(classifier):
         return None
-    weight, bias = getattr(classifier, "weight", None), getattr(classifier, "bias", None)
+    weight: Any = getattr(classifier, "weight", None)
+    bias: Any = getattr(classifier, "bias", None)
     if type(weight) in (Tensor, nn.Parameter) and type(classifier).forward is nn.Linear.forward:
         own = weight.detach().clone() if copy else weight.detach()
-        return own, None if bias is None else bias.detach().clone() if copy else bias.detach()
+        if bias is None:
+            return own, None
+        return own, bias.detach().clone() if copy else bias.detach()
     try:
         return _by_unit_vectors(classifier)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):

@@ -107,12 +107,7 @@ class LayerObserver:
         self._forget()
 
     def take(
-        self,
-        batch: Any,
-        loader: Any = None,
-        index: int = 0,
-        shares: bool = False,
-        reader: BatchReader | None = None,
+        self, batch: Any, loader: Any = None, index: int = 0, shares: bool = False, reader: BatchReader | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Features ``{name: (M, d)}`` of the batch that ran last, and their labels ``(M,)``, a row a sample and view.
 
@@ -226,7 +221,7 @@ class LayerObserver:
 
     def _features(self) -> dict[str, Tensor]:
         """What was caught, with the input of the classifier, which is looked for if it is not known yet."""
-        if self.classifier is None and len(self._outputs) > (("" in self._outputs)):
+        if self.classifier is None and len(self._outputs) > ("" in self._outputs):
             path = self._find_classifier()
             self.classifier = self._rivals[path]
             rank_zero_info(f"{self._reader.asker} takes {path!r} for the classifier, of {', '.join(self._rivals)}")
@@ -291,7 +286,7 @@ def _first(rows: Tensor, samples: int, views: int, listed: bool) -> Tensor:
     """The rows of the first samples."""
     if not listed or views == 1:
         return rows[: samples * views]
-    return rows.unflatten(0, (views, -1))[:, :samples].flatten(0, 1)
+    return rows.reshape(views, -1, *rows.shape[1:])[:, :samples].flatten(0, 1)
 
 
 def _network_of(module: nn.Module, layer: nn.Module) -> nn.Module:

@@ -275,7 +275,8 @@ class OnlineProbe(Callback):
                 self._probe.load_state_dict(self._stored["probe"])
                 self._optimizer.load_state_dict(self._stored["optimizer"])
             self._left_out = torch.zeros(2, device=features.device)
-        assert self._optimizer is not None and self._left_out is not None
+        assert self._optimizer is not None
+        assert self._left_out is not None
         whole = labels.ndim == 1
         if whole and may_look(labels):
             check_labels(labels, self._classes, self.ignore_index)
@@ -305,7 +306,9 @@ class OnlineProbe(Callback):
                 "training samples with others in this epoch"
             )
         if features:
-            rank_zero_warn(f"{_NAME} left out {features:.0f} training samples of this epoch with nan or inf in features")
+            rank_zero_warn(
+                f"{_NAME} left out {features:.0f} training samples of this epoch with nan or inf in features"
+            )
 
     def _count(self, number: str, index: int, predictions: Tensor, features: Tensor, labels: Tensor) -> None:
         """Count what is right, what is to be judged, and what cannot be: of no known class, or not finite."""

@@ -45,7 +45,11 @@ class PassSchedule:
     def is_due(self, trainer: Any) -> bool:
         """Whether the present epoch calls for a pass that has not been made."""
         every = self._every
-        return bool(every) and trainer.state.fn == "fit" and (trainer.current_epoch + 1) // every > self._epochs_done // every
+        return (
+            bool(every)
+            and trainer.state.fn == "fit"
+            and (trainer.current_epoch + 1) // every > self._epochs_done // every
+        )
 
     def open_validation(self, trainer: Any) -> bool:
         """Whether to make a pass at the start of a validation already: a process may get no batch in it."""
@@ -85,7 +89,9 @@ def _swaps(trainer: Any) -> bool:
 
 def _validates(trainer: Any) -> bool:
     """Whether some epochs end in a validation."""
-    return bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and sum(_lengths(trainer)) > 0
+    return (
+        bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and sum(_lengths(trainer)) > 0
+    )
 
 
 def _lengths(trainer: Any) -> list[float]:

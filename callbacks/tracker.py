@@ -210,7 +210,7 @@ class NeuralCollapseTracker(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure the training set if that is due, with the weights that validation has now; then listen to the step."""
+        """Measure the training set if that is due, with the weights of the validation; then listen."""
         if self._schedule.in_validation(trainer, pl_module):
             self._measure_for_validation(trainer, pl_module)
         self._seen_by.listen("validation_step")
@@ -302,7 +302,7 @@ class NeuralCollapseTracker(Callback):
 
     def _finish(self, trainer: Trainer, split: str) -> dict[str, float]:
         """What was found on each of the split's data sets, by log name."""
-        limited = getattr(trainer, f"limit_{split}_batches") != 1.0 or bool(trainer.overfit_batches)
+        limited = getattr(trainer, f"limit_{split}_batches") != 1.0
         suffixes = [f"/dataloader_idx_{index}" if len(self._loaders) > 1 else "" for index in range(len(self._loaders))]
         found: dict[str, float] = {}
         for index, suffix in enumerate(suffixes):
@@ -319,7 +319,7 @@ class NeuralCollapseTracker(Callback):
         if not self._described:
             rank_zero_info(f"{_NAME} measures {self._seen_by.describe()}")
             self._described = True
-        if limited and not trainer.fast_dev_run:
+        if limited and not getattr(trainer, "fast_dev_run", False):
             self._tell_of_classes(result, f"{split}{suffix}")
         if split == "train":
             self._train_result = result

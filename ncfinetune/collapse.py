@@ -11,105 +11,20 @@ factor 1/K in NC1 and the numerical rank; Chan, Golub, LeVeque 1979 for the merg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from ncfinetune.moments import ClassMoments as ClassMoments
+from ncfinetune.moments import UndefinedCollapseError as UndefinedCollapseError
+from ncfinetune.moments import class_moments as class_moments
+from ncfinetune.moments import merge as merge
 
 _EPS = torch.finfo(torch.float64).eps
 # Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
 # Rows of width d treated at a time, so that what is made of them stays small beside the class means.
 _ROWS = 256
-
-
-class UndefinedCollapseError(ValueError):
-    """There are no samples, or none of a second class, so that nothing lies between classes."""
-
-
-@dataclass(frozen=True)
-class ClassMoments:
-    """First and second moments of features, class by class.
-
-    Args:
-        count: Samples a class, ``(K,)``.
-        mean: Class means, ``(K, d)``; zero where a class is absent.
-        variance: Mean squared distance to the class mean, ``(K,)``.
-        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; None if it was not kept.
-    """
-
-    count: Tensor
-    mean: Tensor
-    variance: Tensor
-    within: Tensor | None
-
-    def to(self, device: torch.device) -> ClassMoments:
-        """The same on another device."""
-        within = None if self.within is None else self.within.to(device)
-        return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within)
-
-    @property
-    def present(self) -> Tensor:
-        """Which classes have samples, ``(K,)``."""
-        return self.count > 0
-
-    @property
-    def global_mean(self) -> Tensor:
-        """``mu_G``, the mean of the present classes' means, ``(d,)``; of balanced samples, their mean."""
-        return self.mean.sum(0) / self.present.sum()  # those of absent classes are zero
-
-    @cached_property
-    def centred(self) -> Tensor:
-        """Present classes' means less ``mu_G``, ``(P, d)``.
-
-        Raises:
-            UndefinedCollapseError: Fewer than two classes are present.
-        """
-        present = int(self.present.sum())
-        if present < 2:
-            raise UndefinedCollapseError(
-                f"expected samples of at least two classes, got {present}: collapse is undefined"
-            )
-        return self.mean[self.present].sub_(self.global_mean)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """Products of the present classes' centred means with each other, ``(P, P)``."""
-        return self.centred @ self.centred.T
-
-    @property
-    def between(self) -> Tensor:
-        """``Sigma_B``, the mean over present classes of ``(mu_k - mu_G)(mu_k - mu_G)^T``, ``(d, d)``."""
-        return self.centred.T @ self.centred / len(self.centred)
-
-
-def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
-    """Moments of features ``(N, d)`` with labels ``(N,)``, in two passes over them."""
-    features = features.double()
-    count = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
-    count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    mean = sums / count.clamp(min=1)[:, None]
-    residual = features - mean[labels]
-    squares = torch.zeros_like(count).index_add_(0, labels, residual.square().sum(1))
-    within = residual.T @ residual / max(len(features), 1)
-    return ClassMoments(count, mean, squares / count.clamp(min=1), within)
-
-
-def merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
-    """Moments of the samples of ``a`` and ``b`` together (Chan, Golub, LeVeque 1979, eq. 1.5)."""
-    count = a.count + b.count
-    share = b.count / count.clamp(min=1)
-    step = (b.mean - a.mean) * (a.present & b.present)[:, None]
-    mean = torch.where(a.present[:, None], a.mean + share[:, None] * step, b.mean)
-    weight = a.count * share
-    squares = a.count * a.variance + b.count * b.variance + weight * step.square().sum(1)
-    within = None
-    if a.within is not None and b.within is not None:
-        scatter = a.count.sum() * a.within + b.count.sum() * b.within + (weight[:, None] * step).T @ step
-        within = scatter / count.sum().clamp(min=1)
-    return ClassMoments(count, mean, squares / count.clamp(min=1), within)
 
 
 def nc1(moments: ClassMoments) -> Tensor:
@@ -121,25 +36,9 @@ def nc1(moments: ClassMoments) -> Tensor:
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
-        ValueError: ``moments.within`` is None.
+        ValueError: The moments are without the covariance within classes.
     """
-    if moments.within is None:
-        raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
-    within = moments.within
-    return nc1_along(moments, lambda rows: torch.tensordot(rows @ within, rows))
-
-
-def nc1_along(moments: ClassMoments, spread: Callable[[Tensor], Tensor]) -> Tensor:
-    """`nc1` of a ``Sigma_W`` that is not written out.
-
-    Args:
-        moments: Class moments; their ``within`` is not looked at.
-        spread: Gives ``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``.
-
-    Raises:
-        UndefinedCollapseError: Fewer than two classes are present.
-    """
-    spreads = [spread(rows) for rows in _whitening(moments)]
+    spreads = [moments.spread(rows) for rows in _whitening(moments)]
     return torch.stack(spreads).sum() if spreads else moments.mean.new_tensor(torch.nan)
 
 
@@ -222,6 +121,17 @@ def cosine_matrix(moments: ClassMoments) -> Tensor:
 def etf_distance(moments: ClassMoments) -> Tensor:
     """NC2 in one number: distance of the means' normalised Gram matrix to a simplex ETF's (Zhu et al. 2021)."""
     return _distance_to_etf(moments.gram)
+
+
+# The numbers that are functions of class moments alone, by the names under which they are logged.
+FAMILY: dict[str, Callable[[ClassMoments], Tensor]] = {
+    "nc1": nc1,
+    "nc1_ratio": nc1_ratio,
+    "cdnv": cdnv,
+    "nc2_equinorm": equinorm,
+    "nc2_equiangularity": equiangularity,
+    "nc2_etf": etf_distance,
+}
 
 
 def self_duality(moments: ClassMoments, weight: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
 
 
 def _offered(trainer: Trainer) -> Any:
-    return getattr(getattr(trainer, "datamodule", None), "train_plain_dataloader", None)
+    return getattr(_of(trainer, "datamodule"), "train_plain_dataloader", None)
 
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -175,8 +175,10 @@ class TrainingSet:
             drawn = _drawn(loader)
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
-        fixed = trainer.overfit_batches and not self._plain
-        chosen = drawn if not self.limited else drawn[:most] if fixed else spread(drawn, cast(int, most), loader.dataset)
+        fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
+        chosen = (
+            drawn if not self.limited else drawn[:most] if fixed else spread(drawn, cast(int, most), loader.dataset)
+        )
         own = chosen[trainer.global_rank :: trainer.world_size] if shared else chosen
         as_it_is = trainer.world_size == 1 or (shared and isinstance(loader.sampler, DistributedSampler))
         if not (self._plain and as_it_is) or self.limited:
@@ -189,7 +191,7 @@ class TrainingSet:
     def _ask(self, trainer: Trainer) -> Any:
         """The training loader to go by; of a run whose trainer has asked for another since, that one."""
         own = getattr(trainer.fit_loop, "_combined_loader", None)  # made anew each time that the trainer asks
-        asked_for = (trainer.datamodule, trainer.train_dataloader if own is None else own)
+        asked_for = (_of(trainer, "datamodule"), trainer.train_dataloader if own is None else own)
         if self._asked_for is None or any(a is not b for a, b in zip(self._asked_for, asked_for, strict=True)):
             offered = _offered(trainer)
             self._source = offered() if offered is not None else trainer.train_dataloader
@@ -247,9 +249,14 @@ class TrainingSet:
         return min(limits, default=None)
 
 
+def _of(trainer: Any, name: str) -> Any:
+    """What the trainer is given as it is made, which its type does not say."""
+    return getattr(trainer, name, None)
+
+
 def _is_limited(trainer: Trainer) -> bool:
     limit = trainer.limit_train_batches  # 1 is a batch, 1.0 is all of them
-    limited = isinstance(limit, int) or limit < 1.0 or bool(trainer.overfit_batches)
+    limited = isinstance(limit, int) or limit < 1.0 or bool(_of(trainer, "overfit_batches"))
     return limited and trainer.num_training_batches != float("inf")
 
 
@@ -293,7 +300,7 @@ def known_labels(dataset: Any) -> Any:
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
-    candidates = list(dataset.tensors[1:]) if isinstance(dataset, TensorDataset) else []
+    candidates: list[Any] = list(dataset.tensors[1:]) if isinstance(dataset, TensorDataset) else []
     candidates += [getattr(dataset, name, None) for name in ("targets", "labels")]
     for labels in candidates:
         if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 import reference
-from ncfinetune import collapse, metrics
+from ncfinetune import collapse, moments
 from ncfinetune.collapse import class_moments
 from ncfinetune.metrics import (
     CDNV,
@@ -134,7 +134,7 @@ def test_a_saved_state_is_merged_with_the_samples_that_wait(name: str) -> None:
     _update(first, data, slice(0, 100))
     _update(second, data, slice(100, N))
     saved = first.state_dict()
-    assert all(state.shape == (100, D) for key, state in saved.items() if key == "waiting")  # and no room for more
+    assert all(state.shape == (100, D) for key, state in saved.items() if key == "rows")  # and no room for more
     second.merge_state(saved)
     assert second.compute().item() == pytest.approx(_expected(name, data), rel=1e-6)
 
@@ -388,14 +388,14 @@ def test_state_does_not_grow() -> None:
     sizes = _sizes(metric)
     for _ in range(50):
         _update(metric, data)
-        assert metric.waiting.shape == (metrics._WAITING_ROWS, D)
+        assert metric._accumulator._rows.shape == (moments._BUFFER_ROWS, D)
     assert _sizes(metric) == sizes
 
 
 @pytest.mark.parametrize("numbers", [1, 1000, 2600])
 def test_samples_wait_in_little_room(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_ROWS", 40)
-    monkeypatch.setattr(metrics, "_WAITING", numbers)
+    monkeypatch.setattr(moments, "_ROWS", 40)
+    monkeypatch.setattr(moments, "_BUFFER", numbers)
     data, metric = _data(), NC1(K)
     for start, stop in itertools.pairwise([0, 7, 107, 114, 121, 221, N]):
         _update(metric, data, slice(start, stop))
@@ -410,10 +410,10 @@ def test_what_interrupts_an_update_leaves_its_rows_out(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "sub", interrupt)
+        patch.setattr(torch.Tensor, "copy_", interrupt)
         with pytest.raises(KeyboardInterrupt):
             _update(metric, data, slice(0, 50))
-    assert int(metric.pending) == int(metric.count.sum()) == 100
+    assert len(metric.rows) == len(metric.labels) == 100
     _update(metric, data, slice(100, N))
     assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-12)
 

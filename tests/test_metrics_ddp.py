@@ -71,4 +71,4 @@ def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None
             assert value == pytest.approx(_expected(name, data), rel=1e-12)
             assert twice[name] == pytest.approx(value, rel=1e-12)  # every sample twice changes no mean
         d = data["features"].shape[1]
-        assert sorted(sizes) == sorted([2, K, K * d, K, d * d, 1, K * d])
+        assert sorted(sizes) == sorted([4, K, K * d, K, d * d, 1, K * d])
