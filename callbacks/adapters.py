@@ -289,7 +289,7 @@ def penultimate_of(module: nn.Module) -> nn.Module | None:
 
 
 def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """Weight ``(K, d)`` and bias ``(K,)`` that a classifier acts with, as plain tensors; None if they are not to be had.
+    """Weight ``(K, d)`` and bias ``(K,)`` that a classifier acts with, as plain tensors; None if they can't be had.
 
     Quantised and adapted weights are what the classifier does to the unit vectors. Those that are sharded over
     processes are whole only while the classifier runs.
