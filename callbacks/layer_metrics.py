@@ -254,7 +254,7 @@ class _Decisions:
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add samples; those whose label or features are none do not count."""
-        features = features.to(self._centre.device, torch.float64)
+        features = features.to(self._centre.device).double()
         labels = labels.to(self._centre.device)
         # Centred first: with an offset of 1e3, distances decide at random.
         distances = torch.cdist(features - self._centre, self._means)

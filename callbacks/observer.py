@@ -71,7 +71,7 @@ class LayerObserver:
         self.names = list(found)
         self._rivals: dict[str, nn.Module] = {}
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, list[Any]] = {}
         self._sharded = False
         self._whole: Any = None
         if PENULTIMATE in layers:
@@ -99,7 +99,7 @@ class LayerObserver:
         self.listen()
         output = self._reader.forward(self._module, batch)
         if self.classifier is None and self._rivals:
-            self._outputs.setdefault("", output)
+            self._outputs.setdefault("", []).append(output)
 
     def close(self) -> None:
         """Keep nothing any more."""
@@ -202,7 +202,7 @@ class LayerObserver:
 
         def catch_output(m: nn.Module, args: Any, output: Any) -> None:
             if self.classifier is None and self._listening():
-                self._outputs[path] = output
+                self._outputs.setdefault(path, []).append(output)
 
         self._handles.append(layer.register_forward_pre_hook(catch, with_kwargs=True))
         if len(self._rivals) > 1:
@@ -214,14 +214,14 @@ class LayerObserver:
 
         def catch(m: nn.Module, args: Any, output: Any) -> None:
             if self._listening() and self.classifier is None:
-                self._outputs[""] = output
+                self._outputs.setdefault("", []).append(output)
 
         if network is not None:
             self._handles.append(network.register_forward_hook(catch))
 
     def _features(self) -> dict[str, Tensor]:
         """What was caught, with the input of the classifier, which is looked for if it is not known yet."""
-        if self.classifier is None and len(self._outputs) > ("" in self._outputs):
+        if self.classifier is None and set(self._outputs) - {""}:
             path = self._find_classifier()
             self.classifier = self._rivals[path]
             rank_zero_info(f"{self._reader.asker} takes {path!r} for the classifier, of {', '.join(self._rivals)}")
@@ -233,8 +233,8 @@ class LayerObserver:
 
     def _find_classifier(self) -> str:
         """The classifier whose output is what the network returns, or the only one that ran."""
-        returned = list(adapters.tensors(self._outputs.pop("", None)))
-        fitting = [path for path, output in self._outputs.items() if any(output is tensor for tensor in returned)]
+        returned = {id(tensor) for tensor in adapters.tensors(self._outputs.pop("", []))}
+        fitting = [path for path, outputs in self._outputs.items() if any(id(output) in returned for output in outputs)]
         ran = list(self._outputs)
         if len(fitting or ran) == 1:
             return (fitting or ran)[0]

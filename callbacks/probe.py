@@ -285,7 +285,7 @@ class OnlineProbe(Callback):
         ignored = torch.zeros_like(finite) if self.ignore_index is None or not whole else labels == self.ignore_index
         self._left_out += torch.stack([(~known & ~ignored).sum(), (~finite).sum()])
         used = known & finite & ~ignored
-        logits = self._probe.train()(torch.where(finite[:, None], features, 0))
+        logits = self._probe.linear(self._probe.standardise(features, used))
         targets = torch.where(used, labels, 0) if whole else labels
         losses = torch.where(used, F.cross_entropy(logits, targets, reduction="none"), 0)
         loss = losses.sum() / used.sum().clamp(min=1)
@@ -395,6 +395,22 @@ class LinearProbe(nn.Module):
         self.linear = nn.Linear(dim, num_classes, device="meta").to_empty(device="cpu")
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor, used: Tensor) -> Tensor:
+        """A batch brought to mean 0 and variance 1 of the rows that are used, which the running statistics take in.
+
+        What `BatchNorm1d` does in training, but for rows ``(N,)`` that are left out, which become 0.
+        """
+        norm: Any = self.normalise
+        rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features)
+        number = weights.sum()
+        mean = rows.sum(0) / number.clamp(min=1)
+        squares = ((rows - mean).square() * weights).sum(0)
+        share = norm.momentum * (number > 1)
+        norm.running_mean += share * (mean - norm.running_mean)
+        norm.running_var += share * (squares / (number - 1).clamp(min=1) - norm.running_var)
+        return (rows - mean) * weights * (squares / number.clamp(min=1) + norm.eps).rsqrt()
 
     def forward(self, features: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of features ``(N, d)``."""

@@ -89,9 +89,8 @@ def _swaps(trainer: Any) -> bool:
 
 def _validates(trainer: Any) -> bool:
     """Whether some epochs end in a validation."""
-    return (
-        bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and sum(_lengths(trainer)) > 0
-    )
+    some = trainer.val_dataloaders is None or sum(_lengths(trainer)) > 0  # it may not have asked for its loaders yet
+    return bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and some
 
 
 def _lengths(trainer: Any) -> list[float]:

@@ -166,6 +166,10 @@ def test_soft_labels_teach_the_probe_and_are_refused_by_the_tracker(tmp_path: Pa
         _fit(tmp_path, Net(), [NeuralCollapseTracker(K)], soft)
 
 
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 class Looks(TorchDispatchMode):
     """Counts what makes a host wait for an accelerator, by name."""
 
@@ -209,7 +213,7 @@ def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: 
     for name in ("on_validation_batch_start", "on_validation_batch_end", "on_train_batch_start", "on_train_batch_end"):
         setattr(Watched, name, watched(name))
     make, pick, options = FORMS[form]
-    more: dict[str, Any] = {"metrics": ["nc1", "nc3", "nc4"]} if kind is NeuralCollapseTracker else {"knn": 3}
+    more: dict[str, Any] = {"metrics": ["nc1", "nc3", "nc4"]} if kind is NeuralCollapseTracker else {"knn": 3, "optimizer": _sgd}
     _fit(tmp_path, Net(pick=pick), [Watched(K, **options, **more)], _loader(make, 6), _loader(make, 6), max_epochs=2)
     assert len(looks) >= 2 * 2 * 9
     assert sum(looks, Counter()) == {}
@@ -266,7 +270,6 @@ def test_averaged_weights_are_measured_whole(first: bool, every: int, tmp_path: 
     for name in ("pass", "bank"):
         weights = seen[name][-validated:]
         assert all(torch.equal(a, b) for a, b in zip(weights, seen["val"], strict=True))
-    assert own[0].values["nc4/val/penultimate"] == 0 or own[0].values["nc4/val/penultimate"] < 1
     assert "nc4/val/penultimate" in own[0].values
 
 
