@@ -39,12 +39,12 @@ class OnlineProbe(Callback):
 
     Nothing of it enters the module, its loss or its optimiser; the run ends in the same weights with it and without.
     It learns from the training batches as they pass, one step each, on features that are first brought to mean 0 and
-    variance 1, and is tested on the validation batches as they pass. Batches are ``(images, labels)``; images with
-    views give a feature a view.
+    variance 1, and is tested on the validation batches as they pass. Images with views give a feature a view. Where
+    validation runs with averaged weights, it is tested on the features of those, but learns on those that train.
 
     Logs ``probe/loss`` of the training batches and ``probe/acc`` of the validation batches, and what is asked for of
     ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode:
-    a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
+    with the weights of the validation, a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
     3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data set a linear classifier fitted to
     convergence on features of its training images, tested on its validation images.
 
@@ -56,6 +56,12 @@ class OnlineProbe(Callback):
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
         every_n_epochs: Epochs between the passes for kNN and the second data set.
         max_samples: Images of each part that a pass takes at most, evenly spread over it.
+        classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
+        batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. Labels that are
+            shares of the classes ``(N, K)`` teach the probe as they are.
+        forward: Runs a module on a batch in a pass, called ``forward(module, batch)``; None as in
+            `NeuralCollapseTracker`.
+        ignore_index: Samples with this label, such as -1 for none, are left out.
 
     Raises:
         ValueError: A number out of its range; in ``setup``: no such layer or several, or nobody knows the number of

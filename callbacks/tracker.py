@@ -28,9 +28,16 @@ _DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangular
 class NeuralCollapseTracker(Callback):
     """Logs the neural collapse of named layers of any LightningModule, as ``<metric>/<train|val|test>/<layer>``.
 
-    Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass. The
-    training set gets a pass of its own, in eval mode, with fixed weights and without augmentation, once before the
-    first epoch and then after every ``train_every_n_epochs``; it costs what a validation over the training set costs.
+    Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass: of each
+    step the last run of a layer counts, whatever other callbacks run. The training set gets a pass of its own, in eval
+    mode, with fixed weights and without augmentation, once before the first epoch and then after every
+    ``train_every_n_epochs``; it costs what a validation over the training set costs.
+
+    The pass is made in the epoch's validation, before its first batch, so that both measure the same weights. Where
+    these are swapped for validation (weight averaging, schedule-free optimisers), it measures the averages that
+    validation does, and epochs without a validation have no pass; in a run without validation it measures the weights
+    that train. In between, ``trainer.callback_metrics`` keeps the last value for whoever monitors it.
+
     A run ends in the same weights, bit for bit, as without the tracker, unless a data set draws from a random generator
     of its own.
 
@@ -54,13 +61,17 @@ class NeuralCollapseTracker(Callback):
             ``numerical_rank`` is the one that is not on unless asked for: it costs an eigendecomposition a class and
             batch.
         train_every_n_epochs: Epochs between passes over the training set; 0 is never.
-        max_train_batches: Batches that a pass over the training set takes at most, on each process; None is all.
-        classifier: The classifier's name; ``auto`` is the last linear layer with ``num_classes`` outputs.
-        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels)`` and mappings
-            with a key such as ``labels``. Features of several views of a sample get its label: those of inputs
-            ``(N, V, ...)`` sample by sample, those of a list of inputs view by view.
+        max_train_batches: Batches that a pass over the training set takes at most, on each process, evenly spread over
+            it; None is all.
+        classifier: The classifier's name; ``auto`` is the linear layer with ``num_classes`` outputs, and of several the
+            one whose output the module returns. Adapters' inner layers are none.
+        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels, ...)`` with one
+            vector of whole numbers or one-hot labels, and mappings with a key such as ``labels``. Features of several
+            views of a sample get its label: those of inputs ``(N, V, ...)`` sample by sample, those of a list of inputs
+            view by view.
         forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
             or its only child if it has no forward, on the inputs.
+        ignore_index: Samples with this label, such as -1 for none, are left out.
         pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features.
         figures: Draw pictures. A set of four takes about a second.
         prog_bar: Show ``nc1`` in the progress bar.

@@ -1,13 +1,13 @@
-"""Run by test_observer.py: both callbacks in two processes whose collectives refuse what lies on the wrong device.
+"""Run by test_observer.py: both callbacks in two processes, of which one gets a mistake; how each process ends, as JSON.
 
-Where the processes may reduce is told by provenance: each tensor that a collective gets must have been made from the
-strategy's root device or from the module, as NCCL would have it. The root device is a CPU here, so that CPU tensors are
-marked as they are moved. A process of its own, since Lightning forks in it. Prints what each run ends with, as JSON.
+`log` refuses tensors but the probe's loss, since one that lies on the CPU would end a run under NCCL. A process of its
+own, since Lightning forks in it.
 """
 
 import json
-import sys
+import os
 import tempfile
+import time
 import warnings
 from typing import Any
 
@@ -48,7 +48,8 @@ class Module(LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return 0 * self(batch[0]).nan_to_num().sum()
+        self(batch[0])
+        return 0 * sum(parameter.sum() for parameter in self.parameters())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self(batch[0])
@@ -62,45 +63,56 @@ class Module(LightningModule):
 
 
 class Ends(Callback):
-    """Notes what the run of a process ends with."""
+    """Notes what a process ends with: its numbers, or what ``callback`` raises in ``hook``."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str, callback: Callback, hook: str) -> None:
         self.out = out
+        inner = getattr(callback, hook)
 
-    def _note(self, trainer: Trainer, what: Any) -> None:
-        with open(f"{self.out}/{trainer.global_rank}.json", "w") as file:
+        def noting(trainer: Trainer, *args: Any) -> None:
+            try:
+                inner(trainer, *args)
+            except ValueError as error:
+                self.note(trainer, str(error))
+                deadline = time.monotonic() + 20  # the first process to end takes the other with it
+                while time.monotonic() < deadline and not os.path.exists(f"{out}/{1 - trainer.global_rank}"):
+                    time.sleep(0.05)
+                raise
+
+        setattr(callback, hook, noting)
+
+    def note(self, trainer: Trainer, what: Any) -> None:
+        with open(f"{self.out}/.{trainer.global_rank}", "w") as file:
             json.dump(what, file)
+        os.replace(file.name, f"{self.out}/{trainer.global_rank}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note(trainer, {name: float(value) for name, value in sorted(trainer.callback_metrics.items())})
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._note(trainer, f"{type(exception).__name__}: {exception}")
+        self.note(trainer, {name: float(value) for name, value in sorted(trainer.callback_metrics.items())})
 
 
-def run(kind: str, callback: Callback) -> list[Any]:
+def run(kind: str, hook: str, *callbacks: Callback) -> list[Any]:
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",
             devices=2,
             strategy="ddp_fork",
-            callbacks=[Ends(out), callback],
+            callbacks=[Ends(out, callbacks[0], hook), *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            default_root_dir=out,
+            default_root_dir=None,
         )
         train = DataLoader(Data(kind), batch_size=4)
         try:
             trainer.fit(Module(), train, DataLoader(Data("good"), batch_size=4))
         except Exception as error:
-            print(type(error).__name__, file=sys.stderr)
+            assert kind == "bad label", error
         found = []
         for rank in range(2):
-            with open(f"{out}/{rank}.json") as file:
+            with open(f"{out}/{rank}") as file:
                 found.append(json.load(file))
         return found
 
@@ -108,10 +120,10 @@ def run(kind: str, callback: Callback) -> list[Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(json.dumps({
-        "good": run("good", NeuralCollapseTracker(K)),
-        "bad label": run("bad label", NeuralCollapseTracker(K)),
-        "nan": run("nan", NeuralCollapseTracker(K)),
-        "probe, bad label": run("bad label", OnlineProbe(K)),
-        "probe, nan": run("nan", OnlineProbe(K, knn=3)),
-    }))
+    found = {
+        "good": run("good", "on_train_start", NeuralCollapseTracker(K), OnlineProbe(K, knn=3)),
+        "nan": run("nan", "on_train_start", NeuralCollapseTracker(K), OnlineProbe(K, knn=3)),
+        "tracker": run("bad label", "on_train_start", NeuralCollapseTracker(K)),
+        "probe": run("bad label", "on_train_batch_end", OnlineProbe(K)),
+    }
+    print(json.dumps(found))

@@ -1,6 +1,9 @@
 """What both callbacks understand of a stranger's batches and modules, and that they never make the host wait."""
 
 import copy
+import json
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -93,11 +96,7 @@ FORMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "(x, (y, site))": (lambda x, y, i: (x, (y, 0 * y)), None, {"batch_to_labels": lambda b: b[1][0]}),
     "(i, x, y)": (lambda x, y, i: (i, x, y), lambda b: b[1], {"batch_to_labels": lambda b: b[2]}),
     "(x, group, y)": (lambda x, y, i: (x, (i * 7 + i // 4) % K, y), None, {"batch_to_labels": lambda b: b[2]}),
-    "some unlabelled": (
-        lambda x, y, i: (x, y) if i % 5 else (x + 100, torch.tensor(-1)),
-        None,
-        {"ignore_index": -1},
-    ),
+    "some unlabelled": (lambda x, y, i: (x, y) if i % 5 else (x + 100, torch.tensor(-1)), None, {"ignore_index": -1}),
     "(N, V, ...)": (lambda x, y, i: (torch.stack([x, x + 0.1]), y), lambda b: b[0].flatten(0, 1), {}),
     "views in a list": (lambda x, y, i: ([x, x + 0.1], y), lambda b: torch.cat(b[0]), {}),
     "five crops": (lambda x, y, i: ([x + 0.1 * c for c in range(5)], y), lambda b: torch.cat(b[0]), {}),
@@ -213,7 +212,9 @@ def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: 
     for name in ("on_validation_batch_start", "on_validation_batch_end", "on_train_batch_start", "on_train_batch_end"):
         setattr(Watched, name, watched(name))
     make, pick, options = FORMS[form]
-    more: dict[str, Any] = {"metrics": ["nc1", "nc3", "nc4"]} if kind is NeuralCollapseTracker else {"knn": 3, "optimizer": _sgd}
+    more: dict[str, Any] = (
+        {"metrics": ["nc1", "nc3", "nc4"]} if kind is NeuralCollapseTracker else {"knn": 3, "optimizer": _sgd}
+    )
     _fit(tmp_path, Net(pick=pick), [Watched(K, **options, **more)], _loader(make, 6), _loader(make, 6), max_epochs=2)
     assert len(looks) >= 2 * 2 * 9
     assert sum(looks, Counter()) == {}
@@ -365,7 +366,9 @@ def test_probe_logs_a_number_a_validation_loader(tmp_path: Path) -> None:
     flipped = DataLoader(TensorDataset(IMAGES, (LABELS + 1) % K), batch_size=20)
     probe = OnlineProbe(K, knn=1)
     loaders = [_loader(), flipped, other]
-    with pytest.warns(UserWarning, match="dataloader_idx_2 is logged as nan: 30 of 60 samples have labels outside 0..3"):
+    with pytest.warns(
+        UserWarning, match="dataloader_idx_2 is logged as nan: 30 of 60 samples have labels outside 0..3"
+    ):
         found = _fit(tmp_path, Net(), [probe], val=loaders, max_epochs=3).callback_metrics
     assert {name for name in found if "acc" in name} == {f"probe/acc/dataloader_idx_{index}" for index in range(3)}
     assert found["probe/knn/dataloader_idx_0"] == 1
@@ -435,7 +438,9 @@ def test_two_classifiers_that_both_fit_are_named(kind: Any, network: Any, tmp_pa
             return 0 * self.net.student(batch[0]).sum()
 
     module = Module(network())
-    message = rf"cannot tell which of 'net.student.2' and 'net.teacher.2' is the classifier: .*{kind.__name__}\(classifier="
+    message = (
+        rf"cannot tell which of 'net.student.2' and 'net.teacher.2' is the classifier: .*{kind.__name__}\(classifier="
+    )
     with pytest.raises(ValueError, match=message):
         _fit(tmp_path, module, [kind(K)])
     _fit(tmp_path, module, [kind(K, classifier="student.2")])
@@ -536,3 +541,21 @@ def test_log_is_given_floats_or_tensors_of_the_modules_device(tmp_path: Path, mo
     _fit(tmp_path, Module(), [NeuralCollapseTracker(K), OnlineProbe(K, knn=3)])
     assert {type(value) for name, value in given if name != "probe/loss"} == {float}
     assert len(given) > 10
+
+
+def test_a_mistake_of_one_process_ends_or_warns_all(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("observed_in_two_processes.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=200, cwd=script.parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("good", "nan"):
+        assert repr(found[kind][0]) == repr(found[kind][1])  # nan is not itself
+    assert {"nc1/train/penultimate", "nc4/val/penultimate", "probe/acc", "probe/knn"} <= set(found["good"][0])
+    assert found["good"][0]["nc1/train/penultimate"] > 0
+    assert found["nan"][0]["nc1/train/penultimate"] != found["nan"][0]["nc1/train/penultimate"]
+    assert found["nan"][0]["nc1/val/penultimate"] > 0
+    assert found["tracker"][0] == "another process found a mistake in the train set: see its message"
+    assert "expected labels in 0..2 (num_classes=3), got [3]" in found["tracker"][1]
+    assert all("expected labels in 0..2 (num_classes=3), got [3]" in end for end in found["probe"])
