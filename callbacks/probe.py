@@ -44,7 +44,8 @@ class OnlineProbe(Callback):
 
     Logs ``probe/loss`` of the training batches and ``probe/acc`` of the validation batches, and what is asked for of
     ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode:
-    with the weights of the validation, a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
+    with the weights of the validation,
+    a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
     3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data set a linear classifier fitted to
     convergence on features of its training images, tested on its validation images.
 

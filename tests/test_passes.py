@@ -110,7 +110,7 @@ def test_spread_indices_are_as_many_as_asked_for_all_different_and_in_order(most
 
 def test_labels_that_a_data_set_knows() -> None:
     class Named(torch.utils.data.Dataset):
-        targets = [2, 0, 1]
+        targets = (2, 0, 1)
 
         def __len__(self) -> int:
             return 3
