@@ -43,11 +43,10 @@ class OnlineProbe(Callback):
     validation runs with averaged weights, it is tested on the features of those, but learns on those that train.
 
     Logs ``probe/loss`` of the training batches and ``probe/acc`` of the validation batches, and what is asked for of
-    ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode:
-    with the weights of the validation,
-    a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
-    3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data set a linear classifier fitted to
-    convergence on features of its training images, tested on its validation images.
+    ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode
+    and with the weights of the validation: a bank of training images, as they are without augmentation, for kNN (Wu et
+    al. 2018, arXiv 1805.01978, section 3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data
+    set a linear classifier fitted to convergence on features of its training images, tested on its validation images.
 
     Args:
         num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
@@ -380,9 +379,10 @@ class OnlineProbe(Callback):
         if not parts:
             raise ValueError("OnlineProbe found no batches to measure; the data need training and validation images")
         features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-        if self.ignore_index is None:
-            return features, labels
-        kept = labels != self.ignore_index
+        finite = features.isfinite().all(1)
+        if not finite.all():
+            rank_zero_warn(f"{_NAME} left out {int((~finite).sum())} samples of a pass with nan or inf in features")
+        kept = finite if self.ignore_index is None else finite & (labels != self.ignore_index)
         return features[kept], labels[kept]
 
 

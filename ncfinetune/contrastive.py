@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.heads import Projection, projection_head
-from ncfinetune.learner import Batch, Learner
+from ncfinetune.learner import Batch, Interval, Learner
 from ncfinetune.losses import contrastive_loss
 
 
@@ -31,9 +31,10 @@ class Contrastive(Learner):
         projection: Head between backbone and loss: ``none``, ``linear`` or ``mlp``.
         projection_dim: Its width; None is 128, or with ``none`` that of the features.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
-        lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
+        lr_scheduler: Makes a scheduler of that optimiser.
         lr_batch: Images a step, views not counted, for which the learning rate is meant; it is scaled linearly to those
             that a step has. None takes it as it is.
+        lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
         ValueError: A temperature that is not positive, or a width with the projection ``none``; in training, batches
@@ -49,8 +50,9 @@ class Contrastive(Learner):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_batch: int | None = None,
+        lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(backbone, optimizer, lr_scheduler, lr_batch)
+        super().__init__(backbone, optimizer, lr_scheduler, lr_batch, lr_interval)
         if not temperature > 0:
             raise ValueError(f"expected a temperature above 0, got {temperature}")
         self.temperature = temperature
@@ -102,9 +104,17 @@ class Contrastive(Learner):
         images, labels = batch
         z = self.projection(self(images)).unflatten(0, images.shape[:2])
         loss = contrastive_loss(z, self.classes(labels), self.temperature)
-        size = len(labels)
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        self.log_mean(f"{split}/loss", loss, self._share(len(labels), split))
         return loss
+
+    def _share(self, samples: int, split: str) -> int | Tensor:
+        """Samples that this process's loss stands for, of those whose mean over the processes is the global loss.
+
+        They are as many on each process, which in training they are by themselves.
+        """
+        if split == "train":
+            return samples
+        return self.trainer.strategy.reduce(torch.full((), float(samples), device=self.device), reduce_op="mean")
 
 
 class SupCon(Contrastive):

@@ -22,7 +22,7 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
 from ncfinetune.layers import enclosing_block, find_layers, first
-from ncfinetune.learner import Classifier
+from ncfinetune.learner import Classifier, Interval
 from ncfinetune.passes import evaluation, plain_loader, ready_batches
 from ncfinetune.store import Stored
 
@@ -71,7 +71,8 @@ class FineTuner(Classifier):
         cache_dir: Folder of the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
             so that another run finds it; any may be deleted while no run uses it.
         optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
-        lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
+        lr_scheduler: Makes a scheduler of that optimiser.
+        lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
         ValueError: No layer of that name, one without parameters to train, or all of them by name; a layer to skip from
@@ -96,8 +97,9 @@ class FineTuner(Classifier):
         cache_dir: str = "runs/cache",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler)
+        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_interval=lr_interval)
         _check_choice("skip_join", skip_join, SkipJoin)
         _check_choice("skip_gradient", skip_gradient, SkipGradient)
         _check_choice("head_init", head_init, HeadInit)
@@ -119,8 +121,9 @@ class FineTuner(Classifier):
         if head_init == "zero":
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
+        self.head_lr_factor = head_lr_factor
         if head_lr_factor != 1:
-            self._optimizer = partial(_with_head_lr, self._optimizer, list(self.head.parameters()), head_lr_factor)
+            self._optimizer = partial(_in_two_groups, self._optimizer, list(self.head.parameters()))
         self.backbone.requires_grad_(False)
         for layer in self._trained.values():
             layer.requires_grad_(True)
@@ -187,6 +190,10 @@ class FineTuner(Classifier):
             self._cache.fill(self.trainer, self, delta.split(self.state_dict(), self._tuned_paths())[1])
         if not self._head_ready:
             self._start_from_means()
+
+    def lr_factor(self, group: dict[str, Any]) -> float:
+        """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
+        return super().lr_factor(group) * (self.head_lr_factor if group.get("name") == "head" else 1)
 
     def configure_callbacks(self) -> list[Callback]:
         """The cache, which has to know when a run breaks off, unless the trainer has it from an earlier run."""
@@ -333,16 +340,12 @@ class FineTuner(Classifier):
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
 
 
-def _with_head_lr(
-    optimizer: OptimizerCallable, head: list[nn.Parameter], factor: float, parameters: Iterable[nn.Parameter]
-) -> Any:
-    """An optimiser of two groups, ``backbone`` and ``head``, the second with ``factor`` times the learning rate."""
+def _in_two_groups(optimizer: OptimizerCallable, head: list[nn.Parameter], parameters: Iterable[nn.Parameter]) -> Any:
+    """An optimiser of two groups, ``backbone`` and ``head``."""
     in_head = set(map(id, head))
     body = [p for p in parameters if id(p) not in in_head]
     groups = [{"params": body, "name": "backbone"}] if body else []
-    made: Any = optimizer([*groups, {"params": head, "name": "head"}])
-    made.param_groups[-1]["lr"] *= factor
-    return made
+    return optimizer([*groups, {"params": head, "name": "head"}])
 
 
 def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:

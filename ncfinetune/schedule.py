@@ -1,11 +1,14 @@
-"""The learning rate of pre-training over the epochs, made of torch's schedulers."""
+"""The learning rate over the epochs: a schedule made of torch's schedulers, and factors on whatever they do."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, SequentialLR
 
 
 class WarmupCosine(SequentialLR):
@@ -29,3 +32,87 @@ class WarmupCosine(SequentialLR):
         ramp = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / decay, 1))) / 2)
         super().__init__(optimizer, [ramp, cosine], milestones=[warmup])
+
+
+# Where torch keeps learning rates: in the optimiser's groups (OneCycleLR keeps three there) and in its schedulers.
+_GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+_SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")
+
+
+def scale_rates(optimizer: Optimizer, scheduler: Any, factors: Sequence[float]) -> None:
+    """Multiply the learning rates of an optimiser that has made no step, and those that its scheduler keeps.
+
+    Torch's schedulers are linear in these rates, whether they follow the optimiser's or, as `OneCycleLR` and `CyclicLR`
+    do, set them from rates of their own. Floors such as ``eta_min`` stay as they are.
+
+    Args:
+        optimizer: The optimiser.
+        scheduler: Its scheduler; None is none.
+        factors: A factor for each of its groups of parameters.
+    """
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        group.update({name: group[name] * factor for name in _GROUP_RATES if name in group})
+    for part in _parts(scheduler):
+        for name in _SCHEDULER_RATES:
+            rates = getattr(part, name, None)
+            if isinstance(rates, list):
+                setattr(part, name, [rate * factor for rate, factor in zip(rates, factors, strict=True)])
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it is made of."""
+    if scheduler is not None:
+        yield scheduler
+        for part in getattr(scheduler, "_schedulers", []):
+            yield from _parts(part)
+
+
+def follows_rates(
+    make: Callable[[Optimizer], Any], optimizer: Optimizer, factors: Sequence[float] | None = None
+) -> bool:
+    """Whether a scheduler's rates change where the optimiser's do; tried on optimisers of nothing.
+
+    Args:
+        make: Makes the scheduler.
+        optimizer: An optimiser without a scheduler, whose groups of parameters the trial has too.
+        factors: Factors of `scale_rates` to try; None tries an optimiser of twice the rates.
+    """
+    before = _second_rates(make, optimizer, [1.0] * len(optimizer.param_groups))
+    if factors is not None:
+        after = _second_rates(make, optimizer, factors)
+        pairs = [pair for *pair, factor in zip(before, after, factors, strict=True) if factor != 1]
+    else:
+        doubled = SGD([{**group, "lr": 2 * group["lr"]} for group in _groups(optimizer)])
+        after = _second_rates(make, doubled, [1.0] * len(before))
+        pairs = [list(pair) for pair in zip(before, after, strict=True)]
+    told = [pair for pair in pairs if any(pair)]  # a warm-up may begin with epochs at 0
+    return not told or any(first != second for first, second in told)
+
+
+def _second_rates(make: Callable[[Optimizer], Any], optimizer: Optimizer, factors: Sequence[float]) -> list[float]:
+    """Rates of an optimiser of nothing after one step of its scheduler."""
+    trial = SGD(_groups(optimizer))
+    scheduler = make(trial)
+    scale_rates(trial, scheduler, factors)
+    trial.step()
+    scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    return [float(group["lr"]) for group in trial.param_groups]
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
+
+
+def monitored(scheduler: Any) -> str | None:
+    """What a scheduler that waits for a plateau watches; None for others.
+
+    Raises:
+        ValueError: It waits for a plateau and does not say of what.
+    """
+    name = getattr(scheduler, "monitor", None)
+    if name is None and isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "torch's ReduceLROnPlateau does not say what it watches; "
+            "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/loss say"
+        )
+    return name

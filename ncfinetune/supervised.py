@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ncfinetune.adversarial import PGD
 from ncfinetune.backbone import Backbone
 from ncfinetune.heads import Projection, projection_head
-from ncfinetune.learner import Batch, Classifier
+from ncfinetune.learner import Batch, Classifier, Interval
 from ncfinetune.losses import one_hot_mse
 
 
@@ -33,9 +33,10 @@ class Supervised(Classifier):
         adversary: Trains on adversarial examples instead of the images. Without a ``mean`` and ``std`` of its own it
             takes those of the data.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
-        lr_scheduler: Makes a scheduler of that optimiser, stepped once an epoch.
+        lr_scheduler: Makes a scheduler of that optimiser.
         lr_batch: Images a step for which the learning rate is meant; it is scaled linearly to those that a step has.
             None takes it as it is.
+        lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
         ValueError: An option out of its range, options that exclude each other, or data that do not say how they
@@ -56,8 +57,9 @@ class Supervised(Classifier):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_batch: int | None = None,
+        lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_batch)
+        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_batch, lr_interval)
         _check_loss(loss, label_smoothing, mse_weight, mse_target)
         self.loss_name = loss
         self.label_smoothing = label_smoothing

@@ -27,7 +27,7 @@ IMPORTS = {
     "ncfinetune.heads": {"collapse"},
     "ncfinetune.contrastive": {"backbone", "heads", "learner", "losses"},
     "ncfinetune.layers": set(),
-    "ncfinetune.learner": {"backbone"},
+    "ncfinetune.learner": {"backbone", "schedule"},
     "ncfinetune.losses": set(),
     "ncfinetune.metrics": {"", "collapse", "moments"},
     "ncfinetune.moments": set(),
