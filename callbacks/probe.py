@@ -410,7 +410,7 @@ class LinearProbe(nn.Module):
         What `BatchNorm1d` does in training, but for rows ``(N,)`` that are left out, which become 0.
         """
         norm: Any = self.normalise
-        rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features)
+        rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features.dtype)
         number = weights.sum()
         mean = rows.sum(0) / number.clamp(min=1)
         squares = ((rows - mean).square() * weights).sum(0)
