@@ -5,9 +5,9 @@ Legend: ``N`` samples, ``M`` samples of a bank, ``V`` views, ``K`` classes, ``d`
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sized
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,16 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.plain import evaluation, on_device
+from ncfinetune.moments import check_labels, may_look
+from ncfinetune.passes import TrainingSet, evaluation, evenly, flat, ready_batches
 
-from .batches import flat, known_num_classes, new_samples, pass_loader
-from .features import FeatureTap, find_classifier, penultimate_of
+from . import adapters
+from .adapters import BatchReader
+from .observer import LayerObserver
+from .schedule import PassSchedule
 
+_NAME = "OnlineProbe"
 # Queries compared with the bank at a time, which bounds the memory that kNN takes.
 _QUERIES = 256
 # Temperature of the votes in kNN, of Wu et al. (2018), section 3.4.
@@ -36,14 +39,14 @@ class OnlineProbe(Callback):
 
     Nothing of it enters the module, its loss or its optimiser; the run ends in the same weights with it and without.
     It learns from the training batches as they pass, one step each, on features that are first brought to mean 0 and
-    variance 1, and is tested on the validation batches as they pass. Batches are ``(images, labels)``; images with
-    views give a feature a view.
+    variance 1, and is tested on the validation batches as they pass. Images with views give a feature a view. Where
+    validation runs with averaged weights, it is tested on the features of those, but learns on those that train.
 
     Logs ``probe/loss`` of the training batches and ``probe/acc`` of the validation batches, and what is asked for of
-    ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode:
-    a bank of training images, as they are without augmentation, for kNN (Wu et al. 2018, arXiv 1805.01978, section
-    3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data set a linear classifier fitted to
-    convergence on features of its training images, tested on its validation images.
+    ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode
+    and with the weights of the validation: a bank of training images, as they are without augmentation, for kNN (Wu et
+    al. 2018, arXiv 1805.01978, section 3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data
+    set a linear classifier fitted to convergence on features of its training images, tested on its validation images.
 
     Args:
         num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
@@ -53,6 +56,12 @@ class OnlineProbe(Callback):
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
         every_n_epochs: Epochs between the passes for kNN and the second data set.
         max_samples: Images of each part that a pass takes at most, evenly spread over it.
+        classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
+        batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. Labels that are
+            shares of the classes ``(N, K)`` teach the probe as they are.
+        forward: Runs a module on a batch in a pass, called ``forward(module, batch)``; None as in
+            `NeuralCollapseTracker`.
+        ignore_index: Samples with this label, such as -1 for none, are left out.
 
     Raises:
         ValueError: A number out of its range; in ``setup``: no such layer or several, or nobody knows the number of
@@ -68,6 +77,10 @@ class OnlineProbe(Callback):
         downstream: LightningDataModule | None = None,
         every_n_epochs: int = 1,
         max_samples: int = 10_000,
+        classifier: str = "auto",
+        batch_to_labels: Callable[[Any], Tensor] | None = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         least = {"knn": 0, "every_n_epochs": 1, "max_samples": 2}
         for name, value in {"knn": knn, "every_n_epochs": every_n_epochs, "max_samples": max_samples}.items():
@@ -80,14 +93,24 @@ class OnlineProbe(Callback):
         self.downstream = downstream
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
-        self._tap: FeatureTap | None = None
+        self.classifier = classifier
+        self.batch_to_labels = batch_to_labels
+        self.forward = forward
+        self.ignore_index = ignore_index
+        self._schedule = PassSchedule(_NAME, every_n_epochs if downstream is not None else 0)
+        self._training_set = TrainingSet(_NAME, "max_samples", "knn=0")
+        self._observer: LayerObserver | None = None
+        self._reader = BatchReader(_NAME)
         self._classes = 0
         self._probe: LinearProbe | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._stored: dict[str, Any] = {}
+        self._loaders: list[Any] = []
+        self._bank_due = False
         self._bank: tuple[Tensor, Tensor] | None = None
-        self._right: dict[str, Tensor] = {}
-        self._seen: Counter[int] = Counter()
+        self._counts: dict[tuple[str, int], Tensor] = {}
+        self._left_out: Tensor | None = None
+        self._transferred: dict[str, float] = {}
 
     @property
     def state_key(self) -> str:
@@ -105,16 +128,11 @@ class OnlineProbe(Callback):
         self._stored = state_dict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hook the layer, and read the second data set."""
+        """Read the second data set, and hook the layer unless the module makes it later, in ``configure_model``."""
         if stage != "fit":
             return
-        self._classes = self.num_classes or known_num_classes(trainer, pl_module, self)
-        classifier = None
-        if self.layer == PENULTIMATE and penultimate_of(pl_module) is None:
-            classifier = find_classifier(pl_module, self._classes)
-        self._tap = FeatureTap(pl_module, [self.layer], classifier)
-        if len(self._tap.names) != 1:
-            raise ValueError(f"expected one layer, but {self.layer!r} fits {', '.join(self._tap.names)}")
+        if not adapters.defines(pl_module, "configure_model"):
+            self._attach(trainer, pl_module)
         if self.downstream is not None:
             if trainer.local_rank == 0:
                 self.downstream.prepare_data()
@@ -123,24 +141,34 @@ class OnlineProbe(Callback):
             self.downstream.setup("fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unhook the layer."""
-        if self._tap is not None:
-            self._tap.remove()
-            self._tap = self._bank = None
+        """Unhook the layer, and let go of data and features."""
+        if self._observer is not None:
+            self._observer.remove()
+        self._observer = self._bank = None
+        self._training_set = TrainingSet(_NAME, "max_samples", "knn=0")
+        self._loaders = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unhook the layer."""
         self.teardown(trainer, pl_module, "fit")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the layer if it is not yet."""
+        self._attach(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count epochs."""
+        self._schedule.start(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start to listen."""
-        self._listen()
+        """Listen to the step."""
+        self._seen_by.listen("training_step")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take a step on the batch; among several processes each takes the same one, on the batches of all."""
-        features, labels = self._take(batch)
+        features, labels = self._take(batch, shares=True)
         if trainer.world_size > 1:
             features, labels = _gathered(features, trainer.world_size), _gathered(labels, trainer.world_size)
         if len(features) > 1:  # one feature has no variance
@@ -150,21 +178,27 @@ class OnlineProbe(Callback):
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the bank, and start to listen, unless Lightning only checks that validation runs."""
-        if self._tap is None or trainer.sanity_checking:
+        """Begin to count, unless Lightning only checks that validation runs."""
+        if not self._measures(trainer):
             return
-        self._right, self._seen = {}, Counter()
-        if self.knn and self._is_due(trainer):
-            with evaluation(trainer, pl_module):
-                self._bank = self._features(trainer, pl_module, pass_loader(trainer)[0], partial(on_device, trainer))
-        self._listen()
+        self._counts, self._transferred = {}, {}
+        self._bank_due = self.knn > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._loaders = flat(trainer.val_dataloaders)
+        self._seen_by.restart()
+        if self._schedule.open_validation(trainer):
+            self._transfer(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Go on listening."""
-        if self._tap is not None and not trainer.sanity_checking:
-            self._listen()
+        """Make the bank and measure the second data set, if that is due, with the weights that validation has now."""
+        if not self._measures(trainer):
+            return
+        if self._schedule.in_validation(trainer, pl_module):
+            self._transfer(trainer, pl_module)
+        if self._bank_due and self._bank is None:
+            self._make_bank(trainer, pl_module)
+        self._seen_by.listen("validation_step")
 
     def on_validation_batch_end(
         self,
@@ -176,53 +210,68 @@ class OnlineProbe(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Classify the batch, but for samples that another process has too."""
-        if self._tap is None or trainer.sanity_checking:
+        if not self._measures(trainer):
             return
-        features, labels = self._take(batch)
-        samples = len(batch[1])
-        new = new_samples(flat(trainer.val_dataloaders)[dataloader_idx], self._seen[dataloader_idx], samples)
-        self._seen[dataloader_idx] += samples
-        if new < samples:
-            rows = new * (len(features) // samples)
-            features, labels = features[:rows], labels[:rows]
+        features, labels = self._take(batch, self._loaders[dataloader_idx], dataloader_idx)
         if self._probe is not None:
-            self._count(self._name("acc"), self._probe.eval()(features).argmax(1), labels)
+            self._count("acc", dataloader_idx, self._probe.eval()(features).argmax(1), features, labels)
         if self._bank is not None:
-            self._count(self._name("knn"), knn_predict(features, *self._bank, self._classes, self.knn), labels)
+            predictions = knn_predict(features, *self._bank, self._classes, self.knn)
+            self._count("knn", dataloader_idx, predictions, features, labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracies over all processes."""
-        for name, counts in self._right.items():
-            right, total = trainer.strategy.reduce(counts, reduce_op="sum")
-            pl_module.log(name, right / total, sync_dist=True)
-        self._right, self._bank = {}, None
+        """Log the accuracies over all processes, a number a validation loader."""
+        if not self._measures(trainer):
+            return
+        numbers = ["acc"] * (self._probe is not None) + ["knn"] * self._bank_due
+        for number, index in itertools.product(numbers, range(len(self._loaders))):
+            self._log(pl_module, self._name(number) + self._suffix(index), self._accuracy(trainer, number, index))
+        for name, value in self._transferred.items():
+            self._log(pl_module, name, value)
+        self._counts, self._bank, self._transferred = {}, None, {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the second data set."""
-        if self.downstream is not None and self._is_due(trainer):
-            for name, value in self._transfer(trainer, pl_module, self.downstream).items():
-                pl_module.log(name, value, sync_dist=True)
+        """Measure the second data set if that is due and was not done in the epoch's validation."""
+        if self._schedule.after_epoch(trainer, pl_module):
+            self._transfer(trainer, pl_module)
+            for name, value in self._transferred.items():
+                self._log(pl_module, name, value)
+        self._tell_of_left_out()
+
+    @property
+    def _seen_by(self) -> LayerObserver:
+        assert self._observer is not None
+        return self._observer
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._observer is not None:
+            return
+        self._classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME)
+        self._reader = BatchReader(_NAME, self._classes, self.batch_to_labels, self.forward)
+        self._observer = LayerObserver(pl_module, [self.layer], self._reader, self.classifier)
+        if len(self._observer.names) != 1:
+            raise ValueError(f"expected one layer, but {self.layer!r} fits {', '.join(self._observer.names)}")
+
+    def _measures(self, trainer: Trainer) -> bool:
+        """Whether the present validation counts: one of a fit, and no sanity check."""
+        return self._observer is not None and not trainer.sanity_checking
 
     def _name(self, number: str) -> str:
         return f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def _suffix(self, index: int) -> str:
+        return f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
 
-    def _listen(self) -> None:
-        assert self._tap is not None
-        self._tap.open = True
+    def _log(self, pl_module: LightningModule, name: str, value: float) -> None:
+        pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
 
-    def _take(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Features ``(N V, d)`` of the last forward pass and their labels."""
-        assert self._tap is not None
-        self._tap.open = False
-        taken = self._tap.take()
+    def _take(self, batch: Any, loader: Any = None, index: int = 0, **how: Any) -> tuple[Tensor, Tensor]:
+        """Features ``(M, d)`` of the batch that ran last, and their labels."""
+        taken, labels = self._seen_by.take(batch, loader, index, **how)
         if not taken:
             raise ValueError(f"layer {self.layer!r} did not run in this batch; give OnlineProbe a layer that does")
         (features,) = taken.values()
-        labels = batch[1]
-        return features, labels.repeat_interleave(len(features) // len(labels), dim=0)
+        return features, labels
 
     def _learn(self, features: Tensor, labels: Tensor) -> Tensor:
         if self._probe is None:
@@ -231,47 +280,110 @@ class OnlineProbe(Callback):
             if self._stored:
                 self._probe.load_state_dict(self._stored["probe"])
                 self._optimizer.load_state_dict(self._stored["optimizer"])
+            self._left_out = torch.zeros(2, device=features.device)
         assert self._optimizer is not None
-        loss = F.cross_entropy(self._probe.train()(features), labels)
+        assert self._left_out is not None
+        whole = labels.ndim == 1
+        if whole and may_look(labels):
+            check_labels(labels, self._classes, self.ignore_index)
+        finite = features.isfinite().all(1)
+        known = (labels >= 0) & (labels < self._classes) if whole else torch.ones_like(finite)
+        ignored = torch.zeros_like(finite) if self.ignore_index is None or not whole else labels == self.ignore_index
+        self._left_out += torch.stack([(~known & ~ignored).sum(), (~finite).sum()])
+        used = known & finite & ~ignored
+        logits = self._probe.linear(self._probe.standardise(features, used))
+        targets = torch.where(used, labels, 0) if whole else labels
+        losses = torch.where(used, F.cross_entropy(logits, targets, reduction="none"), 0)
+        loss = losses.sum() / used.sum().clamp(min=1)
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
         return loss.detach()
 
-    def _count(self, name: str, predictions: Tensor, labels: Tensor) -> None:
-        counts = torch.stack([(predictions == labels).sum(), torch.tensor(len(labels), device=labels.device)]).float()
-        self._right[name] = self._right.get(name, 0) + counts
+    def _tell_of_left_out(self) -> None:
+        """Say which training samples were left out since it was last said; the same on all processes."""
+        if self._left_out is None:
+            return
+        labels, features = self._left_out.tolist()
+        self._left_out.zero_()
+        if labels:
+            raise ValueError(
+                f"{_NAME}: expected labels in 0..{self._classes - 1} (num_classes={self._classes}), got {labels:.0f} "
+                "training samples with others in this epoch"
+            )
+        if features:
+            rank_zero_warn(
+                f"{_NAME} left out {features:.0f} training samples of this epoch with nan or inf in features"
+            )
 
-    def _transfer(self, trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-        def prepare(batch: Any) -> Any:
-            return data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)
+    def _count(self, number: str, index: int, predictions: Tensor, features: Tensor, labels: Tensor) -> None:
+        """Count what is right, what is to be judged, and what cannot be: of no known class, or not finite."""
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if self.ignore_index is not None:
+            counted = labels != self.ignore_index
+        known = (labels >= 0) & (labels < self._classes) & features.isfinite().all(1)
+        parts = ((predictions == labels) & counted, counted, counted & ~known)
+        counts = torch.stack([part.sum() for part in parts])
+        self._counts[number, index] = self._counts.get((number, index), 0) + counts
+
+    def _accuracy(self, trainer: Trainer, number: str, index: int) -> float:
+        """The share of the samples of a loader, over all processes, that are classified right."""
+        counts = self._counts.get((number, index), torch.zeros(3, dtype=torch.int64))
+        counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+        right, total, unknown = counts.tolist()
+        if unknown or not total:
+            rank_zero_warn(
+                f"{self._name(number)}{self._suffix(index)} is logged as nan: {unknown} of {total} samples have labels "
+                f"outside 0..{self._classes - 1}, or nan or inf in their features"
+            )
+        return right / total if total and not unknown else float("nan")
+
+    def _make_bank(self, trainer: Trainer, module: LightningModule) -> None:
+        data = self._training_set.batches(trainer, max_samples=self.max_samples, shared=False)
+        with evaluation(trainer, module):
+            self._bank = self._features(ready_batches(trainer, data), self._reader)
+        check_labels(self._bank[1], self._classes)
+        self._seen_by.restart()
+
+    def _transfer(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure how the features serve on the second data set."""
+        data = cast(LightningDataModule, self.downstream)
+
+        def parts(loader: Any) -> tuple[Tensor, Tensor]:
+            batches = (move_data_to_device(batch, module.device) for batch in evenly(loader, self.max_samples))
+            ready = (data.on_after_batch_transfer(batch, 0) for batch in batches)
+            return self._features(ready, replace(self._reader, num_classes=None))
 
         with evaluation(trainer, module):
-            train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
-            bank = self._features(trainer, module, train, prepare)
-            features, labels = self._features(trainer, module, data.val_dataloader(), prepare)
-        classes = int(torch.cat([bank[1], labels]).max()) + 1
-        values = {self._name("downstream_acc"): fit_probe(*bank, classes)(features).argmax(1)}
-        if self.knn:
-            values[self._name("downstream_knn")] = knn_predict(features, *bank, classes, self.knn)
-        return {name: (predictions == labels).float().mean().item() for name, predictions in values.items()}
+            bank = parts(getattr(data, "train_plain_dataloader", data.train_dataloader)())
+            tested = [parts(loader) for loader in flat(data.val_dataloader())] or [self._features([], self._reader)]
+        classes = 1 + max(int(labels.max()) for _, labels in [bank, *tested])
+        probe = fit_probe(*bank, classes)
+        self._transferred = {}
+        for index, (features, labels) in enumerate(tested):
+            values = {"downstream_acc": probe(features).argmax(1)}
+            if self.knn:
+                values["downstream_knn"] = knn_predict(features, *bank, classes, self.knn)
+            suffix = f"/dataloader_idx_{index}" if len(tested) > 1 else ""
+            for number, predictions in values.items():
+                self._transferred[self._name(number) + suffix] = (predictions == labels).double().mean().item()
+        self._seen_by.restart()
+        self._schedule.done(trainer)
 
-    def _features(
-        self, trainer: Trainer, module: LightningModule, loader: Any, prepare: Callable[[Any], Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Features and labels of at most ``max_samples`` images."""
+    def _features(self, batches: Iterable[Any], reader: BatchReader) -> tuple[Tensor, Tensor]:
+        """Features and labels of batches that are ready to run."""
         parts: list[tuple[Tensor, Tensor]] = []
-        for batch in _spread(loader, self.max_samples):
-            batch = prepare(batch)
-            self._listen()
-            module(batch[0])
-            parts.append(self._take(batch))
-            if sum(len(labels) for _, labels in parts) >= self.max_samples:
-                break
+        for batch in batches:
+            self._seen_by.run(batch)
+            parts.append(self._take(batch, reader=reader))
         if not parts:
             raise ValueError("OnlineProbe found no batches to measure; the data need training and validation images")
-        features, labels = (torch.cat(values)[: self.max_samples] for values in zip(*parts, strict=True))
-        return features, labels
+        features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+        finite = features.isfinite().all(1)
+        if not finite.all():
+            rank_zero_warn(f"{_NAME} left out {int((~finite).sum())} samples of a pass with nan or inf in features")
+        kept = finite if self.ignore_index is None else finite & (labels != self.ignore_index)
+        return features[kept], labels[kept]
 
 
 class LinearProbe(nn.Module):
@@ -290,6 +402,22 @@ class LinearProbe(nn.Module):
         self.linear = nn.Linear(dim, num_classes, device="meta").to_empty(device="cpu")
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor, used: Tensor) -> Tensor:
+        """A batch brought to mean 0 and variance 1 of the rows that are used, which the running statistics take in.
+
+        What `BatchNorm1d` does in training, but for rows ``(N,)`` that are left out, which become 0.
+        """
+        norm: Any = self.normalise
+        rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features.dtype)
+        number = weights.sum()
+        mean = rows.sum(0) / number.clamp(min=1)
+        squares = ((rows - mean).square() * weights).sum(0)
+        share = norm.momentum * (number > 1)
+        norm.running_mean += share * (mean - norm.running_mean)
+        norm.running_var += share * (squares / (number - 1).clamp(min=1) - norm.running_var)
+        return (rows - mean) * weights * (squares / number.clamp(min=1) + norm.eps).rsqrt()
 
     def forward(self, features: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of features ``(N, d)``."""
@@ -352,13 +480,3 @@ def _gathered(rows: Tensor, world_size: int) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
-
-
-def _spread(loader: Any, most: int) -> Iterable[Any]:
-    """Batches of at most ``most`` samples, evenly spread over the data set in its own order; the first, of a stream."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    total = len(cast(Sized, loader.dataset))
-    indices = torch.linspace(0, total - 1, min(most, total)).round().long().tolist()
-    subset = Subset(loader.dataset, indices)
-    return DataLoader(subset, loader.batch_size or 1, num_workers=loader.num_workers, collate_fn=loader.collate_fn)

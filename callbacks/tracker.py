@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from ncfinetune.collapse import ClassMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.plain import evaluation, ready_batches
+from ncfinetune.moments import ClassMoments
+from ncfinetune.passes import TrainingSet, evaluation, flat, ready_batches
 
-from . import batches, figures
-from .features import FeatureTap, Pooling, find_classifier, penultimate_of
-from .statistics import METRICS, LayerStatistics, Result
+from . import adapters, figures
+from .adapters import BatchReader
+from .layer_metrics import METRICS, LayerMetrics, Result, Weight
+from .observer import LayerObserver, Pooling
+from .schedule import PassSchedule
 
+_NAME = "NeuralCollapseTracker"
 _DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3", "nc4")
 
 
 class NeuralCollapseTracker(Callback):
     """Logs the neural collapse of named layers of any LightningModule, as ``<metric>/<train|val|test>/<layer>``.
 
-    Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass. The
-    training set gets a pass of its own, in eval mode, with fixed weights and without augmentation, once before the
-    first epoch and then after every ``train_every_n_epochs``; it costs what a validation over the training set costs.
+    Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass: of each
+    step the last run of a layer counts, whatever other callbacks run. The training set gets a pass of its own, in eval
+    mode, with fixed weights and without augmentation, once before the first epoch and then after every
+    ``train_every_n_epochs``; it costs what a validation over the training set costs.
+
+    The pass is made in the epoch's validation, before its first batch, so that both measure the same weights. Where
+    these are swapped for validation (weight averaging, schedule-free optimisers), it measures the averages that
+    validation does, and epochs without a validation have no pass; in a run without validation it measures the weights
+    that train. In between, ``trainer.callback_metrics`` keeps the last value for whoever monitors it.
+
     A run ends in the same weights, bit for bit, as without the tracker, unless a data set draws from a random generator
     of its own.
 
@@ -52,13 +61,17 @@ class NeuralCollapseTracker(Callback):
             ``numerical_rank`` is the one that is not on unless asked for: it costs an eigendecomposition a class and
             batch.
         train_every_n_epochs: Epochs between passes over the training set; 0 is never.
-        max_train_batches: Batches that a pass over the training set takes at most, on each process; None is all.
-        classifier: The classifier's name; ``auto`` is the last linear layer with ``num_classes`` outputs.
-        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels)`` and mappings
-            with a key such as ``labels``. Features of several views of a sample get its label: those of inputs
-            ``(N, V, ...)`` sample by sample, those of a list of inputs view by view.
+        max_train_batches: Batches that a pass over the training set takes at most, on each process, evenly spread over
+            it; None is all.
+        classifier: The classifier's name; ``auto`` is the linear layer with ``num_classes`` outputs, and of several the
+            one whose output the module returns. Adapters' inner layers are none.
+        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels, ...)`` with one
+            vector of whole numbers or one-hot labels, and mappings with a key such as ``labels``. Features of several
+            views of a sample get its label: those of inputs ``(N, V, ...)`` sample by sample, those of a list of inputs
+            view by view.
         forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
             or its only child if it has no forward, on the inputs.
+        ignore_index: Samples with this label, such as -1 for none, are left out.
         pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features.
         figures: Draw pictures. A set of four takes about a second.
         prog_bar: Show ``nc1`` in the progress bar.
@@ -82,6 +95,7 @@ class NeuralCollapseTracker(Callback):
         classifier: str = "auto",
         batch_to_labels: Callable[[Any], Tensor] | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
+        ignore_index: int | None = None,
         pool: Pooling | None = None,
         figures: bool = True,
         prog_bar: bool = False,
@@ -99,23 +113,28 @@ class NeuralCollapseTracker(Callback):
         self.train_every_n_epochs = train_every_n_epochs
         self.max_train_batches = max_train_batches
         self.classifier = classifier
-        self.batch_to_labels = batch_to_labels or batches.labels_of
-        self.forward = forward or batches.forward
+        self.batch_to_labels = batch_to_labels
+        self.forward = forward
+        self.ignore_index = ignore_index
         self.pool = pool
         self.figures = figures
         self.prog_bar = prog_bar
         self.values: dict[str, float] = {}
         self.history: dict[str, dict[int, dict[str, float]]] = {}
-        self._tap: FeatureTap | None = None
-        self._classifier: nn.Linear | None = None
+        self._schedule = PassSchedule(_NAME, train_every_n_epochs)
+        self._observer: LayerObserver | None = None
+        self._training_set: TrainingSet | None = None
         self._known_classes = 0
-        self._loader: Any = None
-        self._passes: dict[int, LayerStatistics] = {}
+        self._loaders: list[Any] = []
+        self._passes: dict[int, LayerMetrics] = {}
+        self._means: ClassMoments | None = None
+        self._weight: Weight | None = None
         self._train_result: Result | None = None
-        self._measured_at: tuple[int, int] | None = None
+        self._beside: dict[str, float] = {}
         self._passes_done = 0
         self._drawn_at: int | None = None
         self._described = False
+        self._told: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -133,15 +152,15 @@ class NeuralCollapseTracker(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hook the layers, unless the module makes them later, in ``configure_model``."""
-        if not batches.defines(pl_module, "configure_model"):
+        if not adapters.defines(pl_module, "configure_model"):
             self._attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unhook the layers, and let go of data and features."""
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = self._classifier = self._loader = self._train_result = None
-        self._passes = {}
+        if self._observer is not None:
+            self._observer.remove()
+        self._observer = self._train_result = self._training_set = None
+        self._passes, self._loaders, self._means, self._weight = {}, [], None, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unhook the layers."""
@@ -155,14 +174,19 @@ class NeuralCollapseTracker(Callback):
         """Measure the training set before the first step; a resumed run has done so already."""
         if trainer.global_step == 0:
             self.values, self.history, self._passes_done, self._drawn_at = {}, {}, 0, None
-        if self.train_every_n_epochs and trainer.global_step == 0:
-            self._measure_training_set(trainer, pl_module)
+            if self.train_every_n_epochs:
+                self._measure_training_set(trainer, pl_module)
+        self._schedule.start(trainer)
+        before = {name: value for name, value in self.values.items() if "/train/" in name}
+        for name, value in before.items():  # for whoever monitors them, until there are new ones
+            trainer.callback_metrics[name] = torch.tensor(value, device=pl_module.device)
+        if trainer.global_step == 0:
             for logger in trainer.loggers:
-                logger.log_metrics({k: v for k, v in self.values.items() if "/train/" in k}, step=0)
+                logger.log_metrics(before, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set every ``train_every_n_epochs``, unless it was done before the epoch's validation."""
-        if self._due(trainer):
+        """Measure the training set if that is due and was not done in the epoch's validation."""
+        if self._schedule.after_epoch(trainer, pl_module):
             self._log(pl_module, self._measure_training_set(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,7 +195,7 @@ class NeuralCollapseTracker(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values beside the hyper-parameters."""
-        layer = self._tap.names[-1] if self._tap is not None else ""
+        layer = self._observer.names[-1] if self._observer is not None else ""
         own = {name: v for name, v in self.values.items() if name.split("/", 2)[2].split("/dataloader_idx")[0] == layer}
         others = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in self.values}
         first = {name: value for name, value in own.items() if name.startswith("nc1/")}
@@ -188,10 +212,19 @@ class NeuralCollapseTracker(Callback):
         self._attach(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set if the epoch is over, then start to listen; a sanity check finds mistakes only."""
-        if not trainer.sanity_checking and self._due(trainer) and trainer.is_last_batch:
-            self._log(pl_module, self._measure_training_set(trainer, pl_module))
-        self._start()
+        """Begin a pass over the validation sets."""
+        self._beside = {}
+        self._restart(flat(trainer.val_dataloaders))
+        if self._schedule.open_validation(trainer):
+            self._measure_for_validation(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure the training set if that is due, with the weights of the validation; then listen."""
+        if self._schedule.in_validation(trainer, pl_module):
+            self._measure_for_validation(trainer, pl_module)
+        self._seen_by.listen("validation_step")
 
     def on_validation_batch_end(
         self,
@@ -203,17 +236,22 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        loader = batches.flat(trainer.val_dataloaders)[dataloader_idx]
-        self._update(batch, loader, dataloader_idx, self._means(trainer))
+        self._update(batch, trainer, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the validation set."""
+        """Log the validation set, and the training set if it was measured beside it."""
         if not trainer.sanity_checking:
-            self._finish(trainer, pl_module, "val", len(batches.flat(trainer.val_dataloaders)))
+            self._log(pl_module, self._beside | self._finish(trainer, "val"))
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to listen."""
-        self._start()
+        """Begin a pass over the test sets."""
+        self._restart(flat(trainer.test_dataloaders))
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen to the step."""
+        self._seen_by.listen("test_step")
 
     def on_test_batch_end(
         self,
@@ -225,89 +263,75 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._update(batch, batches.flat(trainer.test_dataloaders)[dataloader_idx], dataloader_idx)
+        self._update(batch, trainer, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test set."""
-        self._finish(trainer, pl_module, "test", len(batches.flat(trainer.test_dataloaders)))
+        self._log(pl_module, self._finish(trainer, "test"))
+
+    @property
+    def _seen_by(self) -> LayerObserver:
+        assert self._observer is not None
+        return self._observer
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._tap is not None:
+        if self._observer is not None:
             return
-        named = self.classifier != "auto"
-        if self.num_classes or not named:
-            self._known_classes = self.num_classes or batches.known_num_classes(trainer, pl_module, self)
-        if named or PENULTIMATE in self.layers:
-            self._classifier = self._judge(pl_module)
-        if self._classifier is not None and not self._known_classes:
-            self._known_classes = self._classifier.out_features
-        self._tap = FeatureTap(pl_module, self.layers, self._classifier, self.pool)
+        if self.num_classes or self.classifier == "auto":
+            self._known_classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME)
+        else:
+            (named,) = adapters.classifiers(pl_module, None, self.classifier).values()
+            self._known_classes = adapters.width(named) or 0
+        reader = BatchReader(_NAME, self._known_classes, self.batch_to_labels, self.forward)
+        judged = bool({"nc3", "nc4"} & set(self.metrics))
+        self._observer = LayerObserver(pl_module, self.layers, reader, self.classifier, judged, self.pool)
+        self._training_set = TrainingSet(_NAME, "max_train_batches", "train_every_n_epochs=0")
 
-    def _judge(self, pl_module: LightningModule) -> nn.Linear | None:
-        """The classifier; None where there is none and the module says itself what its penultimate features are."""
-        try:
-            return find_classifier(pl_module, self._known_classes, self.classifier)
-        except ValueError:
-            if self.classifier == "auto" and penultimate_of(pl_module) is not None:
-                return None
-            raise
-
-    def _start(self) -> None:
-        assert self._tap is not None
-        self._tap.open = True
-        self._tap.take()
+    def _restart(self, loaders: Any, means: ClassMoments | None = None) -> None:
+        """Begin a pass over data sets."""
+        self._seen_by.restart()
+        self._loaders, self._means, self._weight = loaders, means, None
         self._passes = {}
 
-    def _update(self, batch: Any, loader: Any = None, index: int = 0, means: ClassMoments | None = None) -> None:
-        assert self._tap is not None
+    def _update(self, batch: Any, trainer: Trainer, index: int = 0) -> None:
+        features, labels = self._seen_by.take(batch, self._loaders[index], index)
+        self._weight = self._weight or self._seen_by.weight()
+        self._metrics_of(trainer, index).update(features, labels, self._weight)
+
+    def _metrics_of(self, trainer: Trainer, index: int, sample: bool = False) -> LayerMetrics:
         if index not in self._passes:
-            self._passes[index] = self._new_statistics(means)
-        features, labels = self._tap.take(), self.batch_to_labels(batch)
-        statistics = self._passes[index]
-        new = batches.new_samples(loader, statistics.seen, len(labels))
-        statistics.seen += len(labels)
-        if len(labels):
-            rows = self._rows(features, len(labels), batch).to(labels.device)
-            if len(rows) != new:
-                kept = rows < new
-                features = {name: value[kept] for name, value in features.items()}
-                labels = labels[rows[kept]]
-        statistics.update(features, labels)
+            self._passes[index] = LayerMetrics(
+                self._seen_by.names,
+                self._known_classes,
+                self.metrics,
+                ignore_index=self.ignore_index,
+                means=self._means,
+                sample=sample,
+                shared=trainer.world_size > 1,
+            )
+        return self._passes[index]
 
-    def _rows(self, features: dict[str, Tensor], samples: int, batch: Any) -> Tensor:
-        """Which sample each row of features is of, the same for every layer."""
-        sizes = {len(value): name for name, value in features.items()}
-        try:
-            order = batches.sample_of_row(samples, next(iter(sizes), samples), batch)
-            if len(sizes) > 1:
-                raise ValueError(f"{' and '.join(map(str, sizes))} rows of features")
-        except ValueError as error:
-            raise ValueError(
-                f"NeuralCollapseTracker found {error} in layer {' and '.join(map(repr, sizes.values()))}; it sees the "
-                "last forward pass of a step, which must be that of all samples of the batch: name other layers, or "
-                "give it NeuralCollapseTracker(pool=...) or (batch_to_labels=...)"
-            ) from error
-        return order
+    def _finish(self, trainer: Trainer, split: str) -> dict[str, float]:
+        """What was found on each of the split's data sets, by log name."""
+        limited = getattr(trainer, f"limit_{split}_batches") != 1.0
+        suffixes = [f"/dataloader_idx_{index}" if len(self._loaders) > 1 else "" for index in range(len(self._loaders))]
+        found: dict[str, float] = {}
+        for index, suffix in enumerate(suffixes):
+            found |= self._compute(trainer, split, index, suffix, limited)
+        self._seen_by.close()
+        return found
 
-    def _new_statistics(self, means: ClassMoments | None) -> LayerStatistics:
-        assert self._tap is not None
-        return LayerStatistics(self._tap.names, self._known_classes, self.metrics, self._classifier, means)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str, loaders: int) -> None:
-        assert self._tap is not None
-        self._tap.open = False
-        for index in range(loaders):
-            if index not in self._passes:  # this process had no batch
-                self._passes[index] = self._new_statistics(self._means(trainer))
-            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
-            self._log(pl_module, self._compute(trainer, split, index, suffix))
-
-    def _compute(self, trainer: Trainer, split: str, index: int = 0, suffix: str = "") -> dict[str, float]:
+    def _compute(
+        self, trainer: Trainer, split: str, index: int = 0, suffix: str = "", limited: bool = False
+    ) -> dict[str, float]:
         """What a pass found, by log name; remembered in ``values`` and ``history``."""
-        result = self._passes.pop(index).compute(split, trainer.strategy)
-        if not self._described and self._tap is not None:
-            rank_zero_info(f"NeuralCollapseTracker measures {self._tap.describe()}")
+        judged = self._seen_by.classifier is not None
+        result = self._metrics_of(trainer, index).compute(split, trainer.strategy, self._weight, judged)
+        if not self._described:
+            rank_zero_info(f"{_NAME} measures {self._seen_by.describe()}")
             self._described = True
+        if limited and not getattr(trainer, "fast_dev_run", False):
+            self._tell_of_classes(result, f"{split}{suffix}")
         if split == "train":
             self._train_result = result
         if "nc1" in result.values and not suffix:
@@ -321,58 +345,46 @@ class NeuralCollapseTracker(Callback):
         self.values |= found
         return found
 
-    def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+    def _tell_of_classes(self, result: Result, split: str) -> None:
+        """Say once that a limited pass has not seen all classes."""
+        seen = max((int(moments.present.sum()) for moments in result.moments.values()), default=0)
+        if seen < self._known_classes and split not in self._told:
+            self._told.add(split)
+            rank_zero_warn(
+                f"{_NAME} saw {seen} of {self._known_classes} classes in a pass over the {split} set, which a limit "
+                "on batches cuts short: its numbers are of those alone; raise the limit, or shuffle the set"
+            )
+
+    def _log(self, pl_module: LightningModule, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             shown = self.prog_bar and name.startswith("nc1/")
             pl_module.log(
-                name,
-                torch.tensor(value),
-                prog_bar=shown,
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,
-                add_dataloader_idx=False,
+                name, value, prog_bar=shown, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False
             )
 
-    def _due(self, trainer: Trainer) -> bool:
-        now = (trainer.current_epoch, trainer.global_step)
-        every = self.train_every_n_epochs
-        fitting = trainer.state.fn == "fit" and now != self._measured_at
-        return bool(every) and fitting and (trainer.current_epoch + 1) % every == 0
-
-    def _means(self, trainer: Trainer) -> ClassMoments | None:
-        """The training set's moments in front of the classifier, if they are of the present weights."""
-        if self._train_result is None or self._measured_at != (trainer.current_epoch, trainer.global_step):
-            return None
-        return self._train_result.moments.get(PENULTIMATE)
+    def _measure_for_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the training set beside a validation, whose `nc4` compares with its class means."""
+        loaders = self._loaders
+        self._beside = self._measure_training_set(trainer, pl_module)
+        assert self._train_result is not None
+        self._restart(loaders, self._train_result.moments.get(PENULTIMATE))
 
     def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        loader = self._training_loader(trainer)
-        self._start()
-        self._passes[0] = self._new_statistics(None)  # of a process without batches too
-        length = batches.pass_length(trainer, loader, self.max_train_batches)
+        assert self._training_set is not None
+        data = self._training_set.batches(trainer, max_batches=self.max_train_batches)
+        self._restart([self._training_set.loader])
+        self._metrics_of(trainer, 0, sample=self.figures and bool(_boards(trainer)))
         with evaluation(trainer, pl_module):
-            for batch in ready_batches(trainer, islice(loader, length)):
-                self.forward(pl_module, batch)
-                self._update(batch, loader)
-        assert self._tap is not None
-        self._tap.open = False
-        values = self._compute(trainer, "train")
-        self._measured_at = (trainer.current_epoch, trainer.global_step)
+            for batch in ready_batches(trainer, data):
+                self._seen_by.run(batch)
+                self._update(batch, trainer)
+        values = self._compute(trainer, "train", limited=self._training_set.limited)
+        self._seen_by.close()
+        self._schedule.done(trainer)
         self._passes_done += 1
         if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # ever rarer: after 0, 1, 2, 4, 8, ... others
             self._draw(trainer)
         return values
-
-    def _training_loader(self, trainer: Trainer) -> Any:
-        if self._loader is None:
-            self._loader, plain = batches.pass_loader(trainer)
-            if not plain:
-                rank_zero_info(
-                    "NeuralCollapseTracker measures the training set as its data set gives it, augmentation included; "
-                    "a datamodule's train_plain_dataloader() would be used instead"
-                )
-        return self._loader
 
     def _draw(self, trainer: Trainer) -> None:
         """Draw the last pass over the training set into the loggers that take pictures."""

@@ -216,10 +216,12 @@ class ImageFolder(FileDataModule):
             rank_zero_info(f"did not look for the same image in two parts, since there are {count}")
         return super()._held(parts)
 
-    def _loader(self, name: str, training: bool = False, workers: int | None = None) -> DataLoader[Batch]:
+    def _loader(
+        self, name: str, training: bool = False, workers: int | None = None, as_stored: bool = False
+    ) -> DataLoader[Batch]:
         if name in self._refused:
             raise self._refused[name]
-        return super()._loader(name, training, workers)
+        return super()._loader(name, training, workers, as_stored)
 
 
 def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]:

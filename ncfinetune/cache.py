@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.delta import fingerprint, raw
-from ncfinetune.plain import evaluation, in_order, on_device, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, in_order, on_device, plain_loader, ready_batches
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail
 

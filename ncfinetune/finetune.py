@@ -25,7 +25,7 @@ from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
 from ncfinetune.layers import enclosing_block, find_layers, first
 from ncfinetune.learner import Classifier, Interval
-from ncfinetune.plain import evaluation, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, plain_loader, ready_batches
 from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
-from ncfinetune.callbacks.probe import LinearProbe, _spread, fit_probe, knn_predict
+from ncfinetune.callbacks.probe import LinearProbe, fit_probe, knn_predict
 from ncfinetune.datamodules import Digits
+from ncfinetune.passes import evenly
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -242,9 +243,9 @@ def test_samples_that_two_processes_repeat_count_once(tmp_path: Path) -> None:
 def test_a_bank_is_spread_over_data_sorted_by_class() -> None:
     labels = torch.arange(100) // 10
     loader = DataLoader(TensorDataset(torch.zeros(100, 1), labels), batch_size=8)
-    taken = torch.cat([batch[1] for batch in _spread(loader, 20)])
+    taken = torch.cat([batch[1] for batch in evenly(loader, 20)])
     assert taken.bincount().tolist() == [2] * 10
-    assert sum(len(batch[1]) for batch in _spread(loader, 1000)) == 100
+    assert sum(len(batch[1]) for batch in evenly(loader, 1000)) == 100
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import reference
 from ncfinetune import FineTuner, Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
-from ncfinetune.callbacks.features import FeatureTap
+from ncfinetune.callbacks.adapters import BatchReader
+from ncfinetune.callbacks.observer import LayerObserver
 from ncfinetune.datamodules import Digits
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
@@ -145,13 +146,16 @@ def test_test_set_is_measured_as_it_passes(tmp_path: Path) -> None:
     assert trainer.callback_metrics["nc1/test/penultimate"] > 0
 
 
-def test_half_precision_features_are_measured_in_single(tmp_path: Path) -> None:
+def test_half_precision_features_are_measured_in_single() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()).bfloat16()
-    tap = FeatureTap(model, ["0"], 3)
-    tap.open = True
-    model(torch.randn(2, 1, 5, 5).bfloat16())
-    assert tap.take()["0"].dtype == torch.float32
-    assert tap.take() == {}
+    observer = LayerObserver(model, ["0"], BatchReader("NeuralCollapseTracker", 3))
+    observer.listen()
+    images = torch.randn(2, 1, 5, 5).bfloat16()
+    model(images)
+    features, labels = observer.take((images, torch.tensor([1, 2])))
+    assert features["0"].dtype == torch.float32
+    assert labels.tolist() == [1, 2]
+    assert observer.take((images, labels))[0] == {}
 
 
 def test_images_without_augmentation_are_asked_of_the_datamodule(tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""What a stranger's batch and module mean: the labels and inputs of a batch, the number of classes, the classifier.
+
+Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.moments import may_look
+
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+_FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
+# Parts of a module's path that lead into an adapter's inner layers, of which none puts out the logits (peft's names).
+_INSIDE_ADAPTERS = {"base_layer", "lora_A", "lora_B", "original_module"}
+# Stands for labels that name no class, so that they count as out of range.
+NO_CLASS = -(2**31)
+
+
+class NoTensorError(TypeError):
+    """A layer puts out nothing that could be measured."""
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads labels and inputs off any project's batches, and runs its module on them.
+
+    Args:
+        asker: Name of the callback that reads, for messages.
+        num_classes: Number of classes ``K``, if it is known; one-hot labels are told from inputs by it.
+        labels_of: The user's way to take labels from a batch.
+        run: The user's way to run a module on a batch.
+    """
+
+    asker: str
+    num_classes: int | None = None
+    labels_of: Callable[[Any], Tensor] | None = None
+    run: Callable[[Any, Any], Any] | None = None
+
+    def labels(self, batch: Any) -> Tensor:
+        """Whole-number labels ``(N,)``, or shares of the classes ``(N, K)``, of a batch.
+
+        Known are ``(inputs, labels, ...)`` and mappings with a usual key. In a sequence the labels are the one vector
+        of whole numbers behind or before the inputs.
+
+        Raises:
+            ValueError: There are none, or more than one vector could be them; says what the batch looks like.
+        """
+        found = self._candidates(batch) if self.labels_of is None else [self.labels_of(batch)]
+        if len(found) == 1 and self._are_labels(found[0]):
+            labels = found[0]
+            whole = not labels.is_floating_point()
+            return labels.long().reshape(-1) if whole and labels.numel() == len(labels) else labels
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.asker} found {len(found)} vectors of whole numbers in a batch, each of which could be the "
+                f"labels: {sketch(batch)}; give it {self.asker}(batch_to_labels=lambda batch: batch[...])"
+            )
+        raise ValueError(
+            f"{self.asker} found no integer labels (N,) in a batch: expected {_FORMS}, got {sketch(batch)}; "
+            f"give it {self.asker}(batch_to_labels=lambda batch: ...)"
+        )
+
+    def _candidates(self, batch: Any) -> list[Any]:
+        if isinstance(batch, Mapping):
+            return [batch[key] for key in _LABEL_KEYS if key in batch][:1]
+        if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
+            return []
+        vectors = [part for part in batch if _is_vector(part)]
+        return vectors or [part for part in batch[1:] if self._are_labels(part)]
+
+    def _are_labels(self, part: Any) -> bool:
+        """Whether these are whole numbers, or shares of the classes."""
+        if _is_vector(part):
+            return True
+        shares = isinstance(part, Tensor) and part.ndim == 2 and part.dtype != torch.bool
+        return shares and part.shape[1] > 1 and part.shape[1] == (self.num_classes or part.shape[1])
+
+    def views(self, batch: Any, samples: int, rows: int) -> tuple[int, bool]:
+        """How many rows of features a sample has, and whether they come view by view rather than sample by sample.
+
+        Inputs ``(N, V, ...)`` have the views of a sample beside each other; a list of views has one behind the other.
+
+        Raises:
+            ValueError: The inputs do not say where so many rows come from.
+        """
+        if samples == 0 or rows % samples or rows < samples:
+            raise ValueError(f"{rows} rows of features for {samples} labels")
+        views = rows // samples
+        parts = batch.values() if isinstance(batch, Mapping) else [inputs_of(batch)]
+        listed = any(_are_views(part) for part in parts)
+        stacked = any(isinstance(p, Tensor) and p.ndim > 2 and tuple(p.shape[:2]) == (samples, views) for p in parts)
+        if views > 1 and not listed and not stacked:
+            raise ValueError(f"{rows} rows of features for {samples} labels, and no {views} views of a sample")
+        return views, listed
+
+    def forward(self, module: nn.Module, batch: Any) -> Any:
+        """Run a module on the inputs of a batch: those of its ``forward``, or of its only child if it has none.
+
+        Inputs are the first item of a sequence that is no vector of whole numbers, several views joined one behind the
+        other; the mapping's items that ``forward`` takes, labels left out; or a tensor.
+
+        Raises:
+            ValueError: The module has no ``forward``, and not one child; or it does not take such inputs.
+        """
+        if self.run is not None:
+            return self.run(module, batch)
+        network = network_of(module)
+        if network is None:
+            raise ValueError(
+                f"{self.asker} cannot run {type(module).__name__} on its own batches, since it has no forward and "
+                f"{len(_with_parameters(module))} children with parameters; give it "
+                f"{self.asker}(forward=lambda module, batch: ...)"
+            )
+        try:
+            if isinstance(batch, Mapping):
+                return network(**_named_inputs(network, batch))
+            inputs = inputs_of(batch)
+            return network(_joined(inputs) if _are_views(inputs) else inputs)
+        except NoTensorError:
+            raise
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"cannot run {type(network).__name__} on the inputs of {sketch(batch)} ({type(error).__name__}: "
+                f"{error}); give {self.asker}(forward=lambda module, batch: ...)"
+            ) from error
+
+    def classes(self, labels: Tensor) -> Tensor:
+        """Whole-number labels ``(N,)`` of such or of one-hot ones.
+
+        Shares of several classes are none: on an accelerator, where a look would make the host wait, they become a
+        number that is no class's.
+
+        Raises:
+            ValueError: They are shares of several classes, and lie on the CPU.
+        """
+        if labels.ndim == 1:
+            return labels
+        largest, index = labels.max(1)
+        hard = (largest == 1) & (labels.sum(1) == 1)
+        if may_look(labels) and not bool(hard.all()):
+            raise ValueError(
+                f"{self.asker} needs one class a sample, got labels {sketch(labels)} that are shares of several "
+                f"(mixup, soft labels); give it {self.asker}(batch_to_labels=lambda batch: ...)"
+            )
+        return torch.where(hard, index, NO_CLASS)
+
+
+def _is_vector(part: Any) -> bool:
+    """Whether it is one whole number a sample."""
+    if not isinstance(part, Tensor) or part.is_floating_point() or part.is_complex() or part.dtype == torch.bool:
+        return False
+    return part.ndim == 1 or (part.ndim == 2 and part.shape[1] == 1)
+
+
+def _are_views(inputs: Any) -> bool:
+    listed = isinstance(inputs, Sequence) and not isinstance(inputs, str) and len(inputs) > 1
+    return listed and all(isinstance(view, Tensor) and view.ndim > 1 for view in inputs)
+
+
+def _joined(views: Sequence[Tensor]) -> Tensor:
+    if len({view.shape[1:] for view in views}) > 1:
+        raise ValueError(f"views of several shapes, {', '.join(str(tuple(view.shape)) for view in views)}")
+    return torch.cat(list(views))
+
+
+def inputs_of(batch: Any) -> Any:
+    """The first item of a sequence that is no vector of whole numbers; anything else as it is."""
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        return batch
+    return next((part for part in batch if not _is_vector(part)), batch[0])
+
+
+def sketch(value: Any) -> str:
+    """What a batch looks like: types, shapes and keys."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {sketch(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{type(value).__name__}({', '.join(sketch(item) for item in value[:6])})"
+    return type(value).__name__
+
+
+def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(network.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    inputs = {k: v for k, v in batch.items() if k not in _LABEL_KEYS}
+    taken = {k: v for k, v in inputs.items() if takes_all or k in known}
+    if not taken and len(inputs) == 1 and known:  # there is no choice, whatever the two call it
+        return dict(zip(known, inputs.values(), strict=False))
+    return taken
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a layer puts out: itself, or those in a tuple, a mapping or a dataclass, in their order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        for value in output:
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from tensors(getattr(output, field.name))
+
+
+def defines(module: nn.Module, method: str) -> bool:
+    """Whether a module's author wrote the method, rather than torch or Lightning (either of its two packages)."""
+    home = getattr(type(module), method).__module__.split(".")[0]
+    return home not in ("torch", "lightning", "pytorch_lightning")
+
+
+def network_of(module: nn.Module) -> nn.Module | None:
+    """What to run: the module if it has a forward of its own, else its only child with parameters; None if neither."""
+    if defines(module, "forward"):
+        return module
+    children = _with_parameters(module)
+    return children[0] if len(children) == 1 else None
+
+
+def _with_parameters(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if any(True for _ in child.parameters())]
+
+
+def known_num_classes(trainer: Any, module: nn.Module, asker: str) -> int:
+    """The number of classes that datamodule, module or its hyper-parameters have as ``num_classes``, for ``asker``.
+
+    Raises:
+        ValueError: None of them knows it.
+    """
+    for owner in (getattr(trainer, "datamodule", None), module, getattr(module, "hparams", None)):
+        if isinstance(known := getattr(owner, "num_classes", None), int):
+            return known
+    raise ValueError(
+        f"{asker} needs the number of classes, and neither datamodule nor module has num_classes; "
+        f"give it {asker}(num_classes=...)"
+    )
+
+
+def classifiers(module: nn.Module, num_classes: int | None, name: str = "auto") -> dict[str, nn.Module]:
+    """The layer of that name, or, for ``auto``, all linear layers with ``num_classes`` outputs, by path.
+
+    A layer that adapters have been added to counts as one: its inner layers and the copies from before are left out.
+
+    Raises:
+        ValueError: There is none; names the linear layers that exist.
+        TypeError: The layer of that name is not linear.
+    """
+    if name != "auto":
+        found = find_layers(module, [name])
+        (layer,) = found.values()
+        if width(layer) is None:
+            raise TypeError(f"expected the classifier {name!r} to be a torch.nn.Linear, got {type(layer).__name__}")
+        return found
+    outside = {path: m for path, m in module.named_modules() if not _INSIDE_ADAPTERS & set(path.split("."))}
+    linear = {path: layer for path, layer in outside.items() if width(layer) is not None}
+    fitting = {path: layer for path, layer in linear.items() if width(layer) == num_classes}
+    if not fitting:
+        some = ", ".join(f"{path} ({width(layer)})" for path, layer in list(linear.items())[-5:])
+        raise ValueError(
+            f"no linear layer with num_classes={num_classes} outputs, whose input is the layer 'penultimate'; "
+            f"name the layers to measure, or the classifier, or correct num_classes. "
+            f"Linear layers (outputs): {some or 'none'}"
+        )
+    return fitting
+
+
+def width(layer: nn.Module) -> int | None:
+    """Number of outputs of a linear layer, or of one with adapters; None if it is none."""
+    linear = getattr(layer, "base_layer", layer)
+    return linear.out_features if isinstance(linear, nn.Linear) else None
+
+
+def penultimate_of(module: nn.Module) -> nn.Module | None:
+    """The submodule whose output a module declares to be its penultimate features, by calling it ``penultimate``."""
+    owner = getattr(module, PENULTIMATE, None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    """Weight ``(K, d)`` and bias ``(K,)`` that a classifier acts with, as plain tensors; None if they can't be had.
+
+    Quantised and adapted weights are what the classifier does to the unit vectors. Those that are sharded over
+    processes are whole only while the classifier runs.
+    """
+    if is_sharded(classifier):
+        return None
+    weight: Any = getattr(classifier, "weight", None)
+    bias: Any = getattr(classifier, "bias", None)
+    if type(weight) in (Tensor, nn.Parameter) and type(classifier).forward is nn.Linear.forward:
+        own = weight.detach().clone() if copy else weight.detach()
+        if bias is None:
+            return own, None
+        return own, bias.detach().clone() if copy else bias.detach()
+    try:
+        return _by_unit_vectors(classifier)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+        return None
+
+
+def is_sharded(classifier: nn.Module) -> bool:
+    """Whether a process has no more than a part of the weight: a DTensor, or a piece of FSDP's flat parameter."""
+    weight = getattr(getattr(classifier, "base_layer", classifier), "weight", None)
+    return isinstance(weight, Tensor) and (hasattr(weight, "placements") or weight.ndim != 2)
+
+
+def _by_unit_vectors(classifier: nn.Module) -> tuple[Tensor, Tensor]:
+    own = next(classifier.parameters())
+    linear: Any = getattr(classifier, "base_layer", classifier)
+    with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+        unit = torch.eye(linear.in_features, device=own.device, dtype=own.dtype)
+        bias = classifier(torch.zeros_like(unit[:1]))[0]
+        return (classifier(unit) - bias).T, bias

@@ -1,0 +1,300 @@
+"""Collapse of several layers over one pass of one data set.
+
+Legend: ``N`` samples of a batch, ``K`` classes, ``P`` of them present, ``d`` feature width, ``M`` samples of a picture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncfinetune.collapse import FAMILY, self_duality
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.metrics import NumericalRank
+from ncfinetune.moments import ClassMoments, MomentAccumulator, NonFiniteFeaturesError, UndefinedCollapseError
+
+# What is measured in front of the classifier only.
+_OF_CLASSIFIER = ("nc3", "nc4")
+_OF_MOMENTS = tuple(name for name in FAMILY if name != "nc3")
+METRICS = (*_OF_MOMENTS, "nc3", "numerical_rank", "nc4")
+_KEPT_SAMPLES = 1000
+
+# The classifier's weight ``(K, d)`` and bias ``(K,)``.
+Weight = tuple[Tensor, Tensor | None]
+
+
+@dataclass
+class Result:
+    """What a pass found.
+
+    Attributes:
+        values: ``{metric: {layer: value}}``; nan where the features do not define it.
+        moments: The class moments of each layer that has them.
+        sample: Some features ``(M, d)`` and labels ``(M,)`` of this process, of the last layer if it has moments.
+    """
+
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    moments: dict[str, ClassMoments] = field(default_factory=dict)
+    sample: tuple[Tensor, Tensor] | None = None
+
+
+class LayerMetrics:
+    """Metrics of each layer, batch by batch; features that are not finite make a layer's metrics nan.
+
+    Args:
+        layers: The layers' names in depth order.
+        num_classes: Number of classes ``K``.
+        metrics: Names among `METRICS`; ``nc3`` and ``nc4`` are of the layer ``penultimate`` alone.
+        ignore_index: Samples with this label are left out.
+        means: Moments whose class means decide for ``nc4``; None leaves it out.
+        sample: Keep a sample of the last layer's features for a picture.
+        shared: Other processes measure other parts of the set: a mistake of this one waits until all can raise it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        num_classes: int,
+        metrics: Sequence[str],
+        ignore_index: int | None = None,
+        means: ClassMoments | None = None,
+        sample: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.layers = list(layers)
+        self._metrics = list(metrics)
+        self._num_classes, self._ignore_index = num_classes, ignore_index
+        self._accumulators = {
+            layer: MomentAccumulator(num_classes, "nc1" in metrics, ignore_index) for layer in self.layers
+        }
+        self._ranks = {layer: NumericalRank(num_classes) for layer in self.layers if "numerical_rank" in metrics}
+        self._means = means if "nc4" in metrics else None
+        self._decisions: _Decisions | None = None
+        self._sample = _Sample(_KEPT_SAMPLES) if sample else None
+        self._shared = shared
+        self._broken: dict[str, str] = {}
+        self._mistake: ValueError | None = None
+        self._ran: set[str] = set()
+
+    def update(self, features: Mapping[str, Tensor], labels: Tensor, weight: Weight | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            features: ``{layer: (N, d)}``.
+            labels: ``(N,)``.
+            weight: The classifier's, where it is known.
+
+        Raises:
+            ValueError: Labels out of range, unless they lie on an accelerator or processes share the set.
+        """
+        for layer, rows in features.items():
+            self._ran.add(layer)
+            if layer in self._broken or self._mistake is not None:
+                continue
+            try:
+                self._add(layer, rows, labels, weight)
+            except NonFiniteFeaturesError as error:
+                self._broken[layer] = str(error)
+            except ValueError as error:
+                if not self._shared:
+                    raise
+                self._mistake = error
+        last = self.layers[-1]
+        if self._sample is not None and last in features and last not in self._broken:
+            self._sample.add(features[last], labels)
+
+    def _add(self, layer: str, rows: Tensor, labels: Tensor, weight: Weight | None) -> None:
+        accumulator = self._accumulators[layer]
+        if accumulator.device != rows.device and not accumulator.width:
+            accumulator.to(rows.device)
+        accumulator.update(rows, labels)
+        if layer in self._ranks:
+            kept = slice(None) if self._ignore_index is None else labels != self._ignore_index
+            self._ranks[layer].to(rows.device).update(rows[kept], labels[kept])
+        if layer == PENULTIMATE and self._means is not None and weight is not None and _fits(weight, self._means):
+            if self._decisions is None:
+                self._decisions = _Decisions(self._means, weight)
+            self._decisions.add(rows, labels)
+
+    def compute(self, split: str, strategy: Any, weight: Weight | None = None, judged: bool = False) -> Result:
+        """The metrics over all samples of all processes; all of them must call it.
+
+        Args:
+            split: Name of the data set, for messages.
+            strategy: The trainer's, which adds up numbers over the processes.
+            weight: The classifier's, where this process can have it.
+            judged: There is a classifier.
+
+        Raises:
+            ValueError: A layer never ran; labels out of range in any of the processes.
+        """
+        total = _summing(strategy) if self._shared else lambda tensor: tensor
+        mistaken = self._mistake is not None
+        flags = [[layer in self._broken, layer in self._ran, mistaken, judged] for layer in self.layers]
+        counts = total(torch.tensor(flags, dtype=torch.float32)).tolist()
+        judged = bool(counts[0][3])
+        if counts[0][2]:
+            raise self._mistake or ValueError(f"another process found a mistake in the {split} set: see its message")
+        broken = {layer: bool(row[0]) for layer, row in zip(self.layers, counts, strict=True)}
+        silent = [layer for layer, row in zip(self.layers, counts, strict=True) if not row[1]]
+        if silent:
+            raise ValueError(
+                f"layer {silent[0]!r} never ran in a pass over the {split} set; name layers that the module's forward "
+                f"and its {split} step reach, and see that they run before any compiled copy of them"
+            )
+        result = Result(sample=None if self._sample is None else self._sample.rows())
+        undefined: dict[str, str] = {}
+        for layer in self.layers:
+            if broken[layer]:
+                undefined[layer] = self._broken.get(layer, "another process has features with nan or inf")
+                continue
+            device = strategy.root_device if self._shared else None
+            try:
+                moments = self._measure(result, layer, split, total, device)
+                if layer == PENULTIMATE and judged:
+                    self._judge(result, moments, weight, total)
+            except (UndefinedCollapseError, NonFiniteFeaturesError) as error:
+                undefined[layer] = str(error)
+        self._set_nan(result, undefined, split, judged)
+        return result
+
+    def _measure(
+        self, result: Result, layer: str, split: str, total: Callable[[Tensor], Tensor], device: torch.device | None
+    ) -> ClassMoments:
+        accumulator = self._accumulators[layer]
+        if self._shared:
+            accumulator.reduce(total, device)
+        accumulator.check(f"layer {layer!r} on the {split} set")
+        moments = accumulator.moments(within=False)
+        for name in self._metrics:
+            if name in _OF_MOMENTS:
+                _set(result, name, layer, float(FAMILY[name](moments)))
+        if layer in self._ranks:
+            rank = self._ranks[layer] if device is None else self._ranks[layer].to(device)
+            _set(result, "numerical_rank", layer, float(rank.compute()))
+        if not moments.present.any():
+            raise UndefinedCollapseError(f"no samples in the {split} set")
+        result.moments[layer] = moments
+        return moments
+
+    def _judge(
+        self, result: Result, moments: ClassMoments, weight: Weight | None, total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """What compares the classifier with the class means; a process without batches may not know its weight."""
+        fits = weight is not None and _fits(weight, moments)
+        differs = weight is not None and not fits
+        if "nc3" in self._metrics:
+            own = float(self_duality(moments, weight[0].to(moments.mean.device))) if weight and fits else 0.0
+            value, known, left_out = total(torch.tensor([own, fits, differs], dtype=torch.float64)).tolist()
+            if not known and not left_out:
+                warnings.warn(
+                    "nc3 is logged as nan: the weight of the classifier, which is quantised or shared out among "
+                    "processes, cannot be read",
+                    stacklevel=2,
+                )
+            if known or not left_out:
+                _set(result, "nc3", PENULTIMATE, value / known if known else float("nan"))
+        if self._means is not None:
+            counts = torch.zeros(2, dtype=torch.float64) if self._decisions is None else self._decisions.counts
+            different, samples, left_out = total(torch.cat([counts, counts.new_tensor([differs])])).tolist()
+            if samples or not left_out:
+                _set(result, "nc4", PENULTIMATE, different / samples if samples else float("nan"))
+
+    def _set_nan(self, result: Result, undefined: Mapping[str, str], split: str, judged: bool) -> None:
+        """Make every metric of these layers nan, with one warning for all of them."""
+        for layer in undefined:
+            result.moments.pop(layer, None)
+            for name in self._metrics:
+                of_classifier = layer == PENULTIMATE and judged and (name != "nc4" or self._means is not None)
+                if name not in _OF_CLASSIFIER or of_classifier:
+                    _set(result, name, layer, float("nan"))
+        if undefined:
+            layers = ", ".join(map(repr, undefined))
+            reason = next(iter(undefined.values()))
+            warnings.warn(f"the collapse of layer {layers} on the {split} set is logged as nan: {reason}", stacklevel=2)
+
+
+def _set(result: Result, name: str, layer: str, value: float) -> None:
+    result.values.setdefault(name, {})[layer] = value
+
+
+def _fits(weight: Weight, moments: ClassMoments) -> bool:
+    return weight[0].shape == moments.mean.shape
+
+
+def _summing(strategy: Any) -> Callable[[Tensor], Tensor]:
+    """Adds up a tensor over the processes, on the device where they can."""
+    return lambda tensor: strategy.reduce(tensor.to(strategy.root_device), reduce_op="sum")
+
+
+class _Decisions:
+    """How often the classifier and the nearest class mean decide differently: NC4 of Papyan et al. (2020), fig. 7.
+
+    Args:
+        means: Class moments, whose means decide.
+        weight: The classifier's.
+
+    Attributes:
+        counts: Samples on which they differ, and samples, ``(2,)``.
+    """
+
+    def __init__(self, means: ClassMoments, weight: Weight) -> None:
+        device = means.mean.device
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self._present = means.present.nonzero().squeeze(1)
+        self._centre, self._means = means.global_mean, means.centred
+        self._weight = weight[0].to(device, torch.float64)
+        self._bias = 0 if weight[1] is None else weight[1].to(device, torch.float64)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add samples; those whose label or features are none do not count."""
+        features = features.to(self._centre.device).double()
+        labels = labels.to(self._centre.device)
+        # Centred first: with an offset of 1e3, distances decide at random.
+        distances = torch.cdist(features - self._centre, self._means)
+        nearest = self._present[distances.argmin(1)]
+        differ = nearest != (features @ self._weight.T + self._bias).argmax(1)
+        counted = (labels >= 0) & (labels < len(self._weight)) & features.isfinite().all(1)
+        self.counts = self.counts + torch.stack([(differ & counted).sum(), counted.sum()])
+
+
+class _Sample:
+    """A uniform sample of rows, kept where they lie (Vitter 1985, algorithm R, with numbers drawn on the host).
+
+    Args:
+        size: Rows at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._seen = size, 0
+        self._generator = np.random.default_rng(0)
+        self._features: Tensor | None = None
+        self._labels: Tensor | None = None
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Let each row take the place of another with the probability that keeps the sample uniform."""
+        if self._features is None or self._labels is None:
+            self._features = features.new_zeros(self._size, features.shape[1], dtype=torch.float32)
+            self._labels = labels.new_full((self._size,), -1)
+        positions = np.arange(self._seen, self._seen + len(features))
+        self._seen += len(features)
+        slots = np.where(positions < self._size, positions, self._generator.integers(0, positions + 1))
+        taken = {int(slots[row]): int(row) for row in np.flatnonzero(slots < self._size)}  # the last one stays
+        if taken:
+            index = torch.tensor([list(taken), list(taken.values())])
+            to, rows = index.to(features.device, non_blocking=True)
+            self._features.index_copy_(0, to, features.index_select(0, rows).float())
+            self._labels.index_copy_(0, to, labels.index_select(0, rows))
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Features ``(M, d)`` and labels ``(M,)`` on the CPU."""
+        if self._features is None or self._labels is None:
+            return None
+        kept = min(self._seen, self._size)
+        return self._features[:kept].cpu(), self._labels[:kept].cpu()

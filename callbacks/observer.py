@@ -1,0 +1,297 @@
+"""LayerObserver: pooled features of named layers and their labels, caught as any module runs.
+
+Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ncfinetune.layers import PENULTIMATE, Pool, find_layers
+from ncfinetune.passes import new_samples
+
+from . import adapters
+from .adapters import BatchReader, NoTensorError
+
+Pooling = Callable[[Tensor], Tensor]
+
+
+class LayerObserver:
+    """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while it listens.
+
+    The name ``penultimate`` stands for the output of the submodule that the module has under this name, and where it
+    has none for the input of the classifier: the linear layer with ``K`` outputs. Where several have as many, the one
+    whose output the module returns is found as they run.
+
+    Args:
+        module: The module to listen to.
+        layers: Names or patterns of its layers, as `find_layers` reads them, and ``penultimate``.
+        reader: Reads labels off batches.
+        classifier: The classifier's name, or ``auto``.
+        judged: Look for the classifier even where the module says itself what its penultimate features are.
+        pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features.
+
+    Attributes:
+        names: The layers' names in depth order, ``penultimate`` last.
+        classifier: The classifier, as soon as it is known.
+
+    Raises:
+        ValueError: No such layer, or no classifier where one is needed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[str],
+        reader: BatchReader,
+        classifier: str = "auto",
+        judged: bool = False,
+        pool: Pooling | None = None,
+    ) -> None:
+        self.classifier: nn.Module | None = None
+        self._module: Any = module
+        self._reader = reader
+        self._pool = pool
+        self._open = False
+        self._step: str | None = None
+        self._seen: Counter[int] = Counter()
+        self._caught: dict[str, Tensor] = {}
+        self._how: dict[str, str] = {}
+        self._handles: list[RemovableHandle] = []
+        found = find_layers(module, [name for name in layers if name != PENULTIMATE])
+        for name, layer in found.items():
+            self._hook_output(name, layer)
+        self.names = list(found)
+        self._rivals: dict[str, nn.Module] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, list[Any]] = {}
+        self._sharded = False
+        self._whole: Any = None
+        if PENULTIMATE in layers:
+            self.names.append(PENULTIMATE)
+            self._hook_penultimate(classifier, judged)
+
+    def listen(self, step: str | None = None) -> None:
+        """Keep what the layers put out from now on.
+
+        Args:
+            step: What counts is the step of the module that has this name: other callbacks may run the module on
+                other images before or after it. None is whatever runs.
+        """
+        self._open, self._step = True, step
+        self._forget()
+
+    def restart(self) -> None:
+        """Begin a pass: count the samples of each loader from 0."""
+        self._seen.clear()
+        self._whole = None
+        self._sharded = self.classifier is not None and adapters.is_sharded(self.classifier)
+
+    def run(self, batch: Any) -> None:
+        """Run the module on a batch, and keep what the layers put out."""
+        self.listen()
+        output = self._reader.forward(self._module, batch)
+        if self.classifier is None and self._rivals:
+            self._outputs.setdefault("", []).append(output)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._open = False
+        self._forget()
+
+    def take(
+        self, batch: Any, loader: Any = None, index: int = 0, shares: bool = False, reader: BatchReader | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features ``{name: (M, d)}`` of the batch that ran last, and their labels ``(M,)``, a row a sample and view.
+
+        Samples that ``loader``, the pass's ``index``-th, has given to another process too are left out.
+
+        Args:
+            batch: The batch.
+            loader: Where it comes from.
+            index: Its ``dataloader_idx``.
+            shares: Leave labels that are shares of the classes ``(M, K)`` as they are.
+            reader: Reads the labels in place of the observer's.
+
+        Raises:
+            ValueError: The features are not those of all samples of the batch.
+        """
+        self._open = False
+        features = self._features()
+        self._forget()
+        reader = reader or self._reader
+        labels = reader.labels(batch) if shares else reader.classes(reader.labels(batch))
+        samples = len(labels)
+        new = new_samples(loader, self._seen[index], samples)
+        self._seen[index] += samples
+        if samples == 0 or not features:
+            return features, labels
+        views, listed = self._views(features, samples, batch)
+        if views > 1:
+            labels = labels.repeat(views, *[1] * (labels.ndim - 1)) if listed else labels.repeat_interleave(views, 0)
+        if new < samples:
+            features = {name: _first(rows, new, views, listed) for name, rows in features.items()}
+            labels = _first(labels, new, views, listed)
+        device = next(iter(features.values())).device
+        return features, labels.to(device, non_blocking=True)
+
+    def weight(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``(K, d)`` and bias ``(K,)`` of the classifier; None if there is none, or they can't be had."""
+        if self.classifier is None:
+            return None
+        return self._whole if self._sharded else adapters.weight_of(self.classifier)
+
+    def describe(self) -> str:
+        """A line on each layer that ran: what it put out, and how that was pooled."""
+        return "; ".join(f"{name} {how}" for name, how in self._how.items())
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _forget(self) -> None:
+        self._caught, self._inputs, self._outputs = {}, {}, {}
+
+    def _listening(self) -> bool:
+        return self._open and (self._step is None or self._module._current_fx_name == self._step)
+
+    def _hook_output(self, name: str, layer: nn.Module) -> None:
+        pooling = self._pooling(layer)
+
+        def catch(m: nn.Module, args: Any, output: Any) -> None:
+            if self._listening():
+                self._caught[name] = self._pooled(name, output, pooling)
+
+        self._handles.append(layer.register_forward_hook(catch))
+
+    def _hook_penultimate(self, classifier: str, judged: bool) -> None:
+        declared = adapters.penultimate_of(self._module)
+        if declared is not None:
+            self._hook_output(PENULTIMATE, declared)
+        if declared is None or judged:
+            try:
+                self._rivals = adapters.classifiers(self._module, self._reader.num_classes, classifier)
+            except ValueError:
+                if declared is None or classifier != "auto":
+                    raise
+        if len(self._rivals) == 1:
+            (self.classifier,) = self._rivals.values()
+        elif self._rivals:
+            self._hook_networks()
+        for path, layer in self._rivals.items():
+            self._hook_classifier(path, layer, declared is None)
+
+    def _hook_classifier(self, path: str, layer: nn.Module, is_penultimate: bool) -> None:
+        pooling = self._pooling(layer)
+
+        def catch(m: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._listening():
+                return
+            if is_penultimate:
+                self._inputs[path] = self._pooled(PENULTIMATE, args[0] if args else kwargs["input"], pooling)
+            if self._sharded and self._whole is None and self.classifier is m:
+                self._whole = adapters.weight_of(m, copy=True)
+
+        def catch_output(m: nn.Module, args: Any, output: Any) -> None:
+            if self.classifier is None and self._listening():
+                self._outputs.setdefault(path, []).append(output)
+
+        self._handles.append(layer.register_forward_pre_hook(catch, with_kwargs=True))
+        if len(self._rivals) > 1:
+            self._handles.append(layer.register_forward_hook(catch_output))
+
+    def _hook_networks(self) -> None:
+        """Keep what the module returns, to see which classifier's output it is."""
+        network = adapters.network_of(self._module)
+
+        def catch(m: nn.Module, args: Any, output: Any) -> None:
+            if self._listening() and self.classifier is None:
+                self._outputs.setdefault("", []).append(output)
+
+        if network is not None:
+            self._handles.append(network.register_forward_hook(catch))
+
+    def _features(self) -> dict[str, Tensor]:
+        """What was caught, with the input of the classifier, which is looked for if it is not known yet."""
+        if self.classifier is None and set(self._outputs) - {""}:
+            path = self._find_classifier()
+            self.classifier = self._rivals[path]
+            rank_zero_info(f"{self._reader.asker} takes {path!r} for the classifier, of {', '.join(self._rivals)}")
+        features = {name: self._caught[name] for name in self.names if name in self._caught}
+        for path, rows in self._inputs.items():
+            if self._rivals[path] is self.classifier:
+                features[PENULTIMATE] = rows
+        return features
+
+    def _find_classifier(self) -> str:
+        """The classifier whose output is what the network returns, or the only one that ran."""
+        returned = {id(tensor) for tensor in adapters.tensors(self._outputs.pop("", []))}
+        fitting = [path for path, outputs in self._outputs.items() if any(id(output) in returned for output in outputs)]
+        ran = list(self._outputs)
+        if len(fitting or ran) == 1:
+            return (fitting or ran)[0]
+        asker = self._reader.asker
+        raise ValueError(
+            f"{asker} cannot tell which of {' and '.join(map(repr, fitting or ran))} is the classifier: "
+            f"{'the module returns the outputs of all of them' if fitting else 'the module returns the output of none'}"
+            f"; give it {asker}(classifier={(fitting or ran)[-1]!r})"
+        )
+
+    def _pooling(self, layer: nn.Module) -> Pooling | Pool:
+        return self._pool or Pool.of(_network_of(self._module, layer))
+
+    def _pooled(self, name: str, output: Any, pooling: Pooling | Pool) -> Tensor:
+        """An output pooled to ``(N, d)`` in float32 or wider, as a copy: what comes next may write over the output."""
+        tensor = next(adapters.tensors(output), None)
+        if tensor is None:
+            raise NoTensorError(
+                f"expected layer {name!r} to put out a tensor, or something that holds one, "
+                f"got {type(output).__name__}; name another layer"
+            )
+        tensor = tensor.detach()
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if isinstance(pooling, Pool):
+            self._how[name] = f"{tuple(tensor.shape)} {pooling.describe(tensor.ndim)}"
+            pooled = pooling(tensor, dtype)
+        else:
+            self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
+            pooled = pooling(tensor)
+        return pooled.to(dtype, copy=True)
+
+    def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:
+        """Rows a sample, the same for every layer, and whether they come view by view."""
+        sizes = {len(value): name for name, value in features.items()}
+        try:
+            if len(sizes) > 1:
+                raise ValueError(f"{' and '.join(map(str, sizes))} rows of features")
+            return self._reader.views(batch, samples, next(iter(sizes)))
+        except ValueError as error:
+            asker = self._reader.asker
+            raise ValueError(
+                f"{asker} found {error} in layer {' and '.join(map(repr, sizes.values()))}; it sees the "
+                "last forward pass of a step, which must be that of all samples of the batch: name other layers, or "
+                f"give it {asker}(batch_to_labels=...) with a label for each row"
+            ) from error
+
+
+def _first(rows: Tensor, samples: int, views: int, listed: bool) -> Tensor:
+    """The rows of the first samples."""
+    if not listed or views == 1:
+        return rows[: samples * views]
+    return rows.reshape(views, -1, *rows.shape[1:])[:, :samples].flatten(0, 1)
+
+
+def _network_of(module: nn.Module, layer: nn.Module) -> nn.Module:
+    """The innermost timm network that holds ``layer``, since it knows how its outputs are pooled; else ``module``."""
+    networks = [
+        m for m in module.modules() if hasattr(m, "pretrained_cfg") and any(part is layer for part in m.modules())
+    ]
+    return networks[-1] if networks else module

@@ -1,0 +1,121 @@
+"""When a callback makes passes of its own, so that they see the weights that validation sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+# Values of each parameter by which weights are told apart: averages and raw weights differ in nearly all of them.
+_LOOKED_AT = 16
+
+
+class PassSchedule:
+    """Says when passes are due: every few epochs, in the epoch's validation if it has one.
+
+    Weight averaging and some optimisers swap weights for the time of a validation. So that a pass and the validation
+    measure the same ones, it is made right before the first batch of the validation, when whoever swaps has done so.
+    Epochs without a validation have a pass at their end, unless weights are swapped in this run: then they have none,
+    and the next validation makes up for it.
+
+    Args:
+        asker: Name of the callback, for messages.
+        every: Epochs between passes; 0 is never.
+    """
+
+    def __init__(self, asker: str, every: int) -> None:
+        self._asker, self._every = asker, every
+        self._epochs_done = 0
+        self._pending = self._last = False
+        self._swapped = False
+        self._validated: Tensor | None = None
+
+    def start(self, trainer: Any) -> None:
+        """Begin a run."""
+        self._epochs_done = trainer.current_epoch
+        self._pending, self._swapped, self._validated = False, False, None
+        if self._every and _swaps(trainer) and not _validates(trainer):
+            rank_zero_info(
+                f"{self._asker}: weights are averaged in this run, but it has no validation: what is measured are the "
+                "weights that train"
+            )
+
+    def is_due(self, trainer: Any) -> bool:
+        """Whether the present epoch calls for a pass that has not been made."""
+        every = self._every
+        return (
+            bool(every)
+            and trainer.state.fn == "fit"
+            and (trainer.current_epoch + 1) // every > self._epochs_done // every
+        )
+
+    def open_validation(self, trainer: Any) -> bool:
+        """Whether to make a pass at the start of a validation already: a process may get no batch in it."""
+        self._last = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch
+        self._pending = self._last and self.is_due(trainer)
+        return self._pending and not _every_process_gets_a_batch(trainer)
+
+    def in_validation(self, trainer: Any, module: nn.Module) -> bool:
+        """Whether to make a pass before the present batch of a validation."""
+        if self._last and self._validated is None:
+            self._validated = _some_weights(module)
+        return self._pending
+
+    def after_epoch(self, trainer: Any, module: nn.Module) -> bool:
+        """Whether to make a pass at the end of an epoch."""
+        before, self._validated = self._validated, None
+        if before is not None and not self._swapped and _differ(before, _some_weights(module)):
+            self._swapped = True
+            rank_zero_info(
+                f"{self._asker}: validation runs with other weights than training (an average, say); passes over the "
+                "training set measure those of the validation, in epochs that have one"
+            )
+        waits = _validates(trainer) and (self._swapped or _swaps(trainer))
+        return self.is_due(trainer) and not waits
+
+    def done(self, trainer: Any) -> None:
+        """Note that a pass has been made."""
+        self._epochs_done, self._pending = trainer.current_epoch + 1, False
+
+
+def _swaps(trainer: Any) -> bool:
+    """Whether a callback averages weights, or an optimiser trains others than it means (schedule-free ones)."""
+    names = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
+    both = [all(callable(getattr(o, mode, None)) for mode in ("train", "eval")) for o in trainer.optimizers]
+    return "WeightAveraging" in names or any(both)
+
+
+def _validates(trainer: Any) -> bool:
+    """Whether some epochs end in a validation."""
+    some = trainer.val_dataloaders is None or sum(_lengths(trainer)) > 0  # it may not have asked for its loaders yet
+    return bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and some
+
+
+def _lengths(trainer: Any) -> list[float]:
+    lengths = trainer.num_val_batches
+    return lengths if isinstance(lengths, list) else [lengths]
+
+
+def _every_process_gets_a_batch(trainer: Any) -> bool:
+    if trainer.world_size == 1:
+        return True
+    some = 0 < sum(_lengths(trainer)) < float("inf")
+    total = trainer.strategy.reduce(torch.tensor(float(some), device=trainer.strategy.root_device), reduce_op="sum")
+    return float(total) == trainer.world_size
+
+
+def _some_weights(module: nn.Module) -> Tensor:
+    """A few values of each parameter that trains."""
+    parts = []
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.numel():
+            local = parameter.detach()
+            local = local.to_local() if hasattr(local, "to_local") else local
+            parts.append(local[:1].reshape(-1)[:_LOOKED_AT].float() if local.ndim else local.reshape(1).float())
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.equal(a.view(torch.int32), b.view(torch.int32))  # nan is not itself

@@ -1,0 +1,376 @@
+"""Passes over images as they are evaluated: the only place that makes a loader anew or puts a module into eval mode.
+
+Evaluation means no augmentation, no gradients and fixed weights. Whatever a pass touches is afterwards as it was, bit
+for bit: weights, modes, the trainer's stage and the random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+# What every torch module has in its namespace; the rest is its author's.
+_OF_TORCH = frozenset(vars(nn.Module()))
+# What the end of a loader's iterator is told by, since a batch may be anything.
+_END = object()
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode; on exit every part is in the mode, and has the tensors and attributes, that it had before.
+
+    A part with a ``train()`` of its own (LoRA that merges its weights, an attention that caches its biases) changes
+    more than a flag. It is put back by its own method and then, since merging and unmerging rounds, from a copy of its
+    tensors and attributes.
+    """
+    modes = {part: part.training for part in module.modules()}
+    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _own_tensors(part)]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in modes:  # parents come first: their train() may reach their children
+            if part.training != modes[part] and _has_own_train(part):
+                part.train(modes[part])
+        for part, mode in modes.items():
+            part.training = mode
+        for part, (attributes, tensors) in kept:
+            vars(part).update(attributes)
+            for tensor, value in zip(_own_tensors(part), tensors, strict=True):
+                tensor.data.copy_(value)
+
+
+def _has_own_train(part: nn.Module) -> bool:
+    return type(part).train is not nn.Module.train
+
+
+def _own_tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+
+
+def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
+    attributes = {
+        name: copy.copy(value) if isinstance(value, dict | list | set) else value
+        for name, value in vars(part).items()
+        if name not in _OF_TORCH
+    }
+    return attributes, [tensor.detach().clone() for tensor in _own_tensors(part)]
+
+
+@contextmanager
+def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """`eval_mode` without gradients; on exit the trainer's stage and the random numbers are as they were too."""
+    stage = trainer.state.stage
+    with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context(), eval_mode(module):
+        try:
+            trainer.validating = True
+            yield
+        finally:
+            trainer.state.stage = stage
+
+
+def on_device(trainer: Trainer, batch: Any) -> Any:
+    """The batch as a step would get it."""
+    with _data_precision():
+        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+
+def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader as a step would get them."""
+    batches = iter(loader)
+    while True:
+        with _data_precision():
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield on_device(trainer, batch)
+
+
+@contextmanager
+def _data_precision() -> Iterator[None]:
+    """Make data in single precision, as outside a pass: in one, bf16-true makes bfloat16 the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
+    """All training images in a fixed order and as they are evaluated, whichever of several processes asks.
+
+    Raises:
+        ValueError: The trainer has no datamodule that offers them.
+    """
+    offered = _offered(trainer)
+    if offered is None:
+        raise ValueError(
+            f"{purpose} needs the training images in a fixed order and without augmentation; "
+            "fit with a datamodule that has a train_plain_dataloader()"
+        )
+    return in_order(offered())
+
+
+def _offered(trainer: Trainer) -> Any:
+    return getattr(_of(trainer, "datamodule"), "train_plain_dataloader", None)
+
+
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same data set from its first to its last sample."""
+    options: Any = {name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers", "pin_memory")}
+    return DataLoader(loader.dataset, **options, generator=torch.Generator())
+
+
+class TrainingSet:
+    """The training set of a run as a pass sees it: in a fixed order, each sample once over all processes.
+
+    It is what a datamodule's ``train_plain_dataloader()`` gives, images without augmentation; otherwise what the
+    training loader's sampler draws from its data set, as that is, or a stream of its own of an iterable one. It is
+    asked for again whenever the trainer asks for its training loader.
+
+    Args:
+        asker: Name of the callback, for messages.
+        option: Its argument that limits a pass.
+        off: Its argument that turns these passes off.
+
+    Attributes:
+        limited: Whether the last pass took less than the whole set.
+        loader: What its batches came from.
+    """
+
+    def __init__(self, asker: str, option: str, off: str) -> None:
+        self.limited = False
+        self.loader: Any = None
+        self._asker, self._option, self._off = asker, option, off
+        self._asked_for: Any = None
+        self._source: Any = None
+        self._plain = False
+        self._made: tuple[Any, DataLoader[Any]] | None = None
+
+    def batches(
+        self, trainer: Trainer, max_batches: int | None = None, max_samples: int | None = None, shared: bool = True
+    ) -> Iterator[Any]:
+        """Batches of a pass, as the loader gives them.
+
+        Limits, which are these and the trainer's own on training, take samples evenly over the set, in proportion to
+        its classes where it has its labels in ``targets`` or ``labels``. The first batches are taken of a stream, and
+        of a set that the trainer overfits on purpose.
+
+        Args:
+            trainer: The trainer.
+            max_batches: Batches at most on each process.
+            max_samples: Samples at most over all processes.
+            shared: Whether the processes share the set among them; else each takes all of it.
+
+        Raises:
+            ValueError: There are several training loaders, or the data may never end.
+        """
+        loader = self._ask(trainer)
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return self._stream(trainer, loader, max_batches, max_samples)
+        with isolate_rng():
+            drawn = _drawn(loader)
+        most = self._most_samples(trainer, loader, max_batches, max_samples)
+        self.limited = most is not None and most < len(drawn)
+        fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
+        chosen = (
+            drawn if not self.limited else drawn[:most] if fixed else spread(drawn, cast(int, most), loader.dataset)
+        )
+        own = chosen[trainer.global_rank :: trainer.world_size] if shared else chosen
+        as_it_is = trainer.world_size == 1 or (shared and isinstance(loader.sampler, DistributedSampler))
+        if not (self._plain and as_it_is) or self.limited:
+            if self._made is None or self._made[0] != own:
+                self._made = own, like(loader, own)
+            loader = self._made[1]
+        self.loader = loader
+        return iter(loader)
+
+    def _ask(self, trainer: Trainer) -> Any:
+        """The training loader to go by; of a run whose trainer has asked for another since, that one."""
+        own = getattr(trainer.fit_loop, "_combined_loader", None)  # made anew each time that the trainer asks
+        asked_for = (_of(trainer, "datamodule"), trainer.train_dataloader if own is None else own)
+        if self._asked_for is None or any(a is not b for a, b in zip(self._asked_for, asked_for, strict=True)):
+            offered = _offered(trainer)
+            self._source = offered() if offered is not None else trainer.train_dataloader
+            if self._asked_for is None and offered is None:
+                rank_zero_info(
+                    f"{self._asker} measures the training set as its data set gives it, augmentation included; "
+                    "a datamodule's train_plain_dataloader() would be used instead"
+                )
+            self._asked_for, self._made, self._plain = asked_for, None, offered is not None
+        if isinstance(self._source, Mapping | Sequence):
+            raise ValueError(
+                f"{self._asker} cannot choose among {len(self._source)} training loaders; give the datamodule a "
+                f"train_plain_dataloader(), or {self._asker}({self._off})"
+            )
+        return self._source
+
+    def _stream(self, trainer: Trainer, loader: Any, max_batches: int | None, max_samples: int | None) -> Iterator[Any]:
+        length = self._most_batches(trainer, loader, max_batches, max_samples)
+        self.limited = length is not None
+        if isinstance(loader, DataLoader) and not self._plain:
+            if self._made is None:
+                self._made = None, like(loader, None)
+            loader = self._made[1]
+        self.loader = loader
+        return islice(iter(loader), length)
+
+    def _most_samples(
+        self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None
+    ) -> int | None:
+        """Limits on samples over all processes; where the data set makes batches itself, those count."""
+        size = _batch_size(loader)
+        limits = [] if max_batches is None else [max_batches * (size or 1) * trainer.world_size]
+        limits += [] if max_samples is None or size is None else [max_samples]
+        if _is_limited(trainer):
+            theirs = getattr(trainer.train_dataloader, "batch_size", None) or size or 1
+            limits.append(int(trainer.num_training_batches) * (theirs if size else 1) * trainer.world_size)
+        return min(limits, default=None)
+
+    def _most_batches(
+        self, trainer: Trainer, loader: Any, max_batches: int | None, max_samples: int | None
+    ) -> int | None:
+        """Limits on batches of a process."""
+        size = getattr(loader, "batch_size", None)
+        limits = [] if max_batches is None else [max_batches]
+        limits += [] if max_samples is None or not size else [math.ceil(max_samples / size)]
+        counted = _has_length(loader)
+        if (_is_limited(trainer) or not counted) and trainer.num_training_batches != float("inf"):
+            theirs = getattr(trainer.train_dataloader, "batch_size", None)
+            limits.append(math.ceil(int(trainer.num_training_batches) * (theirs / size if theirs and size else 1)))
+        if not limits and not counted and trainer.max_epochs in (None, -1):
+            raise ValueError(
+                f"{self._asker} cannot tell whether the training data ever end, since their loader has no length "
+                f"and the trainer no max_epochs; give it {self._asker}({self._option}=...)"
+            )
+        return min(limits, default=None)
+
+
+def _of(trainer: Any, name: str) -> Any:
+    """What the trainer is given as it is made, which its type does not say."""
+    return getattr(trainer, name, None)
+
+
+def _is_limited(trainer: Trainer) -> bool:
+    limit = trainer.limit_train_batches  # 1 is a batch, 1.0 is all of them
+    limited = isinstance(limit, int) or limit < 1.0 or bool(_of(trainer, "overfit_batches"))
+    return limited and trainer.num_training_batches != float("inf")
+
+
+def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any) -> DataLoader[Any]:
+    """A loader of these samples of the same data set, in batches of the same size; None is all, as of a stream."""
+    made: dict[str, Any] = {
+        "batch_size": _batch_size(loader),
+        "sampler": indices,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "persistent_workers": loader.persistent_workers,
+        "generator": torch.Generator(),
+    }
+    return DataLoader(loader.dataset, **(made | options))
+
+
+def evenly(loader: Any, most: int) -> Iterable[Any]:
+    """Batches of at most so many samples, evenly over the data set in its own order; the first ones, of a stream."""
+    size = getattr(loader, "batch_size", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _batch_size(loader) is None:
+        return islice(loader, math.ceil(most / size) if size else None)
+    return like(loader, spread(_drawn(loader), most, loader.dataset))
+
+
+def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:
+    """At most so many of the indices, evenly over them, or over each class where the data set knows its labels."""
+    if most >= len(indices):
+        return indices
+    drawn = np.asarray(indices)
+    labels = known_labels(dataset)
+    order = np.arange(len(drawn)) if labels is None else np.argsort(labels[drawn], kind="stable")
+    middles = (np.arange(most) + 0.5) * len(drawn) / most
+    return [int(index) for index in drawn[np.sort(order[middles.astype(int)])]]
+
+
+def known_labels(dataset: Any) -> Any:
+    """The whole-number labels ``(N,)`` that a data set has in ``targets`` or ``labels``; None if it has none there."""
+    if isinstance(dataset, Subset):
+        inner = known_labels(dataset.dataset)
+        return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
+    candidates: list[Any] = list(dataset.tensors[1:]) if isinstance(dataset, TensorDataset) else []
+    candidates += [getattr(dataset, name, None) for name in ("targets", "labels")]
+    for labels in candidates:
+        if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):
+            values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+            if values.ndim == 1 and values.dtype.kind in "iu":
+                return values
+    return None
+
+
+def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
+    """Indices of the samples that a loader draws in an epoch, each once, in their order."""
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        sampler = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(loader.batch_sampler)
+    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
+        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
+    if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
+        return range(len(cast(Sized, loader.dataset)))
+    return sorted(set(sampler))
+
+
+def _batch_size(loader: DataLoader[Any]) -> int | None:
+    """None where the data set makes the batches itself."""
+    if loader.batch_sampler is None or loader.batch_size is not None:
+        return loader.batch_size
+    return getattr(loader.batch_sampler, "batch_size", None) or len(next(iter(loader.batch_sampler), [0]))
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except TypeError:
+        return False
+
+
+def flat(loaders: Any) -> list[Any]:
+    """The loaders in the order of their ``dataloader_idx``, however a project nests them."""
+    return list(CombinedLoader(loaders, "sequential").flattened)
+
+
+def new_samples(loader: Any, start: int, size: int) -> int:
+    """How many of ``size`` samples, a process's ``start``-th and on, its sampler has not given to another too.
+
+    `DistributedSampler` repeats samples so that all processes get as many; the repeated ones come last.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return size
+    total = len(cast(Sized, sampler.dataset))
+    own = len(range(sampler.rank, total, sampler.num_replicas))
+    return max(0, min(size, own - start))

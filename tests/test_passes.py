@@ -1,0 +1,121 @@
+"""Passes: what is touched is as it was, and which samples a limited pass takes."""
+
+from typing import Any
+
+import loralib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from ncfinetune.passes import eval_mode, evenly, known_labels, spread
+
+
+class Caching(nn.Module):
+    """Keeps what it made of its parameter in eval mode and drops that in training, as LeViT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode and self.cache:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.bias
+        return x + self.cache.setdefault("bias", self.bias.detach().clone())
+
+
+def _network() -> nn.Sequential:
+    network = nn.Sequential(loralib.Linear(4, 4, r=2), Caching(), nn.Dropout(0.5))
+    nn.init.normal_(network[0].lora_B)
+    return network.train()
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    return [value.clone() for value in network.state_dict().values()]
+
+
+def test_modules_with_a_train_of_their_own_are_as_they_were_bit_for_bit() -> None:
+    network = _network()
+    before, trained = _state(network), network[0](torch.ones(1, 4))
+    with eval_mode(network), torch.no_grad():
+        assert network[0].merged
+        assert not torch.equal(network[0].weight, before[0])
+        network(torch.ones(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
+    assert not network[0].merged
+    assert network[1].cache == {}
+    assert torch.equal(network[0](torch.ones(1, 4)), trained)
+
+
+def test_what_was_merged_in_training_mode_stays_so() -> None:
+    """Lightning's own validation leaves flags alone: LoRA merged, in training mode."""
+    network = _network()
+    network.eval()
+    for part in network.modules():
+        part.training = True
+    before = _state(network)
+    with eval_mode(network):
+        pass
+    assert network[0].merged
+    assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
+
+
+def test_each_part_has_its_own_mode_again() -> None:
+    class Freezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.free = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self.frozen.eval()
+            return self
+
+    network = nn.ModuleList([Freezing(), Freezing(), _network()]).train()
+    network[1].frozen.training = True  # against its own rule
+    network[2][0].eval()
+    modes = [part.training for part in network.modules()]
+    before = _state(network)
+    with eval_mode(network):
+        assert not any(part.training for part in network.modules())
+    assert [part.training for part in network.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_limited_samples_are_evenly_of_every_class(ordered: bool) -> None:
+    labels = torch.arange(100) // 10
+    labels = labels if ordered else labels[torch.randperm(100)]
+    dataset = TensorDataset(torch.zeros(100, 1), labels)
+    taken = torch.cat([batch[1] for batch in evenly(DataLoader(dataset, batch_size=8), 20)])
+    assert taken.bincount().tolist() == [2] * 10
+    assert sum(len(batch[1]) for batch in evenly(DataLoader(dataset, batch_size=8), 1000)) == 100
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 99, 100])
+def test_spread_indices_are_as_many_as_asked_for_all_different_and_in_order(most: int) -> None:
+    chosen = spread(range(100), most)
+    assert len(set(chosen)) == most
+    assert list(chosen) == sorted(chosen)
+    assert max(np.diff([-1, *chosen, 100])) <= 2 + 100 // most
+
+
+def test_labels_that_a_data_set_knows() -> None:
+    class Named(torch.utils.data.Dataset):
+        targets = (2, 0, 1)
+
+        def __len__(self) -> int:
+            return 3
+
+    assert known_labels(Named()).tolist() == [2, 0, 1]
+    assert known_labels(Subset(Named(), [2, 1])).tolist() == [1, 0]
+    assert known_labels(TensorDataset(torch.zeros(3), torch.rand(3))) is None
+    assert known_labels([1, 2]) is None
