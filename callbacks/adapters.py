@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncfinetune.inputs import may_look
 from ncfinetune.layers import PENULTIMATE, find_layers
-from ncfinetune.moments import may_look
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"

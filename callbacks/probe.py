@@ -18,8 +18,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
+from ncfinetune.inputs import check_labels, may_look
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.moments import check_labels, may_look
 from ncfinetune.passes import TrainingSet, evaluation, evenly, flat, ready_batches
 
 from . import adapters
