@@ -31,7 +31,7 @@ IMPORTS = {
     "ncfinetune.finetune": {"backbone", "cache", "delta", "frozen", "heads", "layers", "learner", "passes", "store"},
     "ncfinetune.folds": set(),
     "ncfinetune.frozen": {"delta"},
-    "ncfinetune.heads": {"collapse"},
+    "ncfinetune.heads": {"moments"},
     "ncfinetune.inputs": set(),
     "ncfinetune.layers": set(),
     "ncfinetune.learner": {"backbone", "schedule", "weights"},
