@@ -248,7 +248,7 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
     data.setup("test")
     (tmp_path / "photos" / "deeper").mkdir(parents=True)
     for index, place in ((0, "a.png"), (1, "b.png"), (2, "deeper/c.PNG")):
-        image = data.test_dataloader().dataset[index][0][0].numpy()
+        image = data.predict_dataloader().dataset[index][0][0].numpy()
         Image.fromarray(image).convert("RGBA").save(tmp_path / "photos" / place, format="png")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     main(["predict", *trained, "--images", str(tmp_path / "photos")])

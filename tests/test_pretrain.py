@@ -1,6 +1,6 @@
 """Pre-training: Supervised with its losses, heads and adversary; SupCon and SimCLR; switches; what a run leaves."""
 
-import argparse
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +396,7 @@ def test_export_takes_the_backbone_out_of_a_checkpoint(tmp_path: Path, capsys: p
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(Backbone(**SMALL).net.state_dict(), tmp_path / "plain.pth")
     torch.save({f"backbone.net.{k}": v for k, v in Backbone(**SMALL).net.state_dict().items()}, tmp_path / "a.ckpt")
-    torch.save({"state_dict": {}, "hparams": argparse.Namespace(lr=1)}, tmp_path / "o.ckpt")
+    torch.save({"state_dict": {}, "hparams": Fraction(1, 2)}, tmp_path / "o.ckpt")
     (tmp_path / "g.ckpt").write_bytes(b"garbage" * 9)
     (tmp_path / "g.safetensors").write_bytes(b"garbage" * 9)
     for words, message in {
@@ -405,7 +405,7 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (str(tmp_path / "a.ckpt"), "a.txt"): "expected a file name that ends in .safetensors or .pth, got 'a.txt'",
         (str(tmp_path / "g.ckpt"), "a.pth"): "g.ckpt' as a checkpoint of plain tensors: it is damaged or no file of",
         (str(tmp_path / "g.safetensors"), "a.pth"): "g.safetensors' as a checkpoint of plain tensors: it is damaged",
-        (str(tmp_path / "o.ckpt"), "a.pth"): "it holds objects of argparse.Namespace",
+        (str(tmp_path / "o.ckpt"), "a.pth"): "it holds objects of fractions.Fraction",
         ("a.ckpt",): "usage: ncfinetune export CHECKPOINT FILE.safetensors",
     }.items():
         assert main(["export", *words]) == 2
