@@ -420,7 +420,7 @@ def test_command_line_with_lars_warm_up_and_scaling(
 model:
   class_path: SimCLR
   init_args:
-    backbone: {name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], channels_last: true}
+    backbone: {name: resnet18, stem: cifar, in_chans: 1, channels: [8, 16, 24, 32], channels_last: true}
     temperature: 0.5
     optimizer: {class_path: timm.optim.Lars, init_args: {lr: 0.3, momentum: 0.9, weight_decay: 1.0e-6}}
     lr_scheduler: {class_path: WarmupCosine, init_args: {epochs: 2, warmup: 1}}
