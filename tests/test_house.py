@@ -22,7 +22,7 @@ IMPORTS = {
     "ncfinetune.backbone": {"compiled", "layers", "weights"},
     "ncfinetune.cache": {"backbone", "delta", "passes", "store", "tail"},
     "ncfinetune.calibration": set(),
-    "ncfinetune.cli": {"predictions", "weights"},
+    "ncfinetune.cli": {"learner", "predictions", "weights"},
     "ncfinetune.closed_forms": set(),
     "ncfinetune.collapse": {"moments"},
     "ncfinetune.compiled": set(),
