@@ -109,7 +109,7 @@ def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
     ids=lambda words: words[0],
 )
 def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_path: Path) -> None:
-    backbone = TINY.replace("}", ", channels_last: true}")
+    backbone = TINY.replace("[4, 6, 8, 10]}", "[8, 16, 24, 32], channels_last: true}")
     data = ["--data", "Digits", "--data.shots", "4", "--data.classes", "[0, 1, 2]"]
     run = _fit(tmp_path, "a", "--model", learner[0], "--model.backbone", backbone, *data, *learner[1:])
     first = yaml.safe_load((run / "config.yaml").read_text())["model"]

@@ -22,6 +22,9 @@ from ncfinetune.schedule import WarmupCosine
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+# On some processors torch 2.14 writes outside its memory in the backward pass of channels_last convolutions of widths
+# that are no multiples of 8.
+EIGHTS = {**SMALL, "channels": [8, 16, 24, 32]}
 VIT = {"name": "test_vit", "img_size": 16, "patch_size": 8, "in_chans": 1}
 
 
@@ -346,13 +349,13 @@ def _first_loss(folder: Path, method, backbone: dict[str, Any], **arguments: Any
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 def test_a_switch_leaves_the_loss(method, backbone: dict, arguments: dict, tolerance: float, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    plain = _first_loss(tmp_path, method, SMALL)
+    plain = _first_loss(tmp_path, method, EIGHTS)
     torch.manual_seed(1)
-    assert _first_loss(tmp_path, method, SMALL | backbone, **arguments) == pytest.approx(plain, rel=tolerance)
+    assert _first_loss(tmp_path, method, EIGHTS | backbone, **arguments) == pytest.approx(plain, rel=tolerance)
 
 
 def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> None:
-    backbone = Backbone(**SMALL, channels_last=True)
+    backbone = Backbone(**EIGHTS, channels_last=True)
     formats = []
     backbone.net.layer2.register_forward_hook(
         lambda m, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
@@ -360,7 +363,7 @@ def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> No
     backbone(torch.randn(2, 1, 8, 8))
     backbone.stages(torch.randn(2, 1, 8, 8), ["layer2.0"])
     assert formats == [True, True]
-    assert backbone.spec == SMALL
+    assert backbone.spec == EIGHTS
 
 
 # What a run leaves
