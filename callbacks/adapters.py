@@ -19,14 +19,14 @@ from ncfinetune.layers import PENULTIMATE, find_layers
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
-# Parts of a module's path that lead into an adapter's inner layers, of which none puts out the logits (peft's names).
+# Parts of a module's path that lead into an adapter's inner layers, none of which outputs the logits (peft's names).
 _INSIDE_ADAPTERS = {"base_layer", "lora_A", "lora_B", "original_module"}
 # Stands for labels that name no class, so that they count as out of range.
 NO_CLASS = -(2**31)
 
 
 class NoTensorError(TypeError):
-    """A layer puts out nothing that could be measured."""
+    """The output of a layer holds nothing that could be measured."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a layer puts out: itself, or those in a tuple, a mapping or a dataclass, in their order."""
+    """The tensors in a layer's output: itself, or those in a tuple, a mapping or a dataclass, in their order."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
