@@ -410,10 +410,7 @@ def synchronisation_rows(device: Device, sizes: Sizes) -> Iterator[str]:
         run(), run()
         yield f"| synchronisations a batch, {name} | | {device.synchronisations(run)} | | |"
     batches, layers = 8, list(backbone(sizes).layers)
-    callbacks = {
-        "tracker of all blocks and probe": [*trackers(layers, 0), OnlineProbe(CLASSES)],
-        "neither": [],
-    }
+    callbacks = {"tracker of all blocks and probe": [*trackers(layers, 0), OnlineProbe(CLASSES)], "neither": []}
     for name, made in callbacks.items():
         once, twice = (synchronisations_of_validation(device, sizes, made, n) for n in (batches, 2 * batches))
         yield f"| synchronisations a batch of validation, {name} | | {(twice - once) / batches:.3g} | | |"
