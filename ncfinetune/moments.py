@@ -23,7 +23,7 @@ from ncfinetune import accumulator
 from ncfinetune.accumulator import Accumulator
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
-from ncfinetune.scatter import ShiftedScatter, add_products, full_precision
+from ncfinetune.scatter import ROUNDING, ShiftedScatter, add_products, full_precision
 
 # A class's shift is chosen anew by a buffer with this many times the samples that it was chosen from.
 _BETTER = 4
@@ -227,7 +227,7 @@ class MomentAccumulator(Accumulator):
         self.squares.index_add_(0, labels, squares)
         if self.keeps_scatter:
             in_range = narrow and _SMALL < float(squares.max()) / z.shape[1] < _LARGE
-            add_products(self.scatter, self.rounding, z if in_range else z.double())
+            add_products(self.scatter, self.rounding, z if in_range or not narrow else z.double(), z.dtype)
 
     def _is_narrow_enough(self, rows: Tensor) -> bool:
         """Whether to multiply in float32: looked into after 1, 4, 16, ... products, the first of which is float64."""
@@ -250,7 +250,8 @@ class MomentAccumulator(Accumulator):
         means = self.shift[present] + self.sums[present] / self.count[present, None]
         means = means - means.mean(0)
         scale = means.abs().amax().item() if len(means) > 1 else 0.0
-        if scale == 0:
+        square = float(self.squares.sum() / self.count.sum()) / self.width
+        if scale == 0 or not _SMALL < square < _LARGE:
             return math.inf
         means = (means / scale).float()
         wide = len(means) <= means.shape[1]
@@ -265,7 +266,7 @@ class MomentAccumulator(Accumulator):
             else:
                 rows = torch.linalg.solve_triangular(factor.T, noise, upper=True).T
         rows = rows.double() / scale
-        rounding = self.scatter.diagonal() * 2.0**-24
+        rounding = self.scatter.diagonal() * ROUNDING[torch.float32]
         scatter = ShiftedScatter(self.count, self.sums, self.scatter, rounding)
         return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
 
@@ -306,7 +307,7 @@ class MomentAccumulator(Accumulator):
         if self.keeps_scatter:
             change = step.T @ (count * step - sums) - sums.T @ step
             self.scatter += change
-            self.rounding.add_(change.diagonal().abs(), alpha=2.0**-53)
+            self.rounding.add_(change.diagonal().abs(), alpha=ROUNDING[torch.float64])
 
     def check(self, name: str) -> None:
         """Raise if samples were left out for what they hold; reads the device.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # Half a unit in the last place.
-_ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ class ShiftedScatter:
         return within.div_(self.count.sum().clamp(min=1))
 
 
-def add_products(upper: Tensor, rounding: Tensor, z: Tensor) -> None:
+def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype) -> None:
     """Add ``z^T z`` to the blocks of ``upper`` that lie on and above its diagonal, in the arithmetic of ``z``.
 
     Args:
         upper: The sum so far, ``(d, d)``.
         rounding: Its rounding, ``(d,)``; grows with it.
         z: Shifted features, ``(m, d)``.
+        given: The type that they were rounded to.
     """
     before = upper.diagonal().clone()
     with full_precision(z.device):
@@ -84,7 +85,7 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor) -> None:
                 block.addmm_(z[:, rows].T, z[:, rows.start :])
             else:
                 block += z[:, rows].T @ z[:, rows.start :]
-    rounding.add_(upper.diagonal() - before, alpha=_ROUNDING[z.dtype])
+    rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
 
 
 def _blocks(width: int) -> Iterator[slice]:
