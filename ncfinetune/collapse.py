@@ -43,16 +43,20 @@ def nc1(moments: ClassMoments) -> Tensor:
     """
     total = doubt = scale = moments.mean.new_zeros(())
     for rows in _whitening(moments):
-        total = total + moments.spread(rows)
-        doubt = doubt + moments.doubt(rows)
+        spread = moments.spread(rows)
+        total = total + spread
+        doubt = doubt + moments.doubt(rows.detach(), spread.detach())
         scale = scale + rows.square().sum()
     if not scale > 0:
         return moments.mean.new_tensor(torch.nan)
+    doubt = 4 * doubt.detach()  # standard deviations
     # What varies less within classes than the class means are rounded is taken for full collapse.
     if doubt > _EXACT * total and doubt > scale * (_EPS * moments.mean.abs().max()).square():
+        share = float((doubt / total).detach())
         raise UnresolvedCollapseError(
-            f"nc1 is {float(total):.2g}, and rounding may have moved it by {float(doubt):.0e}: variances within "
-            "classes are too uneven; give float64 features, and samples in random order"
+            f"expected nc1 to be exact to {_EXACT:.0e}, and rounding may have moved it by {share:.0e}: the features vary "
+            "too unevenly within classes, or the class means too little in some directions; leave out outliers, and "
+            "give the features as float64 or in random order"
         )
     return total
 

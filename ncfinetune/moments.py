@@ -117,9 +117,22 @@ class ClassMoments:
             raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
         return torch.tensordot(rows @ self.within, rows)
 
-    def doubt(self, rows: Tensor) -> Tensor:
-        """How far rounding may have moved ``spread(rows)``, as far as it is known."""
-        return rows.new_zeros(()) if self.scatter is None else self.scatter.doubt(rows)
+    def doubt(self, rows: Tensor, spread: Tensor) -> Tensor:
+        """How far rounding may have moved ``spread(rows)``, as a standard deviation, for rows that whiten ``centred``.
+
+        Rounding of the products counts, and rounding ``u`` of the class means: in feature ``i``, where these have norm
+        ``m_i``, it moves a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, and brings in what varies there.
+        """
+        if self.scatter is None:
+            products, variances = (
+                rows.new_zeros(()),
+                torch.zeros_like(rows[0]) if self.within is None else self.within.diagonal(),
+            )
+        else:
+            products, variances = self.scatter.doubt(rows), self.scatter.diagonal()
+        means = ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt()
+        turned = means * rows.square().sum(1).square().sum().sqrt()
+        return products + 2 * turned * spread.sqrt() + turned.square()
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
@@ -371,6 +384,8 @@ class MomentAccumulator(Accumulator):
         self.squares = moments.count * moments.variance
         if moments.within is not None:
             self.scatter = moments.within * moments.count.sum()
+            # Several roundings of entries that can be far larger than those of the parts.
+            self.rounding.add_(self.scatter.diagonal(), alpha=4 * ROUNDING[torch.float64])
             self.plan = torch.zeros_like(self.plan)
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor], device: torch.device | None = None) -> None:

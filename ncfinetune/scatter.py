@@ -59,6 +59,11 @@ class ShiftedScatter:
         """
         return ((rows * self.rounding) @ rows.T).norm() / self.count.sum()
 
+    def diagonal(self) -> Tensor:
+        """The diagonal of ``Sigma_W``, ``(d,)``."""
+        shifted = (self.sums.square() / self.count.clamp(min=1)[:, None]).sum(0)
+        return (self.upper.diagonal() - shifted).clamp(min=0) / self.count.sum()
+
     def written_out(self) -> Tensor:
         """``Sigma_W``, ``(d, d)``."""
         within = self.upper.clone()
