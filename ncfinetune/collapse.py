@@ -54,9 +54,9 @@ def nc1(moments: ClassMoments) -> Tensor:
     if doubt > _EXACT * total and doubt > scale * (_EPS * moments.mean.abs().max()).square():
         share = float((doubt / total).detach())
         raise UnresolvedCollapseError(
-            f"expected nc1 to be exact to {_EXACT:.0e}, and rounding may have moved it by {share:.0e}: the features vary "
-            "too unevenly within classes, or the class means too little in some directions; leave out outliers, and "
-            "give the features as float64 or in random order"
+            f"expected nc1 to be exact to {_EXACT:.0e}, and rounding may have moved it by {share:.0e}: the features "
+            "vary too unevenly within classes, or the class means too little in some directions; leave out "
+            "outliers, and give the features as float64 or in random order"
         )
     return total
 

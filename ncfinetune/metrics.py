@@ -366,12 +366,7 @@ class CollapseCollection(MetricCollection):
 
     def compute(self) -> dict[str, Any]:
         """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
-        return self.compute_with_moments()[0]
-
-    def compute_with_moments(self) -> tuple[dict[str, Any], ClassMoments | None]:
-        """What ``compute`` gives, and the class moments without ``within``, or None if no member derives from them."""
         values: dict[str, Any] = {}
-        moments = None
         for group in self.compute_groups.values():
             leader, *_ = members = [getattr(self, name) for name in group]
             if not isinstance(leader, _MomentMetric):
@@ -383,7 +378,7 @@ class CollapseCollection(MetricCollection):
                     own = isinstance(member, NC3) and leader._is_synced and member is not leader
                     with member.common_weight(moments.mean.shape[1]) if own else nullcontext():
                         values[name] = member.value_of(moments)
-        return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}, moments
+        return {self._set_name(name): values[name] for name in map(str, self.keys(keep_base=True))}
 
 
 def neural_collapse(

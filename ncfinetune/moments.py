@@ -322,26 +322,6 @@ class MomentAccumulator(Accumulator):
             self.scatter += change
             self.rounding.add_(change.diagonal().abs(), alpha=ROUNDING[torch.float64])
 
-    def check(self, name: str) -> None:
-        """Raise if samples were left out for what they hold; reads the device.
-
-        Args:
-            name: What is being measured, for the message.
-
-        Raises:
-            ValueError: Labels outside ``0..K-1``.
-            NonFiniteFeaturesError: nan or inf.
-        """
-        super().check(name)
-        distance = (self.sums / self.count.clamp(min=1)[:, None]).square().sum(1)
-        variance = self.squares / self.count.clamp(min=1) - distance
-        lost = (distance * 2.0**-51 > 1e-6 * variance).nonzero().squeeze(1)
-        if len(lost):
-            raise UnresolvedCollapseError(
-                f"{name}: the first samples of class {int(lost[0])} lie so far from its later ones that rounding of "
-                "float64 hides how these vary; give the samples in another order"
-            )
-
     def moments(self, within: bool = True) -> ClassMoments:
         """The class moments of all samples so far.
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import reference
-from ncfinetune.metrics import neural_collapse
+from ncfinetune import accumulator
+from ncfinetune.collapse import class_moments, nc1, nc1_ratio
+from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
+from ncfinetune.moments import UnresolvedCollapseError
 
 Case = tuple[np.ndarray, np.ndarray, int]
 
@@ -66,3 +69,96 @@ def test_small(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_full_size(case: str) -> None:
     _check(CASES[case](100, 512, 50_000))
+
+
+def _rotated(ratio: float, samples: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 features whose standard deviation within classes is ``ratio`` times as large along one direction."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(samples) % 5
+    means = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    noise = torch.randn(samples, 8, generator=generator, dtype=torch.float64)
+    noise[:, 0] *= ratio
+    return (means[labels] + noise @ rotation + offset).float(), labels
+
+
+def _streamed(features: torch.Tensor, labels: torch.Tensor, size: int = 64) -> NC1:
+    metric = NC1(5)
+    for x, y in zip(features.split(size), labels.split(size), strict=True):
+        metric.update(x, y)
+    return metric
+
+
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulator, "ROWS", 32)
+    monkeypatch.setattr(accumulator, "BUFFER_ROWS", 32)
+
+
+@pytest.mark.usefixtures("small_buffer")
+@pytest.mark.parametrize(("ratio", "narrow"), [(1, True), (100, False), (10_000, False)])
+def test_uneven_variance_is_multiplied_in_float64(ratio: float, narrow: bool) -> None:
+    features, labels = _rotated(ratio, 2000)
+    metric = _streamed(features, labels)
+    assert metric.compute().item() == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+    assert bool(metric.plan[1]) == narrow
+
+
+@pytest.mark.usefixtures("small_buffer")
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e6])
+def test_an_outlier_that_comes_first_costs_no_digits(factor: float, size: int) -> None:
+    features, labels = _rotated(1, 2000)
+    features[0] *= factor
+    rest = labels[1:].argsort(descending=True, stable=True) + 1  # the outlier's class comes last
+    order = torch.cat([torch.zeros(1, dtype=torch.int64), rest])
+    expected = class_moments(features, labels, 5)
+    metric = _streamed(features[order], labels[order], size)
+    assert NC1Ratio._number(metric.moments()).item() == pytest.approx(nc1_ratio(expected).item(), rel=1e-9)
+    try:
+        value = metric.compute().item()
+    except UnresolvedCollapseError:
+        assert factor >= 1e6
+    else:
+        assert value == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_buffer")
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+def test_squares_that_float32_does_not_have(scale: float) -> None:
+    features, labels = _rotated(3, 1000)
+    value = _streamed(features * scale, labels).compute().item()
+    scaled = (features * scale).double().numpy() / scale
+    assert value == pytest.approx(reference.nc1(scaled, labels.numpy()), rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_buffer")
+@pytest.mark.parametrize(("size", "refused"), [(1e2, False), (1e7, True)])
+def test_what_rounding_hides_is_refused_by_name(size: float, refused: bool) -> None:
+    """Features vary widely in a direction in which the class means do not differ at all."""
+    features, labels = _rotated(1, 400)
+    wide = torch.linalg.qr(torch.randn(8, 1, dtype=torch.float64))[0]
+    sign = 1 - 2 * (torch.arange(400) // 5 % 2)
+    features = features.double() - features.double() @ wide @ wide.T + size * sign[:, None] * wide.T
+    metric = _streamed(features, labels)
+    if refused:
+        with pytest.raises(
+            UnresolvedCollapseError, match=r"exact to 1e-06, and rounding may have moved it by .*; leave"
+        ):
+            metric.compute()
+    else:
+        assert metric.compute().item() == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_small_singular_values_of_the_means_are_as_exact_as_large_ones(width: int) -> None:
+    """A Gram matrix alone has 1e-4 of the smallest."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    scales = torch.logspace(0, -6, 6, dtype=torch.float64)
+    labels = torch.arange(700) % 7
+    means = torch.randn(7, 6, generator=generator, dtype=torch.float64) * scales
+    noise = 1e-6 * torch.randn(700, 6, generator=generator, dtype=torch.float64)
+    features = torch.nn.functional.pad(means[labels] + noise, (0, width - 6)) @ rotation
+    value = nc1(class_moments(features, labels, 7)).item()
+    assert value == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from ddp import run
 from test_metrics import FAMILY, K, N, _data, _expected, _update
 
-from ncfinetune.metrics import MEMBERS, neural_collapse
+from ncfinetune import accumulator, moments
+from ncfinetune.metrics import MEMBERS, NC1, neural_collapse
 
 # Which samples each rank gets, of 240 sorted by class.
 SHARDS = {
@@ -72,3 +73,21 @@ def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None
             assert twice[name] == pytest.approx(value, rel=1e-12)  # every sample twice changes no mean
         d = data["features"].shape[1]
         assert sorted(sizes) == sorted([4, K, K * d, K, d * d, d, 1, K * d])
+
+
+def test_all_ranks_raise_for_what_one_rank_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (accumulator, moments):
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)  # as on an accelerator
+    data, parts = _sorted_data(), SHARDS["uneven"]
+
+    def task(rank: int) -> str:
+        metric, labels = NC1(K), data["labels"][parts[rank]].clone()
+        labels[:1] = K if rank == 0 else labels[0]
+        metric.update(data["features"][parts[rank]], labels)
+        with pytest.raises(ValueError, match="expected labels") as error:
+            metric.compute()
+        assert not metric._is_synced
+        return str(error.value)
+
+    text = "NC1: expected labels in 0..5 (num_classes=6), got 1 of 240 samples with others since the last reset"
+    assert run(2, tmp_path, task) == [text, text]
