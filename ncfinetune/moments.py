@@ -83,7 +83,7 @@ class ClassMoments:
 
     @cached_property
     def centred(self) -> Tensor:
-        """Present classes' means less ``mu_G``, ``(P, d)``.
+        """Present classes' means less ``mu_G``, ``(P, d)``; 0 where they agree to the rounding of the means.
 
         Raises:
             UndefinedCollapseError: Fewer than two classes are present.
@@ -93,7 +93,10 @@ class ClassMoments:
             raise UndefinedCollapseError(
                 f"expected samples of at least two classes, got {present}: collapse is undefined"
             )
-        return self.mean[self.present].sub_(self.global_mean)
+        means = self.mean[self.present]
+        noise = 2.0**-50 * means.detach().abs().amax(0)  # four units in the last place
+        centred = means.sub_(self.global_mean)
+        return centred.masked_fill_(centred.detach().abs() <= noise, 0)
 
     @cached_property
     def gram(self) -> Tensor:

@@ -161,7 +161,9 @@ def expected(case: Input) -> dict[str, float]:
     weight = case.weight.numpy().astype(np.longdouble)[present]
     total = np.square(centred).sum()
     with np.errstate(all="ignore"):
-        cosines = gram / norms[:, None] / norms
+        # A mean that lies on mu_G to the rounding of long double has no direction.
+        lengths = np.where(norms > 1e-13 * np.abs(means).max(), norms, np.nan)
+        cosines = gram / lengths[:, None] / lengths
         return {
             "nc1": float(_nc1(centred, residual)),
             "nc1_ratio": float((count * variance).sum() / count.sum() * classes / total),

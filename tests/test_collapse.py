@@ -162,6 +162,14 @@ def test_coinciding_class_means_have_no_nc1() -> None:
     assert collapse.nc1(moments).isnan()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_class_means_that_agree_to_rounding_coincide(offset: float) -> None:
+    values = torch.tensor([0.1, 0.2, 0.3, 0.7], dtype=torch.float64)[:, None].expand(4, 3) + offset
+    features = torch.cat([values, values.flip(0), values.roll(1, 0)])
+    moments = class_moments(features, torch.arange(3).repeat_interleave(4), 3)
+    assert all(not number(moments).isfinite() for number in collapse.FAMILY.values())
+
+
 def test_one_class_is_an_error() -> None:
     moments = class_moments(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 2)
     with pytest.raises(ValueError, match="expected samples of at least two classes, got 1: collapse is undefined"):
