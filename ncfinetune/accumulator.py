@@ -16,11 +16,14 @@ from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look
 
 Self = TypeVar("Self", bound="Accumulator")
 
-# Numbers in the buffer, 16 MB in float32, and rows of it at most: enough for a product at full speed, few enough for
-# float32 to add up.
-BUFFER, BUFFER_ROWS = 2**22, 2048
-# Rows treated at a time in a flush on a CPU, so that what is made of them stays in the processor's cache.
-ROWS = 256
+# Numbers in the buffer, 16 MB in float32, and rows of it at least and at most: enough for a product at full speed, few
+# enough for float32 to add up.
+BUFFER, ROWS = 2**22, (256, 2048)
+
+
+def capacity(width: int) -> int:
+    """Rows that wait in the buffer until they are added, of features of this width."""
+    return max(ROWS[0], min(ROWS[1], BUFFER // width))
 
 
 class Accumulator(ABC):
@@ -143,22 +146,22 @@ class Accumulator(ABC):
         """Copy rows into the buffer, and flush it each time that it is full."""
         width = features.shape[1]
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        capacity = max(ROWS, min(BUFFER_ROWS, BUFFER // width))
+        full, number = capacity(width), features.shape[0]
         if self._rows.dtype != dtype:
             self.flush()
-        if len(features) and len(self._rows) < capacity:
-            rows, labels_ = self.rows, self.labels
-            self._rows = torch.empty(capacity, width, dtype=dtype, device=self.device)
-            self._labels = torch.empty(capacity, dtype=torch.int64, device=self.device)
-            self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), labels_
+        if number and self._rows.shape[0] < full:
+            rows, waiting = self.rows, self.labels
+            self._rows = torch.empty(full, width, dtype=dtype, device=self.device)
+            self._labels = torch.empty(full, dtype=torch.int64, device=self.device)
+            self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), waiting
         start = 0
-        while start < len(features):
-            stop = min(len(features), start + capacity - self._waiting)
+        while start < number:
+            stop = min(number, start + full - self._waiting)
             room = slice(self._waiting, self._waiting + stop - start)
             self._rows[room].copy_(features[start:stop])
             self._labels[room].copy_(labels[start:stop])
             self._waiting, start = room.stop, stop
-            if self._waiting == capacity:
+            if self._waiting == full:
                 self._add_waiting()
 
     def flush(self) -> None:

@@ -12,7 +12,7 @@ Everything is kept in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -25,11 +25,19 @@ from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
 from ncfinetune.scatter import ROUNDING, ShiftedScatter, add_products, full_precision
 
-# A class's shift is chosen anew by a buffer with this many times the samples that it was chosen from.
+# Numbers of a buffer treated at a time on a CPU, so that what is made of them, 2 MB, stays in the processor's cache.
+_PIECE = 2**17
+# A class's shift is looked at again by a buffer with this many times the samples that it was chosen from, and moved
 _BETTER = 4
+# ... if it lies further off, in squared standard deviations within the class. An outlier does, a usual sample does not.
+_FAR = 10
 # Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to, and
 # where squares of single features neither overflow nor vanish in float32.
-_NARROW, _SMALL, _LARGE = 1e-7, 1e-24, 1e30
+_ALLOWED, _SMALL, _LARGE = 1e-7, 1e-24, 1e30
+# Products after which the arithmetic is chosen anew.
+_REVIEWED = {8**power for power in range(20)}
+# In which arithmetic: float64, float32, or whichever the first product shows to be enough.
+_WIDE, _NARROW, _TRIAL = 0, 1, 2
 # Random combinations of the directions that NC1 sums over, for the estimate.
 _PROBES = 16
 
@@ -126,16 +134,18 @@ class ClassMoments:
         Rounding of the products counts, and rounding ``u`` of the class means: in feature ``i``, where these have norm
         ``m_i``, it moves a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, and brings in what varies there.
         """
-        if self.scatter is None:
-            products, variances = (
-                rows.new_zeros(()),
-                torch.zeros_like(rows[0]) if self.within is None else self.within.diagonal(),
-            )
-        else:
-            products, variances = self.scatter.doubt(rows), self.scatter.diagonal()
-        means = ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt()
-        turned = means * rows.square().sum(1).square().sum().sqrt()
+        turned = self._turning * rows.square().sum(1).square().sum().sqrt()
+        products = rows.new_zeros(()) if self.scatter is None else self.scatter.doubt(rows)
         return products + 2 * turned * spread.sqrt() + turned.square()
+
+    @cached_property
+    def _turning(self) -> Tensor:
+        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `doubt`."""
+        if self.scatter is not None:
+            variances = self.scatter.diagonal()
+        else:
+            variances = self.mean.new_zeros(()) if self.within is None else self.within.diagonal()
+        return ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
@@ -168,6 +178,36 @@ def merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
 
 _NAMES = ("count", "squares", "shift", "anchors", "sums", "flags", "rows", "labels")
 _SCATTER_NAMES = ("scatter", "rounding", "plan")
+
+
+def _class_means(rows: Tensor, labels: Tensor, keep: Tensor | None, num_classes: int) -> Tensor:
+    """Means of the classes' rows ``(m, d)``, ``(K, d)``, only of those of ``keep``; 0 without any.
+
+    Taken of differences to the class's first row, so that rows that are all alike have their mean exactly.
+    """
+    last = len(rows) - 1
+    weight = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
+    number = weight.new_zeros(num_classes).index_add_(0, labels, weight)
+    index = torch.arange(len(rows), device=rows.device).where(weight > 0, last)
+    first = torch.full_like(number, last, dtype=torch.int64).scatter_reduce_(0, labels, index, "amin")
+    start = rows.index_select(0, first).double().masked_fill_((number == 0)[:, None], 0)
+    sums = torch.zeros_like(start)
+    for part, step in _steps(rows, labels, start, keep):
+        sums.index_add_(0, labels[part], step)
+    return sums.div_(number.clamp(min=1)[:, None]).add_(start)
+
+
+def _steps(rows: Tensor, labels: Tensor, shift: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows less the shifts ``(K, d)`` of their classes, in float64, piece by piece in the same memory; 0 where not kept."""
+    width = rows.shape[1]
+    size = max(1, _PIECE // width) if may_look(rows) else len(rows)
+    steps, shifts = rows.new_empty(2, min(size, len(rows)), width, dtype=torch.float64)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        some = labels[part]
+        step, mine = steps[: some.shape[0]], shifts[: some.shape[0]]
+        step.copy_(rows[part]).sub_(torch.index_select(shift, 0, some, out=mine))
+        yield part, step if keep is None else step.masked_fill_(~keep[part, None], 0)
 
 
 class MomentAccumulator(Accumulator):
@@ -206,7 +246,7 @@ class MomentAccumulator(Accumulator):
         if self.keeps_scatter:
             self.scatter = self.count.new_zeros(0, 0)
             self.rounding = self.count.new_zeros(0)
-            # Products made, and whether the last were narrow.
+            # Products made, counting a trial twice, and the arithmetic of the last.
             self.plan = torch.zeros_like(self.flags)
 
     @property
@@ -225,35 +265,44 @@ class MomentAccumulator(Accumulator):
 
     def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         self._choose_shifts(rows, labels, keep)
-        narrow = self.keeps_scatter and self._is_narrow_enough(rows)
-        z = rows if narrow or rows.dtype == torch.float64 else torch.empty_like(rows, dtype=torch.float64)
-        size = accumulator.ROWS if may_look(self.count) else len(rows)
+        arithmetic = self._arithmetic(rows) if self.keeps_scatter else None
+        z = rows if arithmetic == _NARROW else torch.empty_like(rows, dtype=torch.float64)
         squares = torch.empty_like(labels, dtype=torch.float64)
-        scratch = torch.empty(min(size, len(rows)), rows.shape[1], dtype=torch.float64, device=self.device)
-        for part in (slice(start, start + size) for start in range(0, len(rows), size)):
-            step = scratch[: len(labels[part])]
-            torch.index_select(self.shift, 0, labels[part], out=step)
-            torch.sub(rows[part], step, out=step)
-            if keep is not None:
-                step.masked_fill_(~keep[part, None], 0)
+        for part, step in _steps(rows, labels, self.shift, keep):
             self.sums.index_add_(0, labels[part], step)
-            squares[part] = torch.linalg.vector_norm(step, dim=1).square()
-            z[part] = step
+            squares[part] = torch.linalg.vector_norm(step, dim=1).square_()
+            if self.keeps_scatter:
+                z[part] = step
         self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
         self.squares.index_add_(0, labels, squares)
-        if self.keeps_scatter:
-            in_range = narrow and _SMALL < float(squares.max()) / z.shape[1] < _LARGE
-            add_products(self.scatter, self.rounding, z if in_range or not narrow else z.double(), z.dtype)
+        if arithmetic == _NARROW and not _SMALL < float(squares.max()) / z.shape[1] < _LARGE:
+            add_products(self.scatter, self.rounding, z.double(), torch.float32)
+        elif arithmetic == _TRIAL:
+            self._try_narrow(z)
+        elif self.keeps_scatter:
+            add_products(self.scatter, self.rounding, z, z.dtype)
 
-    def _is_narrow_enough(self, rows: Tensor) -> bool:
-        """Whether to multiply in float32: looked into after 1, 4, 16, ... products, the first of which is float64."""
+    def _arithmetic(self, rows: Tensor) -> int:
+        """How to multiply these rows."""
         if not may_look(self.count) or rows.dtype == torch.float64:
-            return False
-        made, narrow = self.plan.tolist()
-        if made and math.log(made, 4).is_integer():
-            narrow = self._narrow_error() < _NARROW
-        self.plan = self.plan.new_tensor([made + 1, narrow])
-        return bool(narrow)
+            return _WIDE
+        made, arithmetic = self.plan.tolist()
+        if made == 0 and rows.shape[0] == accumulator.capacity(rows.shape[1]) and not self.count.any():
+            return _TRIAL
+        if made in _REVIEWED:
+            arithmetic = _NARROW if self._narrow_error() < _ALLOWED else _WIDE
+        self.plan = self.plan.new_tensor([made + 1, arithmetic])
+        return arithmetic
+
+    def _try_narrow(self, z: Tensor) -> None:
+        """Multiply the first full buffer in float32, and again in float64 if that is not exact enough."""
+        add_products(self.scatter, self.rounding, z.float(), torch.float32)
+        arithmetic = _NARROW if self._narrow_error() < _ALLOWED else _WIDE
+        if arithmetic == _WIDE:
+            self.scatter.zero_()
+            self.rounding.zero_()
+            add_products(self.scatter, self.rounding, z, torch.float64)
+        self.plan = self.plan.new_tensor([2, arithmetic])
 
     def _narrow_error(self) -> float:
         """Estimated relative error of NC1 if all products were float32; nan or inf if it cannot be known.
@@ -287,40 +336,47 @@ class MomentAccumulator(Accumulator):
         return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
 
     def _choose_shifts(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
-        """Shift each new class by the mean of its samples in the buffer; on a CPU also one that had few before.
-
-        The mean is taken of differences to the class's first sample, which it is exactly if all samples are alike.
-        """
-        ones = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
-        number = torch.zeros_like(self.count).index_add_(0, labels, ones)
-        chosen = number > _BETTER * self.anchors
-        if not may_look(self.count):
-            chosen &= self.anchors == 0
-        elif not chosen.any():
+        """Shift each new class by the mean of its samples in the buffer; on a CPU one that had an outlier first too."""
+        weight = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
+        number = torch.zeros_like(self.count).index_add_(0, labels, weight)
+        if may_look(self.count):
+            chosen = (number > _BETTER * self.anchors).nonzero().squeeze(1)
+            if len(chosen):
+                self._choose_some(rows, labels, keep, chosen, number[chosen])
             return
-        elif not chosen.all():
-            index = chosen[labels].nonzero().squeeze(1)
-            rows, labels, ones = rows[index], labels[index], ones[index]
-        last = len(rows) - 1
-        index = torch.arange(len(rows), device=self.device).where(ones > 0, last)
-        first = torch.full_like(self.count, last, dtype=torch.int64).scatter_reduce_(0, labels, index, "amin")
-        start = rows.index_select(0, first).double()
-        steps = rows - start.index_select(0, labels)
-        if keep is not None:
-            steps, start = steps.where(ones[:, None] > 0, 0), start.where((number > 0)[:, None], 0)
-        mean = torch.zeros_like(self.sums).index_add_(0, labels, steps).div_(number.clamp(min=1)[:, None]).add_(start)
-        shift = mean.where(chosen[:, None], self.shift)
-        moved = chosen & (self.count > 0)
-        if may_look(self.count) and moved.any():
-            self._move(moved, shift[moved] - self.shift[moved])
-        self.shift, self.anchors = shift, number.where(chosen, self.anchors)
+        new = (self.anchors == 0) & (number > 0)
+        mean = _class_means(rows, labels, keep, self.num_classes)
+        self.shift = mean.where(new[:, None], self.shift)
+        self.anchors = number.where(new, self.anchors)
+
+    def _choose_some(self, rows: Tensor, labels: Tensor, keep: Tensor | None, chosen: Tensor, number: Tensor) -> None:
+        """The same for the classes ``chosen``, ``(C,)``, with ``number`` samples in the buffer each."""
+        position = torch.full_like(self.anchors, -1, dtype=torch.int64)
+        position[chosen] = torch.arange(len(chosen), device=self.device)
+        labels = position[labels]
+        kept = (labels >= 0) if keep is None else (labels >= 0) & keep
+        if not kept.all():
+            rows, labels = rows[kept], labels[kept]
+        mean = _class_means(rows, labels, None, len(chosen))
+        known = self.count[chosen] > 0
+        far = torch.zeros_like(known)
+        if known.any():
+            variance = torch.zeros_like(number)
+            for part, residual in _steps(rows, labels, mean, None):
+                variance.index_add_(0, labels[part], residual.square().sum(1))
+            step = mean - self.shift[chosen]
+            far = known & (step.square().sum(1) > _FAR * variance / number)
+            self._move(chosen[far], step[far])
+        better = far | ~known
+        self.shift[chosen[better]] = mean[better]
+        self.anchors[chosen] = number
 
     def _move(self, moved: Tensor, step: Tensor) -> None:
-        """Make the sums of some classes those about a shift that lies ``step`` further."""
+        """Make the sums of classes ``moved``, ``(C,)``, those about shifts that lie ``step`` further, ``(C, d)``."""
         sums, count = self.sums[moved], self.count[moved, None]
         self.squares[moved] += (count * step.square() - 2 * sums * step).sum(1)
         self.sums[moved] = sums - count * step
-        if self.keeps_scatter:
+        if self.keeps_scatter and len(moved):
             change = step.T @ (count * step - sums) - sums.T @ step
             self.scatter += change
             self.rounding.add_(change.diagonal().abs(), alpha=ROUNDING[torch.float64])

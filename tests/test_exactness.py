@@ -91,8 +91,7 @@ def _streamed(features: torch.Tensor, labels: torch.Tensor, size: int = 64) -> N
 
 @pytest.fixture
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulator, "ROWS", 32)
-    monkeypatch.setattr(accumulator, "BUFFER_ROWS", 32)
+    monkeypatch.setattr(accumulator, "ROWS", (32, 32))
 
 
 @pytest.mark.usefixtures("small_buffer")

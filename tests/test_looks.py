@@ -37,8 +37,7 @@ class Looks(TorchDispatchMode):
 def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (accumulator, metrics, moments):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
-    monkeypatch.setattr(accumulator, "ROWS", 16)
-    monkeypatch.setattr(accumulator, "BUFFER_ROWS", 16)
+    monkeypatch.setattr(accumulator, "ROWS", (16, 16))
 
 
 def _batch(rows: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +69,7 @@ def test_nc4() -> None:
 
 
 def test_numerical_rank_looks_once_a_full_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulator, "BUFFER_ROWS", 2048)
-    monkeypatch.setattr(accumulator, "ROWS", 256)
+    monkeypatch.setattr(accumulator, "ROWS", (256, 2048))
     assert _looks(NumericalRank(K).update) == {}
 
 

@@ -388,13 +388,13 @@ def test_state_does_not_grow() -> None:
     sizes = _sizes(metric)
     for _ in range(50):
         _update(metric, data)
-        assert metric._accumulator._rows.shape == (accumulator.BUFFER_ROWS, D)
+        assert metric._accumulator._rows.shape == (accumulator.ROWS[1], D)
     assert _sizes(metric) == sizes
 
 
 @pytest.mark.parametrize("numbers", [1, 1000, 2600])
 def test_samples_wait_in_little_room(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulator, "ROWS", 40)
+    monkeypatch.setattr(accumulator, "ROWS", (40, 2048))
     monkeypatch.setattr(accumulator, "BUFFER", numbers)
     data, metric = _data(), NC1(K)
     for start, stop in itertools.pairwise([0, 7, 107, 114, 121, 221, N]):
