@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfinetune.collapse import FAMILY, self_duality
+from ncfinetune.collapse import EXACT, FAMILY, nc1_with_error, rounding_text, self_duality
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.metrics import NumericalRank
-from ncfinetune.moments import ClassMoments, MomentAccumulator, NonFiniteFeaturesError, UndefinedCollapseError
+from ncfinetune.moments import (
+    ClassMoments,
+    MomentAccumulator,
+    NonFiniteFeaturesError,
+    UndefinedCollapseError,
+    UnresolvedCollapseError,
+)
 
 # What is measured in front of the classifier only.
 _OF_CLASSIFIER = ("nc3", "nc4")
@@ -35,11 +41,13 @@ class Result:
 
     Attributes:
         values: ``{metric: {layer: value}}``; nan where the features do not define it.
+        rounding: By how much rounding may have moved a layer's nc1, in words, where it is more than 1e-6 of it.
         moments: The class moments of each layer that has them.
         sample: Some features ``(M, d)`` and labels ``(M,)`` of this process, of the last layer if it has moments.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounding: dict[str, str] = field(default_factory=dict)
     moments: dict[str, ClassMoments] = field(default_factory=dict)
     sample: tuple[Tensor, Tensor] | None = None
 
@@ -173,7 +181,9 @@ class LayerMetrics:
         accumulator.check(f"layer {layer!r} on the {split} set")
         moments = accumulator.moments(within=False)
         for name in self._metrics:
-            if name in _OF_MOMENTS:
+            if name == "nc1":
+                _set(result, name, layer, _nc1(result, moments, layer, split))
+            elif name in _OF_MOMENTS:
                 _set(result, name, layer, float(FAMILY[name](moments)))
         if layer in self._ranks:
             rank = self._ranks[layer] if device is None else self._ranks[layer].to(device)
@@ -222,6 +232,17 @@ class LayerMetrics:
 
 def _set(result: Result, name: str, layer: str, value: float) -> None:
     result.values.setdefault(name, {})[layer] = value
+
+
+def _nc1(result: Result, moments: ClassMoments, layer: str, split: str) -> float:
+    try:
+        value, error = nc1_with_error(moments)
+    except UnresolvedCollapseError as refusal:
+        warnings.warn(f"nc1 of layer {layer!r} on the {split} set is logged as nan: {refusal}", stacklevel=2)
+        return float("nan")
+    if error > EXACT:
+        result.rounding[layer] = rounding_text(error)
+    return float(value)
 
 
 def _fits(weight: Weight, moments: ClassMoments) -> bool:

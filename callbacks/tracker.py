@@ -332,6 +332,7 @@ class NeuralCollapseTracker(Callback):
             self._described = True
         if limited and not getattr(trainer, "fast_dev_run", False):
             self._tell_of_classes(result, f"{split}{suffix}")
+        self._tell_of_rounding(result, f"{split}{suffix}")
         if split == "train":
             self._train_result = result
         if "nc1" in result.values and not suffix:
@@ -344,6 +345,13 @@ class NeuralCollapseTracker(Callback):
         }
         self.values |= found
         return found
+
+    def _tell_of_rounding(self, result: Result, split: str) -> None:
+        """Say once a layer that its nc1 is not exact to 1e-6."""
+        for layer, text in result.rounding.items():
+            if f"rounding of {layer}" not in self._told:
+                self._told.add(f"rounding of {layer}")
+                rank_zero_info(f"{_NAME}: {text}; of layer {layer!r}, here on the {split} set, this is said once")
 
     def _tell_of_classes(self, result: Result, split: str) -> None:
         """Say once that a limited pass has not seen all classes."""

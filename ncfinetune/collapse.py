@@ -10,6 +10,7 @@ factor 1/K in NC1 and the numerical rank; Chan, Golub, LeVeque 1979 for the merg
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,12 +23,17 @@ from ncfinetune.moments import class_moments as class_moments
 from ncfinetune.moments import merge as merge
 
 _EPS = torch.finfo(torch.float64).eps
-# What NC1 is held to.
-_EXACT = 1e-6
+# Shares of NC1 by which rounding may have moved it: up to the first it is exact, beyond the second it is refused.
+EXACT, _ROUGH = 1e-6, 1e-2
+_UNEVEN = "the features vary too unevenly within classes, or the class means too little in some directions"
 # Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
 # Rows of width d treated at a time, so that what is made of them stays small beside the class means.
 _ROWS = 256
+
+
+class RoundingWarning(UserWarning):
+    """Rounding may have moved a number that is given, by a share that is told."""
 
 
 def nc1(moments: ClassMoments) -> Tensor:
@@ -37,8 +43,25 @@ def nc1(moments: ClassMoments) -> Tensor:
     Taken in the subspace that the class means span, with no inverse of a ``d x d`` matrix: ``Sigma_B^+ / K`` is
     ``T^T T`` for the rows ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
 
+    Where rounding may have moved the number by more than 1e-6 of it, a `RoundingWarning` says by how much at most.
+
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
+        UnresolvedCollapseError: Rounding may have moved the number by more than a hundredth of it.
+        ValueError: The moments are without the covariance within classes.
+    """
+    value, error = nc1_with_error(moments)
+    if error > EXACT:
+        warnings.warn(rounding_text(error), RoundingWarning, stacklevel=2)
+    return value
+
+
+def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
+    """`nc1`, and the share of it by which rounding may have moved it: four standard deviations of an estimate.
+
+    Raises:
+        UndefinedCollapseError: Fewer than two classes are present.
+        UnresolvedCollapseError: That share is more than a hundredth.
         ValueError: The moments are without the covariance within classes.
     """
     total = doubt = scale = moments.mean.new_zeros(())
@@ -46,19 +69,25 @@ def nc1(moments: ClassMoments) -> Tensor:
         spread = moments.spread(rows)
         total = total + spread
         doubt = doubt + moments.doubt(rows.detach(), spread.detach())
-        scale = scale + rows.square().sum()
+        scale = scale + rows.detach().square().sum()
     if not scale > 0:
-        return moments.mean.new_tensor(torch.nan)
-    doubt = 4 * doubt.detach()  # standard deviations
+        return moments.mean.new_tensor(torch.nan), 0.0
+    doubt = 4 * doubt
     # What varies less within classes than the class means are rounded is taken for full collapse.
-    if doubt > _EXACT * total and doubt > scale * (_EPS * moments.mean.abs().max()).square():
-        share = float((doubt / total).detach())
+    if doubt <= scale * (_EPS * moments.mean.detach().abs().max()).square():
+        return total, 0.0
+    error = float(doubt / total.detach())
+    if not error <= _ROUGH:
         raise UnresolvedCollapseError(
-            f"expected nc1 to be exact to {_EXACT:.0e}, and rounding may have moved it by {share:.0e}: the features "
-            "vary too unevenly within classes, or the class means too little in some directions; leave out "
-            "outliers, and give the features as float64 or in random order"
+            f"expected rounding to move nc1 by {_ROUGH:.0%} of it at most, and it may have moved it by {error:.0e}: "
+            f"{_UNEVEN}; leave out outliers, and give the features as float64 or in random order"
         )
-    return total
+    return total, error
+
+
+def rounding_text(error: float) -> str:
+    """What to say of a number's error."""
+    return f"rounding may have moved nc1 by up to {error:.0e} of it: {_UNEVEN}"
 
 
 def _whitening(moments: ClassMoments) -> Iterator[Tensor]:

@@ -198,7 +198,7 @@ def _class_means(rows: Tensor, labels: Tensor, keep: Tensor | None, num_classes:
 
 
 def _steps(rows: Tensor, labels: Tensor, shift: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Rows less the shifts ``(K, d)`` of their classes, in float64, piece by piece in the same memory; 0 where not kept."""
+    """Rows less the shifts ``(K, d)`` of their classes, in float64; 0 where not kept. All pieces share one memory."""
     width = rows.shape[1]
     size = max(1, _PIECE // width) if may_look(rows) else len(rows)
     steps, shifts = rows.new_empty(2, min(size, len(rows)), width, dtype=torch.float64)

@@ -1,14 +1,16 @@
 """Relative error of float32 features against a float64 two-pass reference, where the usual ways fail."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import fuzz
 import numpy as np
 import pytest
 import torch
 
 import reference
 from ncfinetune import accumulator
-from ncfinetune.collapse import class_moments, nc1, nc1_ratio
+from ncfinetune.collapse import RoundingWarning, class_moments, nc1, nc1_ratio, nc1_with_error
 from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
 from ncfinetune.moments import UnresolvedCollapseError
 
@@ -132,21 +134,41 @@ def test_squares_that_float32_does_not_have(scale: float) -> None:
 
 
 @pytest.mark.usefixtures("small_buffer")
-@pytest.mark.parametrize(("size", "refused"), [(1e2, False), (1e7, True)])
-def test_what_rounding_hides_is_refused_by_name(size: float, refused: bool) -> None:
+@pytest.mark.parametrize("size", [1e2, 1e7, 1e9])
+def test_what_rounding_hides_is_told_or_refused_by_name(size: float) -> None:
     """Features vary widely in a direction in which the class means do not differ at all."""
     features, labels = _rotated(1, 400)
-    wide = torch.linalg.qr(torch.randn(8, 1, dtype=torch.float64))[0]
+    wide = torch.linalg.qr(torch.randn(8, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     sign = 1 - 2 * (torch.arange(400) // 5 % 2)
     features = features.double() - features.double() @ wide @ wide.T + size * sign[:, None] * wide.T
     metric = _streamed(features, labels)
-    if refused:
+    if size == 1e9:
         with pytest.raises(
-            UnresolvedCollapseError, match=r"exact to 1e-06, and rounding may have moved it by .*; leave"
+            UnresolvedCollapseError, match=r"nc1 by 1% of it at most, and it may .*; leave out outliers"
         ):
             metric.compute()
-    else:
-        assert metric.compute().item() == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+        return
+    told = pytest.warns(RoundingWarning, match=r"rounding may have moved nc1 by up to \de-0\d of it: the features vary")
+    with told if size == 1e7 else nullcontext():
+        value = metric.compute().item()
+    expected = reference.nc1(features.numpy(), labels.numpy())
+    assert value == pytest.approx(expected, rel=1e-6 if size == 1e2 else 1e-2)
+
+
+def test_a_told_error_bounds_the_true_one() -> None:
+    """Class means and samples of ten features that nearly lie in nine dimensions, as tiny networks have them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(180) % 10
+    scales = torch.logspace(0, -6.5, 10, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=torch.float64))[0]
+    features = torch.randn(10, 10, generator=generator, dtype=torch.float64)[labels]
+    features = (features + torch.randn(180, 10, generator=generator, dtype=torch.float64)) * scales @ rotation
+    value, error = nc1_with_error(class_moments(features, labels, 10))
+    x, y = features.numpy().astype(np.longdouble), labels.numpy()
+    means = np.stack([x[y == label].mean(0) for label in range(10)])
+    expected = float(fuzz.nc1(means - means.mean(0), x - means[y]))
+    assert 1e-6 < error < 1e-2
+    assert value.item() == pytest.approx(expected, rel=error)
 
 
 @pytest.mark.parametrize("width", [6, 12])

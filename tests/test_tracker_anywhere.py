@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -485,6 +486,41 @@ def test_one_class_alone_is_nan(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="logged as nan: expected samples of at least two classes, got 1"):
         _trainer(tmp_path, tracker, num_sanity_val_steps=0).fit(_training(pl, _small()), _loader(), alone)
     assert np.isnan(tracker.values["cdnv/val/penultimate"])
+
+
+def _nearly_flat(small: float) -> DataLoader:
+    """Two features, of which the second varies less by the factor ``small``, within classes and between."""
+    features = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(N) % K
+    means = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, -1.0]])
+    return DataLoader(TensorDataset((features + means[labels]) * torch.tensor([1.0, small]), labels), batch_size=16)
+
+
+def test_rounding_of_nc1_is_said_once_and_the_number_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader, tracker = _nearly_flat(1e-6), NeuralCollapseTracker(K)
+    trainer = _trainer(tmp_path, tracker)
+    for _ in range(2):
+        trainer.validate(_training(pl, nn.Sequential(nn.Linear(2, K))), loader, verbose=False)
+    features, labels = (tensor.numpy() for tensor in loader.dataset.tensors)
+    expected = reference.nc1(features * np.array([1, 1e6]), labels)
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-3)
+    (said,) = [record.message for record in caplog.records if "rounding" in record.message]
+    assert re.fullmatch(
+        r"NeuralCollapseTracker: rounding may have moved nc1 by up to \de-0\d of it: the features vary too unevenly "
+        "within classes, or the class means too little in some directions; of layer 'penultimate', here on the val "
+        "set, this is said once",
+        said,
+    )
+
+
+def test_nc1_alone_is_nan_where_rounding_hides_it(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K)
+    with pytest.warns(UserWarning, match="nc1 of layer 'penultimate' on the val set is logged as nan: expected round"):
+        _trainer(tmp_path, tracker).validate(
+            _training(pl, nn.Sequential(nn.Linear(2, K))), _nearly_flat(1e-7), verbose=False
+        )
+    assert np.isnan(tracker.values["nc1/val/penultimate"])
+    assert all(np.isfinite(tracker.values[f"{name}/val/penultimate"]) for name in ("nc1_ratio", "cdnv", "nc3"))
 
 
 def test_monitoring_stops_on_collapse(tmp_path: Path) -> None:
