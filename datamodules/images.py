@@ -6,7 +6,7 @@ Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from .decoding import COLOUR, Boxes, Decoding, UnknownRangeError, UnreadableError, read_image
 from .recipes import Recipe, draw_boxes
@@ -201,21 +201,6 @@ class FileImages(Dataset[Batch]):
     def __getitems__(self, keys: list[int]) -> Batch:
         images, labels = zip(*(self[key] for key in keys), strict=True)
         return torch.stack(images), torch.stack(labels)
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Shuffled anew each epoch by seed and epoch alone; index i of N in epoch e is the key e N + i.
-
-    So a data set knows the epoch in whatever process it runs. The shards of several processes are equally long, which
-    contrastive losses need; of N images up to one less than there are processes sit out an epoch, others each time.
-    """
-
-    def __init__(self, dataset: Any, world_size: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # a Dataset of ours has a length
-        return (start + index for index in super().__iter__())
 
 
 def mixed_seed(*numbers: int) -> int:

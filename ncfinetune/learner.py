@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.resume import state_of_process, states_of_processes
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.weights import DATA
 
@@ -128,18 +129,23 @@ class Learner(LightningModule, ABC):
         )
         self.class_names: list[str] | None = None
         self.preprocessing: dict[str, Any] | None = None
+        self._processes: list[dict[str, Any]] = []
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare what a datamodule says of classes and images with what the learner was trained on."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what classes and images are like."""
+        """Say in the checkpoint what classes and images are like, and what a run needs to go on within an epoch."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        if "loops" in checkpoint:  # and not weights alone
+            means = {name: mean.metric_state for name, mean in self._means_of("train")}
+            checkpoint[_PROCESSES] = states_of_processes(self.trainer, {"means": means})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what the checkpoint says of classes and images, and compare the datamodule with it."""
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
+        self._processes = checkpoint.get(_PROCESSES, [])
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
@@ -227,6 +233,22 @@ class Learner(LightningModule, ABC):
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
 
+    def on_train_start(self) -> None:
+        """Go on with the random numbers that a run which is resumed had stopped with."""
+        if self._processes:
+            self._processes = [state_of_process(self.trainer, self._processes)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the means of the epoch, where it is resumed within one."""
+        states, self._processes = self._processes, []
+        means = states[0].get("means", {}) if states and batch_idx else {}
+        for name, mean in self._means_of("train"):
+            for key, value in means.get(name, {}).items():
+                setattr(mean, key, value.to(getattr(mean, key)))
+
+    def _means_of(self, split: str) -> list[tuple[str, Any]]:
+        return [(name, self.means[f"{split}/{name}"]) for name in self.logged]
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite; off the CPU look only where a step is logged, since looking waits."""
         logs_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -234,6 +256,8 @@ class Learner(LightningModule, ABC):
             raise FloatingPointError(_not_finite(self.trainer, loss))
 
 
+# Under which a checkpoint has what each process needs to go on.
+_PROCESSES = "processes"
 # Hyper-parameters of a run, which a checkpoint's model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 
