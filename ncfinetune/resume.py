@@ -22,7 +22,7 @@ def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[st
 
 
 def state_of_process(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """What this process had among `states_of_processes`, with its random states restored; empty if there were others."""
+    """This process's of `states_of_processes`, its random states restored; empty where there were more or fewer."""
     if len(states) != trainer.world_size:
         rank_zero_info(
             f"the checkpoint is of {len(states)} processes, and here are {trainer.world_size}: random numbers, of "

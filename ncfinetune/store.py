@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ncfinetune.atomic import sync
 from ncfinetune.delta import raw
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -132,6 +133,8 @@ def _write(rows: Iterable[tuple[Tensor, Tensor]], samples: int, part: Path) -> N
             values_file.write(raw(values))
             labels_file.write(raw(labels))
     (part / "shapes.json").write_text(json.dumps(shapes))
+    for path in (*part.iterdir(), part):
+        sync(path)
 
 
 def _shape(tensor: Tensor, samples: int) -> tuple[str, list[int]]:

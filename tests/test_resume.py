@@ -59,8 +59,12 @@ def _shards(root: Path, **arguments: Any) -> WebDataset:
     )
 
 
+def _halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.StepLR:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
 LEARNERS: dict[str, Callable[[int], LightningModule]] = {
-    "supervised": lambda channels: Supervised(3, {**NETWORK, "in_chans": channels}),
+    "supervised": lambda channels: Supervised(3, {**NETWORK, "in_chans": channels}, lr_scheduler=_halving),
     "adversarial": lambda channels: Supervised(3, {**NETWORK, "in_chans": channels}, adversary=PGD(8 / 255, steps=1)),
     "skip": lambda channels: FineTuner(
         3, {**NETWORK, "in_chans": channels}, train="blocks.1", skip_from="blocks.1", allow_random=True
