@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -79,6 +80,7 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
         return
     run = run_of(checkpoint)
     if run is not None:
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         options.save_dir, options.name, options.version = str(run.parent), "", run.name
     elif checkpoint is None and SLURMEnvironment.detect():
         job = os.environ["SLURM_JOB_ID"]

@@ -242,11 +242,22 @@ class Learner(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with the means of the epoch, where it is resumed within one."""
+        self._resume_means(batch_idx > 0)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means of an epoch that is resumed after its last batch."""
+        if self._processes:
+            self._resume_means(True)
+            for name, mean in self._means_of("train"):
+                self.log(f"train/{name}", mean, on_step=False, on_epoch=True, prog_bar=True)
+
+    def _resume_means(self, within: bool) -> None:
         states, self._processes = self._processes, []
-        means = states[0].get("means", {}) if states and batch_idx else {}
+        means = states[0].get("means", {}) if states and within else {}
         for name, mean in self._means_of("train"):
-            for key, value in means.get(name, {}).items():
-                setattr(mean, key, value.to(getattr(mean, key)))
+            if name in means and means[name]["samples"]:
+                total, samples = (means[name][key].to(self.device) for key in ("total", "samples"))
+                mean.update(total / samples, samples)
 
     def _means_of(self, split: str) -> list[tuple[str, Any]]:
         return [(name, self.means[f"{split}/{name}"]) for name in self.logged]
@@ -425,6 +436,7 @@ class Classifier(Learner):
 
     def on_train_epoch_end(self) -> None:
         """Refuse labels that were only counted when they came."""
+        super().on_train_epoch_end()
         self._refuse_counted()
 
     def on_validation_epoch_end(self) -> None:
