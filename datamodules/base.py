@@ -154,7 +154,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def preprocessing(self) -> dict[str, Any]:
         """How evaluation makes images ready, as plain data and in timm's words, once the datamodule is set up.
 
-        ``stored_size`` is ours: the side to which a file is decoded, before it is brought to ``input_size``.
+        Two entries are ours: ``stored_size`` is the side to which a file is decoded before it is brought to
+        ``input_size``, and ``value_range`` is that of `Decoding`.
         """
         return {
             "input_size": list(self.input_size),
@@ -164,6 +165,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "crop_pct": self.centre,
             "crop_mode": "center",
             "stored_size": self._stored_size,
+            "value_range": None if self.decoding.value_range is None else list(self.decoding.value_range),
         }
 
     @abstractmethod

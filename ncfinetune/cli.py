@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -61,6 +61,7 @@ def main(args: list[str] | None = None) -> int | None:
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
+            save_config_callback=_SaveConfigAfterBatch,
             save_config_kwargs={"overwrite": True},
             args=args,
         ).status
@@ -89,6 +90,34 @@ class PlainParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and one line."""
         self.exit(2, f"error: {plain(message, self)}\n")
+
+
+class _SaveConfigAfterBatch(SaveConfigCallback):
+    """Saves the configuration in the run's folder once the first batch is through.
+
+    Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
+    configuration of the run that is in the folder.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save nothing yet."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time, but not in the sanity check, after which training may still be refused."""
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, "validate")
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "test")
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "predict")
 
 
 class NCFinetuneCLI(LightningCLI):

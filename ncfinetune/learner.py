@@ -25,6 +25,8 @@ Batch = tuple[Tensor, Tensor]
 Interval = Literal["epoch", "step"]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
+# Of what a datamodule says of its images, what makes the same pixel another number.
+_NORMALISED_BY = ("mean", "std", "value_range")
 
 
 class SampleMean(Metric):
@@ -368,13 +370,13 @@ class Classifier(Learner):
                 f"the model was trained on the classes {_listed(self.class_names)}, and the data has {_listed(names)}: "
                 "its labels mean others; expected the same classes in the same order"
             )
-        ours, theirs = (
-            {key: (seen or {}).get(key) for key in ("mean", "std")} for seen in (self.preprocessing, images)
-        )
-        if self.preprocessing and images and ours != theirs:
+        ours, theirs = self.preprocessing or {}, images or {}
+        other = [key for key in _NORMALISED_BY if ours and theirs and ours.get(key) != theirs.get(key)]
+        if other:
+            trained, given = (", ".join(f"{key}={seen.get(key)}" for key in other) for seen in (ours, theirs))
             rank_zero_warn(
-                f"the model was trained on images normalised by {ours}, and the data are by {theirs}; "
-                "give the datamodule that mean and std"
+                f"the model was trained on images normalised by {trained}, and the data are by {given}; "
+                f"give the datamodule that {' and '.join(other)}"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
