@@ -105,13 +105,21 @@ class Labelled:
 
 
 class TensorImages(Dataset[Batch]):
-    """Images that are held as one tensor; a batch is taken out of it at once, on the tensor's device."""
+    """Images that are held as one tensor; a batch is taken out of it at once, on the tensor's device.
+
+    Args:
+        part: Images and labels.
+
+    Attributes:
+        targets: Labels in the order of the samples, ``(N,)``, on the host.
+    """
 
     def __init__(self, part: Labelled) -> None:
         assert isinstance(part.images, Tensor)
         self.images = part.images
-        self.labels = torch.from_numpy(part.labels).to(self.images.device)
+        self.targets = part.own_labels
         self.chosen = torch.from_numpy(part.chosen)
+        self._labels = torch.from_numpy(part.labels).to(self.images.device)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -126,7 +134,7 @@ class TensorImages(Dataset[Batch]):
             # Only from pinned memory does the copy not wait until the device is through with what came before.
             rows = rows.pin_memory()
         rows = rows.to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        return self.images.index_select(0, rows), self._labels.index_select(0, rows)
 
 
 class FileImages(Dataset[Batch]):
@@ -160,6 +168,11 @@ class FileImages(Dataset[Batch]):
         self.recipe = recipe
         self.views = views
         self.seed = seed
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Labels in the order of the samples, ``(N,)``."""
+        return self.part.own_labels
 
     @property
     def samples(self) -> list[tuple[str, int]]:
