@@ -103,7 +103,6 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
     """Saves the configuration in the run's folder once the first batch is through.
 
     Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
-<<<<<<< HEAD
     configuration of the run that is in the folder. That of a training does not say what it was resumed from, so that
     it starts a new one.
     """
@@ -114,11 +113,6 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
             config.ckpt_path = None
         super().__init__(parser, config, *args, **kwargs)
 
-=======
-    configuration of the run that is in the folder.
-    """
-
->>>>>>> loose
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save nothing yet."""
 

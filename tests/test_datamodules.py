@@ -20,13 +20,9 @@ from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
-<<<<<<< HEAD
 from ncfinetune.datamodules.images import Labelled, TensorImages
 from ncfinetune.datamodules.loading import EpochSampler
-=======
-from ncfinetune.datamodules.images import EpochSampler, Labelled, TensorImages
 from ncfinetune.passes import evenly, known_labels
->>>>>>> loose
 
 SUBTLE = Recipe(min_area=0.5, max_aspect=1.2, jitter=1.0, brightness=0.5)
 

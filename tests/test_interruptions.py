@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import QUIET, _refusal
 
 from ncfinetune.__main__ import main
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
+from ncfinetune.events import read_scalars
 
 NETWORK = "{name: test_vit, img_size: 8, patch_size: 4, in_chans: 1, drop_path_rate: 0.2}"
 RUN = [
@@ -42,12 +42,6 @@ def _place(folder: Path) -> list[str]:
     return ["--trainer.logger.init_args.save_dir", str(folder)]
 
 
-def _scalars(run: Path) -> dict[str, dict[int, float]]:
-    """Values by tag and step, whatever file of the run they are in; the last one counts."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
 @pytest.mark.parametrize("stop", [{"step": 7}, {"step": 10, "validation": True}], ids=["training", "validation"])
 def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, *_place(tmp_path / "whole")]) is None
@@ -71,7 +65,7 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
         for run in (whole, stopped)
     ]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    assert _scalars(stopped) == _scalars(whole)
+    assert read_scalars(stopped) == read_scalars(whole)
 
 
 def test_to_go_on_from_the_last_checkpoint_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
