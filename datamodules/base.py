@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from .decoding import Decoding
-from .images import Batch, EpochSampler, FileImages, Labelled, Part, TensorImages, mixed_seed
+from .images import Batch, FileImages, Labelled, Part, TensorImages, mixed_seed
 from .listing import image_paths
+from .loading import EpochLoader, EpochSampler, Taken
 from .recipes import Augmentation, draw_boxes, draw_changes, recipe_for, render
 from .splits import absent_classes, split_indices, take_fraction, take_shots
 
@@ -139,11 +140,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self._files: FileImages | None = None
         self._run_seed = 0
         self._generator: torch.Generator | None = None
-        self._epoch: int | None = None
+        self._step: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the generator, which spawned processes cannot be sent; it is made again when it is needed."""
-        return {**vars(self), "_generator": None, "_epoch": None}
+        return {**vars(self), "_generator": None, "_step": None}
 
     @property
     def augments(self) -> bool:
@@ -154,7 +155,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def preprocessing(self) -> dict[str, Any]:
         """How evaluation makes images ready, as plain data and in timm's words, once the datamodule is set up.
 
-        ``stored_size`` is ours: the side to which a file is decoded, before it is brought to ``input_size``.
+        Two entries are ours: ``stored_size`` is the side to which a file is decoded before it is brought to
+        ``input_size``, and ``value_range`` is that of `Decoding`.
         """
         return {
             "input_size": list(self.input_size),
@@ -164,6 +166,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "crop_pct": self.centre,
             "crop_mode": "center",
             "stored_size": self._stored_size,
+            "value_range": None if self.decoding.value_range is None else list(self.decoding.value_range),
         }
 
     @abstractmethod
@@ -299,7 +302,7 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(f"expected at least one {name} image a process, got {len(part)} for {self._place()[0]}")
         if training:
             seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
-            self._run_seed, self._epoch = mixed_seed(seed), None
+            self._run_seed, self._step = mixed_seed(seed), None
         if as_stored:
             part = part.as_stored()
         return self._load(self._dataset(part, training), part.in_memory, training, workers)
@@ -313,7 +316,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if workers is None:
             workers = 0 if in_memory else _free_cores(trainer)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
+        kind = EpochLoader if training else DataLoader
+        return kind(
             dataset,
             **self._batching(dataset, training),
             num_workers=workers,
@@ -331,7 +335,7 @@ class ImageDataModule(LightningDataModule, ABC):
         world_size, rank = self._place()
         sampler: Any = None
         if training:
-            sampler = EpochSampler(dataset, world_size, rank, self._run_seed)
+            sampler = EpochSampler(dataset, world_size, rank, self._run_seed, self._taken(self.batch_size))
         elif world_size > 1:
             sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
         # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
@@ -365,14 +369,29 @@ class ImageDataModule(LightningDataModule, ABC):
             mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
             return mixer(images, labels)
 
+    def _taken(self, size: int = 1) -> Callable[[Any], int]:
+        """Batches of ``size`` that a run which is resumed has trained on in its epoch, as `Taken` tells them."""
+        return Taken(lambda source: size * _batch_of_epoch(self.trainer) if _trains_on(self.trainer, source) else 0)
+
     def _random(self) -> torch.Generator:
-        """Of this process and epoch, so that a run that is resumed after an epoch goes on as it would have."""
+        """Of this process, epoch and batch, so that a run that is resumed goes on as it would have."""
         trainer: Any = self.trainer
-        if self._generator is None or trainer.current_epoch != self._epoch:
-            self._epoch = trainer.current_epoch
-            seed = mixed_seed(self._run_seed, self._epoch, trainer.global_rank)
-            self._generator = torch.Generator().manual_seed(seed)
+        step = trainer.current_epoch, _batch_of_epoch(trainer)
+        if self._generator is None or step != self._step:
+            self._step = step
+            self._generator = torch.Generator().manual_seed(mixed_seed(self._run_seed, *step, trainer.global_rank))
         return self._generator
+
+
+def _batch_of_epoch(trainer: Any) -> int:
+    """Training batches of this epoch that came before the one that is fetched or made ready now."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def _trains_on(trainer: Any, source: Any) -> bool:
+    """Whether it is from this sampler or stream that the trainer gets its batches, and not somebody else's loader."""
+    loaders: Any = getattr(trainer and trainer.fit_loop._combined_loader, "flattened", [])
+    return any(source is loader.dataset or source is getattr(loader, "sampler", None) for loader in loaders)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,7 +6,7 @@ Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from .decoding import COLOUR, Boxes, Decoding, UnknownRangeError, UnreadableError, read_image
 from .recipes import Recipe, draw_boxes
@@ -105,13 +105,21 @@ class Labelled:
 
 
 class TensorImages(Dataset[Batch]):
-    """Images that are held as one tensor; a batch is taken out of it at once, on the tensor's device."""
+    """Images that are held as one tensor; a batch is taken out of it at once, on the tensor's device.
+
+    Args:
+        part: Images and labels.
+
+    Attributes:
+        targets: Labels in the order of the samples, ``(N,)``, on the host.
+    """
 
     def __init__(self, part: Labelled) -> None:
         assert isinstance(part.images, Tensor)
         self.images = part.images
-        self.labels = torch.from_numpy(part.labels).to(self.images.device)
+        self.targets = part.own_labels
         self.chosen = torch.from_numpy(part.chosen)
+        self._labels = torch.from_numpy(part.labels).to(self.images.device)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -126,7 +134,7 @@ class TensorImages(Dataset[Batch]):
             # Only from pinned memory does the copy not wait until the device is through with what came before.
             rows = rows.pin_memory()
         rows = rows.to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        return self.images.index_select(0, rows), self._labels.index_select(0, rows)
 
 
 class FileImages(Dataset[Batch]):
@@ -160,6 +168,11 @@ class FileImages(Dataset[Batch]):
         self.recipe = recipe
         self.views = views
         self.seed = seed
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Labels in the order of the samples, ``(N,)``."""
+        return self.part.own_labels
 
     @property
     def samples(self) -> list[tuple[str, int]]:
@@ -201,21 +214,6 @@ class FileImages(Dataset[Batch]):
     def __getitems__(self, keys: list[int]) -> Batch:
         images, labels = zip(*(self[key] for key in keys), strict=True)
         return torch.stack(images), torch.stack(labels)
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Shuffled anew each epoch by seed and epoch alone; index i of N in epoch e is the key e N + i.
-
-    So a data set knows the epoch in whatever process it runs. The shards of several processes are equally long, which
-    contrastive losses need; of N images up to one less than there are processes sit out an epoch, others each time.
-    """
-
-    def __init__(self, dataset: Any, world_size: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # a Dataset of ours has a length
-        return (start + index for index in super().__iter__())
 
 
 def mixed_seed(*numbers: int) -> int:

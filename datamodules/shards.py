@@ -13,7 +13,7 @@ import re
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -122,7 +122,7 @@ class WebDataset(ImageDataModule):
         # Lightning doubts the length of any iterable data set; here each worker has its own samples.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         world_size, rank = self._place()
-        return ShardBatches(
+        batches = ShardBatches(
             part,
             self.batch_size,
             self.num_classes,
@@ -134,9 +134,12 @@ class WebDataset(ImageDataModule):
             recipe=self.recipe if training and self.recipe.crops else None,
             views=self.views,
             seed=self._run_seed,
-            epoch=trainer.current_epoch if trainer else 0,
             decoding=self.decoding,
         )
+        if training and trainer:
+            taken = self._taken()
+            batches.progress = lambda: (trainer.current_epoch, taken(batches))
+        return batches
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,10 @@ class ShardBatches(IterableDataset[Batch]):
         views: Crops an image.
         seed: Seed of the order, and of the crops, which depend on it, the epoch and the sample alone.
         epoch: The epoch of the first pass.
+        taken: Batches that the first pass leaves out at its beginning.
         decoding: Range of the images' values.
         mark_broken: Whether an image that cannot be read comes as zeros labelled `UNREADABLE` in place of an error.
+        progress: Tells ``epoch`` and ``taken`` when a pass begins, in the process that the loader is in.
     """
 
     shards: Shards
@@ -230,8 +235,10 @@ class ShardBatches(IterableDataset[Batch]):
     views: int = 1
     seed: int = 0
     epoch: int = 0
+    taken: int = 0
     decoding: Decoding = COLOUR
     mark_broken: bool = False
+    progress: Callable[[], tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         total, places = len(self.shards), (self.rank, self.rank + 1)
@@ -245,20 +252,32 @@ class ShardBatches(IterableDataset[Batch]):
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs; it cannot ask for the progress."""
+        return {**vars(self), "progress": None}
+
+    def begin(self) -> None:
+        """Take over the epoch, and what the first pass leaves out, before workers get their copies."""
+        if self.progress:
+            self.epoch, self.taken = self.progress()
+
     def __iter__(self) -> Iterator[Batch]:
         # Counted here, since a worker's copy is out of reach for whoever knows the epoch.
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        return self._batches(epoch)
+        epoch, taken, self.epoch, self.taken = self.epoch, self.taken, self.epoch + 1, 0
+        return self._batches(epoch, taken)
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, taken: int) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The loader asks worker 0 first, which goes on with the batches of the one whose turn it would have been.
+        number = (number + taken) % workers
         samples = self._samples(epoch, *self._own(number, workers))
         if self.shuffle:
             from webdataset.filters import shuffle
 
             rng = random.Random(mixed_seed(self.seed, epoch, self.rank, number))
             samples = shuffle(self.shuffle, rng=rng)(samples)
+        samples = islice(samples, self.batch_size * len(range(number, taken, workers)), None)
         while batch := list(islice(samples, self.batch_size)):
             images, labels = zip(*(self._decode(epoch, *sample) for sample in batch), strict=True)
             yield torch.stack(images), torch.tensor(labels)

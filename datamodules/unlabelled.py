@@ -5,6 +5,7 @@ Legend: ``C`` channels, ``S`` side of an image in a batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .base import ImageDataModule
@@ -35,6 +36,8 @@ class Unlabelled(ImageDataModule):
         )
         self.class_names = class_names
         self.centre = preprocessing.get("crop_pct", self.centre)
+        if value_range := preprocessing.get("value_range"):
+            self.decoding = replace(self.decoding, value_range=tuple(value_range))
 
     def parts(self) -> dict[str, Labelled]:
         """Nothing: there are no labels."""

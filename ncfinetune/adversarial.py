@@ -5,14 +5,15 @@ Legend: ``N`` samples, ``C`` channels, ``H W`` height and width, ``K`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ncfinetune.passes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PGD:
         pixels = x.detach() * std + mean
         change = self._project(self._start(pixels), pixels)
         step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
-        with _evaluating(model), torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             for _ in range(self.steps):
                 change.requires_grad_()
                 loss = F.cross_entropy(model((pixels + change - mean) / std), y, reduction="sum")
@@ -101,14 +102,3 @@ class PGD:
 def _length(images: Tensor) -> Tensor:
     tiny = torch.finfo(images.dtype).tiny
     return images.flatten(1).norm(dim=1).clamp(min=tiny).view(-1, 1, 1, 1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

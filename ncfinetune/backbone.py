@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ncfinetune import weights
 from ncfinetune.compiled import CompiledBlocks
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
+from ncfinetune.passes import eval_mode
 
 # So many values of a tensor are kept to tell whether it is still at its random start.
 _SAMPLE = 8
@@ -180,13 +181,8 @@ class Backbone(nn.Module):
     def _probe(self, layers: dict[str, nn.Module]) -> dict[str, int]:
         first = next(self.net.parameters())
         blank = torch.zeros(1, *self._input_size(), device=first.device, dtype=first.dtype)
-        modes = {module: module.training for module in self.modules()}
-        try:
-            with torch.no_grad(), caught(layers) as outputs:
-                self.eval()._run(_features, blank)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with torch.no_grad(), eval_mode(self), caught(layers) as outputs:
+            self._run(_features, blank)
         return {name: self.pool(output).shape[1] for name, output in outputs.items()}
 
     def _input_size(self) -> tuple[int, int, int]:

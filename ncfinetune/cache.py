@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.delta import fingerprint, raw
-from ncfinetune.passes import evaluation, in_order, on_device, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail
 
@@ -204,8 +204,8 @@ def _sample(trainer: Trainer, loader: DataLoader[Any]) -> Any:
     dataset: Any = loader.dataset
     count = min(_SAMPLES, len(dataset))
     positions = [number * (len(dataset) - 1) // max(1, count - 1) for number in range(count)]
-    few = DataLoader(dataset, batch_sampler=[positions], collate_fn=loader.collate_fn, generator=torch.Generator())
-    return on_device(trainer, next(iter(few)))
+    here: dict[str, Any] = {"num_workers": 0, "multiprocessing_context": None, "persistent_workers": False}
+    return on_device(trainer, next(iter(like(loader, positions, batch_size=count, **here))))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -18,14 +18,17 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import predictions
+from ncfinetune import interruptions, predictions
+from ncfinetune.atomic import AtomicCheckpointIO
 from ncfinetune.learner import check_launched
 from ncfinetune.weights import DATA
 
@@ -38,6 +41,8 @@ _LOGGER = {
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
 
+# The file with the configuration of a training.
+_CONFIG = "config.yaml"
 # The exit status of a prediction that is complete but for images that cannot be read.
 BROKEN_IMAGES = 3
 
@@ -46,7 +51,7 @@ def main(args: list[str] | None = None) -> int | None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
 
     Returns:
-        The exit status: None, or `BROKEN_IMAGES`.
+        The exit status: None, `BROKEN_IMAGES`, or `interruptions.STATUS` after SIGTERM.
 
     Raises:
         ValueError: Lightning refuses the configuration, or a checkpoint is of another model.
@@ -61,9 +66,12 @@ def main(args: list[str] | None = None) -> int | None:
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
+            save_config_callback=_SaveConfigAfterBatch,
             save_config_kwargs={"overwrite": True},
             args=args,
         ).status
+    except SIGTERMException:
+        return interruptions.STATUS
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
@@ -91,12 +99,53 @@ class PlainParser(LightningArgumentParser):
         self.exit(2, f"error: {plain(message, self)}\n")
 
 
+class _SaveConfigAfterBatch(SaveConfigCallback):
+    """Saves the configuration in the run's folder once the first batch is through.
+
+    Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
+    configuration of the run that is in the folder. That of a training does not say what it was resumed from, so that
+    it starts a new one.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("config_filename") == _CONFIG:
+            config = config.clone()
+            config.ckpt_path = None
+        super().__init__(parser, config, *args, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save nothing yet."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time, but not in the sanity check, after which training may still be refused."""
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, "validate")
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "test")
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save, the first time."""
+        super().setup(trainer, pl_module, "predict")
+
+
 class NCFinetuneCLI(LightningCLI):
     """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
 
     status: int | None = None
+    _arguments: Any = None
     _samples: list[str] | None = None
     _table: predictions.Table | None = None
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and keep it."""
+        self._arguments = sys.argv[1:] if args is None else args
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the link from data to model, and the choice to test after training."""
@@ -131,11 +180,24 @@ class NCFinetuneCLI(LightningCLI):
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
             _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
-        name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
+        name = _CONFIG if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
+        self._trust_nothing_remote()
         checkpoint = _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
-        if checkpoint is not None and self.subcommand != "fit":
+        if self.subcommand == "fit":
+            interruptions.place(self.config.fit.trainer, self._get(self.config, "ckpt_path"), self._arguments)
+        elif checkpoint is not None:
             self._take_from(checkpoint)
+
+    def _trust_nothing_remote(self) -> None:
+        """Let Lightning read a checkpoint from another machine as data; its default there is to run what is in it."""
+        path = self._get(self.config, "ckpt_path")
+        if path is None or not re.match(r"\w+://", path):
+            return
+        if "weights_only" not in self.config[self.subcommand]:
+            self.parser.error(f"{path!r} is on another machine, and this Lightning would run its code; fetch it first")
+        if self.config[self.subcommand].weights_only is None:
+            self.config[self.subcommand].weights_only = True
 
     def _take_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Ask nothing of this machine that is in the checkpoint: where its weights started, what its images are like.
@@ -174,10 +236,15 @@ class NCFinetuneCLI(LightningCLI):
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
         check_launched(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.trainer.callbacks.append(interruptions.SaveOnSIGTERM())  # type: ignore[attr-defined]
         # The first process's folder is that of all; another process would count on from it.
         if getattr(rank_zero_only, "rank", 0):
             return
         run = self.trainer.log_dir or self.trainer.default_root_dir
+        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
+            interruptions.last_of(Path(run).parent, Path(run))
         _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ncfinetune.atomic import replacing
 from ncfinetune.weights import save as save_weights
 
 _FORMAT = "ncfinetune delta 2"
@@ -53,7 +54,8 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str,
     _check_suffix(path)
     metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint, "fingerprint": fingerprint(tensors)}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with replacing(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
 def facts(path: str | Path) -> dict[str, Any]:

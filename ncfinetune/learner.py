@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.resume import state_of_process, states_of_processes
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.weights import DATA
 
@@ -25,6 +26,8 @@ Batch = tuple[Tensor, Tensor]
 Interval = Literal["epoch", "step"]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
+# Of what a datamodule says of its images, what makes the same pixel another number.
+_NORMALISED_BY = ("mean", "std", "value_range")
 
 
 class SampleMean(Metric):
@@ -128,18 +131,23 @@ class Learner(LightningModule, ABC):
         )
         self.class_names: list[str] | None = None
         self.preprocessing: dict[str, Any] | None = None
+        self._processes: list[dict[str, Any]] = []
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare what a datamodule says of classes and images with what the learner was trained on."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what classes and images are like."""
+        """Say in the checkpoint what classes and images are like, and what a run needs to go on within an epoch."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        if "loops" in checkpoint:  # and not weights alone
+            means = {name: mean.metric_state for name, mean in self._means_of("train")}
+            checkpoint[_PROCESSES] = states_of_processes(self.trainer, {"means": means})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what the checkpoint says of classes and images, and compare the datamodule with it."""
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
+        self._processes = checkpoint.get(_PROCESSES, [])
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
@@ -227,6 +235,33 @@ class Learner(LightningModule, ABC):
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
 
+    def on_train_start(self) -> None:
+        """Go on with the random numbers that a run which is resumed had stopped with."""
+        if self._processes:
+            self._processes = [state_of_process(self.trainer, self._processes)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the means of the epoch, where it is resumed within one."""
+        self._resume_means(batch_idx > 0)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means of an epoch that is resumed after its last batch."""
+        if self._processes:
+            self._resume_means(True)
+            for name, mean in self._means_of("train"):
+                self.log(f"train/{name}", mean, on_step=False, on_epoch=True, prog_bar=True)
+
+    def _resume_means(self, within: bool) -> None:
+        states, self._processes = self._processes, []
+        means = states[0].get("means", {}) if states and within else {}
+        for name, mean in self._means_of("train"):
+            if name in means and means[name]["samples"]:
+                total, samples = (means[name][key].to(self.device) for key in ("total", "samples"))
+                mean.update(total / samples, samples)
+
+    def _means_of(self, split: str) -> list[tuple[str, Any]]:
+        return [(name, self.means[f"{split}/{name}"]) for name in self.logged]
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite; off the CPU look only where a step is logged, since looking waits."""
         logs_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -234,6 +269,8 @@ class Learner(LightningModule, ABC):
             raise FloatingPointError(_not_finite(self.trainer, loss))
 
 
+# Under which a checkpoint has what each process needs to go on.
+_PROCESSES = "processes"
 # Hyper-parameters of a run, which a checkpoint's model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 
@@ -368,13 +405,13 @@ class Classifier(Learner):
                 f"the model was trained on the classes {_listed(self.class_names)}, and the data has {_listed(names)}: "
                 "its labels mean others; expected the same classes in the same order"
             )
-        ours, theirs = (
-            {key: (seen or {}).get(key) for key in ("mean", "std")} for seen in (self.preprocessing, images)
-        )
-        if self.preprocessing and images and ours != theirs:
+        ours, theirs = self.preprocessing or {}, images or {}
+        other = [key for key in _NORMALISED_BY if ours and theirs and ours.get(key) != theirs.get(key)]
+        if other:
+            trained, given = (", ".join(f"{key}={seen.get(key)}" for key in other) for seen in (ours, theirs))
             rank_zero_warn(
-                f"the model was trained on images normalised by {ours}, and the data are by {theirs}; "
-                "give the datamodule that mean and std"
+                f"the model was trained on images normalised by {trained}, and the data are by {given}; "
+                f"give the datamodule that {' and '.join(other)}"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -399,6 +436,7 @@ class Classifier(Learner):
 
     def on_train_epoch_end(self) -> None:
         """Refuse labels that were only counted when they came."""
+        super().on_train_epoch_end()
         self._refuse_counted()
 
     def on_validation_epoch_end(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ncfinetune.atomic import sync
+
 
 def check_format(path: Path) -> None:
     """Refuse a file that `Table` cannot write.
@@ -76,7 +78,9 @@ class Table:
     def finish(self) -> None:
         """Give the file its name."""
         self.close()
+        sync(self.partial)
         self.partial.replace(self.path)
+        sync(self.path.parent)
 
     def close(self) -> None:
         """End the partial file so that it can be read."""

@@ -21,7 +21,8 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ncfinetune.events import read_scalars
 
 # What differs between the runs of one experiment: where they lie, and their seed.
 _NOT_THE_EXPERIMENT = ("seed_everything", "ckpt_path", "model.init_args.checkpoint", "data.init_args.seed")
@@ -79,8 +80,10 @@ class Run:
     @cached_property
     def scalars(self) -> dict[str, list[float]]:
         """Logged values by tag, in the order of their steps."""
-        events = EventAccumulator(str(self.path), size_guidance={"scalars": 0}).Reload()
-        return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        values, faults = read_scalars(self.path)
+        for fault in faults:
+            print(f"warning: {fault}", file=sys.stderr)
+        return values
 
     def last(self, tag: str) -> float | None:
         """The last value logged under a tag, None if there is none."""

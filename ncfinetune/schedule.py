@@ -104,15 +104,17 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def monitored(scheduler: Any) -> str | None:
-    """What a scheduler that waits for a plateau watches; None for others.
+    """What a scheduler that waits for a plateau watches, ``val/loss`` unless it says so; None for others.
 
     Raises:
-        ValueError: It waits for a plateau and does not say of what.
+        ValueError: It waits for the highest value, which that of a loss is not, and does not say of what.
     """
     name = getattr(scheduler, "monitor", None)
-    if name is None and isinstance(scheduler, ReduceLROnPlateau):
+    if name is not None or not isinstance(scheduler, ReduceLROnPlateau):
+        return name
+    if scheduler.mode == "max":
         raise ValueError(
-            "torch's ReduceLROnPlateau does not say what it watches; "
-            "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/loss say"
+            "torch's ReduceLROnPlateau with mode='max' does not say what it watches, and val/loss it can't be; "
+            "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
         )
-    return name
+    return "val/loss"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ncfinetune.atomic import sync
 from ncfinetune.delta import raw
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,11 +51,14 @@ class StoredSet(Dataset[tuple[Stored, Tensor]]):
         return Stored(self.values[rows]), self.labels[rows]
 
     def loader_like(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """A loader of these samples in the batches that ``loader`` would give of its own."""
+        """A loader of these samples in the batches that ``loader`` would give of its own, of its kind if it can be."""
+        kind = type(loader) if type(loader).__init__ is DataLoader.__init__ else DataLoader
+        # A generator of its own, since each pass takes a seed for workers, there are none, from the model's stream.
+        options: dict[str, Any] = {"collate_fn": _as_is, "generator": torch.Generator()}
         if loader.batch_size is None:
-            return DataLoader(self, batch_sampler=loader.batch_sampler, collate_fn=_as_is)
-        options = {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
-        return DataLoader(self, collate_fn=_as_is, **options)  # type: ignore[arg-type]
+            return kind(self, batch_sampler=loader.batch_sampler, **options)
+        options |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+        return kind(self, **options)
 
 
 def _as_is(batch: Any) -> Any:
@@ -129,6 +133,8 @@ def _write(rows: Iterable[tuple[Tensor, Tensor]], samples: int, part: Path) -> N
             values_file.write(raw(values))
             labels_file.write(raw(labels))
     (part / "shapes.json").write_text(json.dumps(shapes))
+    for path in (*part.iterdir(), part):
+        sync(path)
 
 
 def _shape(tensor: Tensor, samples: int) -> tuple[str, list[int]]:

@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor
 
+from ncfinetune.atomic import replacing
+
 # Share of a network's values below which weights are rather those of another architecture.
 _ENOUGH = 0.75
 # A set of weights that fits this share of what the best one fits is as good an answer: the two differ by less than any
@@ -163,11 +165,11 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
     own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     if path.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(own, path, {"format": "pt", **({DATA: json.dumps(data)} if data else {})})
-    else:
-        torch.save({"state_dict": own, DATA: dict(data)} if data else own, path)
+    with replacing(path) as part:
+        if path.suffix == ".safetensors":
+            save_file(own, part, {"format": "pt", **({DATA: json.dumps(data)} if data else {})})
+        else:
+            torch.save({"state_dict": own, DATA: dict(data)} if data else own, part)
 
 
 def export(checkpoint: str, path: str) -> str:

@@ -20,7 +20,9 @@ from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
-from ncfinetune.datamodules.images import EpochSampler, Labelled, TensorImages
+from ncfinetune.datamodules.images import Labelled, TensorImages
+from ncfinetune.datamodules.loading import EpochSampler
+from ncfinetune.passes import evenly, known_labels
 
 SUBTLE = Recipe(min_area=0.5, max_aspect=1.2, jitter=1.0, brightness=0.5)
 
@@ -110,6 +112,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _folder(root: Path, **arguments: Any) -> ImageFolder:
     return ImageFolder(str(root), **{"image_size": 8, "num_workers": 0, "batch_size": 5, **arguments})
+
+
+@pytest.mark.parametrize("kind", ["digits", "few digits", "files", "memory", "table"])
+def test_data_sets_know_their_labels(kind: str, folder: Path, tmp_path: Path) -> None:
+    """In the order of their samples, so that a pass that is limited takes each class in its share."""
+    rows = [f"{path},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    makers: dict[str, Callable[[], ImageDataModule]] = {
+        "digits": lambda: Digits([7, 3, 5]),
+        "few digits": lambda: Digits([7, 3, 5], shots=6, batch_size=5),
+        "files": lambda: _folder(folder),
+        "memory": lambda: _folder(folder, in_memory=True),
+        "table": lambda: _folder(folder, labels=str(tmp_path / "table.csv")),
+    }
+    data = makers[kind]()
+    data.setup("fit")
+    for loader in (data.train_plain_dataloader(), data.val_dataloader(), data.train_dataloader()):
+        drawn = [int(loader.dataset[index][1]) for index in range(len(loader.dataset))]
+        assert known_labels(loader.dataset).tolist() == drawn
+        taken = torch.cat([labels for _, labels in evenly(loader, 6)])
+        shares = np.bincount(drawn) * 6 / len(drawn)
+        assert np.abs(taken.bincount(minlength=3).numpy() - shares).max() <= 1
 
 
 def test_digits_are_scikit_learns_with_their_labels() -> None:
@@ -396,7 +420,7 @@ def test_an_image_left_over_does_not_make_a_batch_of_one() -> None:
 
 @pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3), (7, 4)])
 def test_training_shards_are_disjoint_and_equally_long(images: int, processes: int) -> None:
-    samplers = [EpochSampler(range(images), processes, rank, seed=3) for rank in range(processes)]
+    samplers = [EpochSampler(range(images), processes, rank, seed=3, taken=lambda _: 0) for rank in range(processes)]
     orders = []
     for epoch in range(2):
         for sampler in samplers:

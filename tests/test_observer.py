@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -242,9 +249,17 @@ def test_another_callback_that_runs_the_network_changes_nothing(first: bool, tmp
     assert found[0] == found[1]
 
 
+AVERAGING: dict[str, Callable[[], Callback]] = {
+    "average": WeightAveraging,
+    "EMA": lambda: EMAWeightAveraging(decay=0.9),
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1),
+}
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("first", [True, False])
-def test_averaged_weights_are_measured_whole(first: bool, every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_averaged_weights_are_measured_whole(kind: str, first: bool, every: int, tmp_path: Path) -> None:
     """The pass over the training set, the bank of kNN and the validation see the same weights, in either order."""
     seen: dict[str, list[Tensor]] = {"pass": [], "val": [], "bank": []}
 
@@ -262,12 +277,15 @@ def test_averaged_weights_are_measured_whole(first: bool, every: int, tmp_path: 
         def on_validation_batch_end(self, *args: Any) -> None:
             seen["val"].append(self.net[0].weight.clone())
 
-    own, ema = [Tracker(K), Probe(K, knn=3)], EMAWeightAveraging(decay=0.9)
+    own, averaging = [Tracker(K), Probe(K, knn=3)], AVERAGING[kind]()
     module = Module(lr=0.5)
-    options = {"max_epochs": 2, "check_val_every_n_epoch": every}
-    _fit(tmp_path, module, [*own, ema] if first else [ema, *own], val=_loader(batch_size=N), **options)
-    validated = 2 // every
-    assert [len(weights) for weights in seen.values()] == [1 + validated, validated, validated]
+    options = {"max_epochs": 4, "check_val_every_n_epoch": every}
+    callbacks = [*own, averaging] if first else [averaging, *own]
+    _fit(tmp_path, module, callbacks, val=_loader(batch_size=N), **options)
+    validated = 4 // every
+    passes = 4 if kind == "SWA" else validated  # it swaps no weights for validation, so every epoch has a pass
+    assert [len(weights) for weights in seen.values()] == [1 + passes, validated, validated]
+    seen["pass"] = seen["pass"][passes // validated :: passes // validated]
     for name in ("pass", "bank"):
         weights = seen[name][-validated:]
         assert all(torch.equal(a, b) for a, b in zip(weights, seen["val"], strict=True))

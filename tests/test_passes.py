@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from ncfinetune import Backbone
+from ncfinetune.adversarial import PGD
 from ncfinetune.passes import eval_mode, evenly, known_labels, spread
 
 
 class Caching(nn.Module):
     """Keeps what it made of its parameter in eval mode and drops that in training, as LeViT's attention does."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(4))
+        self.bias = nn.Parameter(torch.zeros(width))
         self.cache: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> Any:
@@ -88,6 +90,21 @@ def test_each_part_has_its_own_mode_again() -> None:
         assert not any(part.training for part in network.modules())
     assert [part.training for part in network.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
+
+
+def test_what_asks_for_widths_and_what_attacks_restore_them_too() -> None:
+    backbone = Backbone("test_vit", img_size=8, patch_size=2, in_chans=1).train()
+    block = backbone.net.blocks[0]
+    block.mlp.fc1 = loralib.Linear(block.mlp.fc1.in_features, block.mlp.fc1.out_features, r=2)
+    nn.init.normal_(block.mlp.fc1.lora_B)
+    block.mlp.drop1 = Caching(block.mlp.fc1.out_features)
+    before = _state(backbone)
+    assert backbone.layers["blocks.0"] == backbone.dim
+    PGD(0.1, steps=1)(backbone, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(before, _state(backbone), strict=True))
+    assert not block.mlp.fc1.merged
+    assert block.mlp.drop1.cache == {}
+    assert all(part.training for part in backbone.modules())
 
 
 @pytest.mark.parametrize("ordered", [True, False])

@@ -84,9 +84,15 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     run = _fit(tmp_path, "a", *model, *_data(ours))
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", _checkpoint(run)]
     assert main(["test", *trained]) is None
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for command in (["test"], ["validate"], ["predict"], ["fit", "--trainer.max_epochs", "2"]):
         error = _refusal(capsys, command[0], *trained, *command[1:], "--data.root", str(other))
         assert "was trained on the classes apple, lime, plum, and the data has lime, plum, zebra: its labels" in error
+    # Nor what is refused later: by the cache, when there are loaders, and by the first batch of training.
+    cache = ["--model.train", "layer4.1", "--model.cache", "memory"]
+    for options, reason in ((cache, "these differ each time they are drawn"), (["--data.views", "2"], "views=1")):
+        assert reason in _refusal(capsys, "fit", *trained[:2], *options)
+    assert {path: path.read_bytes() for path in before if path.is_file()} == before
     tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")  # nothing is frozen: needs no base
     assert tuned.class_names == ["apple", "lime", "plum"]
     with pytest.raises(ValueError, match="the model was trained on the classes apple, lime, plum, and the data has"):
@@ -116,6 +122,45 @@ def test_datamodules_say_how_they_make_images_ready(size: int, tmp_path: Path) -
     assert Digits(image_size=16).preprocessing["stored_size"] == 8
     with pytest.raises(ValueError, match="expected the preprocessing of a datamodule; it lacks stored_size"):
         Unlabelled(["a", "b"], {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3})
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_deep_images_are_predicted_in_the_range_of_training(suffix: str, tmp_path: Path) -> None:
+    """12 bits in files of 16, which the files do not say: elsewhere, from the checkpoint and from the delta."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for name, grey in (("dark", 500), ("light", 3000)):
+            (tmp_path / "deep" / part / name).mkdir(parents=True)
+            for number in range(6):
+                pixels = generator.normal(grey, 100, (24, 30)).clip(0, 4095).astype(np.uint16)
+                Image.fromarray(pixels).save(tmp_path / "deep" / part / name / f"{part}{number}.{suffix}")
+    model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
+    data = _data(tmp_path / "deep")
+    run = _fit(tmp_path, "a", *model, *data, "--data.value_range", "[0, 4095]", "--data.augmentation", "plain")
+    photos = shutil.copytree(tmp_path / "deep" / "test" / "light", tmp_path / "there" / "photos")
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", _checkpoint(run)]
+    assert main(["predict", *trained, "--predictions", "all.csv"]) is None
+    shutil.move(tmp_path / "deep", tmp_path / "gone")
+    assert main(["predict", *trained, "--images", str(photos), "--predictions", "photos.csv"]) is None
+    found = _rows(tmp_path / "photos.csv")
+    own = list(_rows(tmp_path / "all.csv").values())[6:]  # the class light is the second
+    assert [found[f"test{number}.{suffix}"] for number in range(6)] == own
+    tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")
+    assert tuned.preprocessing is not None
+    assert tuned.preprocessing["value_range"] == [0, 4095]
+    elsewhere = Unlabelled(["dark", "light"], tuned.preprocessing, num_workers=0)
+    assert elsewhere.preprocessing == tuned.preprocessing
+    elsewhere.predict_files(photos)
+    batch = elsewhere.on_after_batch_transfer(next(iter(elsewhere.predict_dataloader())), 0)
+    shares = tuned.predict_step(batch, 0)
+    assert shares[:, 1].tolist() == pytest.approx(
+        [float(found[f"test{number}.{suffix}"][2]) for number in range(6)], abs=1e-5
+    )
+    tuned.save_for_timm(tmp_path / "merged.safetensors")
+    with safe_open(tmp_path / "merged.safetensors", framework="pt") as file:
+        assert '"value_range": [0' in file.metadata()["data"]
+    with pytest.warns(UserWarning, match=r"by value_range=\[0.*, 4095.*\], and the data are by value_range=None; give"):
+        tuned.compare_data(None, {**tuned.preprocessing, "value_range": None})
 
 
 def _rows(path: Path) -> dict[str, list[str]]:

@@ -233,7 +233,7 @@ def _rates(scheduler: Any, epochs: int = 3, lr: float | None = None, **options: 
     model.lr = lr
     seen = _Rates()
     trainer = _trainer(max_epochs=epochs, callbacks=[seen])
-    trainer.fit(model, DataLoader(_uneven(8, 0), batch_size=4))
+    trainer.fit(model, *(DataLoader(_uneven(8, 0), batch_size=4) for _ in ("train", "val")))
     return seen.rates
 
 
@@ -302,16 +302,16 @@ def test_scheduler_is_stepped_each_epoch_or_each_step() -> None:
         Supervised(3, VIT, lr_scheduler=halve, lr_interval="batch")
 
 
-def test_plateau_needs_what_it_watches() -> None:
+def test_plateau_watches_the_validation_loss_or_what_it_says() -> None:
     message = (
-        "torch's ReduceLROnPlateau does not say what it watches; "
-        "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/loss say"
+        "torch's ReduceLROnPlateau with mode='max' does not say what it watches, and val/loss it can't be; "
+        "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
     )
     with pytest.raises(ValueError, match=message):
-        _rates(lr_scheduler.ReduceLROnPlateau)
-    watching = partial(
-        ReduceLROnPlateau, monitor="train/loss", patience=0, factor=0.1, threshold=1e9, threshold_mode="abs"
-    )
+        _rates(partial(lr_scheduler.ReduceLROnPlateau, mode="max"))
+    never_better = {"patience": 0, "factor": 0.1, "threshold": 1e9, "threshold_mode": "abs"}
+    assert _rates(partial(lr_scheduler.ReduceLROnPlateau, **never_better))[-1][0] < 0.01
+    watching = partial(ReduceLROnPlateau, monitor="train/loss", **never_better)
     rates = _rates(watching, head_lr_factor=10)
     assert rates[-1] == pytest.approx([rates[-1][0], 10 * rates[-1][0]])
     assert rates[-1][0] < 0.01

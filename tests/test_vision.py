@@ -27,6 +27,7 @@ from ncfinetune.datamodules import (
     StanfordCars,
     vision,
 )
+from ncfinetune.passes import known_labels
 
 # What a fixture writes: for each part the number of each image's colour, and its label.
 Written = dict[str, list[tuple[int, int]]]
@@ -184,6 +185,8 @@ def test_each_set_is_read_in_its_official_parts(name: str, tmp_path: Path) -> No
     }
     assert data.num_classes == len(data.class_names) == num_classes
     assert len(set(data.class_names)) == num_classes
+    train = data.train_plain_dataloader()
+    assert known_labels(train.dataset).tolist() == torch.cat([labels for _, labels in train]).tolist()
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "DTD", "Pets"])

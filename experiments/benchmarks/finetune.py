@@ -27,20 +27,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from ncfinetune import Backbone, FineTuner
 
 CLASSES = 10
-# Method, its knobs for a block, and the ratios of time and of memory to full fine-tuning that are asked for.
-METHODS: dict[str, tuple[dict[str, Any], str]] = {
-    "full FT": ({"train": "all"}, "1 and 1"),
-    "layer FT": ({"train": "BLOCK"}, "0.6 and 0.5"),
-    "SCL FT": ({"train": "BLOCK", "skip_from": "BLOCK"}, ""),
-    "SCL FT, gradient through the skip": (
-        {"train": "BLOCK", "skip_from": "BLOCK", "skip_gradient": "skip"},
-        "0.42 and 0.3",
-    ),
-    "layer FT, cached": ({"train": "BLOCK", "cache": "disk"}, "0.42"),
-    "SCL FT, gradient through the skip, cached": (
-        {"train": "BLOCK", "skip_from": "BLOCK", "skip_gradient": "skip", "cache": "disk"},
-        "0.25",
-    ),
+# The knobs of each method for a block.
+METHODS: dict[str, dict[str, Any]] = {
+    "full FT": {"train": "all"},
+    "layer FT": {"train": "BLOCK"},
+    "SCL FT": {"train": "BLOCK", "skip_from": "BLOCK"},
+    "SCL FT, gradient through the skip": {"train": "BLOCK", "skip_from": "BLOCK", "skip_gradient": "skip"},
+    "layer FT, cached": {"train": "BLOCK", "cache": "disk"},
+    "SCL FT, gradient through the skip, cached": {
+        "train": "BLOCK",
+        "skip_from": "BLOCK",
+        "skip_gradient": "skip",
+        "cache": "disk",
+    },
 }
 
 
@@ -120,7 +119,7 @@ def seconds(network: str, batch: int, steps: int, repeats: int, device: str) -> 
     data = Noise(batch * steps, batch)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for _ in range(repeats):
-        for name, (knobs, _) in METHODS.items():
+        for name, knobs in METHODS.items():
             clock = fit(network, knobs, data, 2, device)
             taken[name].append((statistics.median(clock.batches[steps:]), clock.epochs[1]))
     return taken
@@ -128,12 +127,12 @@ def seconds(network: str, batch: int, steps: int, repeats: int, device: str) -> 
 
 def _grown(network: str, method: str, batch: int, device: str, answer: "multiprocessing.Queue[float]") -> None:
     quiet()
-    fit("test_resnet", METHODS[method][0], Noise(4, 2, 64), 1, device)
+    fit("test_resnet", METHODS[method], Noise(4, 2, 64), 1, device)
     data = Noise(batch * 2, batch)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _peak(device, reset=True)
-    fit(network, METHODS[method][0], data, 1, device)
+    fit(network, METHODS[method], data, 1, device)
     answer.put(_peak(device) - before)
 
 
@@ -213,26 +212,26 @@ def main() -> None:
 
 
 def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    say("| network | method | step, s | step / full FT | epoch / full FT | memory, MB | memory / full FT | asked |")
-    say("|---|---|---|---|---|---|---|---|")
+    say("| network | method | step, s | step / full FT | epoch / full FT | memory, MB | memory / full FT |")
+    say("|---|---|---|---|---|---|---|")
     for network in options.networks:
         taken = seconds(network, options.batch, options.steps, options.repeats, options.device)
         memory = {name: megabytes(network, name, options.memory_batch, options.device) for name in METHODS}
-        for name, (_, asked) in METHODS.items():
+        for name in METHODS:
             pairs = list(zip(taken[name], taken["full FT"], strict=True))
             step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
             say(
                 f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {_spread(step)} | "
-                f"{_spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} | {asked} |"
+                f"{_spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
             )
 
 
 def compare_probe(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    say("\n| network | images | forward pass, s | 50 epochs of a cached linear probe, s | ratio | asked |")
-    say("|---|---|---|---|---|---|")
+    say("\n| network | images | forward pass, s | 50 epochs of a cached linear probe, s | ratio |")
+    say("|---|---|---|---|---|")
     for network in options.networks:
         forward, whole = probe(network, options.probe_images, options.memory_batch, 50, options.device)
-        say(f"| {network} | {options.probe_images} | {forward:.1f} | {whole:.1f} | {whole / forward:.2f} | 1.3 |")
+        say(f"| {network} | {options.probe_images} | {forward:.1f} | {whole:.1f} | {whole / forward:.2f} |")
 
 
 if __name__ == "__main__":

@@ -147,21 +147,17 @@ def main() -> None:
         say(f"`python experiments/benchmarks/tracker.py --repeats {options.repeats}`: {TRAIN} training and {VAL}")
         say(f"validation images in batches of {BATCH}, one thread, torch {torch.__version__}, {platform.machine()}.")
         say("Medians (least to most) of the pairs.\n")
-        say("| network | what | with / without | asked for |\n|---|---|---|---|")
+        say("| network | what | with / without |\n|---|---|---|")
         for name, (_, size, blocks) in NETWORKS.items():
             run(name)  # warm up
             rows = [
-                (
-                    "epoch, penultimate layer of the validation set",
-                    ratios(name, ["penultimate"], options.repeats),
-                    1.03,
-                ),
-                ("epoch, all blocks of the validation set", ratios(name, [blocks], options.repeats), 1.10),
-                ("pass over the training set, against a validation", pass_ratios(name, options.repeats), 1.10),
+                ("epoch, penultimate layer of the validation set", ratios(name, ["penultimate"], options.repeats)),
+                ("epoch, all blocks of the validation set", ratios(name, [blocks], options.repeats)),
+                ("pass over the training set, against a validation", pass_ratios(name, options.repeats)),
             ]
-            for what, found, target in rows:
+            for what, found in rows:
                 spread = f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-                say(f"| {name} at {size} | {what} | {spread} | {target} |")
+                say(f"| {name} at {size} | {what} | {spread} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Runs that are stopped from outside, and where those that go on write to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# What a shell says of a process that SIGTERM ended.
+STATUS = 128 + signal.SIGTERM
+_NAME = "stopped.ckpt"
+
+
+class SaveOnSIGTERM(Callback):
+    """Saves a training that SIGTERM stops, as pre-emption does, and says how to go on.
+
+    Lightning stops after the batch. A validation that is stopped is done anew when the run goes on.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save to ``RUN/checkpoints/stopped.ckpt`` if it was SIGTERM."""
+        if not isinstance(exception, SIGTERMException) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.validating:
+            _begin_again(trainer.fit_loop.epoch_loop.val_loop.batch_progress)
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        path = run / "checkpoints" / _NAME
+        trainer.save_checkpoint(path)
+        _say(
+            f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}; to go on: "
+            f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}"
+        )
+
+
+def _begin_again(progress: Any) -> None:
+    """Let the progress of a validation be what Lightning takes up at the first batch: begun, and none of it done."""
+    for part in (progress.total, progress.current):
+        part.ready = part.started = 1
+        part.processed = part.completed = 0
+    progress.is_last_batch = False
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def run_of(checkpoint: str | Path | None) -> Path | None:
+    """The run's folder that a checkpoint lies in; None if it is in none."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return None
+    run = Path(checkpoint).absolute().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
+def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
+    """Let a training that goes on write to the folder that it wrote to before, unless one is named.
+
+    A checkpoint's is the run that it lies in. A job of SLURM has a folder by its number and command, so that what SLURM
+    starts again finds what it left, and no other run does.
+
+    Args:
+        trainer: The trainer's part of the configuration; changed.
+        checkpoint: What is resumed; None for a new run.
+        command: The arguments of the command line.
+    """
+    options = getattr(trainer.logger, "init_args", None)
+    if options is None or "save_dir" not in options or options.get("version") is not None:
+        return
+    run = run_of(checkpoint)
+    if run is not None:
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        options.save_dir, options.name, options.version = str(run.parent), "", run.name
+    elif checkpoint is None and SLURMEnvironment.detect():
+        job = os.environ["SLURM_JOB_ID"]
+        options.version = f"job-{job}-{zlib.crc32(repr(list(command)).encode()):08x}"
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(Path(options.save_dir, options.name or "", options.version))
+
+
+def last_of(runs: Path, run: Path) -> None:
+    """Refuse to go on from the last checkpoint of a run that has none.
+
+    Raises:
+        ValueError: There is none; names those of other runs.
+    """
+    if any(run.glob("checkpoints/last*.ckpt")):
+        return
+    there = sorted((str(path) for path in runs.rglob("*.ckpt")), key=os.path.getmtime, reverse=True)
+    found = f"there are {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else f"none below {runs}"
+    raise ValueError(f"no last checkpoint in {run / 'checkpoints'}; {found}")

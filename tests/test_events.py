@@ -1,0 +1,70 @@
+"""Event files: the numbers that TensorBoard reads, and what it doesn't say of damaged files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from ncfinetune.events import read_scalars
+from ncfinetune.report import Run
+
+VALUES = [0.5, 0.25, 2.0, -1.0]
+
+
+def _write(run: Path, values: list[float], first: int = 0, suffix: str = "", new_style: bool = False) -> Path:
+    with SummaryWriter(str(run), filename_suffix=suffix) as writer:
+        for step, value in enumerate(values, first):
+            writer.add_scalar("val/acc", value, step, new_style=new_style)
+            writer.add_scalar("val/loss", 2 * value, step, new_style=new_style)
+            writer.add_image("figure", torch.rand(3, 64, 64), step)
+    return next(run.glob(f"*{suffix}"))
+
+
+@pytest.mark.parametrize("new_style", [False, True])
+def test_numbers_are_those_that_tensorboard_reads(new_style: bool, tmp_path: Path) -> None:
+    _write(tmp_path, VALUES, new_style=new_style)
+    values, faults = read_scalars(tmp_path)
+    assert faults == []
+    assert values == {"val/acc": VALUES, "val/loss": [2 * value for value in VALUES]}
+    theirs = EventAccumulator(str(tmp_path)).Reload()
+    if not new_style:
+        assert [event.value for event in theirs.Scalars("val/acc")] == values["val/acc"]
+
+
+def test_a_run_that_goes_on_is_one_curve(tmp_path: Path) -> None:
+    _write(tmp_path, VALUES, suffix=".0")
+    _write(tmp_path, [7.0, 8.0, 9.0], first=2, suffix=".1")
+    assert read_scalars(tmp_path)[0]["val/acc"] == [0.5, 0.25, 7.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("cut", "what"), [(3, "cut within the record at byte"), (12, "cut within"), (-1, "has a wrong checksum")]
+)
+def test_damage_is_said_with_the_last_good_step(
+    cut: int, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _write(tmp_path, VALUES)
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b"val/acc")  # the last one
+    if cut < 0:
+        content[start + len("val/acc") + 3] ^= 1
+    path.write_bytes(content if cut < 0 else content[: start + cut - 10])
+    values = Run(tmp_path).scalars
+    assert values["val/acc"] == VALUES[:3]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {path}: ")
+    assert what in said
+    assert said.endswith("; numbers until step 2 are taken")
+
+
+def test_a_file_that_holds_nothing_is_said_too(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.0"
+    path.write_bytes(b"no record at all, and longer than a head")
+    assert read_scalars(tmp_path) == (
+        {},
+        [f"{path}: the record at byte 0 has a wrong checksum; no number in it is taken"],
+    )
+    path.write_bytes(b"")
+    assert read_scalars(tmp_path) == ({}, [])

@@ -1,0 +1,129 @@
+"""Runs that are stopped from outside go on in their folder as if they had not been."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from test_cli import QUIET, _refusal
+
+from ncfinetune.__main__ import main
+from ncfinetune.atomic import AtomicCheckpointIO, replacing
+from ncfinetune.events import read_scalars
+
+NETWORK = "{name: test_vit, img_size: 8, patch_size: 4, in_chans: 1, drop_path_rate: 0.2}"
+RUN = [
+    *("fit", *QUIET, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"),
+    *("--model", "Supervised", "--model.backbone", NETWORK, "--data", "Digits", "--data.shots", "10"),
+    *("--data.batch_size", "20", "--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"),
+]
+
+
+class Terminate(Callback):
+    """Sends its process SIGTERM after a batch of training, or of validation, that ``step`` steps came before."""
+
+    def __init__(self, step: int, validation: bool = False) -> None:
+        self.step, self.validation = step, validation
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.validation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and self.validation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _place(folder: Path) -> list[str]:
+    return ["--trainer.logger.init_args.save_dir", str(folder)]
+
+
+@pytest.mark.parametrize("stop", [{"step": 7}, {"step": 10, "validation": True}], ids=["training", "validation"])
+def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, *_place(tmp_path / "whole")]) is None
+    terminate = ["--trainer.callbacks+=test_interruptions.Terminate"]
+    terminate += [f"--trainer.callbacks.{name}={value}" for name, value in stop.items()]
+    assert main([*RUN, *terminate, *_place(tmp_path / "stopped")]) == 143
+    whole, stopped = (tmp_path / name / "version_0" for name in ("whole", "stopped"))
+    way = capsys.readouterr().err.strip().splitlines()[-1]
+    command = f"fit --config {stopped / 'config.yaml'} --ckpt_path {stopped / 'checkpoints' / 'stopped.ckpt'}"
+    when = f"in epoch {(stop['step'] - 1) // 5} after step {stop['step']}"
+    assert way == f"stopped by SIGTERM {when}; to go on: ncfinetune {command}"
+    # The saved configuration is that of a new run, and it is taken up without what stopped it.
+    config = yaml.safe_load((stopped / "config.yaml").read_text())
+    config["trainer"]["callbacks"] = None
+    (stopped / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(command.split()) is None
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["version_0"]
+    assert yaml.safe_load((stopped / "config.yaml").read_text())["ckpt_path"] is None
+    weights = [
+        torch.load(next((run / "checkpoints").glob("epoch=2*.ckpt")), weights_only=True)["state_dict"]
+        for run in (whole, stopped)
+    ]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    assert read_scalars(stopped) == read_scalars(whole)
+
+
+def test_to_go_on_from_the_last_checkpoint_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, *_place(tmp_path), "--trainer.max_epochs", "1"]) is None
+    error = _refusal(capsys, *RUN, *_place(tmp_path), "--ckpt_path", "last")
+    there = tmp_path / "version_0" / "checkpoints" / "epoch=0-step=5.ckpt"
+    assert error == f"error: no last checkpoint in {tmp_path / 'version_1' / 'checkpoints'}; there are {there}"
+
+
+def test_a_job_that_is_started_again_finds_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"JOB_ID": "17", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    requeued: list[list[str]] = []
+    monkeypatch.setattr(
+        "lightning.pytorch.trainer.connectors.signal_connector.call", lambda words: requeued.append(words) or 0
+    )
+    monkeypatch.chdir(tmp_path)
+    requeue = ["--trainer.callbacks+=test_interruptions.Requeue"]
+    job = [*RUN, *requeue, *_place(tmp_path / "runs"), "--trainer.devices", "1"]
+    assert main(job) is None
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("job-17-")
+    assert (run / "hpc_ckpt_1.ckpt").is_file()
+    assert requeued == [["scontrol", "requeue", "17"]]
+    assert list(tmp_path.glob("*.ckpt")) == []
+    assert main([*job, "--trainer.max_epochs", "4"]) is None  # another command, which has another folder
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+class Requeue(Callback):
+    """SLURM's signal after the seventh step."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "a.txt"
+    with replacing(path) as part:
+        part.write_text("first")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as part:
+        part.write_text("half and \N{SNOWMAN}", encoding="ascii")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, files = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    files.save_checkpoint({"step": 1}, path)
+
+    def full(checkpoint: Any, part: Path) -> None:
+        part.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 128 vs 22")
+
+    monkeypatch.setattr("ncfinetune.atomic.torch.save", full)
+    with pytest.raises(OSError, match=r"^cannot write '.*last.ckpt': .*unexpected pos.*; make room there, or choose"):
+        files.save_checkpoint({"step": 2}, path)
+    assert files.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,156 @@
+"""A run that stops anywhere goes on as if it had not: the same images, random numbers, means and weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_files import write_image
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_shards import _write_shards
+
+from ncfinetune import FineTuner, Supervised
+from ncfinetune.adversarial import PGD
+from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
+from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
+
+# Dropout and drop path draw from the stream of random numbers that a checkpoint has to keep.
+NETWORK: dict[str, Any] = {"name": "test_vit", "img_size": 8, "patch_size": 4, "drop_path_rate": 0.2}
+EPOCHS = 3
+EACH_STEP, EACH_EPOCH = {"every_n_train_steps": 1}, {"every_n_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 training images of 3 classes and 6 for validation."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(42):
+        part = "train" if number < 36 else "val"
+        write_image(folder / part / "abc"[number % 3] / f"{number:02d}.png", number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in tar files."""
+    root = tmp_path_factory.mktemp("shards")
+    _write_shards(root, "train", (13, 9, 14))
+    _write_shards(root, "val", (6,), first=100)
+    return root
+
+
+Make = Callable[[Path, Path], ImageDataModule]
+FILES: dict[str, Any] = {"image_size": 8, "batch_size": 5, "augmentation": "standard", "num_workers": 2}
+DATA: dict[str, Make] = {
+    "memory": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="standard"),
+    "plain": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="plain"),
+    "mixup": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="plain", mixup=1.0),
+    "folder, 2 workers": lambda folder, shards: ImageFolder(str(folder), **FILES),
+    "shards": lambda folder, shards: _shards(shards, num_workers=0),
+    "shards, 2 workers": lambda folder, shards: _shards(shards, num_workers=2),
+}
+
+
+def _shards(root: Path, **arguments: Any) -> WebDataset:
+    return WebDataset(
+        3, train=f"{root}/train-{{0..2}}.tar", val=f"{root}/val-0.tar", shuffle=10, **{**FILES, **arguments}
+    )
+
+
+def _halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.StepLR:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+LEARNERS: dict[str, Callable[[int], LightningModule]] = {
+    "supervised": lambda channels: Supervised(3, {**NETWORK, "in_chans": channels}, lr_scheduler=_halving),
+    "adversarial": lambda channels: Supervised(3, {**NETWORK, "in_chans": channels}, adversary=PGD(8 / 255, steps=1)),
+    "skip": lambda channels: FineTuner(
+        3, {**NETWORK, "in_chans": channels}, train="blocks.1", skip_from="blocks.1", allow_random=True
+    ),
+    "cached": lambda channels: FineTuner(
+        3, {**NETWORK, "in_chans": channels}, train="blocks.1", cache="memory", allow_random=True
+    ),
+}
+
+
+class Seen(ModelCheckpoint):
+    """Keeps the images of each training batch, and checkpoints at the steps that are asked for."""
+
+    def __init__(self, folder: Path, **when: Any) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, save_on_train_epoch_end="every_n_epochs" in when, **when)
+        self.batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        first, labels = batch
+        self.batches[trainer.global_step] = (getattr(first, "value", first).clone(), labels.clone())
+
+
+def _fit(
+    model: LightningModule, data: ImageDataModule, folder: Path, ckpt_path: Path | None = None, **when: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    seen = Seen(folder, **when)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        callbacks=[seen, NeuralCollapseTracker(figures=False), OnlineProbe(3)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    numbers = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return model.state_dict(), numbers, seen.batches
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("learner", "kind", "when"),
+    [
+        ("supervised", "memory", EACH_EPOCH),
+        ("cached", "plain", EACH_STEP),
+        ("supervised", "shards, 2 workers", EACH_STEP),
+        *(
+            pytest.param(learner, kind, when, marks=pytest.mark.slow)
+            for learner, kind, when in [
+                ("supervised", "memory", EACH_STEP),
+                ("adversarial", "memory", EACH_STEP),
+                ("cached", "plain", EACH_EPOCH),
+                ("supervised", "mixup", EACH_STEP),
+                ("skip", "folder, 2 workers", EACH_STEP),
+                ("skip", "folder, 2 workers", EACH_EPOCH),
+                ("supervised", "shards", EACH_STEP),
+                ("supervised", "shards, 2 workers", EACH_EPOCH),
+            ]
+        ),
+    ],
+)
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    learner: str, kind: str, when: dict[str, int], folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    def run(place: str, ckpt_path: Path | None = None, seed: int = 0) -> Any:
+        seed_everything(0, verbose=False)
+        data = DATA[kind](folder, shards)
+        model = LEARNERS[learner](1 if kind in ("memory", "mixup", "plain") else 3)
+        torch.manual_seed(0)
+        if ckpt_path:
+            torch.rand(7)  # a process of its own has its own past
+        return _fit(model, data, tmp_path / place, ckpt_path, **when)
+
+    weights, numbers, batches = run("whole")
+    saved = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    steps = len(batches)
+    # After the first step, at the end of the first epoch and within the second; or at the end of the first.
+    chosen = [0, steps // EPOCHS - 1, steps // EPOCHS + 2] if len(saved) == steps else [0]
+    for checkpoint in (saved[index] for index in chosen):
+        done = int(checkpoint.stem.split("=")[1])
+        resumed, measured, rest = run(f"from {done}", checkpoint)
+        assert list(rest) == list(range(done, steps))
+        for step, (images, labels) in rest.items():
+            assert torch.equal(images, batches[step][0])
+            assert torch.equal(labels, batches[step][1])
+        assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        assert measured == pytest.approx(numbers, nan_ok=True, rel=1e-6)
