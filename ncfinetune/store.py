@@ -10,6 +10,8 @@ import json
 import math
 import shutil
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ from ncfinetune.atomic import sync
 from ncfinetune.delta import raw
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Bytes read at a time, and seconds after which nobody writes to a half-written cache any more.
+_PIECE, _ABANDONED = 2**24, 24 * 3600
 _MEND = "free some space, name a cache_dir on another disk, or use cache='memory' or 'none'"
 
 
@@ -89,7 +93,8 @@ def on_disk(
 
     Args:
         rows: Gives values and labels in batches.
-        shape: Shape of all values ``(N, ...)``; files of another one are made anew.
+        shape: Shape of all values ``(N, ...)``; files of another one, or of other content than was written, are made
+            anew.
         folder: Where they go.
         strategy: The trainer's.
 
@@ -98,6 +103,7 @@ def on_disk(
     """
     if strategy.is_global_zero and not _complete(folder, shape):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
         try:
             _write(rows(), shape[0], part)
@@ -125,14 +131,19 @@ def _put(part: Path, folder: Path, shape: tuple[int, ...]) -> None:
 
 def _write(rows: Iterable[tuple[Tensor, Tensor]], samples: int, part: Path) -> None:
     shapes: dict[str, Any] = {}
+    sums = {"values": 0, "labels": 0}
     with (part / "values").open("wb") as values_file, (part / "labels").open("wb") as labels_file:
+        files = {"values": values_file, "labels": labels_file}
         for values, labels in rows:
+            tensors = {"values": values, "labels": labels}
             if not shapes:
-                shapes = {n: _shape(t, samples) for n, t in (("values", values), ("labels", labels))}
+                shapes = {name: _shape(tensor, samples) for name, tensor in tensors.items()}
                 _check_space(sum(map(_size, shapes.values())), part)
-            values_file.write(raw(values))
-            labels_file.write(raw(labels))
-    (part / "shapes.json").write_text(json.dumps(shapes))
+            for name, tensor in tensors.items():
+                content = raw(tensor)
+                files[name].write(content)
+                sums[name] = zlib.crc32(content, sums[name])
+    (part / "shapes.json").write_text(json.dumps({**shapes, "crc32": sums}))
     for path in (*part.iterdir(), part):
         sync(path)
 
@@ -157,10 +168,28 @@ def _check_space(needed: int, folder: Path) -> None:
 def _complete(folder: Path, shape: tuple[int, ...]) -> bool:
     try:
         shapes = json.loads((folder / "shapes.json").read_text())
-        whole = all((folder / name).stat().st_size == _size(shapes[name]) for name in ("values", "labels"))
-        return whole and tuple(shapes["values"][1]) == shape
+        names = ("values", "labels")
+        whole = all((folder / name).stat().st_size == _size(shapes[name]) for name in names)
+        if not whole or tuple(shapes["values"][1]) != shape:
+            return False
+        return all(_crc32(folder / name) == shapes["crc32"][name] for name in names)
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left; one that still writes has written within the last day."""
+    for part in folder.glob("*.part-*"):
+        if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > _ABANDONED:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _mapped(file: Path, dtype: str, shape: Sequence[int]) -> Tensor:

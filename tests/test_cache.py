@@ -1,7 +1,9 @@
 """Training on what the frozen layers made of the images: the same run, without their forward pass."""
 
 import errno
+import os
 import shutil
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -162,15 +164,34 @@ def test_files_of_a_run_that_was_faster_are_taken(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
-@pytest.mark.parametrize("damage", ["values", "shapes.json"])
-def test_damaged_files_are_made_anew(damage: str, tmp_path: Path) -> None:
+def _cut(content: bytes) -> bytes:
+    return content[:-5]
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:-5] + bytes([content[-5] ^ 64]) + content[-4:]
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip])
+@pytest.mark.parametrize("name", ["values", "shapes.json"])
+def test_damaged_files_are_made_anew(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     knobs = {"train": "layer3.0", "cache": "disk", "cache_dir": str(folder)}
     first = _fit(tmp_path, _model(**knobs))
     for entry in folder.iterdir():
-        (entry / damage).write_bytes((entry / damage).read_bytes()[:-5])
+        (entry / name).write_bytes(damage((entry / name).read_bytes()))
     again = _fit(tmp_path, _model(**knobs))
     assert all(torch.equal(again[key], value) for key, value in first.items())
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    for name, age in (("other.part-killed", 30 * 3600), ("other.part-writing", 60)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "values").write_bytes(b"half")
+        for path in (tmp_path / name / "values", tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    store.on_disk(_rows(1.0), (3, 2), tmp_path / "key", OneProcess())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "other.part-writing"]
 
 
 def test_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

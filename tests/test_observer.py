@@ -467,7 +467,7 @@ def test_two_classifiers_that_both_fit_are_named(kind: Any, network: Any, tmp_pa
 @pytest.mark.parametrize("saved", [False, True], ids=["LoRA on the head", "modules_to_save"])
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_heads_with_adapters(saved: bool, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
 
     class Named(nn.Module):
         def __init__(self) -> None:
