@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ncfinetune.layers import PENULTIMATE, Pool, find_layers
+from ncfinetune.layers import PENULTIMATE, NoTensorError, Pool, few, find_layers, find_pools
 
 Pooling = Callable[[Tensor], Tensor]
-
-
-class NoTensorError(TypeError):
-    """A layer puts out nothing that could be measured."""
 
 
 class FeatureTap:
@@ -49,28 +45,65 @@ class FeatureTap:
         self._caught: dict[str, Tensor] = {}
         self._how: dict[str, str] = {}
         self._handles: list[RemovableHandle] = []
+        self._pool, self._pools = pool, dict[str, Pool]()
         found = find_layers(module, [name for name in layers if name != PENULTIMATE])
+        self._layers, self._classifier, self._looking = found, classifier, False
         for name, layer in found.items():
-            catch = self._hook(name, pool or Pool.of(_network_of(module, layer)))
-            self._handles.append(layer.register_forward_hook(lambda m, args, output, catch=catch: catch(output)))
+            self._hook_output(name, layer)
         self.names = list(found)
+        self._hook_networks(module)
         if PENULTIMATE in layers:
-            self._handles.append(self._hook_penultimate(module, classifier, pool))
+            self._hook_penultimate(module, classifier)
             self.names.append(PENULTIMATE)
 
-    def _hook_penultimate(
-        self, module: nn.Module, classifier: nn.Linear | None, pool: Pooling | None
-    ) -> RemovableHandle:
+    def _hook_penultimate(self, module: nn.Module, classifier: nn.Linear | None) -> None:
         owner = penultimate_of(module)
         if owner is not None:
-            catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, owner)))
-            return owner.register_forward_hook(lambda m, args, output: catch(output))
+            self._layers = {**self._layers, PENULTIMATE: owner}
+            self._hook_output(PENULTIMATE, owner)
+            return
         if classifier is None:
             raise ValueError("the layer 'penultimate' needs a classifier")
-        catch = self._hook(PENULTIMATE, pool or Pool.of(_network_of(module, classifier)))
-        return classifier.register_forward_pre_hook(
-            lambda m, args, kwargs: catch(args[0] if args else kwargs["input"]), with_kwargs=True
-        )
+
+        def catch(m: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.open and not self._looking:
+                self._keep(PENULTIMATE, args[0] if args else kwargs["input"], Pool(2, classifier.in_features))
+
+        self._handles.append(classifier.register_forward_pre_hook(catch, with_kwargs=True))
+
+    def _hook_output(self, name: str, layer: nn.Module) -> None:
+        def catch(m: nn.Module, args: Any, output: Any) -> None:
+            if self.open and not self._looking:
+                self._keep(name, output, self._pools.get(name))
+
+        self._handles.append(layer.register_forward_hook(catch))
+
+    def _hook_networks(self, module: nn.Module) -> None:
+        """Look at the call of the outermost module that holds all layers."""
+        for part in module.modules():
+            if self._layers and set(self._layers.values()) <= set(part.modules()) - {part}:
+                self._handles.append(part.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def _look(self, network: nn.Module, args: Any, kwargs: Any) -> None:
+        """See how the layers' outputs are pooled, on the first samples that the network gets."""
+        if not self.open or self._looking or self._pools or self._pool is not None:
+            return
+        inputs: list[Tensor] = []
+        handle = None
+        if self._classifier is not None:
+            handle = self._classifier.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        self._looking = True
+
+        def run() -> Any:
+            output = network(*few(args), **few(kwargs))
+            return inputs[-1] if inputs else output
+
+        try:
+            self._pools = find_pools(network, self._layers, run)
+        finally:
+            self._looking = False
+            if handle is not None:
+                handle.remove()
 
     def take(self) -> dict[str, Tensor]:
         """The features of the last forward pass, ``{name: (N, d)}`` in float32 or wider; forgets them."""
@@ -86,26 +119,22 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str, pool: Pooling | Pool) -> Callable[[Any], None]:
-        def catch(output: Any) -> None:
-            if self.open:
-                tensor = next(_tensors(output), None)
-                if tensor is None:
-                    raise NoTensorError(
-                        f"expected layer {name!r} to put out a tensor, or something that holds one, "
-                        f"got {type(output).__name__}; name another layer"
-                    )
-                tensor = tensor.detach()
-                dtype = torch.promote_types(tensor.dtype, torch.float32)
-                if isinstance(pool, Pool):
-                    pooled = pool(tensor, dtype)
-                    self._how[name] = f"{tuple(tensor.shape)} {pool.describe(tensor.ndim)}"
-                else:
-                    pooled = pool(tensor).to(dtype)
-                    self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
-                self._caught[name] = pooled
-
-        return catch
+    def _keep(self, name: str, output: Any, pool: Pool | None) -> None:
+        tensor = next(_tensors(output), None)
+        if tensor is None:
+            raise NoTensorError(
+                f"expected layer {name!r} to put out a tensor, or something that holds one, "
+                f"got {type(output).__name__}; name another layer"
+            )
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if self._pool is not None or pool is None:
+            assert self._pool is not None
+            pooled = self._pool(tensor.detach()).to(dtype)
+            self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
+        else:
+            pooled = pool(output, dtype).detach()
+            self._how[name] = f"{tuple(tensor.shape)} {pool.describe()}"
+        self._caught[name] = pooled
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -151,11 +180,3 @@ def find_classifier(module: nn.Module, num_classes: int | None, name: str = "aut
             f"Linear layers (outputs): {some or 'none'}"
         )
     return fitting[-1]
-
-
-def _network_of(module: nn.Module, layer: nn.Module) -> nn.Module:
-    """The innermost timm network that holds ``layer``, since it knows how its outputs are pooled; else ``module``."""
-    networks = [
-        m for m in module.modules() if hasattr(m, "pretrained_cfg") and any(part is layer for part in m.modules())
-    ]
-    return networks[-1] if networks else module

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
+from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers, find_pools
 
 # Share of a network's values below which weights are rather those of another architecture.
 _ENOUGH = 0.75
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
         if stem == "cifar":
             _shrink_stem(self.net, name)
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
-        self.pool = Pool.of(self.net)
+        self._pools: dict[str, Pool] = {}
         self.channels_last = channels_last
         self.compiled = compile
         self._hooks_compiled: list[int] = []
@@ -120,10 +120,25 @@ class Backbone(nn.Module):
         ``"penultimate"`` is the name of what ``forward`` returns.
         """
         wanted = list(names)
-        with caught({name: self.layer(name) for name in wanted if name != PENULTIMATE}) as outputs:
+        layers = {name: self.layer(name) for name in wanted if name != PENULTIMATE}
+        with caught(layers, {name: self.pool(name) for name in layers}) as features:
             penultimate = self._run(_features, x)
-        pooled = {name: self.pool(outputs[name]) for name in wanted if name != PENULTIMATE}
-        return pooled | {PENULTIMATE: penultimate} if PENULTIMATE in wanted else pooled
+        return {name: penultimate if name == PENULTIMATE else features[name] for name in wanted}
+
+    def pool(self, name: str) -> Pool:
+        """How the output of a layer, block or not, becomes one vector a sample; found by one pass of random images.
+
+        Raises:
+            ValueError: No such layer, one that the features do not come through, or one whose output can't be pooled.
+        """
+        if name not in self._pools:
+            self._pools |= self._find_pools({name: self.layer(name)})
+        if name not in self._pools:
+            raise ValueError(
+                f"layer {name!r} does not run before the penultimate features; expected a block "
+                f"({', '.join(self.layers)})"
+            )
+        return self._pools[name]
 
     def layer(self, name: str) -> nn.Module:
         """The layer of that dotted path.
@@ -136,20 +151,6 @@ class Backbone(nn.Module):
             raise ValueError(f"expected one layer, but {name!r} fits {', '.join(found)}; name one of them")
         return next(iter(found.values()))
 
-    def width(self, name: str) -> int:
-        """Width ``d_l`` of the pooled output of a layer, block or not.
-
-        Raises:
-            ValueError: No such layer, or one that the features do not come through.
-        """
-        found = self._probe({name: self.layer(name)})
-        if name not in found:
-            raise ValueError(
-                f"layer {name!r} does not run before the penultimate features; expected a block "
-                f"({', '.join(self.layers)})"
-            )
-        return found[name]
-
     def load(self, checkpoint: str) -> None:
         """Start from the weights in a file and say which of them fitted; see `load_weights`."""
         load_weights(self.net, checkpoint)
@@ -160,20 +161,17 @@ class Backbone(nn.Module):
 
     @cached_property
     def layers(self) -> dict[str, int]:
-        """Residual or transformer blocks in depth order, ``{name: d_l}``, by one forward pass of a blank image."""
-        return self._probe({name: self.layer(name) for name in block_names(self.net)})
+        """Blocks in the order in which they run, ``{name: d_l}``, by one pass of random images; see `block_names`."""
+        pools = self._find_pools({name: self.layer(name) for name in block_names(self.net)}, strict=False)
+        self._pools |= pools
+        # Behind the last pooling there may be rows of layers too, but those are a head.
+        maps = {name: pool.dim for name, pool in pools.items() if pool.ndim > 2}
+        return maps or {name: pool.dim for name, pool in pools.items()}
 
-    def _probe(self, layers: dict[str, nn.Module]) -> dict[str, int]:
+    def _find_pools(self, layers: dict[str, nn.Module], strict: bool = True) -> dict[str, Pool]:
         first = next(self.net.parameters())
-        blank = torch.zeros(1, *self._input_size(), device=first.device, dtype=first.dtype)
-        modes = {module: module.training for module in self.modules()}
-        try:
-            with torch.no_grad(), caught(layers) as outputs:
-                self.eval()._run(_features, blank)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return {name: self.pool(output).shape[1] for name, output in outputs.items()}
+        images = torch.rand(2, *self._input_size(), generator=torch.Generator().manual_seed(0)).to(first)
+        return find_pools(self, layers, lambda: self._run(_features, images), strict)
 
     def _input_size(self) -> tuple[int, int, int]:
         channels = self.spec.get("in_chans", 3)

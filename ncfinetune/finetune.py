@@ -21,7 +21,7 @@ from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
-from ncfinetune.layers import enclosing_block, find_layers, first
+from ncfinetune.layers import detached, enclosing_block, find_layers
 from ncfinetune.learner import Classifier, Interval
 from ncfinetune.plain import evaluation, plain_loader, ready_batches
 from ncfinetune.store import Stored
@@ -136,17 +136,16 @@ class FineTuner(Classifier):
         hooks = [hook for part in self.backbone.modules() for hook in part._forward_hooks.values()]
         if any(getattr(hook, "__func__", None) is FineTuner._catch for hook in hooks):
             raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
-        width = self.backbone.width(self.skip_from)
+        pool = self.backbone.pool(self.skip_from)
         # For good, since a compiled network does not see hooks that come after its first call.
         self.backbone.layer(self.skip_from).register_forward_hook(self._catch)
-        return SkipHead(self.backbone.dim, width, self.num_classes, skip_join)
+        return SkipHead(self.backbone.dim, pool.dim, self.num_classes, skip_join)
 
     def _catch(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Keep what the skipped layer puts out; with ``skip_gradient="skip"`` hand it on without its gradient."""
-        self._skipped = first(output)
-        if self.skip_gradient == "both":
-            return output
-        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+        """Keep the pooled output of the skipped layer; with ``skip_gradient="skip"`` the rest gets it detached."""
+        assert self.skip_from is not None
+        self._skipped = self.backbone.pool(self.skip_from)(output)
+        return output if self.skip_gradient == "both" else detached(output)
 
     def _parts(self) -> tuple[Backbone, list[nn.Module]]:
         """The backbone, and the blocks before which it is frozen and has put out nothing for the head."""
@@ -172,7 +171,7 @@ class FineTuner(Classifier):
         if stored is not None:
             return penultimate, stored
         assert caught is not None
-        return penultimate, self.backbone.pool(caught)
+        return penultimate, caught
 
     def forward(self, x: Tensor | Stored) -> Tensor:
         """Class logits ``(N, K)`` of images."""
