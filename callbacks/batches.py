@@ -24,7 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from .features import NoTensorError
+from ncfinetune.layers import NoTensorError
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 

@@ -16,6 +16,7 @@ import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers, find_pools
@@ -169,15 +170,20 @@ class Backbone(nn.Module):
         return maps or {name: pool.dim for name, pool in pools.items()}
 
     def _find_pools(self, layers: dict[str, nn.Module], strict: bool = True) -> dict[str, Pool]:
-        first = next(self.net.parameters())
-        images = torch.rand(2, *self._input_size(), generator=torch.Generator().manual_seed(0)).to(first)
+        images = self.noise(2)
         return find_pools(self, layers, lambda: self._run(_features, images), strict)
 
-    def _input_size(self) -> tuple[int, int, int]:
-        channels = self.spec.get("in_chans", 3)
+    def noise(self, number: int) -> Tensor:
+        """Images of noise ``(number, C, H, W)``, always the same, of the size that the network is made for."""
+        like = next(self.net.parameters())
+        return torch.rand(number, *self.input_size(), generator=torch.Generator().manual_seed(0)).to(like)
+
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network is made for."""
         patches = getattr(self.net, "patch_embed", None)
-        height, width = getattr(patches, "img_size", None) or self.net.pretrained_cfg["input_size"][1:]
-        return channels, height, width
+        size = self.spec.get("img_size") or getattr(patches, "img_size", None)
+        height, width = to_2tuple(size or self.net.pretrained_cfg["input_size"][1:])
+        return self.spec.get("in_chans", 3), height, width
 
 
 def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
@@ -210,7 +216,7 @@ def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
         ValueError: The file's name ends neither in .safetensors nor in .pth.
     """
     path = Path(path)
-    own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    own = with_own_memory(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -220,6 +226,21 @@ def save_weights(weights: Mapping[str, Tensor], path: str | Path) -> None:
         torch.save(own, path)
     else:
         raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
+
+
+def with_own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU none of which shares its memory with another, as safetensors takes them.
+
+    A parameter that a network has under several names is copied under each, since they are all asked for on loading.
+    """
+    own: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for key, value in weights.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if address in known else tensor
+        known.add(address)
+    return own
 
 
 def export(checkpoint: str, path: str) -> str:

@@ -21,7 +21,7 @@ from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
-from ncfinetune.layers import detached, enclosing_block, find_layers
+from ncfinetune.layers import detached, enclosing_block, eval_mode, find_layers
 from ncfinetune.learner import Classifier, Interval
 from ncfinetune.plain import evaluation, plain_loader, ready_batches
 from ncfinetune.store import Stored
@@ -305,11 +305,12 @@ class FineTuner(Classifier):
         With ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
 
         Raises:
-            ValueError: timm has no such network, as with a stem for small images; or the file's name does not end in
-                ``.safetensors``.
+            ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;
+                or the file's name does not end in ``.safetensors``.
         """
         classifier = self.head if isinstance(self.head, nn.Linear) else None
-        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier)
+        with eval_mode(self):
+            return delta.save_for_timm(path, self.backbone, classifier)
 
     def _tuned_paths(self) -> list[str]:
         tuned = [self.head, *self._trained.values()]
@@ -367,7 +368,21 @@ def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
     named = {id(p) for layer in found.values() for p in layer.parameters()}
     if all(id(p) in named for p in backbone.parameters()):
         raise ValueError(f'train={train!r} names every layer; say train="all"')
+    _check_shared(backbone.net, found, named)
     return found
+
+
+def _check_shared(net: nn.Module, layers: dict[str, nn.Module], trained: set[int]) -> None:
+    """Refuse layers whose parameters belong to others too, which would train with them."""
+    chosen = set(map(id, layers.values()))
+    inside = tuple(f"{path}." for path, m in net.named_modules(remove_duplicate=False) if id(m) in chosen)
+    for path, parameter in net.named_parameters(remove_duplicate=False):
+        if id(parameter) in trained and not path.startswith(inside):
+            own = next(name for name, layer in layers.items() if any(p is parameter for p in layer.parameters()))
+            raise ValueError(
+                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
+                "too; name all that share it, or another layer"
+            )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -18,6 +18,7 @@ Legend: ``N`` samples, ``C`` channels, ``T`` tokens, ``H W`` height and width, `
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -369,17 +370,48 @@ def find_pools(
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode; on exit every part is in the mode it was in, put there by its own ``train()`` if it has one."""
+    """Eval mode; on exit every part is in the mode, and has the tensors and attributes, that it had before.
+
+    A part with a ``train()`` of its own (LoRA that merges its weights, an attention that caches its biases) changes
+    more than a flag. It is put back by its own method and then, since merging and unmerging rounds, from a copy of its
+    tensors and attributes.
+    """
     modes = {part: part.training for part in module.modules()}
+    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _own_tensors(part)]
     try:
         module.eval()
         yield
     finally:
-        for part, mode in modes.items():  # parents come first: their train() reaches their children
-            if part.training != mode and type(part).train is not nn.Module.train:
-                part.train(mode)
+        for part in modes:  # parents come first: their train() may reach their children
+            if part.training != modes[part] and _has_own_train(part):
+                part.train(modes[part])
         for part, mode in modes.items():
             part.training = mode
+        for part, (attributes, values) in kept:
+            vars(part).update(attributes)
+            for tensor, value in zip(_own_tensors(part), values, strict=True):
+                tensor.data.copy_(value)
+
+
+# What every torch module has in its namespace; the rest is its author's.
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _has_own_train(part: nn.Module) -> bool:
+    return type(part).train is not nn.Module.train
+
+
+def _own_tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+
+
+def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
+    attributes = {
+        name: copy.copy(value) if isinstance(value, dict | list | set) else value
+        for name, value in vars(part).items()
+        if name not in _OF_TORCH
+    }
+    return attributes, [tensor.detach().clone() for tensor in _own_tensors(part)]
 
 
 class _Call(NamedTuple):

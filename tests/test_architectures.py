@@ -75,7 +75,7 @@ def test_pooling_is_the_one_that_the_network_applies_to_its_last_features(
 ) -> None:
     backbone = Backbone(name, **arguments).eval()
     with torch.no_grad():
-        found = backbone.stages(torch.randn(2, *backbone._input_size()), [last, "penultimate"])
+        found = backbone.stages(torch.randn(2, *backbone.input_size()), [last, "penultimate"])
     torch.testing.assert_close(found[last], found["penultimate"])
     assert backbone.pool(last).describe() == words
     if "." not in last and hasattr(backbone.net, "blocks"):
