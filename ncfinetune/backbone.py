@@ -16,7 +16,6 @@ import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers, find_pools
@@ -169,6 +168,14 @@ class Backbone(nn.Module):
         maps = {name: pool.dim for name, pool in pools.items() if pool.ndim > 2}
         return maps or {name: pool.dim for name, pool in pools.items()}
 
+    def layer_table(self) -> str:
+        """Name, width and parameters of each block and how it is pooled, then of the penultimate features."""
+        rows = [(name, dim, _size(self.layer(name)), self.pool(name).describe()) for name, dim in self.layers.items()]
+        rows.append((PENULTIMATE, self.dim, _size(self.net), "all of the network"))
+        wide = max(len(row[0]) for row in rows)
+        head = f"{'layer':<{wide}}  {'width':>6}  {'parameters':>12}  pooled"
+        return "\n".join([head, *(f"{name:<{wide}}  {dim:>6}  {size:>12,}  {how}" for name, dim, size, how in rows)])
+
     def _find_pools(self, layers: dict[str, nn.Module], strict: bool = True) -> dict[str, Pool]:
         images = self.noise(2)
         return find_pools(self, layers, lambda: self._run(_features, images), strict)
@@ -182,8 +189,12 @@ class Backbone(nn.Module):
         """Channels, height and width of the images that the network is made for."""
         patches = getattr(self.net, "patch_embed", None)
         size = self.spec.get("img_size") or getattr(patches, "img_size", None)
-        height, width = to_2tuple(size or self.net.pretrained_cfg["input_size"][1:])
+        height, width = (size, size) if isinstance(size, int) else size or self.net.pretrained_cfg["input_size"][1:]
         return self.spec.get("in_chans", 3), height, width
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:

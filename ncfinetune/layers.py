@@ -41,9 +41,10 @@ PENULTIMATE = "penultimate"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # A child that stands in a row with its siblings though in no container: layer1, s1, Mixed_5b, cell_stem_0, block12.
 _IN_A_ROW = re.compile(r"(.*?)_?\d+[a-z]?$")
-# Blocks that hold a row of blocks themselves, be it that those see windows instead of samples (MobileViT), or add
-# channels to a list (DenseNet): where both are possible the outer one is the block.
-_BLOCK = re.compile(r"(Block|MobileViT(V2)?Layer)(_?V?\d+d?)?$")
+# Ties that structure leaves, broken by names. Blocks whose inner rows see windows instead of samples (MobileViT), add
+# channels to a list (DenseNet) or run side by side (CrossViT); and what a stage does to its input before its row.
+_OUTER = re.compile(r"(DenseBlock|MultiScaleBlock|MaxVitBlock|MobileVi[tT](V2)?(Block|Layer)(V2)?)$")
+_BEFORE_THE_ROW = re.compile(r"downsample|global_block$")
 
 
 class NoTensorError(TypeError):
@@ -108,9 +109,8 @@ def block_names(module: nn.Module) -> list[str]:
     Networks without any have smaller units: of one convolution with its normalisation, or bare layers as in VGG.
     """
     for kind in (_Unit(2), _Unit(1, sequential=True), _Unit(1, sequential=True, leaf=True)):
-        found = _units(module, kind)
-        if found:
-            return list(_repeated(found))
+        if found := _repeated(_units(module, kind), module):
+            return list(found)
     return []
 
 
@@ -137,9 +137,10 @@ def _mixes_channels(weight: Tensor) -> bool:
 
 def _units(module: nn.Module, kind: _Unit) -> dict[str, nn.Module]:
     """Units inside a module, by path from there."""
-    inside = {name: _units(child, kind) for name, child in module.named_children()}
+    children = {n: child for n, child in module.named_children() if not _BEFORE_THE_ROW.match(n)}
+    inside = {name: _units(child, kind) for name, child in children.items()}
     rows: dict[Any, list[str]] = defaultdict(list)
-    for name, child in module.named_children():
+    for name, child in children.items():
         row = _row(module, name, kind)
         rows[name if row is None else (type(child), row)].append(name)
     found: dict[str, nn.Module] = {}
@@ -164,13 +165,15 @@ def _row(module: nn.Module, name: str, kind: _Unit) -> str | None:
     """The row in which a child stands: its name without the number; empty in a container; None in no row."""
     if isinstance(module, _CONTAINERS):
         return ""
-    numbered = None if kind.leaf else _IN_A_ROW.match(name)
+    # The numbered children of what its author calls a block are its parts: norm1, ffn1.
+    parts = kind.leaf or type(module).__name__.endswith("Block")
+    numbered = None if parts else _IN_A_ROW.match(name)
     return numbered[1] if numbered else None
 
 
 def _is_stage(module: nn.Module, inside: Mapping[str, nn.Module]) -> bool:
     """Whether it is a row of units and little else, not a unit with one small helper such as squeeze and excitation."""
-    if not inside or _BLOCK.search(type(module).__name__):
+    if not inside or _OUTER.search(type(module).__name__):
         return False
     repeated = max(Counter(type(unit) for unit in inside.values()).values()) > 1
     return repeated or sum(map(_size, inside.values())) >= 0.8 * _size(module)
@@ -180,13 +183,17 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _repeated(units: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Units of a class that occurs more than once, and those in a row with them or in a stage beside theirs."""
+def _repeated(units: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Module]:
+    """Units of a class that occurs more than once, and those in a row with them or in a stage beside theirs.
+
+    Where none is repeated, as in a network cut to one layer, those that stand in a container.
+    """
     counts = Counter(type(unit) for unit in units.values())
     rows = {_above(path) for path, unit in units.items() if counts[type(unit)] > 1}
     stages = {_above(row) for row in rows if row}
     near = {path for path in units if _above(path) in rows or (_above(path) and _above(_above(path)) in stages)}
-    return {path: unit for path, unit in units.items() if path in near} or units
+    near |= {path for path in units if not rows and isinstance(module.get_submodule(_above(path)), _CONTAINERS)}
+    return {path: unit for path, unit in units.items() if path in near}
 
 
 def _above(path: str) -> str:
@@ -504,7 +511,7 @@ def _channel(name: str, tensor: Tensor, call: _Call, trace: _Trace) -> int:
         fitting = [axis for axis in (1, -1) if tensor.shape[axis] == _width(c.module, side)]
         if len(fitting) == 1:
             return fitting[0]
-    votes = {_axis_of(c.module) for c in inside or after}
+    votes = {_axis_of(c.module) for c in inside}
     if len(votes) == 1:
         return votes.pop()
     raise ValueError(

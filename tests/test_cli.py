@@ -344,7 +344,10 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; expected one of fit, validate, test, predict, export, report" in capsys.readouterr().err
+    assert (
+        "no command 'train'; expected one of fit, validate, test, predict, export, layers, report"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
@@ -433,3 +436,14 @@ def test_predict_refuses_what_is_no_table_of_probabilities(tmp_path: Path, capsy
     words = ["--model", boring + "Model", "--data", boring + "DataModule", "--trainer.limit_predict_batches", "0"]
     error = _refusal(capsys, "predict", *QUIET, *words)
     assert error.endswith("the class probabilities (N, K) that predict_step returns; BoringModel's doesn't")
+
+
+def test_layers_of_a_network_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "test_vit"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["layer", "width", "parameters", "pooled"]
+    assert lines[1] == ["blocks.0", "64", "37,376", "class", "token"]
+    assert [line[0] for line in lines[1:]] == [*(f"blocks.{i}" for i in range(6)), "penultimate"]
+    assert _refusal(capsys, "layers", "test_vitt").startswith("error: timm has no architecture 'test_vitt'; nearest: ")
+    assert main(["layers"]) == 2
+    assert capsys.readouterr().err.startswith("usage: ncfinetune layers NAME")
