@@ -9,8 +9,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks" / "networks.py"
 # What is odd about each: windows, other axes, late class tokens, tuples, lists, shared tensors, heads, units.
 ODD = [
-    "cait", "coat", "convit", "crossvit", "dla", "dpn", "efficientvim", "efficientvit_msra", "fasternet", "gcvit", "hgnet",
-    "iformer", "levit", "mobilenetv3", "nest", "pit", "repvit", "selecsls", "shvit", "swin_transformer_v2_cr", "tiny_vit",
+    "cait", "coat", "convit", "crossvit", "dla", "dpn", "efficientvim", "efficientvit_msra", "fasternet", "gcvit",
+    "hgnet", "iformer", "levit", "mobilenetv3", "nest", "pit", "repvit", "selecsls", "shvit",
+    "swin_transformer_v2_cr", "tiny_vit",
     "tnt", "volo", "xception_aligned", "xcit",
 ]  # fmt: skip
 
