@@ -442,7 +442,7 @@ def test_layers_of_a_network_are_printed(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["layers", "test_vit"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["layer", "width", "parameters", "pooled"]
-    assert lines[1] == ["blocks.0", "64", "37,376", "class", "token"]
+    assert lines[1] == ["blocks.0", "64", "41,728", "class", "token"]
     assert [line[0] for line in lines[1:]] == [*(f"blocks.{i}" for i in range(6)), "penultimate"]
     assert _refusal(capsys, "layers", "test_vitt").startswith("error: timm has no architecture 'test_vitt'; nearest: ")
     assert main(["layers"]) == 2
