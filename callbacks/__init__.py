@@ -1,4 +1,4 @@
-"""Callbacks: they watch a training run, whosever it is."""
+"""Callbacks: they watch a training run of any LightningModule."""
 
 from .probe import OnlineProbe as OnlineProbe
 from .tracker import NeuralCollapseTracker as NeuralCollapseTracker

@@ -18,7 +18,7 @@ from ncfinetune.layers import PENULTIMATE, NoTensorError, PoolError, find_layers
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
-# Parts of a module's path that lead into an adapter's inner layers, of which none puts out the logits (peft's names).
+# Parts of a module's path that lead into an adapter's inner layers, none of which outputs the logits (peft's names).
 _INSIDE_ADAPTERS = {"base_layer", "lora_A", "lora_B", "original_module"}
 # Stands for labels that name no class, so that they count as out of range.
 NO_CLASS = -(2**31)

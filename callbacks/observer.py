@@ -86,7 +86,7 @@ class LayerObserver:
             self._hook_penultimate(classifier, judged)
 
     def listen(self, step: str | None = None) -> None:
-        """Keep what the layers put out from now on.
+        """Keep the layers' outputs from now on.
 
         Args:
             step: What counts is the step of the module that has this name: other callbacks may run the module on
@@ -102,7 +102,7 @@ class LayerObserver:
         self._sharded = self.classifier is not None and adapters.is_sharded(self.classifier)
 
     def run(self, batch: Any) -> None:
-        """Run the module on a batch, and keep what the layers put out."""
+        """Run the module on a batch, and keep the layers' outputs."""
         self.listen()
         output = self._reader.forward(self._module, batch)
         if self.classifier is None and self._rivals:
@@ -156,7 +156,7 @@ class LayerObserver:
         return self._whole if self._sharded else adapters.weight_of(self.classifier)
 
     def describe(self) -> str:
-        """A line on each layer that ran: what it put out, and how that was pooled."""
+        """A line on each layer that ran: its output, and how that was pooled."""
         return "; ".join(f"{name} {how}" for name, how in self._how.items())
 
     def remove(self) -> None:

@@ -155,7 +155,8 @@ class Backbone(nn.Module):
         """
         loaded, data = weights.load(self.net, checkpoint)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
-        seen = {name: data.get("preprocessing", {}).get(name) for name in ("mean", "std")}
+        preprocessing = data.get("preprocessing") or {}  # None in the file of a run whose data did not say
+        seen = {name: preprocessing.get(name) for name in ("mean", "std")}
         self.net.pretrained_cfg = {**self.net.pretrained_cfg, **{name: v for name, v in seen.items() if v is not None}}
 
     def save(self, path: str | Path) -> None:

@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ncfinetune import predictions
+from ncfinetune.learner import check_launched
 from ncfinetune.weights import DATA
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
@@ -172,9 +173,9 @@ class NCFinetuneCLI(LightningCLI):
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
-        if getattr(
-            rank_zero_only, "rank", 0
-        ):  # the first process's folder is that of all; another would count on from it
+        check_launched(self.trainer)
+        # The first process's folder is that of all; another process would count on from it.
+        if getattr(rank_zero_only, "rank", 0):
             return
         run = self.trainer.log_dir or self.trainer.default_root_dir
         _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfinetune.collapse import ClassMoments, class_moments, merge
+from ncfinetune.moments import ClassMoments, MomentAccumulator
 
 SkipJoin = Literal["pad", "linear", "concat"]
 Projection = Literal["none", "linear", "mlp"]
@@ -110,28 +110,17 @@ def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, rows: int = 2048) -> ClassMoments:
-    """Class moments of features that come in batches, taken ``rows`` at a time.
+def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> ClassMoments:
+    """Class moments of features that come in batches.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or some are bad.
     """
-    moments: ClassMoments | None = None
-    waiting: list[tuple[Tensor, Tensor]] = []
-
-    def add() -> None:
-        nonlocal moments
-        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
-        new = class_moments(features.float(), labels, num_classes)
-        moments = new if moments is None else merge(moments, new)
-        waiting.clear()
-
-    for chunk in chunks:
-        waiting.append(chunk)
-        if sum(len(labels) for _, labels in waiting) >= rows:
-            add()
-    if waiting:
-        add()
-    if moments is None:
+    accumulator = MomentAccumulator(num_classes)
+    for features, labels in chunks:
+        accumulator.to(features.device).update(features, labels)
+    moments = accumulator.moments()
+    accumulator.check("class means")
+    if not moments.present.any():
         raise ValueError("expected features to take class moments of, got none")
     return moments

@@ -104,7 +104,7 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Tensor, labels: Tensor, first: int, count: int, temperature: float) -> Tensor:
         needed, own, views = ctx.needs_input_grad[0], slice(first, first + count), keys.shape[1]
-        pull, gradient = _pull(keys, labels, own, -1 / temperature, needed)
+        pull, gradient = _pull(keys, labels, own, -_scale(keys, temperature), needed)
         rows = slice(own.start * views, own.stop * views)
         flat = None if gradient is None else gradient.flatten(0, 1)
         spread = _sum_of_logsumexp(keys.flatten(0, 1), rows, temperature, flat)
@@ -146,6 +146,11 @@ def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) 
     return pull, gradient
 
 
+def _scale(keys: Tensor, temperature: float) -> float:
+    """One over the temperature, as far as it is a number of the keys' type: torch refuses to multiply by others."""
+    return min(1 / temperature, torch.finfo(keys.dtype).max)
+
+
 def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None) -> Tensor:
     """Sum over rows of the logsumexp of their scaled similarities to all keys but themselves, block by block.
 
@@ -155,7 +160,7 @@ def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: T
         temperature: What similarities are divided by.
         gradient: What that of the keys is added to, ``(M, p)``; None if nobody wants it.
     """
-    count = rows.stop - rows.start
+    count, scale = rows.stop - rows.start, _scale(keys, temperature)
     # Two blocks at least: a small batch takes half the memory of its similarities for a few more launches.
     size = math.ceil(count / max(2, math.ceil(count * len(keys) / _block(keys.device))))
     buffer, shift = keys.new_empty(size, len(keys)), keys.new_zeros(())
@@ -163,7 +168,7 @@ def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: T
     for start in range(rows.start, rows.stop, size):
         part = slice(start, min(start + size, rows.stop))
         block, sums = keys[part], all_sums[start - rows.start : part.stop - rows.start]
-        weights = buffer[: len(block)].addmm_(block, keys.T, beta=0, alpha=1 / temperature)
+        weights = buffer[: len(block)].addmm_(block, keys.T, beta=0, alpha=scale)
         weights.diagonal(start).fill_(-torch.inf)
         if temperature < _NO_SHIFT_FROM:
             highest = weights.amax(1, keepdim=True)
@@ -171,8 +176,8 @@ def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: T
             shift += highest.sum()
         torch.sum(weights.exp_(), 1, keepdim=True, out=sums)
         if gradient is not None:
-            gradient[part].addcdiv_(weights @ keys, sums, value=1 / temperature)
-            gradient.addmm_(weights.T, block / sums, alpha=1 / temperature)
+            gradient[part].addcdiv_(weights @ keys, sums, value=scale)
+            gradient.addmm_(weights.T, block / sums, alpha=scale)
     return all_sums.log_().sum().add_(shift)
 
 

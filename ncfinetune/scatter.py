@@ -89,7 +89,7 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor) -> None:
 
 def _blocks(width: int) -> Iterator[slice]:
     """Blocks of rows of the ``(d, d)`` state: enough to leave out near half of it, each enough for a fast product."""
-    size = max(64, width // 8)
+    size = max(128, width // 8)
     return (slice(start, start + size) for start in range(0, width, size))
 
 

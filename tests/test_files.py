@@ -36,7 +36,7 @@ def _make(root: Path, **arguments: Any) -> ImageFolder:
 def _read(data: ImageFolder, split: str) -> list[int]:
     data.setup("fit")
     loader = {"train": data.train_plain_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
-    return [number_of(image.numpy()) for images, _ in loader for image in images]
+    return sorted(number_of(image.numpy()) for images, _ in loader for image in images)
 
 
 def test_folders_are_parts(tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_files_of_a_folder_are_predicted_as_the_test_images_are(tmp_path: Path) 
     Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "test" / "bee" / "deep.png")
     (tmp_path / "test" / "notes.txt").write_text("no image")
     data = _make(tmp_path)
-    paths = data.predict_files(tmp_path / "test")
     data.setup("predict")
-    expected = torch.cat([images for images, _ in data.test_dataloader()])
+    expected = torch.cat([images for images, _ in data.predict_dataloader()])
+    paths = data.predict_files(tmp_path / "test")
     assert [Path(path).name for path in paths] == ["00.png", "large.jpg", "00.png", "deep.png"]
     assert torch.equal(torch.cat([images for images, _ in data.predict_dataloader()]), expected)
 

@@ -23,10 +23,10 @@ LEARNERS: dict[str, Any] = {
     "supervised": lambda backbone: Supervised(10, backbone),
     "supcon": SupCon,
     "simclr": SimCLR,
-    "linear": lambda backbone: FineTuner(10, backbone, train="none"),
-    "layer": lambda backbone: FineTuner(10, backbone, train=LAYER),
-    "scl": lambda backbone: FineTuner(10, backbone, train=LAYER, skip_from=LAYER),
-    "full": lambda backbone: FineTuner(10, backbone, train="all"),
+    "linear": lambda backbone: FineTuner(10, backbone, allow_random=True, train="none"),
+    "layer": lambda backbone: FineTuner(10, backbone, allow_random=True, train=LAYER),
+    "scl": lambda backbone: FineTuner(10, backbone, allow_random=True, train=LAYER, skip_from=LAYER),
+    "full": lambda backbone: FineTuner(10, backbone, allow_random=True, train="all"),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
@@ -112,7 +112,7 @@ def _fit(
 def check(learner: str, way: str, accelerator: str, folder: Path) -> None:
     """Fit with and without tracker and probe; their numbers are right, and the weights are the same."""
     collector, tracker = Collector(), NeuralCollapseTracker(10, [LAYER, "penultimate"], figures=False)
-    weights, metrics = _fit(learner, way, accelerator, folder, collector, tracker, OnlineProbe(10, knn=5))
+    weights, metrics = _fit(learner, way, accelerator, folder, tracker, OnlineProbe(10, knn=5), collector)
     expected = _nc1(torch.cat(collector.features), torch.cat(collector.labels))
     assert tracker.values[f"nc1/val/{LAYER}"] == pytest.approx(expected, rel=1e-4)
     assert tracker.values[f"nc1/train/{LAYER}"] > 0

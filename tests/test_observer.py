@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import reference
-from ncfinetune import moments
+from ncfinetune import accumulator, metrics, moments
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe, adapters
 from ncfinetune.callbacks.observer import LayerObserver
 
@@ -191,7 +192,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("form", ["(x, y)", "some unlabelled", "views in a list"])
 def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: Path, monkeypatch: Any) -> None:
     """A CPU's values may be looked at, so it passes for an accelerator; its copies to itself count too."""
-    for module in (moments, adapters, __import__("ncfinetune.callbacks.probe", fromlist=["may_look"])):
+    for module in (accumulator, metrics, moments, adapters, import_module("ncfinetune.callbacks.probe")):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
     looks: list[Counter[str]] = []
 

@@ -1,6 +1,6 @@
 """Pre-training: Supervised with its losses, heads and adversary; SupCon and SimCLR; switches; what a run leaves."""
 
-import argparse
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from ncfinetune.schedule import WarmupCosine
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+# On some processors torch 2.14 writes outside its memory in the backward pass of channels_last convolutions of widths
+# that are no multiples of 8.
+EIGHTS = {**SMALL, "channels": [8, 16, 24, 32]}
 VIT = {"name": "test_vit", "img_size": 16, "patch_size": 8, "in_chans": 1}
 
 
@@ -346,13 +349,13 @@ def _first_loss(folder: Path, method, backbone: dict[str, Any], **arguments: Any
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 def test_a_switch_leaves_the_loss(method, backbone: dict, arguments: dict, tolerance: float, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    plain = _first_loss(tmp_path, method, SMALL)
+    plain = _first_loss(tmp_path, method, EIGHTS)
     torch.manual_seed(1)
-    assert _first_loss(tmp_path, method, SMALL | backbone, **arguments) == pytest.approx(plain, rel=tolerance)
+    assert _first_loss(tmp_path, method, EIGHTS | backbone, **arguments) == pytest.approx(plain, rel=tolerance)
 
 
 def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> None:
-    backbone = Backbone(**SMALL, channels_last=True)
+    backbone = Backbone(**EIGHTS, channels_last=True)
     formats = []
     backbone.net.layer2.register_forward_hook(
         lambda m, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
@@ -360,7 +363,7 @@ def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> No
     backbone(torch.randn(2, 1, 8, 8))
     backbone.stages(torch.randn(2, 1, 8, 8), ["layer2.0"])
     assert formats == [True, True]
-    assert backbone.spec == SMALL
+    assert backbone.spec == EIGHTS
 
 
 # What a run leaves
@@ -396,7 +399,7 @@ def test_export_takes_the_backbone_out_of_a_checkpoint(tmp_path: Path, capsys: p
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(Backbone(**SMALL).net.state_dict(), tmp_path / "plain.pth")
     torch.save({f"backbone.net.{k}": v for k, v in Backbone(**SMALL).net.state_dict().items()}, tmp_path / "a.ckpt")
-    torch.save({"state_dict": {}, "hparams": argparse.Namespace(lr=1)}, tmp_path / "o.ckpt")
+    torch.save({"state_dict": {}, "hparams": Fraction(1, 2)}, tmp_path / "o.ckpt")
     (tmp_path / "g.ckpt").write_bytes(b"garbage" * 9)
     (tmp_path / "g.safetensors").write_bytes(b"garbage" * 9)
     for words, message in {
@@ -405,7 +408,7 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (str(tmp_path / "a.ckpt"), "a.txt"): "expected a file name that ends in .safetensors or .pth, got 'a.txt'",
         (str(tmp_path / "g.ckpt"), "a.pth"): "g.ckpt' as a checkpoint of plain tensors: it is damaged or no file of",
         (str(tmp_path / "g.safetensors"), "a.pth"): "g.safetensors' as a checkpoint of plain tensors: it is damaged",
-        (str(tmp_path / "o.ckpt"), "a.pth"): "it holds objects of argparse.Namespace",
+        (str(tmp_path / "o.ckpt"), "a.pth"): "it holds objects of fractions.Fraction",
         ("a.ckpt",): "usage: ncfinetune export CHECKPOINT FILE.safetensors",
     }.items():
         assert main(["export", *words]) == 2
@@ -420,7 +423,7 @@ def test_command_line_with_lars_warm_up_and_scaling(
 model:
   class_path: SimCLR
   init_args:
-    backbone: {name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], channels_last: true}
+    backbone: {name: resnet18, stem: cifar, in_chans: 1, channels: [8, 16, 24, 32], channels_last: true}
     temperature: 0.5
     optimizer: {class_path: timm.optim.Lars, init_args: {lr: 0.3, momentum: 0.9, weight_decay: 1.0e-6}}
     lr_scheduler: {class_path: WarmupCosine, init_args: {epochs: 2, warmup: 1}}

@@ -117,7 +117,7 @@ def _frozen(method: Any) -> Any:
     torch.manual_seed(0)
     stay = partial(SGD, lr=0.0)
     if method is FineTuner:
-        return FineTuner(3, VIT, optimizer=stay)
+        return FineTuner(3, VIT, allow_random=True, optimizer=stay)
     return Supervised(3, VIT, optimizer=stay) if method is Supervised else method(VIT, optimizer=stay)
 
 
@@ -227,7 +227,9 @@ def _rates(scheduler: Any, epochs: int = 3, lr: float | None = None, **options: 
         )
     else:
         optimizer = partial(SGD, lr=0.01, momentum=0.9)
-        model = FineTuner(3, VIT, train="blocks.2", optimizer=optimizer, lr_scheduler=scheduler, **options)
+        model = FineTuner(
+            3, VIT, allow_random=True, train="blocks.2", optimizer=optimizer, lr_scheduler=scheduler, **options
+        )
     model.lr = lr
     seen = _Rates()
     trainer = _trainer(max_epochs=epochs, callbacks=[seen])
@@ -322,7 +324,7 @@ def _tuned_model(method: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     optimizer = partial(SGD, lr=0.01)
     if method is FineTuner:
-        return FineTuner(3, SMALL, optimizer=optimizer, **options)
+        return FineTuner(3, SMALL, allow_random=True, optimizer=optimizer, **options)
     return (
         Supervised(3, SMALL, optimizer=optimizer, **options)
         if method is Supervised

@@ -433,7 +433,11 @@ class Sizes(nn.Module):
     ("arguments", "error", "message"),
     [
         ({"layers": "spare"}, ValueError, "layer 'spare' never ran in a pass over the train set; name layers that"),
-        ({"layers": "sizes"}, TypeError, "expected layer 'sizes' to put out a tensor, .* got str; name another layer"),
+        (
+            {"layers": "sizes"},
+            TypeError,
+            "expected the output of layer 'sizes' to be a tensor, .* got str; name another layer",
+        ),
         ({"layers": "siezs"}, ValueError, "no layer fits 'siezs'; .*nearest: sizes"),
         ({"classifier": "net.0"}, TypeError, "expected the classifier 'net.0' to be a torch.nn.Linear, got Conv2d"),
         ({"num_classes": 2, "layers": "net.0"}, ValueError, r"expected labels in 0..1 \(num_classes=2\), got \[2\]"),

@@ -196,6 +196,7 @@ def test_grey_weights_become_colour_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # in timm's code
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # in timm's resizing of bias tables
 @pytest.mark.parametrize(
     ("name", "theirs", "ours"),
     [

@@ -97,6 +97,8 @@ def fit(network: str, knobs: dict[str, Any], data: Noise, epochs: int, device: s
     named = {key: block if value == "BLOCK" else value for key, value in knobs.items()}
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
+        if named.get("cache") == "disk":
+            named["cache_dir"] = folder
         Trainer(
             max_epochs=epochs,
             accelerator=device,
@@ -109,7 +111,7 @@ def fit(network: str, knobs: dict[str, Any], data: Noise, epochs: int, device: s
             enable_model_summary=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-        ).fit(FineTuner(CLASSES, network, cache_dir=folder, allow_random=True, **named), data)
+        ).fit(FineTuner(CLASSES, network, allow_random=True, **named), data)
     return clock
 
 

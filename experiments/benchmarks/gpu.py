@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncfinetune import Backbone, SimCLR, Supervised
-from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.datamodules import ImageDataModule
 from ncfinetune.datamodules.images import Labelled
 from ncfinetune.losses import contrastive_loss
@@ -281,20 +281,24 @@ def epoch_seconds(
 ) -> float:
     """Seconds of an epoch after the first, which compiles and allocates."""
     clock = Epochs(device)
-    trainer = Trainer(
+    bare_trainer(device, sizes, [*callbacks, clock], max_epochs=epochs).fit(model, data)
+    return statistics.median(clock.seconds[1:])
+
+
+def bare_trainer(device: Device, sizes: Sizes, callbacks: list[Callback], **kwargs: Any) -> Trainer:
+    """A trainer that measures, logs and keeps nothing of its own."""
+    return Trainer(
         accelerator="gpu" if device.on_gpu else "cpu",
         devices=1,
-        max_epochs=epochs,
         precision=sizes.precision,
-        callbacks=[*callbacks, clock],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **kwargs,
     )
-    trainer.fit(model, data)
-    return statistics.median(clock.seconds[1:])
 
 
 def tracked_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
@@ -405,6 +409,17 @@ def synchronisation_rows(device: Device, sizes: Sizes) -> Iterator[str]:
     for name, run in runs.items():
         run(), run()
         yield f"| synchronisations a batch, {name} | | {device.synchronisations(run)} | | |"
+    batches, layers = 8, list(backbone(sizes).layers)
+    callbacks = {"tracker of all blocks and probe": [*trackers(layers, 0), OnlineProbe(CLASSES)], "neither": []}
+    for name, made in callbacks.items():
+        once, twice = (synchronisations_of_validation(device, sizes, made, n) for n in (batches, 2 * batches))
+        yield f"| synchronisations a batch of validation, {name} | | {(twice - once) / batches:.3g} | | |"
+
+
+def synchronisations_of_validation(device: Device, sizes: Sizes, callbacks: list[Callback], batches: int) -> int:
+    data = Noise(sizes._replace(images=5 * 2 * batches * 16, batch=16), device_cache=device.on_gpu)
+    trainer = bare_trainer(device, sizes, callbacks, limit_val_batches=batches)
+    return device.synchronisations(lambda: trainer.validate(Supervised(CLASSES, backbone(sizes)), data, verbose=False))
 
 
 def rows(device: Device, sizes: Sizes, repeats: int, compiles: bool) -> Iterator[str]:

@@ -30,8 +30,7 @@ from torch import Tensor
 from ncfinetune.metrics import neural_collapse
 
 SIZES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
-TARGETS = [1.5, 2.0, 2.5, 3.5]
-SAMPLES, BATCH = 50_000, 256
+BATCH = 256
 MEMBERS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3")
 Batches = list[tuple[Tensor, Tensor]]
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -135,21 +134,22 @@ def seconds(task: Callable[[], dict[str, float]]) -> tuple[float, dict[str, floa
     return time.process_time() - start, values
 
 
-def products(data: Batches, dim: int) -> float:
+def products(data: Batches, dim: int, samples: int) -> float:
     """CPU seconds of the products of all rows, on and above the diagonal in blocks, and of nothing else."""
     rows, block = torch.cat([features for features, _ in data[:8]]), max(64, dim // 8)
     total = torch.zeros(dim, dim)
     start = time.process_time()
-    for _ in range(SAMPLES // len(rows)):
+    turns = max(1, samples // len(rows))
+    for _ in range(turns):
         for first in range(0, dim, block):
             columns = slice(first, first + block)
             total[columns, first:].addmm_(rows[:, columns].T, rows[:, first:])
-    return (time.process_time() - start) * SAMPLES / (SAMPLES // len(rows) * len(rows))
+    return (time.process_time() - start) * samples / (turns * len(rows))
 
 
-def compare(classes: int, dim: int, repeats: int) -> tuple[dict[str, list[float]], float]:
+def compare(classes: int, dim: int, samples: int, repeats: int) -> tuple[dict[str, list[float]], float]:
     """CPU seconds of each way and of the products alone, and the largest relative difference of the numbers."""
-    data, weight = list(batches(classes, dim, SAMPLES)), torch.randn(classes, dim)
+    data, weight = list(batches(classes, dim, samples)), torch.randn(classes, dim)
     ways = {
         "ours": lambda some: ours(some, classes, weight),
         "accumulators": lambda some: usual(with_accumulators, some, weight),
@@ -163,7 +163,7 @@ def compare(classes: int, dim: int, repeats: int) -> tuple[dict[str, list[float]
     apart = max(abs(mine[name] - other[name]) / abs(other[name]) for name in MEMBERS for other in others)
     spent = {name: [turn[name][0] for turn in turns] for name in ways}
     spent["class by class"] = [seconds(lambda: usual(class_by_class, data, weight))[0]]
-    spent["products"] = [products(data, dim) for _ in range(repeats)]
+    spent["products"] = [products(data, dim, samples) for _ in range(repeats)]
     return spent, apart
 
 
@@ -207,9 +207,16 @@ def state_megabytes(classes: int, dim: int) -> float:
     return sum(state.numel() * state.element_size() for state in leader.metric_state.values()) / 2**20
 
 
+def _size(text: str) -> tuple[int, int]:
+    classes, dim = map(int, text.split("x"))
+    return classes, dim
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, type=_size, metavar="KxD", help="classes x width")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/metrics.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -221,7 +228,8 @@ def main() -> None:
             print(line, file=file, flush=True)
 
         say(
-            f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {SAMPLES:,} samples in batches of"
+            f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {options.samples:,} samples in "
+            "batches of"
         )
         say(f"{BATCH}, one thread, torch {torch.__version__}, {platform.machine()}. Seconds of the usual two passes by")
         say("ours, for three ways to write these: class by class, as the code of most papers has them (one run); as")
@@ -229,17 +237,17 @@ def main() -> None:
         say("of turns). `bound` is how far the rewriting could be beaten by the products alone.")
         say("")
         say(
-            "| K | d | ours, s | class by class / ours | accumulators / ours | asked | rewritten / ours | bound | "
+            "| K | d | ours, s | class by class / ours | accumulators / ours | rewritten / ours | bound | "
             "state, MB | peak at N/5 | peak, MB | apart |"
         )
-        say("|" + "---|" * 12)
-        for (classes, dim), target in zip(SIZES, TARGETS, strict=True):
-            spent, apart = compare(classes, dim, options.repeats)
+        say("|" + "---|" * 11)
+        for classes, dim in options.sizes:
+            spent, apart = compare(classes, dim, options.samples, options.repeats)
             middle = {name: statistics.median(values) for name, values in spent.items()}
-            short, long = megabytes(classes, dim, 10_000), megabytes(classes, dim, SAMPLES)
+            short, long = (megabytes(classes, dim, n) for n in (options.samples // 5, options.samples))
             say(
                 f"| {classes} | {dim} | {middle['ours']:.2f} | {middle['class by class'] / middle['ours']:.1f} | "
-                f"{ratios(spent, 'accumulators')} | {target} | {ratios(spent, 'at once')} | "
+                f"{ratios(spent, 'accumulators')} | {ratios(spent, 'at once')} | "
                 f"{middle['at once'] / middle['products']:.2f} | "
                 f"{state_megabytes(classes, dim):.0f} | {short:.0f} | {long:.0f} | {apart:.0e} |"
             )
