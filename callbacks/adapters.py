@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ncfinetune.inputs import may_look
-from ncfinetune.layers import PENULTIMATE, NoTensorError, PoolError, find_layers
+from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.pooling import NoTensorError, PoolError
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"

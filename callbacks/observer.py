@@ -14,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ncfinetune.layers import PENULTIMATE, NoTensorError, Pool, PoolError, find_layers, no_tensor, tensors
+from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.passes import new_samples
+from ncfinetune.pooling import Pool, PoolError, no_tensor, tensors
 
 from . import adapters
 from .adapters import BatchReader
-from .pooling import PoolFinder
+from .pool_finder import PoolFinder
 
 Pooling = Callable[[Tensor], Tensor]
 
@@ -263,7 +264,7 @@ class LayerObserver:
             return pooling(output, torch.promote_types(chosen.dtype, torch.float32)).detach()
         first = next(tensors(output), None)
         if first is None:
-            raise NoTensorError(no_tensor(name, type(output).__name__))
+            raise no_tensor(name, output)
         tensor = first.detach()
         self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
         return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

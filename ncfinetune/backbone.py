@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ncfinetune import weights
+from ncfinetune.blocks import block_names
 from ncfinetune.compiled import CompiledBlocks
-from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers, find_pools
+from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.pool_search import find_pools
+from ncfinetune.pooling import Pool, caught
 
 # So many values of a tensor are kept to tell whether it is still at its random start.
 _SAMPLE = 8
@@ -118,7 +121,7 @@ class Backbone(nn.Module):
         """
         wanted = list(names)
         layers = {name: self.layer(name) for name in wanted if name != PENULTIMATE}
-        with caught(layers, {name: self.pool(name) for name in layers}) as features:
+        with caught(layers, self._known_pools(layers)) as features:
             penultimate = self._run(_features, x)
         return {name: penultimate if name == PENULTIMATE else features[name] for name in wanted}
 
@@ -128,14 +131,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: No such layer, one that the features do not come through, or one whose output can't be pooled.
         """
-        if name not in self._pools:
-            self._pools |= self._find_pools({name: self.layer(name)})
-        if name not in self._pools:
-            raise ValueError(
-                f"layer {name!r} does not run before the penultimate features; expected a block "
-                f"({', '.join(self.layers)})"
-            )
-        return self._pools[name]
+        return self._known_pools({name: self.layer(name)})[name]
 
     def layer(self, name: str) -> nn.Module:
         """The layer of that dotted path.
@@ -177,7 +173,6 @@ class Backbone(nn.Module):
     def layers(self) -> dict[str, int]:
         """Blocks in the order in which they run, ``{name: d_l}``, by one pass of random images; see `block_names`."""
         pools = self._find_pools({name: self.layer(name) for name in block_names(self.net)}, strict=False)
-        self._pools |= pools
         # Behind the last pooling there may be rows of layers too, but those are a head.
         maps = {name: pool.dim for name, pool in pools.items() if pool.ndim > 2}
         return maps or {name: pool.dim for name, pool in pools.items()}
@@ -190,9 +185,23 @@ class Backbone(nn.Module):
         head = f"{'layer':<{wide}}  {'width':>6}  {'parameters':>12}  pooled"
         return "\n".join([head, *(f"{name:<{wide}}  {dim:>6}  {size:>12,}  {how}" for name, dim, size, how in rows)])
 
+    def _known_pools(self, layers: dict[str, nn.Module]) -> dict[str, Pool]:
+        """The pools of layers, all that are missing by one pass."""
+        if missing := {name: layer for name, layer in layers.items() if name not in self._pools}:
+            self._find_pools(missing)
+        for name in missing:
+            if name not in self._pools:
+                raise ValueError(
+                    f"layer {name!r} does not run before the penultimate features; expected a block "
+                    f"({', '.join(self.layers)})"
+                )
+        return {name: self._pools[name] for name in layers}
+
     def _find_pools(self, layers: dict[str, nn.Module], strict: bool = True) -> dict[str, Pool]:
         images = self.noise(2)
-        return find_pools(self, layers, lambda: self._run(_features, images), strict)
+        found = find_pools(self, layers, lambda: self._run(_features, images), strict)
+        self._pools |= found
+        return found
 
     def noise(self, number: int) -> Tensor:
         """Images of noise ``(number, C, H, W)``, always the same, of the size that the network is made for."""

@@ -23,9 +23,10 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
-from ncfinetune.layers import detached, enclosing_block, find_layers
+from ncfinetune.layers import enclosing_block, find_layers
 from ncfinetune.learner import Classifier, Interval
 from ncfinetune.passes import eval_mode, evaluation, plain_loader, ready_batches
+from ncfinetune.pooling import detached
 from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]

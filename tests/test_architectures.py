@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from ncfinetune import Backbone
-from ncfinetune.layers import block_names
+from ncfinetune.blocks import block_names
 
 # name, arguments that make it fast, blocks, first block and its width, last block and its width
 TABLE = [

@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from ncfinetune.layers import NoTensorError, Pool, block_names, caught, enclosing_block, few, find_layers, find_pools
+from ncfinetune.blocks import block_names
+from ncfinetune.layers import enclosing_block, find_layers
+from ncfinetune.pool_search import find_pools
+from ncfinetune.pooling import NoTensorError, Pool, caught
+from ncfinetune.tracing import few
 
 
 class Block(nn.Module):
@@ -181,7 +185,7 @@ class Windows(nn.Module):
 def test_outputs_that_are_no_samples_are_refused_or_left_out() -> None:
     net, images = Windows(), torch.rand(2, 3, 4, 4)
     with pytest.raises(
-        ValueError, match=r"layer 'inner' puts out \(4, 4, 4, 2\) for 2 samples, nothing with one entry"
+        ValueError, match=r"the output of layer 'inner' for 2 samples is \(4, 4, 4, 2\), nothing with one entry"
     ):
         _pools(net, ["inner"], images)
     assert find_pools(net, {"inner": net.inner}, lambda: net(images), strict=False) == {}
@@ -201,7 +205,9 @@ def test_layer_without_a_tensor_is_no_layer() -> None:
             self.words(x)
             return self.fc(x)
 
-    with pytest.raises(NoTensorError, match="expected layer 'words' to put out a tensor, .* got str; name another"):
+    with pytest.raises(
+        NoTensorError, match="expected the output of layer 'words' to be a tensor, .* got str; name another"
+    ):
         _pools(Net(), ["words"], torch.rand(2, 3))
 
 

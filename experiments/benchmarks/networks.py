@@ -36,8 +36,11 @@ import torchvision
 from torch import Tensor, nn
 
 from ncfinetune import Backbone, FineTuner
+from ncfinetune.blocks import block_names
 from ncfinetune.collapse import class_moments, nc1
-from ncfinetune.layers import block_names, find_layers, find_pools, tensors
+from ncfinetune.layers import find_layers
+from ncfinetune.pool_search import find_pools
+from ncfinetune.pooling import tensors
 from ncfinetune.tail import Tail
 
 K, N = 3, 6
