@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METHODS := linear_probe layer scl full
 SEEDS := 0 1 2
+# A process of tests for each core; what is left over in one is taken by another.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow test-gpu lint
 
@@ -23,10 +25,10 @@ $(BIN)/ncfinetune fit --config experiments/digits/downstream.yaml --config exper
 endef
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 # On a machine with a CUDA device; without one every test is skipped, and says why.
 test-gpu: $(VENV)/installed-test

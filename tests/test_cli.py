@@ -83,7 +83,10 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["shots"] == 4
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "layer", "scl", "full"])
+_SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("layer", "full")]
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "scl", *_SLOW])
 def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
     note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
     run = _fit(tmp_path, method, *note, "--model.backbone", TINY, *RANDOM, "--data", "Digits", "--data.shots", "4")
