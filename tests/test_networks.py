@@ -1,12 +1,12 @@
 """Networks chosen for their oddity, by the six checks of experiments/benchmarks/networks.py."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks" / "networks.py"
+SCRIPTS = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks"
 # What is odd about each: windows, other axes, late class tokens, tuples, lists, shared tensors, heads, units.
 ODD = [
     "cait", "coat", "convit", "crossvit", "dla", "dpn", "efficientvim", "efficientvit_msra", "fasternet", "gcvit",
@@ -16,27 +16,22 @@ ODD = [
 ]  # fmt: skip
 
 
-def _checks() -> Any:
-    spec = importlib.util.spec_from_file_location("networks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("networks")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ODD)
-def test_odd_networks_of_timm(module: str) -> None:
-    checks = _checks()
+def test_odd_networks_of_timm(checks: Any, module: str) -> None:
     row = checks.timm_row(*checks.TIMM[module])
     assert [f"{check}: {said}" for check, said in row.items() if said.startswith("FAIL")] == []
 
 
 @pytest.mark.parametrize("kind", ["beit", "dinov2", "swin", "pvt", "clip", "levit", "cvt"])
 @pytest.mark.filterwarnings("ignore")
-def test_tiny_networks_of_hugging_face(kind: str) -> None:
-    checks = _checks()
+def test_tiny_networks_of_hugging_face(checks: Any, kind: str) -> None:
     sizes, side = checks.TRANSFORMERS[kind]
     row = checks.foreign_row(kind, lambda: checks._transformer(kind, sizes), side)
     assert row["layers"].startswith("ok")
