@@ -107,10 +107,13 @@ def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -
         for tensor, pool in candidates.values()
         if len(candidates) > 1 or pool.of_tokens
     ]
+    firsts = {name: next(iter(candidates.values()))[1] for name, candidates in found.items()}
     if not unsettled:  # as in most convolutional networks, which need no backward pass
-        return {name: next(iter(candidates.values()))[1] for name, candidates in found.items()}
+        return firsts
     gradients = FeatureGradients(features)
     last = last_tokens(trace, len(features))
+    if at_the_end := _used_at_the_end(found, last, gradients):
+        return {name: dataclasses.replace(pool, tokens=at_the_end) for name, pool in firsts.items()}
     gradients.find([*unsettled, *last.values()])
     ends = LastTokens(last, trace, gradients)
     pools = {}
@@ -124,6 +127,26 @@ def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -
                 positions = ends.positions(tensor.shape[1])
             pools[name] = dataclasses.replace(pool, tokens=positions)
     return pools
+
+
+def _used_at_the_end(
+    found: Mapping[str, _Candidates], last: Mapping[int, Tensor], gradients: FeatureGradients
+) -> tuple[Positions, ...]:
+    """Positions among the network's last tokens, if all layers have as many, as in most vision transformers.
+
+    The gradient with respect to those passes through no block, where that of all layers is a backward pass of the
+    whole network.
+    """
+    latest = next((number for number in reversed(list(last)) if number > 1), 0)
+    alike = all(
+        pool.of_tokens and tensor.shape[1] == latest and len(candidates) == 1
+        for candidates in found.values()
+        for tensor, pool in candidates.values()
+    )
+    if not alike:
+        return ()
+    gradients.find([last[latest]])
+    return gradients.positions(last[latest])
 
 
 def guess_pool(name: str, output: Any, layer: nn.Module, network: nn.Module) -> Pool:
