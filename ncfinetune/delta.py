@@ -146,9 +146,10 @@ def save_for_timm(
     if base["stem"] != "imagenet":
         raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which has")
     arguments["num_classes"] = 0 if classifier is None else classifier.out_features
-    if backbone.net.pretrained_cfg.get("fixed_input_size") and hasattr(backbone.net, "patch_embed"):
+    made_for = getattr(getattr(backbone.net, "patch_embed", None), "img_size", None)
+    if made_for and backbone.net.pretrained_cfg.get("fixed_input_size"):
         # timm would make the network for the size of the images, and ours may be one that takes any.
-        arguments.setdefault("img_size", backbone.net.patch_embed.img_size)
+        arguments.setdefault("img_size", made_for)
     if overlay := _in_timms_words(data):
         arguments["pretrained_cfg_overlay"] = overlay
     images = backbone.noise(2)
