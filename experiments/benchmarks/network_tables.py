@@ -37,7 +37,7 @@ TIMM: dict[str, tuple[str, dict[str, Any], int]] = {
     "gcvit": ("gcvit_xxtiny", {}, 12),
     "gemma4_vit": ("gemma4_vit_167m", {"depth": 4}, 4),
     "ghostnet": ("ghostnet_050", {}, 17),
-    "hardcorenas": ("hardcorenas_a", {}, 18),
+    "hardcorenas": ("hardcorenas_a", {}, 12),
     "hgnet": ("hgnetv2_b0", {}, 5),
     "hiera": ("hiera_tiny_224", {}, 12),
     "hieradet_sam2": ("hieradet_small", {}, 16),
