@@ -108,7 +108,7 @@ TORCHVISION = {
     "alexnet": ("alexnet", 64), "convnext": ("convnext_tiny", 64), "densenet": ("densenet121", 64),
     "efficientnet": ("efficientnet_b0", 64), "efficientnet_v2": ("efficientnet_v2_s", 64),
     "googlenet": ("googlenet", 64),
-    "inception": ("inception_v3", 128), "maxvit": ("maxvit_t", 224), "mnasnet": ("mnasnet0_5", 64),
+    "inception": ("inception_v3", 299), "maxvit": ("maxvit_t", 224), "mnasnet": ("mnasnet0_5", 64),
     "mobilenet_v2": ("mobilenet_v2", 64), "mobilenet_v3": ("mobilenet_v3_small", 64),
     "regnet_x": ("regnet_x_400mf", 64),
     "regnet_y": ("regnet_y_400mf", 64), "resnet": ("resnet18", 64), "resnext": ("resnext50_32x4d", 64),
