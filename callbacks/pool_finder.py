@@ -78,7 +78,9 @@ class PoolFinder:
     def _hook(self, part: nn.Module, names: list[str]) -> None:
         def look(network: nn.Module, args: Any, kwargs: Any) -> None:
             # In code that is being compiled the first condition is a constant, and so all of this is nothing.
-            if not torch.compiler.is_compiling() and part not in self._seen and self._wanted():
+            if torch.compiler.is_compiling() or part in self._seen or _runs_a_step(part):
+                return
+            if self._wanted():
                 self._seen.add(part)
                 missing = {name: self._layers[name] for name in names if name not in self._pools}
                 if missing and _may_run_again(part):
@@ -129,6 +131,11 @@ def _not_compiled(module: nn.Module) -> Iterator[nn.Module]:
     compiled = [part for part in module.modules() if hasattr(part, "_orig_mod")]
     inside = {part for wrapper in compiled for part in wrapper.modules() if part is not wrapper}
     return (part for part in module.modules() if part not in inside)
+
+
+def _runs_a_step(part: nn.Module) -> bool:
+    """Whether its forward is replaced, as by Lightning where a strategy wraps the module; a step must run only once."""
+    return "forward" in vars(part) and not hasattr(part, "_orig_mod")
 
 
 @contextmanager

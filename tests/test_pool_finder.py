@@ -219,3 +219,13 @@ def test_hooks_can_be_removed() -> None:
     network(IMAGES)
     assert network.runs == 1
     assert not network._forward_pre_hooks
+
+
+def test_a_step_in_place_of_the_forward_does_not_run_again() -> None:
+    """As Lightning's strategies of several processes run it; the network that it calls does."""
+    module = nn.ModuleDict({"net": Tokens()})
+    observed, steps = Observed(module, "net.blocks.1"), []
+    module.forward = lambda x: steps.append(0) or module["net"](x)  # type: ignore[method-assign]
+    module(IMAGES)
+    assert len(steps) == 1
+    assert observed.words == [LAST]
