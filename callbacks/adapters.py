@@ -5,9 +5,8 @@ Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ncfinetune.inputs import may_look
 from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.pooling import NoTensorError, PoolError
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
@@ -23,10 +23,6 @@ _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL
 _INSIDE_ADAPTERS = {"base_layer", "lora_A", "lora_B", "original_module"}
 # Stands for labels that name no class, so that they count as out of range.
 NO_CLASS = -(2**31)
-
-
-class NoTensorError(TypeError):
-    """The output of a layer holds nothing that could be measured."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class BatchReader:
                 return network(**_named_inputs(network, batch))
             inputs = inputs_of(batch)
             return network(_joined(inputs) if _are_views(inputs) else inputs)
-        except NoTensorError:
+        except (NoTensorError, PoolError):
             raise
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(
@@ -198,21 +194,6 @@ def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     if not taken and len(inputs) == 1 and known:  # there is no choice, whatever the two call it
         return dict(zip(known, inputs.values(), strict=False))
     return taken
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a layer's output: itself, or those in a tuple, a mapping or a dataclass, in their order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors(value)
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for value in output:
-            yield from tensors(value)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from tensors(getattr(output, field.name))
 
 
 def defines(module: nn.Module, method: str) -> bool:

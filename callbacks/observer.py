@@ -14,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ncfinetune.layers import PENULTIMATE, Pool, find_layers
+from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.passes import new_samples
+from ncfinetune.pooling import Pool, PoolError, no_tensor, tensors
 
 from . import adapters
-from .adapters import BatchReader, NoTensorError
+from .adapters import BatchReader
+from .pool_finder import PoolFinder
 
 Pooling = Callable[[Tensor], Tensor]
 
@@ -36,7 +38,8 @@ class LayerObserver:
         reader: Reads labels off batches.
         classifier: The classifier's name, or ``auto``.
         judged: Look for the classifier even where the module says itself what its penultimate features are.
-        pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features.
+        pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features, which a second
+            run of the first batch's first two samples tells.
 
     Attributes:
         names: The layers' names in depth order, ``penultimate`` last.
@@ -65,10 +68,15 @@ class LayerObserver:
         self._caught: dict[str, Tensor] = {}
         self._how: dict[str, str] = {}
         self._handles: list[RemovableHandle] = []
+        self._declared = adapters.penultimate_of(module) if PENULTIMATE in layers else None
         found = find_layers(module, [name for name in layers if name != PENULTIMATE])
+        self.names = list(found)
+        if self._declared is not None:
+            found[PENULTIMATE] = self._declared
+        self._pools = PoolFinder(module, {} if pool else found, self._listening, self._ends)
+        self._handles += self._pools.handles
         for name, layer in found.items():
             self._hook_output(name, layer)
-        self.names = list(found)
         self._rivals: dict[str, nn.Module] = {}
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, list[Any]] = {}
@@ -161,21 +169,22 @@ class LayerObserver:
         self._caught, self._inputs, self._outputs = {}, {}, {}
 
     def _listening(self) -> bool:
-        return self._open and (self._step is None or self._module._current_fx_name == self._step)
+        return (
+            self._open
+            and not PoolFinder.looking
+            and (self._step is None or self._module._current_fx_name == self._step)
+        )
 
     def _hook_output(self, name: str, layer: nn.Module) -> None:
-        pooling = self._pooling(layer)
-
         def catch(m: nn.Module, args: Any, output: Any) -> None:
             if self._listening():
+                pooling = self._pool or self._pools.of(name, output)
                 self._caught[name] = self._pooled(name, output, pooling)
 
         self._handles.append(layer.register_forward_hook(catch))
 
     def _hook_penultimate(self, classifier: str, judged: bool) -> None:
-        declared = adapters.penultimate_of(self._module)
-        if declared is not None:
-            self._hook_output(PENULTIMATE, declared)
+        declared = self._declared
         if declared is None or judged:
             try:
                 self._rivals = adapters.classifiers(self._module, self._reader.num_classes, classifier)
@@ -190,13 +199,12 @@ class LayerObserver:
             self._hook_classifier(path, layer, declared is None)
 
     def _hook_classifier(self, path: str, layer: nn.Module, is_penultimate: bool) -> None:
-        pooling = self._pooling(layer)
-
         def catch(m: nn.Module, args: Any, kwargs: Any) -> None:
             if not self._listening():
                 return
             if is_penultimate:
-                self._inputs[path] = self._pooled(PENULTIMATE, args[0] if args else kwargs["input"], pooling)
+                rows = args[0] if args else kwargs["input"]
+                self._inputs[path] = self._pooled(PENULTIMATE, rows, self._pool or _as_it_is(path, rows))
             if self._sharded and self._whole is None and self.classifier is m:
                 self._whole = adapters.weight_of(m, copy=True)
 
@@ -233,7 +241,7 @@ class LayerObserver:
 
     def _find_classifier(self) -> str:
         """The classifier whose output is what the network returns, or the only one that ran."""
-        returned = {id(tensor) for tensor in adapters.tensors(self._outputs.pop("", []))}
+        returned = {id(tensor) for tensor in tensors(self._outputs.pop("", []))}
         fitting = [path for path, outputs in self._outputs.items() if any(id(output) in returned for output in outputs)]
         ran = list(self._outputs)
         if len(fitting or ran) == 1:
@@ -245,26 +253,21 @@ class LayerObserver:
             f"; give it {asker}(classifier={(fitting or ran)[-1]!r})"
         )
 
-    def _pooling(self, layer: nn.Module) -> Pooling | Pool:
-        return self._pool or Pool.of(_network_of(self._module, layer))
+    def _ends(self) -> tuple[nn.Module | None, nn.Module | None]:
+        return self._declared, self.classifier
 
     def _pooled(self, name: str, output: Any, pooling: Pooling | Pool) -> Tensor:
         """An output pooled to ``(N, d)`` in float32 or wider, as a copy: what comes next may write over the output."""
-        tensor = next(adapters.tensors(output), None)
-        if tensor is None:
-            raise NoTensorError(
-                f"expected the output of layer {name!r} to be a tensor, or something that holds one, "
-                f"got {type(output).__name__}; name another layer"
-            )
-        tensor = tensor.detach()
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
         if isinstance(pooling, Pool):
-            self._how[name] = f"{tuple(tensor.shape)} {pooling.describe(tensor.ndim)}"
-            pooled = pooling(tensor, dtype)
-        else:
-            self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
-            pooled = pooling(tensor)
-        return pooled.to(dtype, copy=True)
+            chosen = list(tensors(output))[pooling.index].detach()
+            self._how[name] = f"{tuple(chosen.shape)} {pooling.describe()}"
+            return pooling(output, torch.promote_types(chosen.dtype, torch.float32)).detach()
+        first = next(tensors(output), None)
+        if first is None:
+            raise no_tensor(name, output)
+        tensor = first.detach()
+        self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
+        return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
     def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:
         """Rows a sample, the same for every layer, and whether they come view by view."""
@@ -289,9 +292,11 @@ def _first(rows: Tensor, samples: int, views: int, listed: bool) -> Tensor:
     return rows.reshape(views, -1, *rows.shape[1:])[:, :samples].flatten(0, 1)
 
 
-def _network_of(module: nn.Module, layer: nn.Module) -> nn.Module:
-    """The innermost timm network that holds ``layer``, since it knows how its outputs are pooled; else ``module``."""
-    networks = [
-        m for m in module.modules() if hasattr(m, "pretrained_cfg") and any(part is layer for part in m.modules())
-    ]
-    return networks[-1] if networks else module
+def _as_it_is(path: str, rows: Tensor) -> Pool:
+    """The pooling of a classifier's input, which has one vector a sample."""
+    if rows.ndim != 2:
+        raise PoolError(
+            f"expected features (N, d) as the input of the classifier {path!r}, got {tuple(rows.shape)}; name the "
+            "layers to measure, or give the callback its own pool="
+        )
+    return Pool(2, rows.shape[1])

@@ -72,7 +72,8 @@ class NeuralCollapseTracker(Callback):
         forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
             or its only child if it has no forward, on the inputs.
         ignore_index: Samples with this label, such as -1 for none, are left out.
-        pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features.
+        pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features, which it
+            tells by running once more, in eval mode, on the first two samples of the first batch.
         figures: Draw pictures. A set of four takes about a second.
         prog_bar: Show ``nc1`` in the progress bar.
 

@@ -25,6 +25,8 @@ commands:
              exit status is then 3
   export     a trained run's backbone as a file for timm and for FineTuner:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
+  layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
+                                    ncfinetune layers resnet18
   report     a table and a picture of finished runs:  ncfinetune report runs/
 
 options:
@@ -60,12 +62,14 @@ def _run(args: list[str] | None) -> int | None:
         return report(words[1:])
     elif command == "export":
         return _export(words[1:])
+    elif command == "layers":
+        return _layers(words[1:])
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.cli import main as run
 
         return run(args)
     else:
-        known = ", ".join((*_TRAINER_COMMANDS, "export", "report"))
+        known = ", ".join((*_TRAINER_COMMANDS, "export", "layers", "report"))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
         return 2
     return None
@@ -86,6 +90,16 @@ def _export(words: list[str]) -> int:
     from ncfinetune.weights import export
 
     print(export(*words))
+    return 0
+
+
+def _layers(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print("usage: ncfinetune layers NAME, a timm architecture such as resnet18", file=sys.stderr)
+        return 2
+    from ncfinetune.backbone import Backbone
+
+    print(Backbone(words[0]).layer_table())
     return 0
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ncfinetune import weights
+from ncfinetune.blocks import block_names
 from ncfinetune.compiled import CompiledBlocks
-from ncfinetune.layers import PENULTIMATE, Pool, block_names, caught, find_layers
-from ncfinetune.passes import eval_mode
+from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.pool_search import find_pools
+from ncfinetune.pooling import Pool, caught
 
 # So many values of a tensor are kept to tell whether it is still at its random start.
 _SAMPLE = 8
@@ -82,7 +84,7 @@ class Backbone(nn.Module):
             fresh |= {f"conv1.{name}" for name, _ in self.net.conv1.named_parameters()}
         self._start = _samples(self.net, fresh)
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
-        self.pool = Pool.of(self.net)
+        self._pools: dict[str, Pool] = {}
         self.channels_last = channels_last
         self._compiled = CompiledBlocks(block_names(self.net)) if compile else None
         if channels_last:
@@ -118,10 +120,18 @@ class Backbone(nn.Module):
         ``"penultimate"`` is the name of what ``forward`` returns.
         """
         wanted = list(names)
-        with caught({name: self.layer(name) for name in wanted if name != PENULTIMATE}) as outputs:
+        layers = {name: self.layer(name) for name in wanted if name != PENULTIMATE}
+        with caught(layers, self._known_pools(layers)) as features:
             penultimate = self._run(_features, x)
-        pooled = {name: self.pool(outputs[name]) for name in wanted if name != PENULTIMATE}
-        return pooled | {PENULTIMATE: penultimate} if PENULTIMATE in wanted else pooled
+        return {name: penultimate if name == PENULTIMATE else features[name] for name in wanted}
+
+    def pool(self, name: str) -> Pool:
+        """How the output of a layer, block or not, becomes one vector a sample; found by one pass of random images.
+
+        Raises:
+            ValueError: No such layer, one that the features do not come through, or one whose output can't be pooled.
+        """
+        return self._known_pools({name: self.layer(name)})[name]
 
     def layer(self, name: str) -> nn.Module:
         """The layer of that dotted path.
@@ -133,20 +143,6 @@ class Backbone(nn.Module):
         if len(found) > 1:
             raise ValueError(f"expected one layer, but {name!r} fits {', '.join(found)}; name one of them")
         return next(iter(found.values()))
-
-    def width(self, name: str) -> int:
-        """Width ``d_l`` of the pooled output of a layer, block or not.
-
-        Raises:
-            ValueError: No such layer, or one that the features do not come through.
-        """
-        found = self._probe({name: self.layer(name)})
-        if name not in found:
-            raise ValueError(
-                f"layer {name!r} does not run before the penultimate features; expected a block "
-                f"({', '.join(self.layers)})"
-            )
-        return found[name]
 
     def load(self, checkpoint: str | dict[str, Any]) -> None:
         """Start from the weights in a file and say which of them fitted; see `weights.load`.
@@ -175,21 +171,53 @@ class Backbone(nn.Module):
 
     @cached_property
     def layers(self) -> dict[str, int]:
-        """Residual or transformer blocks in depth order, ``{name: d_l}``, by one forward pass of a blank image."""
-        return self._probe({name: self.layer(name) for name in block_names(self.net)})
+        """Blocks in the order in which they run, ``{name: d_l}``, by one pass of random images; see `block_names`."""
+        pools = self._find_pools({name: self.layer(name) for name in block_names(self.net)}, strict=False)
+        # Behind the last pooling there may be rows of layers too, but those are a head.
+        maps = {name: pool.dim for name, pool in pools.items() if pool.ndim > 2}
+        return maps or {name: pool.dim for name, pool in pools.items()}
 
-    def _probe(self, layers: dict[str, nn.Module]) -> dict[str, int]:
-        first = next(self.net.parameters())
-        blank = torch.zeros(1, *self._input_size(), device=first.device, dtype=first.dtype)
-        with torch.no_grad(), eval_mode(self), caught(layers) as outputs:
-            self._run(_features, blank)
-        return {name: self.pool(output).shape[1] for name, output in outputs.items()}
+    def layer_table(self) -> str:
+        """Name, width and parameters of each block and how it is pooled, then of the penultimate features."""
+        rows = [(name, dim, _size(self.layer(name)), self.pool(name).describe()) for name, dim in self.layers.items()]
+        rows.append((PENULTIMATE, self.dim, _size(self.net), "all of the network"))
+        wide = max(len(row[0]) for row in rows)
+        head = f"{'layer':<{wide}}  {'width':>6}  {'parameters':>12}  pooled"
+        return "\n".join([head, *(f"{name:<{wide}}  {dim:>6}  {size:>12,}  {how}" for name, dim, size, how in rows)])
 
-    def _input_size(self) -> tuple[int, int, int]:
-        channels = self.spec.get("in_chans", 3)
+    def _known_pools(self, layers: dict[str, nn.Module]) -> dict[str, Pool]:
+        """The pools of layers, all that are missing by one pass."""
+        if missing := {name: layer for name, layer in layers.items() if name not in self._pools}:
+            self._find_pools(missing)
+        for name in missing:
+            if name not in self._pools:
+                raise ValueError(
+                    f"layer {name!r} does not run before the penultimate features; expected a block "
+                    f"({', '.join(self.layers)})"
+                )
+        return {name: self._pools[name] for name in layers}
+
+    def _find_pools(self, layers: dict[str, nn.Module], strict: bool = True) -> dict[str, Pool]:
+        images = self.noise(2)
+        found = find_pools(self, layers, lambda: self._run(_features, images), strict)
+        self._pools |= found
+        return found
+
+    def noise(self, number: int) -> Tensor:
+        """Images of noise ``(number, C, H, W)``, always the same, of the size that the network is made for."""
+        like = next(self.net.parameters())
+        return torch.rand(number, *self.input_size(), generator=torch.Generator().manual_seed(0)).to(like)
+
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network is made for."""
         patches = getattr(self.net, "patch_embed", None)
-        height, width = getattr(patches, "img_size", None) or self.net.pretrained_cfg["input_size"][1:]
-        return channels, height, width
+        size = self.spec.get("img_size") or getattr(patches, "img_size", None)
+        height, width = (size, size) if isinstance(size, int) else size or self.net.pretrained_cfg["input_size"][1:]
+        return self.spec.get("in_chans", 3), height, width
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _samples(net: nn.Module, names: set[str]) -> dict[str, Tensor]:

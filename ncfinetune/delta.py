@@ -12,16 +12,22 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncfinetune.atomic import replacing
+from ncfinetune.backbone import Backbone
 from ncfinetune.weights import save as save_weights
+from ncfinetune.weights import with_own_memory
 
 _FORMAT = "ncfinetune delta 2"
 # What a delta has to say of itself.
 _FACTS = ("base", "base_fingerprint", "fingerprint", "knobs", "class_names", "preprocessing")
 # What timm calls the ways of making images ready for a network, in its ``pretrained_cfg``.
 _TIMMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+# Part of the largest logit by which float32 may round otherwise in one network than in the other.
+_ROUNDING = 1e-3
+# What to do where timm's network cannot hold ours.
+_INSTEAD = "keep the delta, or write the network without its classifier: model.backbone.save(path)"
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -55,7 +61,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str,
     metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint, "fingerprint": fingerprint(tensors)}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
     with replacing(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        save_file(with_own_memory(tensors), part, metadata)
 
 
 def facts(path: str | Path) -> dict[str, Any]:
@@ -124,32 +130,46 @@ def _wrong(tensors: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> str | 
 
 
 def save_for_timm(
-    path: str | Path, net: Any, base: dict[str, Any], classifier: torch.nn.Linear | None, data: Mapping[str, Any]
+    path: str | Path, backbone: Backbone, classifier: nn.Linear | None, data: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Write a timm network and its classifier under timm's names; returns what `timm.create_model` takes to load them.
+    """Write a backbone and its classifier under timm's names; returns what `timm.create_model` takes to load them.
 
-    What the ``data`` say of images and classes is in those arguments and in the file's metadata.
+    What timm's network has in front of or beside its classifier is made to do nothing. Before anything is written its
+    logits of a few images, or without a classifier its features, are compared with ours. What the ``data`` say of
+    images and classes is in those arguments and in the file's metadata.
 
     Raises:
-        ValueError: timm has no such network; or the file's name does not end in ``.safetensors``.
+        ValueError: timm has no such network; its head cannot hold the classifier; or the file's name does not end in
+            ``.safetensors``.
     """
     _check_suffix(path)
+    base = backbone.spec
     arguments = {key: value for key, value in base.items() if key not in ("name", "stem")}
     if base["stem"] != "imagenet":
         raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which has")
-    weights = dict(net.state_dict())
-    if classifier is not None:
-        names = net.pretrained_cfg["classifier"]
-        for name in [names] if isinstance(names, str) else names:  # DeiT has two and takes the mean of their logits
-            weights |= {f"{name}.{key}": tensor.clone() for key, tensor in classifier.state_dict().items()}
     arguments["num_classes"] = 0 if classifier is None else classifier.out_features
-    if net.pretrained_cfg.get("fixed_input_size") and hasattr(net, "patch_embed"):
+    made_for = getattr(getattr(backbone.net, "patch_embed", None), "img_size", None)
+    if made_for and backbone.net.pretrained_cfg.get("fixed_input_size"):
         # timm would make the network for the size of the images, and ours may be one that takes any.
-        arguments.setdefault("img_size", net.patch_embed.img_size)
+        arguments.setdefault("img_size", made_for)
     if overlay := _in_timms_words(data):
         arguments["pretrained_cfg_overlay"] = overlay
-    timm.create_model(base["name"], **arguments).load_state_dict(weights)
-    save_weights(weights, path, data)
+    images = backbone.noise(2)
+    other: Any = timm.create_model(base["name"], **arguments).to(images).eval()
+    with torch.no_grad():
+        other.load_state_dict(backbone.net.state_dict(), strict=False)
+        expected = backbone(images)
+        if classifier is None:
+            error = _apart(other(images), expected)
+        else:
+            expected = classifier(expected)
+            error = _put_into(other, set(backbone.net.state_dict()), classifier, images, expected, base["name"])
+    if not error < _ROUNDING:
+        raise ValueError(
+            f"timm's {base['name']} makes something else of the same weights ({error:.2g} of the largest logit apart), "
+            f"since its head is more than the classifier; {_INSTEAD}"
+        )
+    save_weights(other.state_dict(), path, data)
     return base["name"], {**arguments, "checkpoint_path": str(path)}
 
 
@@ -158,6 +178,75 @@ def _in_timms_words(data: Mapping[str, Any]) -> dict[str, Any]:
     seen = {name: images[name] for name in _TIMMS if name in images}
     overlay = {name: tuple(value) if isinstance(value, list) else value for name, value in seen.items()}
     return {**overlay, **({"label_names": tuple(names)} if names else {})}
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def _put_into(net: Any, known: set[str], classifier: nn.Linear, images: Tensor, expected: Tensor, name: str) -> float:
+    """Put a linear classifier where timm's network has its own, and say by how much its logits differ then.
+
+    Where it has several, either the mean of their logits counts (DeiT, and CrossViT, where each takes a part of the
+    features), or the others only add to those of the first and are set to 0 (VOLO).
+    """
+    names = net.pretrained_cfg["classifier"]
+    heads = [net.get_submodule(head) for head in ([names] if isinstance(names, str) else names)]
+    error = float("inf")
+    for used in dict.fromkeys([tuple(heads), tuple(heads[:1])]):
+        parts = _parts([_inputs(head) for head in used], classifier.in_features)
+        if parts is None:
+            continue
+        _make_neutral(net, known)
+        shares = len(used) * classifier.in_features / sum(map(_inputs, used))
+        for head, part in zip(used, parts, strict=True):
+            head.weight.copy_((classifier.weight[:, part] * shares).view(head.weight.shape))
+            head.bias.copy_(classifier.bias)
+        error = _apart(net(images), expected)
+        if error < _ROUNDING:
+            return error
+    if error == float("inf"):
+        kinds = ", ".join(type(head).__name__ for head in heads)
+        raise ValueError(
+            f"the head of timm's {name} ({kinds} of {', '.join(str(_inputs(head)) for head in heads)} features) cannot "
+            f"hold a linear classifier of {classifier.in_features} features; {_INSTEAD}"
+        )
+    return error
+
+
+def _inputs(head: nn.Module) -> int:
+    """Features that a linear layer or a 1x1 convolution takes; 0 of anything else."""
+    if not isinstance(head, nn.Linear | nn.Conv2d) or head.bias is None:
+        return 0
+    return head.weight.shape[1] if head.weight[0, 0].numel() == 1 else 0
+
+
+def _make_neutral(net: nn.Module, known: set[str]) -> None:
+    """Let layers that the backbone does not have do nothing: normalisations the identity, extra classifiers 0."""
+    for name, module in net.named_modules():
+        if any(f"{name}.{key}" in known for key, _ in module.named_parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is not None:
+            module.reset_running_stats()
+            nn.init.zeros_(module.bias)
+            nn.init.constant_(module.weight, (1 + module.eps) ** 0.5)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+
+def _parts(widths: list[int], width: int) -> list[slice] | None:
+    """Which of the features each classifier takes: all of them, or the next ones; None if that does not come out."""
+    parts, start = [], 0
+    for own in widths:
+        parts.append(slice(start, start + own))
+        start = (start + own) % width
+        if own < 1 or parts[-1].stop > width:
+            return None
+    return parts if start == 0 else None
 
 
 def _check_suffix(path: str | Path) -> None:

@@ -23,9 +23,10 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
-from ncfinetune.layers import enclosing_block, find_layers, first
+from ncfinetune.layers import enclosing_block, find_layers
 from ncfinetune.learner import Classifier, Interval
-from ncfinetune.passes import evaluation, plain_loader, ready_batches
+from ncfinetune.passes import eval_mode, evaluation, plain_loader, ready_batches
+from ncfinetune.pooling import detached
 from ncfinetune.store import Stored
 
 SkipGradient = Literal["both", "skip"]
@@ -156,17 +157,16 @@ class FineTuner(Classifier):
         hooks = [hook for part in self.backbone.modules() for hook in part._forward_hooks.values()]
         if any(getattr(hook, "__func__", None) is FineTuner._catch for hook in hooks):
             raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
-        width = self.backbone.width(self.skip_from)
+        pool = self.backbone.pool(self.skip_from)
         # For good, since a compiled network does not see hooks that come after its first call.
         self.backbone.layer(self.skip_from).register_forward_hook(self._catch)
-        return SkipHead(self.backbone.dim, width, self.num_classes, skip_join)
+        return SkipHead(self.backbone.dim, pool.dim, self.num_classes, skip_join)
 
     def _catch(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Keep what the skipped layer puts out; with ``skip_gradient="skip"`` hand it on without its gradient."""
-        self._skipped = first(output)
-        if self.skip_gradient == "both":
-            return output
-        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+        """Keep the pooled output of the skipped layer; with ``skip_gradient="skip"`` the rest gets it detached."""
+        assert self.skip_from is not None
+        self._skipped = self.backbone.pool(self.skip_from)(output)
+        return output if self.skip_gradient == "both" else detached(output)
 
     def _parts(self) -> tuple[Backbone, list[nn.Module]]:
         """The backbone, and the blocks before which it is frozen and has put out nothing for the head."""
@@ -192,7 +192,7 @@ class FineTuner(Classifier):
         if stored is not None:
             return penultimate, stored
         assert caught is not None
-        return penultimate, self.backbone.pool(caught)
+        return penultimate, caught
 
     def forward(self, x: Tensor | Stored) -> Tensor:
         """Class logits ``(N, K)`` of images."""
@@ -371,12 +371,13 @@ class FineTuner(Classifier):
         ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
 
         Raises:
-            ValueError: timm has no such network, as with a stem for small images; or the file's name does not end in
-                ``.safetensors``.
+            ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;
+                or the file's name does not end in ``.safetensors``.
         """
         classifier = self.head if isinstance(self.head, nn.Linear) else None
         data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        return delta.save_for_timm(path, self.backbone.net, self.backbone.spec, classifier, data)
+        with eval_mode(self):
+            return delta.save_for_timm(path, self.backbone, classifier, data)
 
     def _tuned_paths(self) -> list[str]:
         tuned = [self.head, *self._trained.values()]
@@ -446,7 +447,21 @@ def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
     named = {id(p) for layer in found.values() for p in layer.parameters()}
     if all(id(p) in named for p in backbone.parameters()):
         raise ValueError(f'train={train!r} names every layer; say train="all"')
+    _check_shared(backbone.net, found, named)
     return found
+
+
+def _check_shared(net: nn.Module, layers: dict[str, nn.Module], trained: set[int]) -> None:
+    """Refuse layers whose parameters belong to others too, which would train with them."""
+    chosen = set(map(id, layers.values()))
+    inside = tuple(f"{path}." for path, m in net.named_modules(remove_duplicate=False) if id(m) in chosen)
+    for path, parameter in net.named_parameters(remove_duplicate=False):
+        if id(parameter) in trained and not path.startswith(inside):
+            own = next(name for name, layer in layers.items() if any(p is parameter for p in layer.parameters()))
+            raise ValueError(
+                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
+                "too; name all that share it, or another layer"
+            )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -162,7 +162,7 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
         ValueError: The file's name ends in something else.
     """
     path = Path(path)
-    own = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    own = with_own_memory(weights)
     if path.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
     with replacing(path) as part:
@@ -170,6 +170,21 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
             save_file(own, part, {"format": "pt", **({DATA: json.dumps(data)} if data else {})})
         else:
             torch.save({"state_dict": own, DATA: dict(data)} if data else own, part)
+
+
+def with_own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU none of which shares its memory with another, as safetensors takes them.
+
+    A parameter that a network has under several names is copied under each, since they are all asked for on loading.
+    """
+    own: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for key, value in weights.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if address in known else tensor
+        known.add(address)
+    return own
 
 
 def export(checkpoint: str, path: str) -> str:

@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from ncfinetune import Backbone
-from ncfinetune.layers import Pool, block_names
+from ncfinetune.blocks import block_names
 
 # name, arguments that make it fast, blocks, first block and its width, last block and its width
 TABLE = [
@@ -26,7 +26,7 @@ TABLE = [
     ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "avg"}, 12, ("blocks.0", 192), ("blocks.11", 192)),
     ("swin_tiny_patch4_window7_224", {"img_size": 56}, 12, ("layers.0.blocks.0", 96), ("layers.3.blocks.1", 768)),
     ("mixer_s32_224", {}, 8, ("blocks.0", 512), ("blocks.7", 512)),
-    ("cait_xxs24_224", {"img_size": 32}, 24, ("blocks.0", 192), ("blocks.23", 192)),
+    ("cait_xxs24_224", {"img_size": 32}, 26, ("blocks.0", 192), ("blocks_token_only.1", 192)),
 ]
 
 
@@ -51,23 +51,32 @@ def test_blocks_of_torchvision(name: str, blocks: int) -> None:
         assert len(block_names(torchvision.models.get_model(name))) == blocks
 
 
-# Networks between whose last features and penultimate ones there is nothing but the pooling.
+# Networks between whose last layer and penultimate features there is nothing but the pooling.
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("name", "arguments", "last", "words"),
     [
-        ("test_resnet", {}),
-        ("regnety_002", {}),
-        ("vit_tiny_patch16_224", {"img_size": 32}),
-        ("deit_tiny_distilled_patch16_224", {"img_size": 32}),
-        ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),
-        ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "global_pool": "avg", "fc_norm": False}),
-        ("swin_tiny_patch4_window7_224", {"img_size": 56}),
-        ("mixer_s32_224", {}),
+        ("test_resnet", {}, "layer4", "mean over positions"),
+        ("regnety_002", {}, "s4", "mean over positions"),
+        ("vit_tiny_patch16_224", {"img_size": 32}, "norm", "class token"),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32}, "norm", "mean of the tokens 0 to 1"),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 28}, "norm", "class token"),
+        (
+            "vit_small_patch14_reg4_dinov2",
+            {"img_size": 28, "global_pool": "avg", "fc_norm": False},
+            "norm",
+            "mean of the tokens behind the first 5",
+        ),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56}, "norm", "mean over positions"),
+        ("mixer_s32_224", {}, "norm", "mean of the tokens"),
     ],
 )
-def test_pooling_is_the_one_that_the_network_applies_to_its_last_features(name: str, arguments: dict) -> None:
+def test_pooling_is_the_one_that_the_network_applies_to_its_last_features(
+    name: str, arguments: dict, last: str, words: str
+) -> None:
     backbone = Backbone(name, **arguments).eval()
-    images = torch.randn(2, *backbone._input_size())
     with torch.no_grad():
-        last = backbone.net.forward_features(images)
-        torch.testing.assert_close(Pool.of(backbone.net)(last), backbone(images))
+        found = backbone.stages(torch.randn(2, *backbone.input_size()), [last, "penultimate"])
+    torch.testing.assert_close(found[last], found["penultimate"])
+    assert backbone.pool(last).describe() == words
+    if "." not in last and hasattr(backbone.net, "blocks"):
+        assert backbone.pool("blocks.3").describe() == words  # what counts at the end counts in the blocks

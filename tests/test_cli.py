@@ -458,7 +458,10 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; expected one of fit, validate, test, predict, export, report" in capsys.readouterr().err
+    assert (
+        "no command 'train'; expected one of fit, validate, test, predict, export, layers, report"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
@@ -574,3 +577,14 @@ def test_processes_of_torchrun_train_together_or_not_at_all(options: list[str], 
     assert (done.returncode == 0) == (not options)
     runs = [path for path in (tmp_path / "runs").glob("version_*") if any(path.iterdir())]
     assert len(runs) == (not options)
+
+
+def test_layers_of_a_network_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "test_vit"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["layer", "width", "parameters", "pooled"]
+    assert lines[1] == ["blocks.0", "64", "41,728", "class", "token"]
+    assert [line[0] for line in lines[1:]] == [*(f"blocks.{i}" for i in range(6)), "penultimate"]
+    assert _refusal(capsys, "layers", "test_vitt").startswith("error: timm has no architecture 'test_vitt'; nearest: ")
+    assert main(["layers"]) == 2
+    assert capsys.readouterr().err.startswith("usage: ncfinetune layers NAME")

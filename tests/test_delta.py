@@ -177,7 +177,7 @@ def test_merged_file_is_timms(backbone: dict, knobs: dict, classes: int, tmp_pat
             parameter.add_(0.1)
     name, arguments = model.eval().save_for_timm(tmp_path / "merged.safetensors")
     net = timm.create_model(name, **arguments).eval()
-    images = torch.randn(2, *model.backbone._input_size())
+    images = torch.randn(2, *model.backbone.input_size())
     assert arguments["num_classes"] == classes
     with torch.no_grad():
         expected = model(images) if classes else model.backbone(images)

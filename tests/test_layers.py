@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ncfinetune.layers import Pool, block_names, caught, enclosing_block, find_layers
+from ncfinetune.blocks import block_names
+from ncfinetune.layers import enclosing_block, find_layers
 
 
 class Block(nn.Module):
@@ -66,34 +67,8 @@ def test_block_that_holds_a_layer(name: str, block: str) -> None:
     assert enclosing_block(_network(2), name) == block
 
 
-def test_hooks_are_gone_after_the_context() -> None:
-    layer = nn.Linear(2, 2)
-    with caught({"fc": layer}) as outputs:
-        expected = layer(torch.ones(1, 2))
-    assert torch.equal(outputs["fc"], expected)
-    assert not layer._forward_hooks
-
-
-@pytest.mark.parametrize(
-    ("pool", "shape", "expected"),
-    [
-        (Pool(), (2, 3), lambda x: x),
-        (Pool(), (2, 3, 4, 5), lambda x: x.mean((2, 3))),
-        (Pool(channels_last=True), (2, 4, 5, 3), lambda x: x.mean((1, 2))),
-        (Pool(), (2, 7, 3), lambda x: x.mean(1)),
-        (Pool(prefix_tokens=2), (2, 7, 3), lambda x: x[:, 2:].mean(1)),
-        (Pool(prefix_tokens=2, class_tokens=1), (2, 7, 3), lambda x: x[:, 0]),
-        (Pool(prefix_tokens=2, class_tokens=2), (2, 7, 3), lambda x: (x[:, 0] + x[:, 1]) / 2),
-    ],
-)
-def test_pooling(pool: Pool, shape: tuple[int, ...], expected) -> None:
-    output = torch.randn(shape)
-    assert torch.allclose(pool(output), expected(output))
-    wide = pool(output.bfloat16(), torch.float32)
-    assert wide.dtype == torch.float32
-    assert torch.allclose(wide, expected(output.bfloat16().float()), atol=1e-6)
-
-
-def test_pooling_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"expected a layer output of shape .*, got \(2,\)"):
-        Pool()(torch.zeros(2))
+def test_single_numbered_child_is_no_block() -> None:
+    net = nn.Module()
+    net.encoder_v1 = nn.Module()
+    net.encoder_v1.layer = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(2)))
+    assert block_names(net) == ["encoder_v1.layer.0", "encoder_v1.layer.1"]

@@ -227,6 +227,22 @@ def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: 
     assert sum(looks, Counter()) == {}
 
 
+def test_no_hook_of_a_layer_makes_the_host_wait_after_the_first_batch() -> None:
+    """Which axis has the channels and which tokens count is read from the first batch alone."""
+    network = nn.Sequential(nn.TransformerEncoderLayer(D, 2, D, batch_first=True), nn.Linear(D, D), nn.Linear(D, K))
+    observer = LayerObserver(network, ["0", "1"], adapters.BatchReader("NeuralCollapseTracker", K))
+    runs: list[int] = []
+    network[0].register_forward_pre_hook(lambda m, args: runs.append(len(args[0])))
+    looks = []
+    for size in (20, 20, 10):
+        observer.listen()
+        with torch.no_grad(), Looks() as look:
+            network(torch.randn(size, 3, D))
+        looks.append(look.found.total())
+    assert runs == [2, 20, 20, 10]
+    assert looks[1:] == [0, 0]
+
+
 class Elsewhere(Callback):
     """Runs the network on other images around the steps of evaluation and training."""
 

@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "arguments", "layers", "first"), CASES)
 def test_tail_of_what_was_captured_is_the_network(name: str, arguments: dict, layers: list[str], first: str) -> None:
     backbone = Backbone(name, **arguments).eval()
-    size = (3, 16, 16) if name == "resnet18" else backbone._input_size()
+    size = (3, 16, 16) if name == "resnet18" else backbone.input_size()
     with torch.no_grad():
         tail = Tail(backbone, [backbone.layer(layer) for layer in layers], torch.randn(2, *size))
         images = torch.randn(3, *size)  # as many as were not seen

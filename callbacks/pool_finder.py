@@ -1,0 +1,169 @@
+"""PoolFinder: how the outputs of any module's layers are pooled, found as they run for the first time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_debug
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ncfinetune.pool_search import find_pools, guess_pool
+from ncfinetune.pooling import Pool, tensors
+from ncfinetune.tracing import few
+
+# What a stranger's forward raises on two samples of a batch if it was written for whole ones, or for its own step.
+_MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+class PoolFinder:
+    """Pools of named layers, found by a second run of the outermost module that runs them, on its first two samples.
+
+    Layers that this does not reach are pooled by what they are themselves: where nothing runs them but the module's own
+    step, where weights are spread over processes, inside compiled code, or where the module cannot be run on two
+    samples. Each layer is asked for once; the batches after the first cost a comparison of shapes.
+
+    Args:
+        module: The module whose layers these are.
+        layers: The layers, by name.
+        wanted: Whether what runs now is measured.
+        ends: What tells the features that reach the classifier as it runs: the layer whose output they are, and the one
+            whose input they are; None where there is none, or it is not known yet.
+
+    Attributes:
+        looking: A module runs for the second time, which no observer may take for a batch.
+        handles: The hooks, to be removed by whoever asked for them.
+    """
+
+    looking: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, nn.Module],
+        wanted: Callable[[], bool],
+        ends: Callable[[], tuple[nn.Module | None, nn.Module | None]],
+    ) -> None:
+        self._module = module
+        self._layers = dict(layers)
+        self._wanted = wanted
+        self._ends = ends
+        self._pools: dict[str, Pool] = {}
+        self._seen: set[nn.Module] = set()
+        self._guess = guess_pool
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
+            self._guess = torch.compiler.disable(guess_pool)  # type: ignore[no-untyped-call]
+        self.handles: list[RemovableHandle] = []
+        for part in _not_compiled(module):
+            inside = set(part.modules()) - {part}
+            if names := [name for name, layer in self._layers.items() if layer in inside]:
+                self._hook(part, names)
+
+    def of(self, name: str, output: Any) -> Pool:
+        """How this output of a layer is pooled.
+
+        Raises:
+            PoolError: That cannot be told.
+            NoTensorError: The output holds no tensor.
+        """
+        pool = self._pools.get(name)
+        if pool is None or not pool.fits(output):
+            pool = self._pools[name] = self._guess(name, output, self._layers[name], self._module)
+        return pool
+
+    def _hook(self, part: nn.Module, names: list[str]) -> None:
+        def look(network: nn.Module, args: Any, kwargs: Any) -> None:
+            # In code that is being compiled the first condition is a constant, and so all of this is nothing.
+            if torch.compiler.is_compiling() or part in self._seen or _runs_a_step(part):
+                return
+            if self._wanted():
+                self._seen.add(part)
+                missing = {name: self._layers[name] for name in names if name not in self._pools}
+                if missing and _may_run_again(part):
+                    self._find(getattr(part, "_orig_mod", part), missing, args, kwargs)
+
+        self.handles.append(part.register_forward_pre_hook(look, with_kwargs=True))
+
+    def _find(self, network: nn.Module, missing: Mapping[str, nn.Module], args: Any, kwargs: Any) -> None:
+        features: list[Tensor] = []
+
+        def run() -> Any:
+            with self._features_caught(network) as caught:
+                output = network(*few(args), **few(kwargs))
+            found = [t for t in tensors(caught[-1] if caught else output) if t.ndim > 0 and t.is_floating_point()]
+            features.extend([t for t in found if t.ndim == 2] or found)
+            return features
+
+        try:
+            with _second_run(network):
+                pools = find_pools(network, missing, run, strict=False)
+        except _MISFITS as error:
+            rank_zero_debug(f"cannot run {type(network).__name__} on two samples ({type(error).__name__}: {error})")
+            return
+        # Of a network that ends in tokens it is not known which of them its user takes.
+        whole = features[0].ndim == 2
+        self._pools |= {name: pool for name, pool in pools.items() if whole or not pool.of_tokens}
+
+    @contextmanager
+    def _features_caught(self, network: nn.Module) -> Iterator[list[Any]]:
+        """What the classifier gets while the context lasts, as far as ``network`` holds what makes or takes it."""
+        caught: list[Any] = []
+        maker, reader = self._ends()
+        inside = set(network.modules()) - {network}
+        with ExitStack() as stack:
+            if maker in inside:
+                hook = maker.register_forward_hook(lambda m, args, output: caught.append(output))
+                stack.callback(hook.remove)
+            elif reader in inside:
+                hook = reader.register_forward_pre_hook(
+                    lambda m, args, kwargs: caught.append(args[0] if args else kwargs["input"]), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            yield caught
+
+
+def _not_compiled(module: nn.Module) -> Iterator[nn.Module]:
+    """Its parts and itself, but what runs inside of compiled code: hooks there would become a part of the graphs."""
+    compiled = [part for part in module.modules() if hasattr(part, "_orig_mod")]
+    inside = {part for wrapper in compiled for part in wrapper.modules() if part is not wrapper}
+    return (part for part in module.modules() if part not in inside)
+
+
+def _runs_a_step(part: nn.Module) -> bool:
+    """Whether its forward is replaced, as by Lightning where a strategy wraps the module; a step must run only once."""
+    return "forward" in vars(part) and not hasattr(part, "_orig_mod")
+
+
+@contextmanager
+def _second_run(network: nn.Module) -> Iterator[None]:
+    """While the context lasts nothing is measured, logged or compiled."""
+    loggers = [part for part in network.modules() if hasattr(part, "log_dict") and "log" not in vars(part)]
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        PoolFinder.looking = True
+        for part in loggers:
+            vars(part)["log"] = vars(part)["log_dict"] = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            PoolFinder.looking = False
+            for part in loggers:
+                del vars(part)["log"], vars(part)["log_dict"]
+
+
+def _may_run_again(part: nn.Module) -> bool:
+    """Whether a run outside of a step leaves all as it is.
+
+    Not if a strategy has spread the weights over processes: they are DTensors, pieces of FSDP's flat parameters, or
+    DeepSpeed's. Nor in versions of torch that cannot be told to run compiled parts as they are.
+    """
+    kinds = {type(inner).__name__ for inner in part.modules()}
+    compiled = "OptimizedModule" in kinds and not hasattr(torch.compiler, "set_stance")
+    marks = ("placements", "ds_id", "_is_flat_param")
+    spread = any(hasattr(parameter, mark) for parameter in part.parameters() for mark in marks)
+    return not (compiled or spread or "FullyShardedDataParallel" in kinds)

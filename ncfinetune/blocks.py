@@ -1,0 +1,132 @@
+"""Blocks: the units that a network repeats, told by its structure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Children numbered by name stand in a row though in no container: layer1, s1, Mixed_5b, cell_stem_0, block12.
+_IN_A_ROW = re.compile(r"(.*?)_?\d+[a-z]?$")
+# Structure alone cannot tell these blocks from stages. Their inner rows see windows instead of samples (MobileViT), add
+# channels to a list (DenseNet) or run side by side (CrossViT).
+_BLOCKS_THAT_LOOK_LIKE_STAGES = re.compile(
+    r"(DenseBlock|MultiScaleBlock|MaxVitBlock|MobileVi[tT](V2)?(Block|Layer)(V2)?)$"
+)
+# Children that only prepare a stage's input for its row of blocks: down-sampling, GC-ViT's generator of global queries.
+_BEFORE_THE_ROW = re.compile(r"downsample|global_block$")
+# A stage with no unit repeated is one still if its units have at least this share of its parameters: a block with one
+# helper inside, such as squeeze and excitation, keeps far more for itself.
+_STAGE_SHARE = 0.8
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Dotted paths of a network's blocks: the outermost units that it repeats, in the order in which it holds them.
+
+    A unit stands in a row, a container or children numbered by name, and mixes channels at least twice, as residual
+    and transformer blocks, Inception modules and NASNet cells do. What holds rows of units is a stage, not a unit.
+    Networks without any have smaller units: of one convolution with its normalisation, or bare layers as in VGG.
+    """
+    for kind in (_Unit(2), _Unit(1, sequential=True), _Unit(1, sequential=True, leaf=True)):
+        if found := _repeated(_units(module, kind), module):
+            return list(found)
+    return []
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What counts as a unit: how often it mixes channels, and whether it may be a plain Sequential or a leaf."""
+
+    mixes: int
+    sequential: bool = False
+    leaf: bool = False
+
+    def fits(self, module: nn.Module) -> bool:
+        if type(module) in _CONTAINERS and not (self.sequential and type(module) is nn.Sequential):
+            return False
+        if not self.leaf and not any(True for _ in module.children()):
+            return False
+        return sum(map(_mixes_channels, module.parameters())) >= self.mixes
+
+
+def _mixes_channels(weight: Tensor) -> bool:
+    """Whether it is a matrix or the kernel of a convolution, other than a depthwise one."""
+    return weight.ndim >= 2 and not (weight.ndim > 2 and weight.shape[1] == 1)
+
+
+def _units(module: nn.Module, kind: _Unit) -> dict[str, nn.Module]:
+    """The outermost units inside a module, by path from there, in the order in which it holds them."""
+    children = {name: child for name, child in module.named_children() if not _BEFORE_THE_ROW.match(name)}
+    rows: dict[Any, list[str]] = defaultdict(list)
+    for name, child in children.items():
+        row = _row(module, name, kind)
+        rows[name if row is None else (type(child), row)].append(name)
+    found: dict[str, nn.Module] = {}
+    for row, names in rows.items():
+        members = {name: children[name] for name in names}
+        inside = {name: _units(child, kind) for name, child in members.items()}
+        units = _units_of_row(members, inside, kind) if isinstance(row, tuple) else inside
+        for name in names:
+            found |= {f"{name}.{path}".rstrip("."): unit for path, unit in units[name].items()}
+    order = {id(part): i for i, part in enumerate(module.modules())}
+    return dict(sorted(found.items(), key=lambda item: order[id(item[1])]))
+
+
+def _units_of_row(
+    members: Mapping[str, nn.Module], inside: Mapping[str, dict[str, nn.Module]], kind: _Unit
+) -> dict[str, dict[str, nn.Module]]:
+    """Units of modules of one class that stand in a row: themselves, or if they are stages what is inside them."""
+    if any(_is_stage(member, inside[name]) for name, member in members.items()):
+        # A stage like its siblings may be of smaller units than theirs: the first and last ones of MobileNets.
+        return {name: inside[name] or _small_units(member) for name, member in members.items()}
+    if any(map(kind.fits, members.values())):
+        return {name: {"": member} if _size(member) else {} for name, member in members.items()}
+    return dict(inside)
+
+
+def _small_units(stage: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in stage.named_children() if _Unit(1).fits(child)}
+
+
+def _row(module: nn.Module, name: str, kind: _Unit) -> str | None:
+    """The row in which a child stands: its name without the number; empty in a container; None in no row."""
+    if isinstance(module, _CONTAINERS):
+        return ""
+    # The numbered children of a class that its author calls a block are its parts: norm1, ffn1.
+    parts = kind.leaf or type(module).__name__.endswith("Block")
+    numbered = None if parts else _IN_A_ROW.match(name)
+    return numbered[1] if numbered else None
+
+
+def _is_stage(module: nn.Module, inside: Mapping[str, nn.Module]) -> bool:
+    """Whether it is a row of units and little else, not a unit with one small helper such as squeeze and excitation."""
+    if not inside or _BLOCKS_THAT_LOOK_LIKE_STAGES.search(type(module).__name__):
+        return False
+    repeated = max(Counter(type(unit) for unit in inside.values()).values()) > 1
+    return repeated or sum(map(_size, inside.values())) >= _STAGE_SHARE * _size(module)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _repeated(units: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Module]:
+    """Units of a class that occurs more than once, and those in a row with them or in a stage beside theirs.
+
+    Where none is repeated, as in a network cut to one layer, those that stand in a container.
+    """
+    counts = Counter(type(unit) for unit in units.values())
+    rows = {_above(path) for path, unit in units.items() if counts[type(unit)] > 1}
+    stages = {_above(row) for row in rows if row}
+    near = {path for path in units if _above(path) in rows or (_above(path) and _above(_above(path)) in stages)}
+    near |= {path for path in units if not rows and isinstance(module.get_submodule(_above(path)), _CONTAINERS)}
+    return {path: unit for path, unit in units.items() if path in near}
+
+
+def _above(path: str) -> str:
+    return path.rpartition(".")[0]

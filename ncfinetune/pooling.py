@@ -1,0 +1,169 @@
+"""Pooling: one vector a sample of a layer's output, whatever form that has.
+
+Legend: ``N`` samples, ``C`` channels, ``T`` tokens, ``H W`` height and width, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+# Ranges of token positions, (start, stop or None).
+Positions = tuple[tuple[int, int | None], ...]
+CLASS_TOKEN: Positions = ((0, 1),)
+ALL_TOKENS: Positions = ((0, None),)
+# What an error offers where a layer cannot be pooled.
+OTHERWISE = "name another layer, or give a callback its own pool="
+
+
+class NoTensorError(TypeError):
+    """The output of a layer holds no tensor that could be pooled."""
+
+
+class PoolError(ValueError):
+    """It cannot be told how a layer's output becomes one vector a sample."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How a layer's output becomes one vector a sample.
+
+    Maps ``(N, C, H, W)``, ``(N, H, W, C)`` and whatever else has an axis of channels to the mean over all that is
+    neither sample nor channel; of tokens ``(N, T, C)`` only those that the network itself makes its features of count.
+    ``(N, d)`` stays as it is. The result is a copy: what runs next may write over the output.
+
+    Args:
+        ndim: Dimensions of the output.
+        width: Its number of channels ``C``.
+        channel: Axis of the channels: 1 or -1.
+        tokens: Positions of the tokens of which the mean is taken; several such means stand side by side, as in the
+            classifier of DINOv2 (Oquab et al. 2023, section 7: the class token and the mean of the patches).
+        index: Which of the tensors is meant, where the output holds several.
+    """
+
+    ndim: int
+    width: int
+    channel: int = 1
+    tokens: tuple[Positions, ...] = (ALL_TOKENS,)
+    index: int = 0
+
+    @property
+    def dim(self) -> int:
+        """Width ``d`` of the pooled features."""
+        return self.width * len(self.tokens)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the outputs are tokens ``(N, T, C)``."""
+        return self.ndim == 3 and self.channel == -1
+
+    def describe(self) -> str:
+        """What becomes of the output, in words."""
+        if self.ndim == 2:
+            return "as it is"
+        if not self.of_tokens:
+            return "mean over positions"
+        return " beside ".join(map(_in_words, self.tokens))
+
+    def fits(self, output: Any) -> bool:
+        """Whether it is of the form that this was made for."""
+        tensor = self.chosen(output)
+        return tensor is not None and tensor.ndim == self.ndim and tensor.shape[self.channel] == self.width
+
+    def chosen(self, output: Any) -> Tensor | None:
+        """The tensor that is meant; None where there are not so many."""
+        found = list(tensors(output))
+        return found[self.index] if self.index < len(found) else None
+
+    def __call__(self, output: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Pool ``output`` to ``(N, d)``, in ``dtype`` from before the first sum; None is the output's own.
+
+        Raises:
+            PoolError: The output is of another form than the one that this was made for.
+        """
+        tensor = self.chosen(output)
+        if tensor is None or not self.fits(output):
+            form = "nothing" if tensor is None else tuple(tensor.shape)
+            raise PoolError(
+                f"expected a layer output of {self.ndim} dimensions and {self.width} channels, as it was before, "
+                f"got {form}"
+            )
+        if self.ndim == 2:
+            return tensor.to(dtype or tensor.dtype, copy=True)
+        if self.of_tokens:
+            means = [_chosen(tensor, positions).mean(1, dtype=dtype) for positions in self.tokens]
+            return means[0] if len(means) == 1 else torch.cat(means, 1)
+        channel = self.channel % self.ndim
+        return tensor.mean([axis for axis in range(1, self.ndim) if axis != channel], dtype=dtype)
+
+
+def _chosen(tensor: Tensor, positions: Positions) -> Tensor:
+    parts = [tensor[:, start:stop] for start, stop in positions]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _in_words(positions: Positions) -> str:
+    if positions == CLASS_TOKEN:
+        return "class token"
+    if positions == ALL_TOKENS:
+        return "mean of the tokens"
+    if len(positions) == 1 and positions[0][1] is None:
+        return f"mean of the tokens behind the first {positions[0][0]}"
+    return f"mean of the tokens {', '.join(_span(start, stop) for start, stop in positions)}"
+
+
+def _span(start: int, stop: int | None) -> str:
+    if stop == start + 1:
+        return str(start)
+    return f"{start} to {'the last' if stop is None else stop - 1}"
+
+
+@contextmanager
+def caught(layers: Mapping[str, nn.Module], pools: Mapping[str, Pool]) -> Iterator[dict[str, Tensor]]:
+    """Catch the layers' outputs while the context lasts, pooled: ``{name: (N, d)}``, in the order in which they ran."""
+    features: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Any:
+        return lambda module, args, output: features.__setitem__(name, pools[name](output))
+
+    handles = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a layer's output: itself, or those in a tuple, a mapping or a dataclass, in their order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        for value in output:
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from tensors(getattr(output, field.name))
+
+
+def detached(output: Any) -> Any:
+    """A layer's output without its gradient: every tensor in it."""
+    return apply_to_collection(output, Tensor, Tensor.detach)
+
+
+def no_tensor(name: str, output: Any) -> NoTensorError:
+    """The error for an output of a layer that holds no tensor."""
+    return NoTensorError(
+        f"expected the output of layer {name!r} to be a tensor, or something that holds one, "
+        f"got {type(output).__name__}; name another layer"
+    )
