@@ -17,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ncfinetune.resume import begin_again
+
 # What a shell says of a process that SIGTERM ended.
 STATUS = 128 + signal.SIGTERM
 _NAME = "stopped.ckpt"
@@ -33,7 +35,10 @@ class SaveOnSIGTERM(Callback):
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.validating:
-            _begin_again(trainer.fit_loop.epoch_loop.val_loop.batch_progress)
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            state = progress.state_dict()
+            begin_again(state)
+            progress.load_state_dict(state)
         run = Path(trainer.log_dir or trainer.default_root_dir)
         path = run / "checkpoints" / _NAME
         trainer.save_checkpoint(path)
@@ -41,14 +46,6 @@ class SaveOnSIGTERM(Callback):
             f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}; to go on: "
             f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}"
         )
-
-
-def _begin_again(progress: Any) -> None:
-    """Let the progress of a validation be what Lightning takes up at the first batch: begun, and none of it done."""
-    for part in (progress.total, progress.current):
-        part.ready = part.started = 1
-        part.processed = part.completed = 0
-    progress.is_last_batch = False
 
 
 @rank_zero_only

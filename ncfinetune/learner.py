@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.resume import state_of_process, states_of_processes
+from ncfinetune.resume import state_of_process, states_of_processes, take_up_after_last_batch
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.weights import DATA
 
@@ -148,6 +148,7 @@ class Learner(LightningModule, ABC):
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
         self._processes = checkpoint.get(_PROCESSES, [])
+        take_up_after_last_batch(checkpoint)
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 

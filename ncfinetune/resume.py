@@ -47,3 +47,29 @@ def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), device)
+
+
+def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that is resumed from an epoch's last batch validate, and end the epoch.
+
+    Lightning (2.6) takes such a checkpoint, as one each few steps may be, for one of the next epoch's start: it leaves
+    out the validation and the hooks at the epoch's end.
+
+    Args:
+        checkpoint: What was loaded; its loops are changed.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress, validation = (loops.get(f"epoch_loop.{name}batch_progress") for name in ("", "val_loop."))
+    if progress and validation and progress["is_last_batch"]:
+        total, current = progress["total"], progress["current"]
+        if total["completed"] == total["processed"] - 1:  # saved before the batch was through
+            total["completed"] += 1
+            current["completed"] += 1
+            begin_again(validation)
+
+
+def begin_again(progress: dict[str, Any]) -> None:
+    """Let the state of a validation's progress be one that Lightning takes up at its first batch: begun, none done."""
+    for part in ("total", "current"):
+        progress[part].update(ready=1, started=1, processed=0, completed=0)
+    progress["is_last_batch"] = False

@@ -48,7 +48,7 @@ IMPORTS = {
     "ncfinetune.frozen": {"delta"},
     "ncfinetune.heads": {"moments"},
     "ncfinetune.inputs": set(),
-    "ncfinetune.interruptions": set(),
+    "ncfinetune.interruptions": {"resume"},
     "ncfinetune.layers": {"blocks"},
     "ncfinetune.learner": {"backbone", "resume", "schedule", "weights"},
     "ncfinetune.losses": set(),

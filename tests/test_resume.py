@@ -81,15 +81,23 @@ class Seen(ModelCheckpoint):
     def __init__(self, folder: Path, **when: Any) -> None:
         super().__init__(folder, "{step}", save_top_k=-1, save_on_train_epoch_end="every_n_epochs" in when, **when)
         self.batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.ends: dict[tuple[str, int], float] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         first, labels = batch
         self.batches[trainer.global_step] = (getattr(first, "value", first).clone(), labels.clone())
 
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.ends["val", trainer.current_epoch] = trainer.callback_metrics["val/loss"].item()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self.ends["train", trainer.current_epoch] = trainer.callback_metrics["train/loss"].item()
+
 
 def _fit(
     model: LightningModule, data: ImageDataModule, folder: Path, ckpt_path: Path | None = None, **when: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, float], Seen]:
     seen = Seen(folder, **when)
     trainer = Trainer(
         accelerator="cpu",
@@ -103,7 +111,7 @@ def _fit(
     )
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
     numbers = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    return model.state_dict(), numbers, seen.batches
+    return model.state_dict(), numbers, seen
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -140,7 +148,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
             torch.rand(7)  # a process of its own has its own past
         return _fit(model, data, tmp_path / place, ckpt_path, **when)
 
-    weights, numbers, batches = run("whole")
+    weights, numbers, seen = run("whole")
+    batches = seen.batches
     saved = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     steps = len(batches)
     # After the first step, at the end of the first epoch and within the second; or at the end of the first.
@@ -148,9 +157,48 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     for checkpoint in (saved[index] for index in chosen):
         done = int(checkpoint.stem.split("=")[1])
         resumed, measured, rest = run(f"from {done}", checkpoint)
-        assert list(rest) == list(range(done, steps))
-        for step, (images, labels) in rest.items():
+        assert list(rest.batches) == list(range(done, steps))
+        for step, (images, labels) in rest.batches.items():
             assert torch.equal(images, batches[step][0])
             assert torch.equal(labels, batches[step][1])
         assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        # Of the epoch whose last batch was the last step too; but not where the checkpoint is of an epoch's end.
+        since = done // (steps // EPOCHS) if len(saved) == EPOCHS else (done - 1) // (steps // EPOCHS)
+        assert rest.ends == pytest.approx({key: end for key, end in seen.ends.items() if key[1] >= since}, rel=1e-6)
         assert measured == pytest.approx(numbers, nan_ok=True, rel=1e-6)
+
+
+class Order(ModelCheckpoint):
+    """Notes what came after what, and checkpoints each step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        self.order: list[tuple[int, Any]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.order.append((trainer.current_epoch, batch_idx))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.order.append((trainer.current_epoch, "end"))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.order.append((trainer.current_epoch, "validation"))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}], ids=str)
+def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict[str, Any], tmp_path: Path) -> None:
+    def fit(ckpt_path: Path | None = None) -> list[tuple[int, Any]]:
+        seed_everything(0, verbose=False)
+        order = Order(tmp_path)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(
+            max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=[order], **quiet, **options
+        )
+        model = Supervised(2, {"name": "test_resnet", "in_chans": 1})
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+        return order.order
+
+    whole = fit()
+    for epoch in (0, 1):
+        assert fit(tmp_path / f"step={2 * epoch + 2}.ckpt") == whole[whole.index((epoch, 1)) + 1 :]
