@@ -356,6 +356,7 @@ def test_a_switch_leaves_the_loss(method, backbone: dict, arguments: dict, toler
 
 def test_channels_last_reaches_the_convolutions_and_not_the_architecture() -> None:
     backbone = Backbone(**EIGHTS, channels_last=True)
+    assert backbone.layers["layer2.0"] == 16  # what takes passes of its own, once
     formats = []
     backbone.net.layer2.register_forward_hook(
         lambda m, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))

@@ -55,7 +55,7 @@ TIMM: dict[str, tuple[str, dict[str, Any], int]] = {
     "metaformer": ("caformer_s18", {}, 18),
     "mlp_mixer": ("gmixer_12_224", {}, 12),
     "mobilenetv3": ("mobilenetv4_hybrid_medium", {}, 32),
-    "mobilenetv5": ("mobilenetv5_base", {}, 40),
+    "mobilenetv5": ("mobilenetv5_base", {}, 39),
     "mobilevit": ("mobilevit_xxs", {}, 10),
     "mvitv2": ("mvitv2_small_cls", {}, 16),
     "naflexvit": ("naflexvit_base_patch16_gap", {"depth": 4}, 4),
