@@ -133,6 +133,12 @@ class PrefixCache(Callback):
             self._tail = Tail(self._backbone, self._layers, images)
             start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
         captured = self._captured(images)
+        if len(captured) != len(images):
+            raise ValueError(
+                f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: its input for "
+                f"{len(images)} images is {tuple(captured.shape)}, not one entry an image; "
+                'use cache="none", or train another layer'
+            )
         self._shape = tuple(captured.shape[1:])
         whole, part = self._features(images), self._features(Stored(captured))
         if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):

@@ -122,7 +122,7 @@ class FineTuner(Classifier):
         _check_choice("head_init", head_init, HeadInit)
         _check_choice("cache", cache, Place)
         if cache != "none" and train == "all":
-            raise ValueError(f'cache={cache!r} keeps what frozen layers put out, and with train="all" there are none')
+            raise ValueError(f'cache={cache!r} keeps the outputs of frozen layers, and with train="all" there are none')
         if cache != "disk" and cache_dir != _CACHE_DIR:
             raise ValueError(f'cache_dir={cache_dir!r} is for cache="disk", and cache={cache!r} writes no files')
         _check_effects(train, skip_from, skip_join, skip_gradient, head_lr_factor)
@@ -169,7 +169,7 @@ class FineTuner(Classifier):
         return output if self.skip_gradient == "both" else detached(output)
 
     def _parts(self) -> tuple[Backbone, list[nn.Module]]:
-        """The backbone, and the blocks before which it is frozen and has put out nothing for the head."""
+        """The backbone, and the blocks before which it is frozen and gives the head nothing."""
         skipped = [self.skip_from] if self.skip_from and self._trained else []
         names = [enclosing_block(self.backbone.net, name) for name in (*self._trained, *skipped)]
         return self.backbone, [self.backbone.layer(name) for name in names]

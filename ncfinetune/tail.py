@@ -92,7 +92,7 @@ class _ArrivalError(Exception):
 
 @dataclass
 class _Calls:
-    """When a module ran, on a clock that counts starts and ends, and the shapes of what it put out last."""
+    """When a module ran, on a clock that counts starts and ends, and the shapes of its last output."""
 
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)

@@ -304,9 +304,25 @@ def test_run_after_a_cached_one_has_nothing_to_say_of_the_cache(
 
 def test_all_layers_trained_leave_nothing_to_cache() -> None:
     with pytest.raises(
-        ValueError, match="cache='disk' keeps what frozen layers put out, and with train=\"all\" there are"
+        ValueError, match="cache='disk' keeps the outputs of frozen layers, and with train=\"all\" there are"
     ):
         _model(train="all", cache="disk")
+
+
+def test_a_layer_whose_input_has_no_entry_an_image_is_refused(tmp_path: Path) -> None:
+    small = {
+        "img_size": 32,
+        "depth": 3,
+        "embed_dim": 24,
+        "inner_dim": 8,
+        "num_heads_outer": 2,
+        "num_heads_inner": 2,
+        "in_chans": 1,
+    }
+    model = FineTuner(10, {"name": "tnt_s_patch16_224", **small}, train="blocks.2", cache="memory", allow_random=True)
+    message = r"cannot go on from blocks.2 of tnt_s_patch16_224: its input for \d images is \(\d+, 16, 8\), not one"
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path).fit(model, Digits(shots=2, image_size=32, augmentation="plain"))
 
 
 def test_network_that_needs_more_than_the_layers_input_is_refused(tmp_path: Path) -> None:
