@@ -129,23 +129,21 @@ class PrefixCache(Callback):
     def _cut(self, images: Tensor) -> str:
         """Cut the backbone before its first tuned layer, try that this makes no difference, and name the place."""
         start = "features" if self._skip_from is None else f"features and {self._skip_from}"
-        if self._layers:
-            self._tail = Tail(self._backbone, self._layers, images)
-            start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
-        captured = self._captured(images)
-        if len(captured) != len(images):
+        try:
+            if self._layers:
+                start = "its first tuned layer"
+                self._tail = Tail(self._backbone, self._layers, images)
+                start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
+            captured = self._captured(images)
+            self._shape = tuple(captured.shape[1:])
+            whole, part = self._features(images), self._features(Stored(captured))
+            if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
+                raise ValueError("what runs after it depends on more than its input")
+        except ValueError as error:
             raise ValueError(
-                f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: its input for "
-                f"{len(images)} images is {tuple(captured.shape)}, not one entry an image; "
+                f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: {error}; "
                 'use cache="none", or train another layer'
-            )
-        self._shape = tuple(captured.shape[1:])
-        whole, part = self._features(images), self._features(Stored(captured))
-        if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
-            raise ValueError(
-                f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: what runs after it "
-                'depends on more than its input; use cache="none", or train another layer'
-            )
+            ) from error
         return start
 
     def _is_heard(self, module: LightningModule) -> bool:

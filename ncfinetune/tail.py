@@ -35,7 +35,7 @@ class Tail:
         layer: The first of the layers to run.
 
     Raises:
-        ValueError: The layer does not run once a pass, or its first argument is no tensor.
+        ValueError: The layer does not run once a pass.
     """
 
     def __init__(self, network: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> None:
@@ -62,7 +62,11 @@ class Tail:
         return [module for part in parts for module in part.modules()]
 
     def capture(self, images: Tensor) -> Tensor:
-        """What the layer gets of images; nothing after it is run."""
+        """What the layer gets of images; nothing after it is run.
+
+        Raises:
+            ValueError: Its first argument is no tensor with one entry an image.
+        """
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
             raise _ArrivalError(*args[:1])
@@ -71,14 +75,19 @@ class Tail:
         try:
             self._network(images)
         except _ArrivalError as reached:
-            if reached.args and isinstance(reached.args[0], Tensor):
-                return reached.args[0]
+            value = next(iter(reached.args), None)
+            if not isinstance(value, Tensor):
+                raise ValueError("its first argument is no tensor") from None
+            if len(value) != len(images):
+                found = f"{tuple(value.shape)} for {len(images)} images"
+                raise ValueError(f"its first argument has not one entry an image, but is {found}") from None
+            return value
         finally:
             handle.remove()
-        raise ValueError("its first argument is no tensor")
+        raise ValueError("it does not run")
 
     def __call__(self, value: Tensor) -> Tensor:
-        """What the network puts out when the layer gets ``value``, of ``N`` samples."""
+        """What the network returns when the layer gets ``value``, of ``N`` samples."""
         self._entry.value = value
         try:
             return self._rest(self._images.expand(len(value), *self._images.shape[1:]))

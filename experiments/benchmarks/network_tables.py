@@ -87,7 +87,7 @@ TIMM: dict[str, tuple[str, dict[str, Any], int]] = {
     "swin_transformer_v2": ("swinv2_tiny_window8_256", {"img_size": 64}, 12),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", {"img_size": 64}, 12),
     "tiny_vit": ("tiny_vit_5m_224", {}, 12),
-    "tnt": ("tnt_s_patch16_224", {}, 12),
+    "tnt": ("tnt_s_patch16_224", {"img_size": 112}, 12),
     "tresnet": ("tresnet_m", {}, 21),
     "twins": ("twins_pcpvt_small", {}, 16),
     "vgg": ("vgg11_bn", {}, 8),
