@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> int | None:
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
             save_config_callback=_SaveConfigAfterBatch,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "given": None},
             args=args,
         ).status
     except SIGTERMException:
@@ -103,15 +103,14 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
     """Saves the configuration in the run's folder once the first batch is through.
 
     Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
-    configuration of the run that is in the folder. That of a training does not say what it was resumed from, so that
-    it starts a new one.
+    configuration of the run that is in the folder. That of a training says neither what it was resumed from nor where
+    that lies, so that it starts a new one: it is ``given``.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("config_filename") == _CONFIG:
-            config = config.clone()
-            config.ckpt_path = None
-        super().__init__(parser, config, *args, **kwargs)
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, *args: Any, given: Namespace | None, **kwargs: Any
+    ) -> None:
+        super().__init__(parser, given or config, *args, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save nothing yet."""
@@ -185,6 +184,8 @@ class NCFinetuneCLI(LightningCLI):
         self._trust_nothing_remote()
         checkpoint = _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
         if self.subcommand == "fit":
+            self.save_config_kwargs["given"] = self.config.fit.clone()
+            self.save_config_kwargs["given"].ckpt_path = None
             interruptions.place(self.config.fit.trainer, self._get(self.config, "ckpt_path"), self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)

@@ -59,7 +59,7 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     (stopped / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(command.split()) is None
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["version_0"]
-    assert yaml.safe_load((stopped / "config.yaml").read_text())["ckpt_path"] is None
+    assert yaml.safe_load((stopped / "config.yaml").read_text()) == config  # without ckpt_path, and without a version
     weights = [
         torch.load(next((run / "checkpoints").glob("epoch=2*.ckpt")), weights_only=True)["state_dict"]
         for run in (whole, stopped)
