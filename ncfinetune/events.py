@@ -7,6 +7,7 @@ their checksum; the data are an ``Event`` message.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def read_scalars(run: Path) -> tuple[dict[str, list[float]], list[str]]:
     """
     values: dict[str, dict[int, float]] = defaultdict(dict)
     faults = []
-    for path in sorted(run.glob("events.out.tfevents.*")):
+    for path in sorted(run.glob("events.out.tfevents.*"), key=_age):
         last = -1
         try:
             for event in _events(path):
@@ -45,6 +46,11 @@ def read_scalars(run: Path) -> tuple[dict[str, list[float]], list[str]]:
             until = f"numbers until step {last} are taken" if last >= 0 else "no number in it is taken"
             faults.append(f"{path}: {error}; {until}")
     return {tag: [found[step] for step in sorted(found)] for tag, found in values.items()}, faults
+
+
+def _age(path: Path) -> tuple[int, ...]:
+    """The numbers in a file's name: the second in which it was begun, the process, and which of its files it is."""
+    return tuple(map(int, re.findall(r"\d+", path.name)))
 
 
 def _events(path: Path) -> Iterator[Event]:

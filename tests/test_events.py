@@ -39,6 +39,13 @@ def test_a_run_that_goes_on_is_one_curve(tmp_path: Path) -> None:
     assert read_scalars(tmp_path)[0]["val/acc"] == [0.5, 0.25, 7.0, 8.0, 9.0]
 
 
+def test_files_of_one_process_come_in_their_order(tmp_path: Path) -> None:
+    for number, value in ((10, 2.0), (9, 1.0)):
+        path = _write(tmp_path, [value], suffix=".new")
+        path.rename(tmp_path / f"events.out.tfevents.1700000000.host.7.{number}")
+    assert read_scalars(tmp_path)[0]["val/acc"] == [2.0]
+
+
 @pytest.mark.parametrize(
     ("cut", "what"), [(3, "cut within the record at byte"), (12, "cut within"), (-1, "has a wrong checksum")]
 )
