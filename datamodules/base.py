@@ -338,7 +338,7 @@ class ImageDataModule(LightningDataModule, ABC):
             sampler = EpochSampler(dataset, world_size, rank, self._run_seed, self._taken(self.batch_size))
         elif world_size > 1:
             sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
-        # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
+        # Batch normalisation cannot train on a single image: one that is left over is left out of the epoch.
         drop_last = training and self.batch_size > 1 and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
 

@@ -27,7 +27,7 @@ class EpochSampler(DistributedSampler[Any]):
     """Shuffled anew each epoch by seed and epoch alone; index i of N in epoch e is the key e N + i.
 
     So a data set knows the epoch in whatever process it runs. The shards of several processes are equally long, which
-    contrastive losses need; of N images up to one less than there are processes sit out an epoch, others each time.
+    contrastive losses need; of N images an epoch leaves out up to one less than there are processes, others each time.
 
     Args:
         dataset: The data set.

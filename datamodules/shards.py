@@ -245,7 +245,7 @@ class ShardBatches(IterableDataset[Batch]):
         if self.shuffle:
             total -= total % self.world_size
         self.start, self.stop = (total * place // self.world_size for place in places)
-        # Batch normalisation cannot train on a single image: one that is left over sits out the epoch.
+        # Batch normalisation cannot train on a single image: one that is left over is left out of the epoch.
         if self.shuffle and self.batch_size > 1 and (self.stop - self.start) % self.batch_size == 1:
             self.stop -= 1
 

@@ -237,15 +237,16 @@ class NCFinetuneCLI(LightningCLI):
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
         check_launched(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self.trainer.callbacks.append(interruptions.SaveOnSIGTERM())  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.callbacks.append(interruptions.SaveOnSIGTERM())
         # The first process's folder is that of all; another process would count on from it.
         if getattr(rank_zero_only, "rank", 0):
             return
         run = self.trainer.log_dir or self.trainer.default_root_dir
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
-            interruptions.last_of(Path(run).parent, Path(run))
+            interruptions.last_of(self.trainer, Path(run))
         _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")

@@ -72,8 +72,11 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
         checkpoint: What is resumed; None for a new run.
         command: The arguments of the command line.
     """
-    options = getattr(trainer.logger, "init_args", None)
-    if options is None or "save_dir" not in options or options.get("version") is not None:
+    # Another logger may overwrite what is in the folder, as CSVLogger does, or mean something else by a version.
+    if not str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger"):
+        return
+    options = trainer.logger.init_args
+    if options.get("version") is not None:
         return
     run = run_of(checkpoint)
     if run is not None:
@@ -86,14 +89,18 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
             trainer.default_root_dir = str(Path(options.save_dir, options.name or "", options.version))
 
 
-def last_of(runs: Path, run: Path) -> None:
+def last_of(trainer: Trainer, run: Path) -> None:
     """Refuse to go on from the last checkpoint of a run that has none.
 
     Raises:
         ValueError: There is none; names those of other runs.
     """
-    if any(run.glob("checkpoints/last*.ckpt")):
+    folders = [
+        Path(getattr(callback, "dirpath", None) or run / "checkpoints") for callback in trainer.checkpoint_callbacks
+    ]
+    if any(any(folder.glob("last*.ckpt")) for folder in folders):
         return
+    runs = run.parent
     there = sorted((str(path) for path in runs.rglob("*.ckpt")), key=os.path.getmtime, reverse=True)
     found = f"there are {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else f"none below {runs}"
-    raise ValueError(f"no last checkpoint in {run / 'checkpoints'}; {found}")
+    raise ValueError(f"no last checkpoint in {' or '.join(map(str, folders))}; {found}")
