@@ -56,7 +56,7 @@ class PoolFinder:
         self._seen: set[nn.Module] = set()
         self._guess = guess_pool
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
-            self._guess = torch.compiler.disable(guess_pool)  # type: ignore[no-untyped-call]  # torch types it not
+            self._guess = torch.compiler.disable(guess_pool)  # type: ignore[no-untyped-call]  # it has no types
         self.handles: list[RemovableHandle] = []
         for part in _not_compiled(module):
             inside = set(part.modules()) - {part}

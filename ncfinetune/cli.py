@@ -74,6 +74,9 @@ def main(args: list[str] | None = None) -> int | None:
         return interruptions.STATUS
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except UnpicklingError as error:
+        found = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(f"--ckpt_path holds more than data, which is not run here: {found}") from error
     except RuntimeError as error:
         if "in loading state_dict" not in str(error):
             raise

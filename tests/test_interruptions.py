@@ -2,6 +2,10 @@
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +115,54 @@ class Requeue(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class Touching:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address under which the test's folder is served, as another machine would."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with Server(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that leave before the end of a file, as those do who look at its beginning only."""
+
+    def handle_error(self, *_: Any) -> None:
+        pass
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files, and says nothing of it."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_remote_checkpoint_is_read_as_data(tmp_path: Path, served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, *_place(tmp_path), "--trainer.max_epochs", "1"]) is None
+    path = next((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    torch.save(content, tmp_path / "data.ckpt")
+    torch.save({**content, "more": Touching(str(tmp_path / "mark"))}, tmp_path / "more.ckpt")
+    resumed = [*RUN, *_place(tmp_path), "--trainer.max_epochs", "2", "--ckpt_path"]
+    assert main([*resumed, f"{served}/data.ckpt"]) is None
+    error = _refusal(capsys, *resumed, f"{served}/more.ckpt")
+    assert error.startswith("error: --ckpt_path holds more than data, which is not run here: ")
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

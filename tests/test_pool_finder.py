@@ -138,7 +138,7 @@ def test_where_no_second_run_tells_it_the_parts_do(network: Callable[[], Tokens]
 
 
 def _spread(network: Tokens) -> Tokens:
-    network.head.weight.ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed marks them
+    network.head.weight.ds_id = 0  # as DeepSpeed marks them
     return network
 
 
@@ -225,7 +225,7 @@ def test_a_step_in_place_of_the_forward_does_not_run_again() -> None:
     """As Lightning's strategies of several processes run it; the network that it calls does."""
     module = nn.ModuleDict({"net": Tokens()})
     observed, steps = Observed(module, "net.blocks.1"), []
-    module.forward = lambda x: steps.append(0) or module["net"](x)  # type: ignore[method-assign]
+    module.forward = lambda x: steps.append(0) or module["net"](x)
     module(IMAGES)
     assert len(steps) == 1
     assert observed.words == [LAST]

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ddp
 import pytest
 import torch
 from image_files import write_image
@@ -15,6 +17,7 @@ from ncfinetune import FineTuner, Supervised
 from ncfinetune.adversarial import PGD
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
+from ncfinetune.resume import state_of_process, states_of_processes
 
 # Dropout and drop path draw from the stream of random numbers that a checkpoint has to keep.
 NETWORK: dict[str, Any] = {"name": "test_vit", "img_size": 8, "patch_size": 4, "drop_path_rate": 0.2}
@@ -166,6 +169,26 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         since = done // (steps // EPOCHS) if len(saved) == EPOCHS else (done - 1) // (steps // EPOCHS)
         assert rest.ends == pytest.approx({key: end for key, end in seen.ends.items() if key[1] >= since}, rel=1e-6)
         assert measured == pytest.approx(numbers, nan_ok=True, rel=1e-6)
+
+
+def test_each_process_gets_its_own_state_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def trainer(rank: int, world: int) -> Any:
+        return SimpleNamespace(
+            world_size=world, global_rank=rank, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        )
+
+    def task(rank: int) -> Any:
+        torch.manual_seed(rank)
+        states = states_of_processes(trainer(rank, 2), {"rank": rank})
+        expected = torch.rand(3).tolist()
+        torch.manual_seed(7)
+        state = state_of_process(trainer(rank, 2), states)
+        return state["rank"], torch.rand(3).tolist() == expected
+
+    assert ddp.run(2, tmp_path, task) == [(0, True), (1, True)]
+    with caplog.at_level("INFO"):
+        assert state_of_process(trainer(0, 1), [{}, {}]) == {}
+    assert "the checkpoint is of 2 processes, and here are 1: random numbers" in caplog.text
 
 
 class Order(ModelCheckpoint):
