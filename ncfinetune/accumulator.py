@@ -105,8 +105,9 @@ class Accumulator(ABC):
     def to(self: Self, device: torch.device | str) -> Self:
         """Move to a device. MPS has no float64, so that the state stays on the CPU there."""
         device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-        for name in self.names:
-            setattr(self, name, getattr(self, name).to(device))
+        with torch.inference_mode(False):  # a copy made in inference mode could not be added to outside it
+            for name in self.names:
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     def state(self) -> dict[str, Tensor]:
@@ -115,8 +116,9 @@ class Accumulator(ABC):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
-        for name in self.names:
-            setattr(self, name, state[name].clone())
+        with torch.inference_mode(False):
+            for name in self.names:
+                setattr(self, name, state[name].clone())
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add samples.

@@ -94,7 +94,10 @@ class FoldMoments:
             )
         if not len(features):
             return
-        features, labels = features.detach().double(), labels.to(features.device).long()
+        with torch.inference_mode(False), torch.no_grad():
+            self._add(features.detach().double(), labels.to(features.device).long())
+
+    def _add(self, features: Tensor, labels: Tensor) -> None:
         if self._state is None:
             self._state = self._empty(features)
         shift, count, sums, squares, broken = self._state

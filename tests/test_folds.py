@@ -123,3 +123,14 @@ def test_sums_without_sense_are_refused(features: Tensor, labels: Tensor, text: 
     moments.update(features, labels)
     with pytest.raises(ValueError, match=text):
         moments.ridge()
+
+
+def test_inference_mode_and_training_can_alternate() -> None:
+    features, labels = _data(60, 5, 3)
+    plain, mixed = FoldMoments(3), FoldMoments(3)
+    for start in range(0, 60, 20):
+        rows = slice(start, start + 20)
+        plain.update(features[rows], labels[rows])
+        with torch.inference_mode(mode=start != 20):
+            mixed.update(features[rows].clone(), labels[rows].clone())
+    assert torch.equal(mixed.nc1(), plain.nc1())

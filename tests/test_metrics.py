@@ -29,6 +29,8 @@ from ncfinetune.metrics import (
     NumericalRank,
     neural_collapse,
 )
+from ncfinetune.moments import MomentAccumulator
+from ncfinetune.sketch import ClassSketches
 
 K, D, N = 6, 10, 240
 
@@ -239,6 +241,19 @@ def test_what_inference_mode_copied_takes_samples_outside(name: str, how: str) -
             metric.unsync()
     _update(metric, data, slice(100, N))
     assert metric.compute().item() == pytest.approx(_expected(name, data), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make", [MomentAccumulator, lambda k: MomentAccumulator(k, False), lambda k: ClassSketches(k, 4)]
+)
+def test_a_state_that_inference_mode_moved_or_loaded_takes_samples_outside(make: Any) -> None:
+    accumulator, other = make(2), make(2)
+    with torch.inference_mode():
+        accumulator.to("meta")  # a move that copies, as one to an accelerator does
+        other.load(make(2).state())
+    for name in accumulator.names:
+        assert not getattr(accumulator, name).is_inference(), name
+        assert not getattr(other, name).is_inference(), name
 
 
 @member

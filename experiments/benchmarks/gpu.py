@@ -116,7 +116,7 @@ class Device:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in caught)
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 class _Looks(TorchDispatchMode):
