@@ -54,8 +54,9 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
         own = _Normalised.apply(z.to(torch.promote_types(z.dtype, torch.float32)))
         keys, labels, first = _gather(own, labels)
         _check_samples(len(keys))
-        total: Tensor = _ContrastiveLoss.apply(keys, labels, first, len(own), temperature)
-    return total * (_processes() / (len(keys) * z.shape[1]))
+        share = _processes() / (len(keys) * z.shape[1])
+        loss: Tensor = _ContrastiveLoss.apply(keys, labels, first, len(own), temperature, share)
+    return loss
 
 
 def one_hot_mse(logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0) -> Tensor:
@@ -95,55 +96,58 @@ class _Normalised(torch.autograd.Function):
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Sum of L_out over the views of ``count`` samples from ``first`` on, with all views ``(N, V, p)`` for keys.
+    """``share`` of the sum of L_out over the views of ``count`` samples from ``first`` on.
 
-    Forward forms the gradient too, while the similarities are there; backward scales it. Nothing in it waits for the
-    device.
+    Keys are all views, ``(N, V, p)``. Forward forms the gradient too, while the similarities are there; backward scales
+    it. Nothing in it waits for the device, and launches are few: in a small batch they are what takes time.
     """
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, labels: Tensor, first: int, count: int, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, keys: Tensor, labels: Tensor, first: int, count: int, temperature: float, share: float
+    ) -> Tensor:
         needed, own, views = ctx.needs_input_grad[0], slice(first, first + count), keys.shape[1]
-        pull, gradient = _pull(keys, labels, own, -_scale(keys, temperature), needed)
+        scale = _scale(keys, temperature)
+        pull, gradient = _pull(keys, labels, own, scale * share, needed)
         rows = slice(own.start * views, own.stop * views)
         flat = None if gradient is None else gradient.flatten(0, 1)
-        spread = _sum_of_logsumexp(keys.flatten(0, 1), rows, temperature, flat)
+        spread = _sum_of_logsumexp(keys.flatten(0, 1), rows, temperature, flat, share)
         ctx.save_for_backward(gradient)
-        return spread.add_(pull)
+        return torch.add(spread.mul_(share), pull, alpha=scale * share)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None, None, None
+        return grad * gradient, None, None, None, None, None
 
 
 def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum over own views of their scaled mean similarity to the other keys of their class, and its gradient if needed.
+    """Minus the sum over own views of their mean similarity to the other keys of their class; its gradient if needed.
 
-    That is ``sum_i w_i z_i (S_i - z_i)`` with the sum ``S_i`` over the class and ``w_i`` the scale over its size less
-    one. A class is known by where its labels begin among the sorted ones: unlike `torch.unique`, that reads nothing
-    back.
+    That is ``sum_i z_i (S_i - z_i) / (1 - n_i)`` with the sum ``S_i`` and the number ``n_i`` of the class's views; the
+    gradient is multiplied by ``scale``. A class is known by where its labels begin among the sorted ones: unlike
+    `torch.unique`, that reads nothing back.
     """
     ordered = labels.sort().values
     classes = torch.searchsorted(ordered, labels)
     sizes = torch.searchsorted(ordered, labels, right=True) - classes
-    weights = (scale / (sizes.to(keys.dtype) * keys.shape[1] - 1)).view(-1, 1, 1)
+    fewer = torch.rsub(sizes, 1, alpha=keys.shape[1]).to(keys.dtype).view(-1, 1, 1)
 
     def class_sums(some: slice) -> Tensor:
         sums = torch.zeros_like(keys[:, 0]).index_add_(0, classes[some], keys[some].sum(1))
         return sums[classes].unsqueeze(1)
 
     everything = slice(0, len(keys))
-    others = (class_sums(everything) - keys).mul_(weights)
+    others = (class_sums(everything) - keys).div_(fewer)
     pull = (others * keys)[own].sum()
     if not needed:
         return pull, None
     if own == everything:  # the two ends of a pair pull alike
-        return pull, others.mul_(2)
-    gradient = (class_sums(own) * weights).expand_as(keys).clone()
-    gradient[own] += others[own] - (keys * weights)[own]
-    return pull, gradient
+        return pull, others.mul_(2 * scale)
+    gradient = (class_sums(own) / fewer).expand_as(keys).clone()
+    gradient[own] += others[own] - (keys / fewer)[own]
+    return pull, gradient.mul_(scale)
 
 
 def _scale(keys: Tensor, temperature: float) -> float:
@@ -151,20 +155,21 @@ def _scale(keys: Tensor, temperature: float) -> float:
     return min(1 / temperature, torch.finfo(keys.dtype).max)
 
 
-def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None) -> Tensor:
+def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None, share: float) -> Tensor:
     """Sum over rows of the logsumexp of their scaled similarities to all keys but themselves, block by block.
 
     Args:
         keys: Unit vectors, ``(M, p)``.
         rows: Which of them are rows.
         temperature: What similarities are divided by.
-        gradient: What that of the keys is added to, ``(M, p)``; None if nobody wants it.
+        gradient: What ``share`` of that of the keys is added to, ``(M, p)``; None if nobody wants it.
+        share: See above.
     """
     count, scale = rows.stop - rows.start, _scale(keys, temperature)
     # Two blocks at least: a small batch takes half the memory of its similarities for a few more launches.
     size = math.ceil(count / max(2, math.ceil(count * len(keys) / _block(keys.device))))
-    buffer, shift = keys.new_empty(size, len(keys)), keys.new_zeros(())
-    all_sums = keys.new_empty(count, 1)
+    buffer, all_sums = keys.new_empty(size, len(keys)), keys.new_empty(count, 1)
+    shifts: list[Tensor] = []
     for start in range(rows.start, rows.stop, size):
         part = slice(start, min(start + size, rows.stop))
         block, sums = keys[part], all_sums[start - rows.start : part.stop - rows.start]
@@ -173,12 +178,12 @@ def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: T
         if temperature < _NO_SHIFT_FROM:
             highest = weights.amax(1, keepdim=True)
             weights.sub_(highest)
-            shift += highest.sum()
+            shifts.append(highest.sum())
         torch.sum(weights.exp_(), 1, keepdim=True, out=sums)
         if gradient is not None:
-            gradient[part].addcdiv_(weights @ keys, sums, value=scale)
-            gradient.addmm_(weights.T, block / sums, alpha=scale)
-    return all_sums.log_().sum().add_(shift)
+            gradient[part].addcdiv_(weights @ keys, sums, value=scale * share)
+            gradient.addmm_(weights.T, block / sums, alpha=scale * share)
+    return sum(shifts, start=all_sums.log_().sum())
 
 
 @cache

@@ -117,7 +117,7 @@ def test_it_waits_for_nothing_and_launches_less_than_the_masked_loss_in_a_fifth_
     assert ours.peak < masked.peak / 5
     # A tensor without values cannot be looked at.
     z, labels = torch.randn(6, 2, 4, device="meta", requires_grad=True), torch.arange(6, device="meta")
-    losses._ContrastiveLoss.apply(losses._Normalised.apply(z), labels, 0, 6, 0.1).backward()
+    losses._ContrastiveLoss.apply(losses._Normalised.apply(z), labels, 0, 6, 0.1, 1 / 12).backward()
     assert z.grad is not None
 
 
