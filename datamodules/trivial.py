@@ -41,8 +41,6 @@ def draw_trivial(count: int, probability: float, generator: torch.Generator) -> 
 
 def apply_trivial(images: Tensor, change: Tensor, strength: Tensor) -> None:
     """Make the drawn changes on float images ``(N, C, H, W)`` in 0..1, where they lie."""
-    if (change < 0).all():
-        return
     index, numbers, counts = plan_trivial(change, strength, *images.shape[2:])
     make_trivial(images, index.to(images.device), numbers.to(images.device), counts)
 
@@ -53,6 +51,8 @@ def plan_trivial(change: Tensor, strength: Tensor, height: int, width: int) -> t
     Returns:
         Indices of the images that change, group by group, a row of six numbers for each, and the groups' sizes.
     """
+    if (change < 0).all():
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 6), [0] * len(_GROUPS)
     indices, rows, counts = [], [], []
     for _, members in _GROUPS:
         counts.append(0)

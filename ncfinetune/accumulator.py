@@ -17,13 +17,15 @@ from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look
 Self = TypeVar("Self", bound="Accumulator")
 
 # Numbers in the buffer, 16 MB in float32, and rows of it at least and at most: enough for a product at full speed, few
-# enough for float32 to add up.
+# enough for float32 to add up. An accelerator takes more of both, since what an addition takes there are its launches.
 BUFFER, ROWS = 2**22, (256, 2048)
+ACCELERATOR = (2, 4)
 
 
-def capacity(width: int) -> int:
+def capacity(width: int, device: torch.device) -> int:
     """Rows that wait in the buffer until they are added, of features of this width."""
-    return max(ROWS[0], min(ROWS[1], BUFFER // width))
+    numbers, rows = (1, 1) if device.type == "cpu" else ACCELERATOR
+    return max(ROWS[0], min(rows * ROWS[1], numbers * BUFFER // width))
 
 
 class Accumulator(ABC):
@@ -148,7 +150,7 @@ class Accumulator(ABC):
         """Copy rows into the buffer, and flush it each time that it is full."""
         width = features.shape[1]
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        full, number = capacity(width), features.shape[0]
+        full, number = capacity(width, self.device), features.shape[0]
         if self._rows.dtype != dtype:
             self.flush()
         if number and self._rows.shape[0] < full:

@@ -82,10 +82,11 @@ def sound_samples(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Which samples count, ``(N,)``, and how many were left out for their labels and for their features, ``(2,)``."""
-    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
-    outside = ((labels < 0) | (labels >= num_classes)) & ~ignored
-    broken = ~features.isfinite().all(1) & ~ignored & ~outside
-    return ~(ignored | outside | broken), torch.stack([outside.sum(), broken.sum()])
+    known = (labels >= 0) & (labels < num_classes)
+    outside = ~known if ignore_index is None else ~known & (labels != ignore_index)
+    known = known if ignore_index is None else known & (labels != ignore_index)
+    keep = known & features.isfinite().all(1)
+    return keep, torch.stack([outside, known ^ keep]).sum(1)
 
 
 def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:

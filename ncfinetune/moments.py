@@ -266,12 +266,15 @@ class MomentAccumulator(Accumulator):
     def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         self._choose_shifts(rows, labels, keep)
         arithmetic = self._arithmetic(rows) if self.keeps_scatter else None
-        z = rows if arithmetic == _NARROW else torch.empty_like(rows, dtype=torch.float64)
+        on_cpu = may_look(rows)
+        z = torch.empty_like(rows, dtype=torch.float64) if on_cpu and arithmetic != _NARROW else rows
         squares = torch.empty_like(labels, dtype=torch.float64)
         for part, step in _steps(rows, labels, self.shift, keep):
             self.sums.index_add_(0, labels[part], step)
             squares[part] = torch.linalg.vector_norm(step, dim=1).square_()
-            if self.keeps_scatter:
+            if not on_cpu:
+                z = step  # of all rows at a time
+            elif self.keeps_scatter:
                 z[part] = step
         self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
         self.squares.index_add_(0, labels, squares)
@@ -287,7 +290,7 @@ class MomentAccumulator(Accumulator):
         if not may_look(self.count) or rows.dtype == torch.float64:
             return _WIDE
         made, arithmetic = self.plan.tolist()
-        if made == 0 and rows.shape[0] == accumulator.capacity(rows.shape[1]) and not self.count.any():
+        if made == 0 and rows.shape[0] == accumulator.capacity(rows.shape[1], rows.device) and not self.count.any():
             return _TRIAL
         if made in _REVIEWED:
             arithmetic = _NARROW if self._narrow_error() < _ALLOWED else _WIDE

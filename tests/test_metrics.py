@@ -407,6 +407,14 @@ def test_state_does_not_grow() -> None:
     assert _sizes(metric) == sizes
 
 
+@pytest.mark.parametrize(
+    ("width", "on_cpu", "on_accelerator"), [(512, 2048, 8192), (2048, 2048, 4096), (10**6, 256, 256)]
+)
+def test_an_accelerator_buffers_more_rows(width: int, on_cpu: int, on_accelerator: int) -> None:
+    assert accumulator.capacity(width, torch.device("cpu")) == on_cpu
+    assert accumulator.capacity(width, torch.device("cuda", 0)) == on_accelerator
+
+
 @pytest.mark.parametrize("numbers", [1, 1000, 2600])
 def test_samples_wait_in_little_room(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accumulator, "ROWS", (40, 2048))
