@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from ncfinetune import weights
 from ncfinetune.blocks import block_names
-from ncfinetune.compiled import CompiledBlocks
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.pool_search import find_pools
 from ncfinetune.pooling import Pool, caught
@@ -40,9 +38,6 @@ class Backbone(nn.Module):
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
         channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
-        compile: Run the blocks of the network through `torch.compile`. Their first passes take a while, once for
-            training and once for evaluation. Hooks on blocks do not slow it down; a block with hooks on parts of it
-            runs as it is.
         timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
 
     Attributes:
@@ -66,7 +61,6 @@ class Backbone(nn.Module):
         checkpoint: str | dict[str, Any] | None = None,
         stem: Literal["imagenet", "cifar"] = "imagenet",
         channels_last: bool = False,
-        compile: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -86,7 +80,6 @@ class Backbone(nn.Module):
         self.dim: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         self._pools: dict[str, Pool] = {}
         self.channels_last = channels_last
-        self._compiled = CompiledBlocks(block_names(self.net)) if compile else None
         if channels_last:
             self.to(memory_format=torch.channels_last)
         if checkpoint is not None:
@@ -107,8 +100,7 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
-        with self._compiled.inside(self.net, x) if self._compiled else nullcontext():
-            return self._run(_features, x)
+        return self._run(_features, x)
 
     def _run(self, features: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         _check_images(x, self.spec)

@@ -35,7 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "16-mixed": {"precision": "16-mixed"},
     "bf16-true": {"precision": "bf16-true"},
     "deterministic": {},  # as all of them are, so that runs can be compared bit by bit
-    "compile": {},
 }
 ON_CPU = ["ddp", "bf16-mixed", "bf16-true", "deterministic"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -101,7 +100,7 @@ def _fit(
         **WAYS[way],
     )
     data = Digits(batch_size=64, augmentation="standard" if contrastive else "plain", views=2 if contrastive else 1)
-    model = LEARNERS[learner](NETWORK | ({"compile": True} if way == "compile" else {}))
+    model = LEARNERS[learner](NETWORK)
     trainer.fit(model, data)
     path = folder / "weights.ckpt"
     trainer.save_checkpoint(path, weights_only=True)  # which gathers what FSDP shards
