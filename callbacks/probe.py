@@ -12,26 +12,22 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from ncfinetune.inputs import check_labels, may_look
+from ncfinetune.inputs import check_labels
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.passes import TrainingSet, evaluation, evenly, flat, ready_batches
 
 from . import adapters
 from .adapters import BatchReader
+from .classify import OnlineClassifier, fit_probe, knn_predict
 from .observer import LayerObserver
 from .schedule import PassSchedule
 
 _NAME = "OnlineProbe"
-# Queries compared with the bank at a time, which bounds the memory that kNN takes.
-_QUERIES = 256
-# Temperature of the votes in kNN, of Wu et al. (2018), section 3.4.
-_TEMPERATURE = 0.07
 
 
 class OnlineProbe(Callback):
@@ -102,14 +98,11 @@ class OnlineProbe(Callback):
         self._observer: LayerObserver | None = None
         self._reader = BatchReader(_NAME)
         self._classes = 0
-        self._probe: LinearProbe | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._stored: dict[str, Any] = {}
+        self._linear = OnlineClassifier(self.optimizer, ignore_index)
         self._loaders: list[Any] = []
         self._bank_due = False
         self._bank: tuple[Tensor, Tensor] | None = None
         self._counts: dict[tuple[str, int], Tensor] = {}
-        self._left_out: Tensor | None = None
         self._transferred: dict[str, float] = {}
 
     @property
@@ -119,13 +112,11 @@ class OnlineProbe(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the classifier and state of its optimiser."""
-        if self._probe is None or self._optimizer is None:
-            return self._stored
-        return {"probe": self._probe.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return self._linear.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the first features tell how wide the classifier is."""
-        self._stored = state_dict
+        self._linear.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the second data set, and hook the layer unless the module makes it later, in ``configure_model``."""
@@ -172,7 +163,7 @@ class OnlineProbe(Callback):
         if trainer.world_size > 1:
             features, labels = _gathered(features, trainer.world_size), _gathered(labels, trainer.world_size)
         if len(features) > 1:  # one feature has no variance
-            loss = self._learn(features, labels)
+            loss = self._linear.learn(features, labels, self._classes)
             pl_module.log(
                 self._name("loss"), loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True
             )
@@ -213,8 +204,8 @@ class OnlineProbe(Callback):
         if not self._measures(trainer):
             return
         features, labels = self._take(batch, self._loaders[dataloader_idx], dataloader_idx)
-        if self._probe is not None:
-            self._count("acc", dataloader_idx, self._probe.eval()(features).argmax(1), features, labels)
+        if self._linear.probe is not None:
+            self._count("acc", dataloader_idx, self._linear.probe(features).argmax(1), features, labels)
         if self._bank is not None:
             predictions = knn_predict(features, *self._bank, self._classes, self.knn)
             self._count("knn", dataloader_idx, predictions, features, labels)
@@ -223,7 +214,7 @@ class OnlineProbe(Callback):
         """Log the accuracies over all processes, a number a validation loader."""
         if not self._measures(trainer):
             return
-        numbers = ["acc"] * (self._probe is not None) + ["knn"] * self._bank_due
+        numbers = ["acc"] * (self._linear.probe is not None) + ["knn"] * self._bank_due
         for number, index in itertools.product(numbers, range(len(self._loaders))):
             self._log(pl_module, self._name(number) + self._suffix(index), self._accuracy(trainer, number, index))
         for name, value in self._transferred.items():
@@ -236,7 +227,7 @@ class OnlineProbe(Callback):
             self._transfer(trainer, pl_module)
             for name, value in self._transferred.items():
                 self._log(pl_module, name, value)
-        self._tell_of_left_out()
+        self._report_left_out()
 
     @property
     def _seen_by(self) -> LayerObserver:
@@ -273,48 +264,16 @@ class OnlineProbe(Callback):
         (features,) = taken.values()
         return features, labels
 
-    def _learn(self, features: Tensor, labels: Tensor) -> Tensor:
-        if self._probe is None:
-            self._probe = LinearProbe(features.shape[1], self._classes).to(features)
-            self._optimizer = self.optimizer(self._probe.parameters())
-            if self._stored:
-                self._probe.load_state_dict(self._stored["probe"])
-                self._optimizer.load_state_dict(self._stored["optimizer"])
-            self._left_out = torch.zeros(2, device=features.device)
-        assert self._optimizer is not None
-        assert self._left_out is not None
-        whole = labels.ndim == 1
-        if whole and may_look(labels):
-            check_labels(labels, self._classes, self.ignore_index)
-        finite = features.isfinite().all(1)
-        known = (labels >= 0) & (labels < self._classes) if whole else torch.ones_like(finite)
-        ignored = torch.zeros_like(finite) if self.ignore_index is None or not whole else labels == self.ignore_index
-        self._left_out += torch.stack([(~known & ~ignored).sum(), (~finite).sum()])
-        used = known & finite & ~ignored
-        logits = self._probe.linear(self._probe.standardise(features, used))
-        targets = torch.where(used, labels, 0) if whole else labels
-        losses = torch.where(used, F.cross_entropy(logits, targets, reduction="none"), 0)
-        loss = losses.sum() / used.sum().clamp(min=1)
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self._optimizer.step()
-        return loss.detach()
-
-    def _tell_of_left_out(self) -> None:
-        """Say which training samples were left out since it was last said; the same on all processes."""
-        if self._left_out is None:
-            return
-        labels, features = self._left_out.tolist()
-        self._left_out.zero_()
+    def _report_left_out(self) -> None:
+        """Say which training samples were left out since the last report; the same on all processes."""
+        labels, features = self._linear.left_out()
         if labels:
             raise ValueError(
-                f"{_NAME}: expected labels in 0..{self._classes - 1} (num_classes={self._classes}), got {labels:.0f} "
+                f"{_NAME}: expected labels in 0..{self._classes - 1} (num_classes={self._classes}), got {labels} "
                 "training samples with others in this epoch"
             )
         if features:
-            rank_zero_warn(
-                f"{_NAME} left out {features:.0f} training samples of this epoch with nan or inf in features"
-            )
+            rank_zero_warn(f"{_NAME} left out {features} training samples of this epoch with nan or inf in features")
 
     def _count(self, number: str, index: int, predictions: Tensor, features: Tensor, labels: Tensor) -> None:
         """Count what is right, what is to be judged, and what cannot be: of no known class, or not finite."""
@@ -384,96 +343,6 @@ class OnlineProbe(Callback):
             rank_zero_warn(f"{_NAME} left out {int((~finite).sum())} samples of a pass with nan or inf in features")
         kept = finite if self.ignore_index is None else finite & (labels != self.ignore_index)
         return features[kept], labels[kept]
-
-
-class LinearProbe(nn.Module):
-    """A linear classifier of features brought to mean 0 and variance 1.
-
-    It starts from zero, so that making one draws no random numbers.
-
-    Args:
-        dim: Width ``d`` of the features.
-        num_classes: Number of classes ``K``.
-    """
-
-    def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.normalise = nn.BatchNorm1d(dim, affine=False)
-        self.linear = nn.Linear(dim, num_classes, device="meta").to_empty(device="cpu")
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    @torch.no_grad()
-    def standardise(self, features: Tensor, used: Tensor) -> Tensor:
-        """A batch brought to mean 0 and variance 1 of the rows that are used, which the running statistics take in.
-
-        What `BatchNorm1d` does in training, but for rows ``(N,)`` that are left out, which become 0.
-        """
-        norm: Any = self.normalise
-        rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features.dtype)
-        number = weights.sum()
-        mean = rows.sum(0) / number.clamp(min=1)
-        squares = ((rows - mean).square() * weights).sum(0)
-        share = norm.momentum * (number > 1)
-        norm.running_mean += share * (mean - norm.running_mean)
-        norm.running_var += share * (squares / (number - 1).clamp(min=1) - norm.running_var)
-        return (rows - mean) * weights * (squares / number.clamp(min=1) + norm.eps).rsqrt()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Class logits ``(N, K)`` of features ``(N, d)``."""
-        return self.linear(self.normalise(features))
-
-
-def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int) -> Tensor:
-    """Classes that the ``k`` nearest of the bank vote for: Wu et al. (2018, arXiv 1805.01978), section 3.4.
-
-    Args:
-        queries: ``(N, d)``.
-        bank: ``(M, d)``.
-        labels: Labels of the bank, ``(M,)``.
-        num_classes: Number of classes ``K``.
-        k: Neighbours; all of the bank where it has fewer.
-
-    Returns:
-        Labels ``(N,)``.
-    """
-    bank = F.normalize(bank, dim=1)
-    predictions = []
-    for part in torch.split(F.normalize(queries, dim=1), _QUERIES):
-        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(part), num_classes, device=part.device, dtype=part.dtype)
-        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / _TEMPERATURE).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
-
-
-def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
-    """Multinomial logistic regression on features of mean 0 and variance 1, to convergence.
-
-    Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's ``C=1``, by L-BFGS.
-
-    Args:
-        features: ``(N, d)``.
-        labels: ``(N,)``.
-        num_classes: Number of classes ``K``.
-    """
-    probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
-    probe.normalise.running_mean = features.mean(0)
-    probe.normalise.running_var = features.var(0, correction=0)
-    inputs, linear = probe.normalise(features), probe.linear
-    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
-        linear.parameters(), max_iter=200, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Any:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(linear(inputs), labels) + linear.weight.square().sum() / (2 * len(labels))
-        torch.autograd.backward(loss)
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return probe.requires_grad_(False)
 
 
 def _gathered(rows: Tensor, world_size: int) -> Tensor:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
-from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
+from ncfinetune.classifier import Classifier
+from ncfinetune.frozen import Frozen, chosen_layers, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
-from ncfinetune.layers import enclosing_block, find_layers
-from ncfinetune.learner import Classifier, Interval
+from ncfinetune.layers import enclosing_block
+from ncfinetune.learner import Interval
 from ncfinetune.passes import eval_mode, evaluation, plain_loader, ready_batches
 from ncfinetune.pooling import detached
 from ncfinetune.store import Stored
@@ -134,7 +135,7 @@ class FineTuner(Classifier):
         self.skip_gradient = skip_gradient
         self.head_init = head_init
         self._head_ready = head_init != "mean"
-        self._trained = _chosen(self.backbone, train)
+        self._trained = chosen_layers(self.backbone, train)
         self.head = self._new_head(skip_join)
         self._cache = (
             None if cache == "none" else PrefixCache(cache, cache_dir, *self._parts(), self.features, skip_from)
@@ -284,7 +285,7 @@ class FineTuner(Classifier):
         mend = "to start from its weights, give the file as the FineTuner's checkpoint instead"
         if "train" not in saved:
             raise ValueError(f"a FineTuner cannot go on with the run of another learner; {mend}")
-        same = [*_chosen(self.backbone, saved["train"]).values()] == [*self._trained.values()]
+        same = [*chosen_layers(self.backbone, saved["train"]).values()] == [*self._trained.values()]
         if not same or saved["skip_from"] != self.skip_from:
             before = f"train={saved['train']!r}, skip_from={saved['skip_from']!r}"
             now = f"train={self.hparams['train']!r}, skip_from={self.skip_from!r}"
@@ -425,43 +426,6 @@ def _in_two_groups(optimizer: OptimizerCallable, head: list[nn.Parameter], param
 def _knobs() -> set[str]:
     """The arguments that a delta keeps."""
     return set(inspect.signature(FineTuner).parameters) - set(_NOT_THE_MODEL)
-
-
-def _chosen(backbone: Backbone, train: str | list[str]) -> dict[str, nn.Module]:
-    """The layers to train, by name."""
-    if train == "none":
-        return {}
-    if train == "all":
-        return {"backbone": backbone}
-    patterns = [train] if isinstance(train, str) else train
-    if not any(patterns):
-        raise ValueError(f'train={train!r} names no layer; say train="none"')
-    if {"none", "all"} & set(patterns):
-        raise ValueError(f"train={train!r}: none and all stand alone; give one of them, or layers")
-    if not set("".join(patterns)) - set("*.?"):
-        raise ValueError(f'train={train!r} names every layer; say train="all"')
-    found = find_layers(backbone.net, patterns)
-    empty = [name for name, layer in found.items() if not any(True for _ in layer.parameters())]
-    if empty:
-        raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
-    named = {id(p) for layer in found.values() for p in layer.parameters()}
-    if all(id(p) in named for p in backbone.parameters()):
-        raise ValueError(f'train={train!r} names every layer; say train="all"')
-    _check_shared(backbone.net, found, named)
-    return found
-
-
-def _check_shared(net: nn.Module, layers: dict[str, nn.Module], trained: set[int]) -> None:
-    """Refuse layers whose parameters belong to others too, which would train with them."""
-    chosen = set(map(id, layers.values()))
-    inside = tuple(f"{path}." for path, m in net.named_modules(remove_duplicate=False) if id(m) in chosen)
-    for path, parameter in net.named_parameters(remove_duplicate=False):
-        if id(parameter) in trained and not path.startswith(inside):
-            own = next(name for name, layer in layers.items() if any(p is parameter for p in layer.parameters()))
-            raise ValueError(
-                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
-                "too; name all that share it, or another layer"
-            )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -11,7 +11,6 @@ Everything is kept in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -23,7 +22,7 @@ from ncfinetune import accumulator
 from ncfinetune.accumulator import Accumulator
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
-from ncfinetune.scatter import ROUNDING, ShiftedScatter, add_products, full_precision
+from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_products, float32_error
 
 # Numbers of a buffer treated at a time on a CPU, so that what is made of them, 2 MB, stays in the processor's cache.
 _PIECE = 2**17
@@ -31,15 +30,12 @@ _PIECE = 2**17
 _BETTER = 4
 # ... if it lies further off, in squared standard deviations within the class. An outlier does, a usual sample does not.
 _FAR = 10
-# Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to, and
-# where squares of single features neither overflow nor vanish in float32.
-_ALLOWED, _SMALL, _LARGE = 1e-7, 1e-24, 1e30
+# Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to.
+_ALLOWED = 1e-7
 # Products after which the arithmetic is chosen anew.
 _REVIEWED = {8**power for power in range(20)}
 # In which arithmetic: float64, float32, or whichever the first product shows to be enough.
 _WIDE, _NARROW, _TRIAL = 0, 1, 2
-# Random combinations of the directions that NC1 sums over, for the estimate.
-_PROBES = 16
 
 
 class UndefinedCollapseError(ValueError):
@@ -278,7 +274,7 @@ class MomentAccumulator(Accumulator):
                 z[part] = step
         self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
         self.squares.index_add_(0, labels, squares)
-        if arithmetic == _NARROW and not _SMALL < float(squares.max()) / z.shape[1] < _LARGE:
+        if arithmetic == _NARROW and not SMALL < float(squares.max()) / z.shape[1] < LARGE:
             add_products(self.scatter, self.rounding, z.double(), torch.float32)
         elif arithmetic == _TRIAL:
             self._try_narrow(z)
@@ -293,50 +289,22 @@ class MomentAccumulator(Accumulator):
         if made == 0 and rows.shape[0] == accumulator.capacity(rows.shape[1], rows.device) and not self.count.any():
             return _TRIAL
         if made in _REVIEWED:
-            arithmetic = _NARROW if self._narrow_error() < _ALLOWED else _WIDE
+            arithmetic = _NARROW if self._error_in_float32() < _ALLOWED else _WIDE
         self.plan = self.plan.new_tensor([made + 1, arithmetic])
         return arithmetic
 
     def _try_narrow(self, z: Tensor) -> None:
         """Multiply the first full buffer in float32, and again in float64 if that is not exact enough."""
         add_products(self.scatter, self.rounding, z.float(), torch.float32)
-        arithmetic = _NARROW if self._narrow_error() < _ALLOWED else _WIDE
+        arithmetic = _NARROW if self._error_in_float32() < _ALLOWED else _WIDE
         if arithmetic == _WIDE:
             self.scatter.zero_()
             self.rounding.zero_()
             add_products(self.scatter, self.rounding, z, torch.float64)
         self.plan = self.plan.new_tensor([2, arithmetic])
 
-    def _narrow_error(self) -> float:
-        """Estimated relative error of NC1 if all products were float32; nan or inf if it cannot be known.
-
-        The directions of `collapse.nc1` are rows ``T`` with ``T^T T = P = M^+ M^+^T``, for ``M`` the centred class
-        means. Random combinations of them are drawn without an eigendecomposition: ``M^T (M M^T)^-1 g``, or ``L^-T g``
-        with ``L L^T = M^T M`` where there are more classes than features, have the covariance ``P`` too.
-        """
-        present = self.count > 0
-        means = self.shift[present] + self.sums[present] / self.count[present, None]
-        means = means - means.mean(0)
-        scale = means.abs().amax().item() if len(means) > 1 else 0.0
-        square = float(self.squares.sum() / self.count.sum()) / self.width
-        if scale == 0 or not _SMALL < square < _LARGE:
-            return math.inf
-        means = (means / scale).float()
-        wide = len(means) <= means.shape[1]
-        with full_precision(means.device):
-            gram = means @ means.T if wide else means.T @ means
-            average = gram.diagonal().mean()
-            gram.diagonal().add_(1e-6 * average)  # about what float32 has of the small eigenvalues
-            factor, failed = torch.linalg.cholesky_ex(gram.add_(average / len(gram)) if wide else gram)
-            noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0))
-            if wide:
-                rows = torch.cholesky_solve(noise - noise.mean(0), factor).T @ means
-            else:
-                rows = torch.linalg.solve_triangular(factor.T, noise, upper=True).T
-        rows = rows.double() / scale
-        rounding = self.scatter.diagonal() * ROUNDING[torch.float32]
-        scatter = ShiftedScatter(self.count, self.sums, self.scatter, rounding)
-        return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
+    def _error_in_float32(self) -> float:
+        return float32_error(self.count, self.shift, self.sums, self.squares, self.scatter)
 
     def _choose_shifts(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         """Shift each new class by the mean of its samples in the buffer; on a CPU one that had an outlier first too."""

@@ -11,6 +11,7 @@ the mean of ``z`` over a class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from torch import Tensor
 
 # Half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+# Squares of single features between these neither overflow nor vanish in float32.
+SMALL, LARGE = 1e-24, 1e30
+# Random combinations of the directions that NC1 sums over, for the estimate.
+_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,44 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
             else:
                 block += z[:, rows].T @ z[:, rows.start :]
     rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
+
+
+def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, upper: Tensor) -> float:
+    """Estimated relative error of NC1 if all products were float32; nan or inf if it cannot be known.
+
+    The directions of `collapse.nc1` are rows ``T`` with ``T^T T = P = M^+ M^+^T``, for ``M`` the centred class
+    means. Random combinations of them are drawn without an eigendecomposition: ``M^T (M M^T)^-1 g``, or ``L^-T g``
+    with ``L L^T = M^T M`` where there are more classes than features, have the covariance ``P`` too.
+
+    Args:
+        count: Samples a class, ``(K,)``.
+        shift: Shifts ``c_k``, ``(K, d)``.
+        sums: Sums of ``z`` a class, ``(K, d)``.
+        squares: Sums of ``|z|^2`` a class, ``(K,)``.
+        upper: The sum of ``z z^T`` as `ShiftedScatter` has it, ``(d, d)``.
+    """
+    present = count > 0
+    means = shift[present] + sums[present] / count[present, None]
+    means = means - means.mean(0)
+    scale = means.abs().amax().item() if len(means) > 1 else 0.0
+    square = float(squares.sum() / count.sum()) / shift.shape[1]
+    if scale == 0 or not SMALL < square < LARGE:
+        return math.inf
+    means = (means / scale).float()
+    wide = len(means) <= means.shape[1]
+    with full_precision(means.device):
+        gram = means @ means.T if wide else means.T @ means
+        average = gram.diagonal().mean()
+        gram.diagonal().add_(1e-6 * average)  # about what float32 has of the small eigenvalues
+        factor, failed = torch.linalg.cholesky_ex(gram.add_(average / len(gram)) if wide else gram)
+        noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0))
+        if wide:
+            rows = torch.cholesky_solve(noise - noise.mean(0), factor).T @ means
+        else:
+            rows = torch.linalg.solve_triangular(factor.T, noise, upper=True).T
+    rows = rows.double() / scale
+    scatter = ShiftedScatter(count, sums, upper, upper.diagonal() * ROUNDING[torch.float32])
+    return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
 
 
 def _blocks(width: int) -> Iterator[slice]:

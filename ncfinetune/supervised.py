@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ncfinetune.adversarial import PGD
 from ncfinetune.backbone import Backbone
+from ncfinetune.classifier import Classifier
 from ncfinetune.heads import Projection, projection_head
-from ncfinetune.learner import Batch, Classifier, Interval
+from ncfinetune.learner import Batch, Interval
 from ncfinetune.losses import one_hot_mse
 
 

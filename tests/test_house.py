@@ -25,6 +25,7 @@ IMPORTS = {
     "ncfinetune.cache": {"backbone", "delta", "passes", "store", "tail"},
     "ncfinetune.calibration": set(),
     "ncfinetune.channels": {"pooling", "tracing"},
+    "ncfinetune.classifier": {"backbone", "inputs", "learner"},
     "ncfinetune.cli": {"atomic", "interruptions", "learner", "predictions", "weights"},
     "ncfinetune.closed_forms": set(),
     "ncfinetune.collapse": {"moments"},
@@ -34,6 +35,7 @@ IMPORTS = {
     "ncfinetune.finetune": {
         "backbone",
         "cache",
+        "classifier",
         "delta",
         "frozen",
         "heads",
@@ -44,12 +46,12 @@ IMPORTS = {
         "store",
     },
     "ncfinetune.folds": set(),
-    "ncfinetune.frozen": {"delta"},
+    "ncfinetune.frozen": {"delta", "layers"},
     "ncfinetune.heads": {"moments"},
     "ncfinetune.inputs": set(),
     "ncfinetune.interruptions": {"resume"},
     "ncfinetune.layers": {"blocks"},
-    "ncfinetune.learner": {"backbone", "resume", "schedule", "weights"},
+    "ncfinetune.learner": {"backbone", "inputs", "resume", "schedule", "weights"},
     "ncfinetune.losses": set(),
     "ncfinetune.metric_base": set(),
     "ncfinetune.metrics": {"collapse", "inputs", "metric_base", "moments", "sketch"},
@@ -65,18 +67,19 @@ IMPORTS = {
     "ncfinetune.schedule": set(),
     "ncfinetune.sketch": {"accumulator"},
     "ncfinetune.store": {"atomic", "delta"},
-    "ncfinetune.supervised": {"adversarial", "backbone", "heads", "learner", "losses"},
+    "ncfinetune.supervised": {"adversarial", "backbone", "classifier", "heads", "learner", "losses"},
     "ncfinetune.tail": set(),
     "ncfinetune.tokens": {"pooling", "tracing"},
     "ncfinetune.tracing": {"pooling"},
     "ncfinetune.weights": {"atomic"},
     "callbacks": {".probe", ".tracker"},
     "callbacks.adapters": {"inputs", "layers", "pooling"},
+    "callbacks.classify": {"inputs"},
     "callbacks.figures": {"collapse"},
     "callbacks.layer_metrics": {"collapse", "layers", "metrics", "moments"},
     "callbacks.observer": {".", ".adapters", ".pool_finder", "layers", "passes", "pooling"},
     "callbacks.pool_finder": {"pool_search", "pooling", "tracing"},
-    "callbacks.probe": {".", ".adapters", ".observer", ".schedule", "inputs", "layers", "passes"},
+    "callbacks.probe": {".", ".adapters", ".classify", ".observer", ".schedule", "inputs", "layers", "passes"},
     "callbacks.schedule": set(),
     "callbacks.tracker": {".", ".adapters", ".layer_metrics", ".observer", ".schedule", "layers", "moments", "passes"},
     "datamodules": {".base", ".digits", ".files", ".recipes", ".shards", ".unlabelled", ".vision"},
@@ -150,6 +153,6 @@ def test_public_names_can_be_imported_and_are_all_there_are() -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from ncfinetune.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "ncfinetune COMMAND" in done.stdout

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
-from ncfinetune.callbacks.probe import LinearProbe, fit_probe, knn_predict
+from ncfinetune.callbacks.classify import LinearProbe, fit_probe, knn_predict
 from ncfinetune.datamodules import Digits
 from ncfinetune.passes import evenly
 
@@ -170,7 +170,7 @@ def test_contrastive_learners_are_probed_on_the_features_of_every_view(method, t
         bank, queries = (model.eval().backbone(v).numpy() for v in (images, plain.tensors[0]))
     right = _knn(queries, bank.repeat(2, 0), labels.repeat_interleave(2).numpy(), 9) == plain.tensors[1].numpy()
     assert trainer.callback_metrics["probe/knn"].item() == pytest.approx(right.mean())
-    assert probe._probe.linear.in_features == 10
+    assert probe._linear.probe.linear.in_features == 10
 
 
 def test_digits_and_a_layer_by_name(tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_its_state_is_in_the_checkpoint_and_goes_on(tmp_path: Path) -> None:
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
     assert list(stored["OnlineProbe{'layer': 'penultimate'}"]) == ["probe", "optimizer"]
     (_, whole), (_, resumed) = run(4), run(4, ckpt_path=tmp_path / "half.ckpt")
-    for key, value in whole._probe.state_dict().items():
-        torch.testing.assert_close(resumed._probe.state_dict()[key], value)
+    for key, value in whole._linear.probe.state_dict().items():
+        torch.testing.assert_close(resumed._linear.probe.state_dict()[key], value)
     untouched = OnlineProbe(3)
     untouched.load_state_dict(resumed.state_dict())
     assert untouched.state_dict()["probe"].keys() == resumed.state_dict()["probe"].keys()

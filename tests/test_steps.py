@@ -15,7 +15,7 @@ from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
-from ncfinetune import FineTuner, SimCLR, SupCon, Supervised, learner
+from ncfinetune import FineTuner, SimCLR, SupCon, Supervised, classifier, learner
 from ncfinetune.datamodules import Digits
 from ncfinetune.learner import SampleMean
 from ncfinetune.losses import contrastive_loss
@@ -201,7 +201,8 @@ def test_multi_hot_labels_are_refused() -> None:
 def test_multi_hot_labels_behind_the_first_batch_are_counted_where_looking_would_wait(
     run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learner, "_can_look", lambda value: False)
+    for module in (classifier, learner):
+        monkeypatch.setattr(module, "may_look", lambda value: False)
     trainer = _trainer()
     with pytest.raises(ValueError, match="got 1 rows in this epoch that do not; each image is of one class"):
         getattr(trainer, run)(_frozen(FineTuner), _labelled(MULTI_HOT))
