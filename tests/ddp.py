@@ -27,7 +27,7 @@ def run(world: int, folder: Path, task: Callable[[int], Any]) -> list[Any]:
     for process in processes:
         process.start()
     try:
-        found = dict(results.get(timeout=60) for _ in processes)
+        found = dict(results.get(timeout=600) for _ in processes)
     finally:
         for process in processes:
             process.join(timeout=10)

@@ -467,7 +467,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("word", ["--version", "--help"])
 def test_front_door_as_a_module(word: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ncfinetune", word], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "ncfinetune", word], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0
     assert done.stdout.startswith("ncfinetune 0.1" if word == "--version" else "usage: ncfinetune")
@@ -570,7 +570,7 @@ def test_processes_of_torchrun_train_together_or_not_at_all(options: list[str], 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"},
     )
     assert said in done.stdout + done.stderr

@@ -57,7 +57,7 @@ def test_two_processes_end_where_one_does_without_looking_for_unused_parameters(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ def test_study_writes_its_rows_goes_on_and_makes_a_table(tmp_path: Path) -> None
 
     def study(*words: str) -> str:
         done = subprocess.run(
-            [sys.executable, str(STUDY), *words], capture_output=True, text=True, timeout=300, env=env
+            [sys.executable, str(STUDY), *words], capture_output=True, text=True, timeout=600, env=env
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
