@@ -39,6 +39,22 @@ def test_study_runs(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "row"),
+    [
+        ("metrics", "--samples 2000 --sizes 3x16", "| 3 | 16 |"),
+        ("finetune", "--networks test_resnet --batch 2 --memory-batch 2 --steps 1 --probe-images 4", "| test_resnet |"),
+    ],
+)
+def test_a_benchmark_runs_at_small_size(script: str, options: str, row: str, tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    path = STUDY.parent / "benchmarks" / f"{script}.py"
+    command = [sys.executable, str(path), "--repeats", "1", "--out", str(out), *options.split()]
+    subprocess.run(command, cwd=STUDY.parent.parent, check=True, timeout=600)
+    assert row in out.read_text()
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_the_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
     script = STUDY.parent / "benchmarks" / "gpu.py"

@@ -9,8 +9,6 @@ CIFAR-10 of 60,000 images of noise and goes through the training images once.
     python experiments/benchmarks/augmentation.py [--repeats 5] [--out experiments/results/augmentation.md]
 """
 
-import argparse
-import multiprocessing
 import os
 import pickle
 import platform
@@ -25,6 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision
+from common import in_a_new_process, options_of, spread, written
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -182,10 +181,7 @@ def measure(case: Case, repeats: int) -> str:
     pairs = [(seconds(case.ours, clock), seconds(case.theirs, clock)) for _ in range(repeats)]
     ratios = [theirs / ours for ours, theirs in pairs]
     mine, others = (case.images / statistics.median(times) for times in zip(*pairs, strict=True))
-    return (
-        f"| {case.name} | {mine:,.0f} | {others:,.0f} | "
-        f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) |"
-    )
+    return f"| {case.name} | {mine:,.0f} | {others:,.0f} | {spread(ratios, 1)} |"
 
 
 def _write_cifar(root: Path) -> None:
@@ -206,43 +202,28 @@ def _resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _grown(root: str, answer: Any) -> None:
-    torch.set_num_threads(1)
+def _grown(root: str) -> float:
     torchvision.datasets.cifar.check_integrity = lambda path, md5=None: True  # noise has another checksum
     data = CIFAR10(root, batch_size=BATCH, augmentation="plain")
     before = _resident()
     training(data)
     drain(data.train_dataloader())
-    answer.put(_resident() - before)
+    return _resident() - before
 
 
 def memory() -> str:
     with tempfile.TemporaryDirectory() as root:
         _write_cifar(Path(root))
-        context = multiprocessing.get_context("spawn")
-        answer = context.Queue()
-        process = context.Process(target=_grown, args=(root, answer))
-        process.start()
-        grown = answer.get(timeout=600)
-        process.join()
+        grown = in_a_new_process(_grown, root)
     images = 60_000 * 3 * 32 * 32 / 2**20
     return f"CIFAR-10 in memory: {grown:.0f} MiB, of which the uint8 images are {images:.0f}."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/augmentation.md"))
-    options = parser.parse_args()
+    options = options_of(__doc__, "augmentation.md").parse_args()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file, tempfile.TemporaryDirectory() as root:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-            print(line, file=file, flush=True)
-
+    with written(options.out) as say, tempfile.TemporaryDirectory() as root:
         say(f"`python experiments/benchmarks/augmentation.py --repeats {options.repeats}`: torch {torch.__version__},")
         say(f"torchvision {torchvision.__version__}, {platform.machine()}. Medians (least to most) of the pairs.\n")
         say("| training images | ours, images/s | torchvision and PIL, images/s | ratio |")

@@ -13,18 +13,15 @@ format, then with channels_last and bf16-mixed switched on for ours alone.
     python experiments/benchmarks/contrastive.py [--repeats 5] [--steps 2] [--out FILE]
 """
 
-import argparse
 import itertools
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import lightning
 import torch
-import torch.nn.functional as F
+from common import in_a_new_process, options_of, peak_megabytes, plain_supcon, spread, written
 from lightly.loss import NTXentLoss
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -38,16 +35,6 @@ NETWORK = {"name": "resnet18", "stem": "cifar"}
 Loss = Callable[[Tensor], Tensor]
 
 
-def plain_supcon(z: Tensor, labels: Tensor) -> Tensor:
-    z, y = F.normalize(z.flatten(0, 1), dim=1), labels.repeat_interleave(z.shape[1])
-    logits = z @ z.T / TEMPERATURE
-    logits = logits - logits.max(1, keepdim=True).values.detach()
-    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positives = (y[:, None] == y) & others
-    log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
-    return -((positives * log_share).sum(1) / positives.sum(1)).mean()
-
-
 def losses(n: int) -> dict[str, tuple[Loss, Loss]]:
     """Ours and the rival, for N pairs."""
     ntxent = NTXentLoss(TEMPERATURE)
@@ -56,7 +43,7 @@ def losses(n: int) -> dict[str, tuple[Loss, Loss]]:
         "lightly NTXentLoss": (lambda z: contrastive_loss(z, single, TEMPERATURE), lambda z: ntxent(z[:, 0], z[:, 1])),
         "plain masked SupCon": (
             lambda z: contrastive_loss(z, classes, TEMPERATURE),
-            lambda z: plain_supcon(z, classes),
+            lambda z: plain_supcon(z, classes, TEMPERATURE),
         ),
     }
 
@@ -83,29 +70,13 @@ def compare(n: int, rival: str, repeats: int) -> tuple[list[float], list[float],
     return [a[0] for a, _ in pairs], [b[0] for _, b in pairs], apart
 
 
-def _grown(n: int, rival: str, which: int, answer: "multiprocessing.Queue[float]") -> None:
-    torch.set_num_threads(1)
+def megabytes(n: int, rival: str, which: int) -> float:
+    """Growth of this process's peak memory by one pass of ours (0) or the rival (1)."""
     milliseconds(losses(16)[rival][which], torch.randn(16, 2, DIM), 2)
     loss, z = losses(n)[rival][which], torch.randn(n, 2, DIM)
-    before = _peak()
+    before = peak_megabytes()
     milliseconds(loss, z, 1)
-    answer.put(_peak() - before)
-
-
-def _peak() -> float:
-    """Peak memory of this process in MB, as Linux counts it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def megabytes(n: int, rival: str, which: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_grown, args=(n, rival, which, answer))
-    process.start()
-    grown = answer.get(timeout=600)
-    process.join()
-    return grown
+    return peak_megabytes() - before
 
 
 class Clock(Callback):
@@ -159,10 +130,6 @@ def bare_steps(data: DataLoader[tuple[Tensor, ...]]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
 def loss_rows(repeats: int) -> Iterator[str]:
     yield "| pairs | rival | ours, ms | rival, ms | rival / ours | ours, MB | rival, MB | gradients apart |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -170,7 +137,7 @@ def loss_rows(repeats: int) -> Iterator[str]:
         for rival in losses(n):
             mine, theirs, apart = compare(n, rival, repeats)
             ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-            memory = [megabytes(n, rival, which) for which in (0, 1)]
+            memory = [in_a_new_process(megabytes, n, rival, which) for which in (0, 1)]
             yield (
                 f"| {n} | {rival} | {statistics.median(mine):.1f} | {statistics.median(theirs):.1f} | "
                 f"{spread(ratios)} | {memory[0]:.0f} | {memory[1]:.0f} | {apart:.0e} |"
@@ -197,10 +164,8 @@ def step_rows(repeats: int, steps: int) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options_of(__doc__, "contrastive.md")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a repeat, after one that is not")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/contrastive.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     head = (
@@ -208,12 +173,10 @@ def main() -> None:
         f"CPU time on one thread, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"{platform.machine()}. Medians (least to most) over the repeats."
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file:
+    with written(options.out) as say:
         parts = [[head, ""], loss_rows(options.repeats), [""], step_rows(options.repeats, options.steps)]
         for line in itertools.chain.from_iterable(parts):
-            print(line, flush=True)
-            print(line, file=file, flush=True)
+            say(line)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ probe is timed from the start of `fit` to its end, against one forward pass over
 """
 
 import argparse
-import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import in_a_new_process, options_of, peak_megabytes, quiet, spread, written
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -125,35 +123,22 @@ def seconds(network: str, batch: int, steps: int, repeats: int, device: str) -> 
     return taken
 
 
-def _grown(network: str, method: str, batch: int, device: str, answer: "multiprocessing.Queue[float]") -> None:
-    quiet()
+def megabytes(network: str, method: str, batch: int, device: str) -> float:
+    """Growth of this process's peak memory by an epoch of two batches."""
     fit("test_resnet", METHODS[method], Noise(4, 2, 64), 1, device)
     data = Noise(batch * 2, batch)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _peak(device, reset=True)
     fit(network, METHODS[method], data, 1, device)
-    answer.put(_peak(device) - before)
+    return _peak(device) - before
 
 
 def _peak(device: str, reset: bool = False) -> float:
     """Peak memory in MB: what torch allocated on a GPU, what Linux counts for this process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def megabytes(network: str, method: str, batch: int, device: str) -> float:
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_grown, args=(network, method, batch, device, answer))
-    process.start()
-    grown = answer.get(timeout=600)
-    process.join()
-    return grown
+    return peak_megabytes(reset)
 
 
 def probe(network: str, images: int, batch: int, epochs: int, device: str) -> tuple[float, float]:
@@ -171,35 +156,18 @@ def probe(network: str, images: int, batch: int, epochs: int, device: str) -> tu
     return forward, now() - start
 
 
-def quiet() -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, "finetune.md", repeats=3)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_small_patch16_224"])
     parser.add_argument("--batch", type=int, default=32, help="images a batch")
     parser.add_argument("--memory-batch", type=int, default=32, help="images a batch for memory and the linear probe")
     parser.add_argument("--steps", type=int, default=3, help="batches an epoch")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--probe-images", type=int, default=256)
     parser.add_argument("--parts", nargs="+", choices=["steps", "probe"], default=["steps", "probe"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/finetune.md"))
     options = parser.parse_args()
     quiet()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-            print(line, file=file, flush=True)
-
+    with written(options.out) as say:
         place = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
         say(f"Medians (least to most) of {options.repeats} turns; 224x224 images, torch {torch.__version__}, {place}.")
         say(
@@ -216,13 +184,15 @@ def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> No
     say("|---|---|---|---|---|---|---|")
     for network in options.networks:
         taken = seconds(network, options.batch, options.steps, options.repeats, options.device)
-        memory = {name: megabytes(network, name, options.memory_batch, options.device) for name in METHODS}
+        memory = {
+            name: in_a_new_process(megabytes, network, name, options.memory_batch, options.device) for name in METHODS
+        }
         for name in METHODS:
             pairs = list(zip(taken[name], taken["full FT"], strict=True))
             step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
             say(
-                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {_spread(step)} | "
-                f"{_spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
+                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {spread(step)} | "
+                f"{spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
             )
 
 

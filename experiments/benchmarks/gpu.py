@@ -10,22 +10,19 @@ device's peak. Synchronisations are those that CUDA reports; on the CPU, operato
 ``--device cpu`` runs the same rows on small sizes: it shows that they run, not how fast a GPU is.
 """
 
-import argparse
 import itertools
-import logging
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
-import torch.nn.functional as F
+from common import options_of, plain_supcon, quiet, spread, written
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,10 +127,6 @@ class _Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
 def compared(device: Device, ours: Run, theirs: Run, repeats: int) -> tuple[float, float, list[float]]:
     """Median seconds of both, and of the ratios theirs over ours, taken in turn after a run of each that warms up."""
     ours(), theirs()
@@ -193,20 +186,13 @@ def metric_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
 # Contrastive loss
 
 
-def plain_supcon(z: Tensor, labels: Tensor) -> Tensor:
-    z, y = F.normalize(z.flatten(0, 1), dim=1), labels.repeat_interleave(z.shape[1])
-    logits = z @ z.T / TEMPERATURE
-    logits = logits - logits.max(1, keepdim=True).values.detach()
-    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positives = (y[:, None] == y) & others
-    log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
-    return -((positives * log_share).sum(1) / positives.sum(1)).mean()
-
-
 def contrastive_rivals(n: int, device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], ...]]:
     classes, single = torch.arange(n, device=device) % CLASSES, torch.arange(n, device=device)
     rivals: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
-        "plain masked SupCon": (lambda z: contrastive_loss(z, classes, TEMPERATURE), lambda z: plain_supcon(z, classes))
+        "plain masked SupCon": (
+            lambda z: contrastive_loss(z, classes, TEMPERATURE),
+            lambda z: plain_supcon(z, classes, TEMPERATURE),
+        )
     }
     try:
         from lightly.loss import NTXentLoss
@@ -426,20 +412,15 @@ def rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, "gpu.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/gpu.md"))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu tries the rows on small sizes")
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     device = Device(options.device)
     name = torch.cuda.get_device_name() if device.on_gpu else platform.machine()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file:
+    with written(options.out) as say:
         head = [
             f"`python experiments/benchmarks/gpu.py --device {options.device} --repeats {options.repeats}`: {name},",
             f"torch {torch.__version__}, lightning {lightning.__version__}. Medians (least to most) of the pairs.\n",
@@ -448,8 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         sizes = LARGE if device.on_gpu else SMALL
         for line in itertools.chain(head, rows(device, sizes, options.repeats)):
-            print(line, flush=True)
-            print(line, file=file, flush=True)
+            say(line)
 
 
 if __name__ == "__main__":

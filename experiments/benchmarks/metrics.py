@@ -15,16 +15,14 @@ wait to be multiplied are not counted in the state.
     python experiments/benchmarks/metrics.py [--repeats 5] [--out experiments/results/metrics.md]
 """
 
-import argparse
 import itertools
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from common import in_a_new_process, options_of, peak_megabytes, spread, written
 from torch import Tensor
 
 from ncfinetune.metrics import neural_collapse
@@ -170,34 +168,17 @@ def compare(classes: int, dim: int, samples: int, repeats: int) -> tuple[dict[st
 def ratios(spent: dict[str, list[float]], way: str) -> str:
     """Seconds of a way by ours, turn by turn: the median and the range."""
     turns = [theirs / mine for theirs, mine in zip(spent[way], spent["ours"], strict=True)]
-    return f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})"
-
-
-def _grown(classes: int, dim: int, samples: int, answer: "multiprocessing.Queue[float]") -> None:
-    torch.set_num_threads(1)
-    ours(batches(10, 8, 1000), 10, torch.randn(10, 8))
-    data, weight = batches(classes, dim, samples), torch.randn(classes, dim)
-    first = next(data)  # makes the means that features lie around
-    before = _peak()
-    ours(itertools.chain([first], data), classes, weight)
-    answer.put(_peak() - before)
-
-
-def _peak() -> float:
-    """Peak memory of this process in MB, as Linux counts it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return spread(turns)
 
 
 def megabytes(classes: int, dim: int, samples: int) -> float:
-    """Growth of a fresh process's peak memory over an evaluation."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_grown, args=(classes, dim, samples, answer))
-    process.start()
-    grown = answer.get(timeout=600)
-    process.join()
-    return grown
+    """Growth of this process's peak memory over an evaluation."""
+    ours(batches(10, 8, 1000), 10, torch.randn(10, 8))
+    data, weight = batches(classes, dim, samples), torch.randn(classes, dim)
+    first = next(data)  # makes the means that features lie around
+    before = peak_megabytes()
+    ours(itertools.chain([first], data), classes, weight)
+    return peak_megabytes() - before
 
 
 def state_megabytes(classes: int, dim: int) -> float:
@@ -213,20 +194,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options_of(__doc__, "metrics.md")
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--sizes", nargs="+", default=SIZES, type=_size, metavar="KxD", help="classes x width")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/metrics.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-            print(line, file=file, flush=True)
-
+    with written(options.out) as say:
         say(
             f"`python experiments/benchmarks/metrics.py --repeats {options.repeats}`: {options.samples:,} samples in "
             "batches of"
@@ -244,7 +217,9 @@ def main() -> None:
         for classes, dim in options.sizes:
             spent, apart = compare(classes, dim, options.samples, options.repeats)
             middle = {name: statistics.median(values) for name, values in spent.items()}
-            short, long = (megabytes(classes, dim, n) for n in (options.samples // 5, options.samples))
+            short, long = (
+                in_a_new_process(megabytes, classes, dim, n) for n in (options.samples // 5, options.samples)
+            )
             say(
                 f"| {classes} | {dim} | {middle['ours']:.2f} | {middle['class by class'] / middle['ours']:.1f} | "
                 f"{ratios(spent, 'accumulators')} | {ratios(spent, 'at once')} | "

@@ -16,7 +16,6 @@ Features are made (noisy class means with a decaying spectrum), or those of FILE
     python experiments/benchmarks/probes.py [--features FILE] [--repeats 5] [--only probe|large] [--out FILE.md]
 """
 
-import argparse
 import itertools
 import platform
 import statistics
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import options_of, spread, written
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
@@ -110,8 +110,8 @@ def probe(path: Path | None, repeats: int) -> list[str]:
     return [
         "| features | N | d | K | ours, s | RidgeCV / ours | logistic / ours | at 1e-12 | % | RidgeCV | logistic |",
         "|" + "---|" * 11,
-        f"| {name} | {size} | {spent['ours']:.2f} | {statistics.median(ratios):.1f} ({min(ratios):.1f} to "
-        f"{max(ratios):.1f}) | {loose / spent['ours']:.0f} | {tight / spent['ours']:.0f} | {' | '.join(right)} |",
+        f"| {name} | {size} | {spent['ours']:.2f} | {spread(ratios, 1)} | {loose / spent['ours']:.0f} | "
+        f"{tight / spent['ours']:.0f} | {' | '.join(right)} |",
     ]
 
 
@@ -132,29 +132,23 @@ def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 3
     return [
         "| N | d | K | ours, s | ours / z^T z |",
         "|" + "---|" * 5,
-        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}) |",
+        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {spread(ratios)} |",
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, "probes.md")
     parser.add_argument("--features", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["probe", "large"])
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
     torch.set_num_threads(1)
-    lines = [
-        f"torch {torch.__version__}, {platform.machine()}, one thread, {options.repeats} turns: median (range).",
-        "",
-    ]
-    lines += probe(options.features, options.repeats) if options.only != "large" else []
-    lines += ["", *large(options.repeats)] if options.only != "probe" else []
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    with written(options.out) as say:
+        say(f"torch {torch.__version__}, {platform.machine()}, one thread, {options.repeats} turns: median (range).\n")
+        for line in probe(options.features, options.repeats) if options.only != "large" else []:
+            say(line)
+        for line in ["", *large(options.repeats)] if options.only != "probe" else []:
+            say(line)
 
 
 if __name__ == "__main__":

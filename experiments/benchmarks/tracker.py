@@ -7,18 +7,14 @@ without the tracker, over as many images.
     python experiments/benchmarks/tracker.py [--repeats 5] [--out experiments/results/tracker.md]
 """
 
-import argparse
-import logging
 import platform
-import statistics
 import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from common import options_of, quiet, spread, written
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -129,21 +125,9 @@ def pass_ratios(name: str, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/tracker.md"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w") as file:
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-            print(line, file=file, flush=True)
-
+    options = options_of(__doc__, "tracker.md").parse_args()
+    quiet()
+    with written(options.out) as say:
         say(f"`python experiments/benchmarks/tracker.py --repeats {options.repeats}`: {TRAIN} training and {VAL}")
         say(f"validation images in batches of {BATCH}, one thread, torch {torch.__version__}, {platform.machine()}.")
         say("Medians (least to most) of the pairs.\n")
@@ -156,8 +140,7 @@ def main() -> None:
                 ("pass over the training set, against a validation", pass_ratios(name, options.repeats)),
             ]
             for what, found in rows:
-                spread = f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-                say(f"| {name} at {size} | {what} | {spread} |")
+                say(f"| {name} at {size} | {what} | {spread(found, 3)} |")
 
 
 if __name__ == "__main__":
