@@ -41,11 +41,13 @@ class SaveOnSIGTERM(Callback):
             progress.load_state_dict(state)
         run = Path(trainer.log_dir or trainer.default_root_dir)
         path = run / "checkpoints" / _NAME
-        trainer.save_checkpoint(path)
-        _say(
-            f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}; to go on: "
-            f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}"
-        )
+        when = f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}"
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            _say(f"{when}, which is lost back to the last checkpoint: {error}")
+        else:
+            _say(f"{when}; to go on: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
 
 
 @rank_zero_only
