@@ -18,6 +18,7 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -163,6 +164,8 @@ class NCFinetuneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and keep it."""
         self._arguments = sys.argv[1:] if args is None else args
+        for path in _configurations(self._arguments):
+            _check_yaml(path, parser)
         super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -364,6 +367,20 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapp
             "(weights alone go to --model.checkpoint)"
         )
     return content
+
+
+def _configurations(words: Any) -> list[str]:
+    """The files that ``--config`` names."""
+    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
+    return [path for path in given if Path(path).is_file()]
+
+
+def _check_yaml(path: str, parser: LightningArgumentParser) -> None:
+    """Refuse a file that is no YAML: jsonargparse would not name it."""
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

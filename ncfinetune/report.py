@@ -86,8 +86,7 @@ class Run:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {str(path)!r} ({' '.join(str(error).split())}); {_LEFT}") from error
-        parts = [config.get(name) for name in ("model", "data", "trainer")] if isinstance(config, dict) else [0]
-        if not all(part is None or isinstance(part, dict) for part in parts):
+        if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data")):
             raise ValueError(f"{str(path)!r} is no configuration of a run; {_LEFT}")
         return config
 
