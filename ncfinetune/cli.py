@@ -80,6 +80,8 @@ def main(args: list[str] | None = None) -> int | None:
         found = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ValueError(f"--ckpt_path holds more than data, which is not run here: {found}") from error
     except RuntimeError as error:
+        if lost := interruptions.lost_ranks(error):
+            raise ValueError(lost) from error
         if "in loading state_dict" not in str(error):
             raise
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
