@@ -362,8 +362,8 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapp
         return None
     except Exception:  # another zip file, or a damaged one, which may raise anything
         content = None
-    whole = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
-    if not whole or "pytorch-lightning_version" not in content:
+    said = content if isinstance(content, dict) else {}
+    if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
         parser.error(
             f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
             "(weights alone go to --model.checkpoint)"

@@ -150,7 +150,7 @@ class Learner(LightningModule, ABC):
                 )
             kwargs = {"weights_only": True, **kwargs}
         elif isinstance(checkpoint_path, str | os.PathLike) and os.path.isfile(checkpoint_path):
-            check_zip(checkpoint_path)
+            check_zip(os.fspath(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
