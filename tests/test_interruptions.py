@@ -75,6 +75,24 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     assert read_scalars(stopped) == read_scalars(whole)
 
 
+def test_sigterm_on_a_full_disk_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(checkpoint: Any, part: Path) -> None:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ncfinetune.atomic.torch.save", full)
+    terminate = ["--trainer.callbacks+=test_interruptions.Terminate", "--trainer.callbacks.step=3"]
+    assert main([*RUN, *terminate, *_place(tmp_path)]) == 143
+    path = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "stopped by SIGTERM in epoch 0 after step 3, which is lost back to the last checkpoint: cannot write "
+        f"'{path}': [Errno 28] No space left on device; make room there, or choose another folder"
+    )
+    assert not path.parent.exists() or not list(path.parent.iterdir())
+
+
 def test_to_go_on_from_the_last_checkpoint_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, *_place(tmp_path), "--trainer.max_epochs", "1"]) is None
     error = _refusal(capsys, *RUN, *_place(tmp_path), "--ckpt_path", "last")
