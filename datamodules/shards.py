@@ -368,24 +368,33 @@ def read_index(url: str) -> dict[str, int]:
     """Sizes by the names of the shards' files, of any of the three kinds of index.
 
     Raises:
-        ValueError: Two shards of one name have different sizes.
+        ValueError: The file is no index, or two shards of one name have different sizes.
     """
     from webdataset.gopen import gopen
 
     with gopen(url) as stream:
-        index = json.loads(stream.read())
-    if "shardlist" in index:
-        pairs = [(shard["url"], shard["nsamples"]) for shard in index["shardlist"]]
-    elif "splits" in index:
-        splits = index["splits"].values()
-        pairs = [pair for split in splits for pair in zip(split["filenames"], split["shard_lengths"], strict=True)]
-    else:
-        pairs = list(index.items())
+        content = stream.read()
+    try:
+        pairs = [(os.path.basename(name), int(size)) for name, size in _pairs(json.loads(content))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f'cannot read {url} as sizes of shards ({error!r}); expected JSON as {{"000.tar": 1000}}, an index of '
+            "widsindex or an _info.json"
+        ) from error
     sizes: dict[str, int] = {}
     for name, size in pairs:
-        if sizes.setdefault(os.path.basename(name), int(size)) != int(size):
-            raise ValueError(f"{url} has two sizes of shards named {os.path.basename(name)}; give sizes as numbers")
+        if sizes.setdefault(name, size) != size:
+            raise ValueError(f"{url} has two sizes of shards named {name}; give sizes as numbers")
     return sizes
+
+
+def _pairs(index: Any) -> list[tuple[str, Any]]:
+    if "shardlist" in index:
+        return [(shard["url"], shard["nsamples"]) for shard in index["shardlist"]]
+    if "splits" in index:
+        splits = index["splits"].values()
+        return [pair for split in splits for pair in zip(split["filenames"], split["shard_lengths"], strict=True)]
+    return list(index.items())
 
 
 def count_samples(path: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import Any
 
 from ncfinetune import __version__
 
@@ -45,7 +46,7 @@ def main(args: list[str] | None = None) -> int | None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("NCFINETUNE_TRACEBACK"):
             raise
-        print(f"error: {_text(error)}", file=sys.stderr)
+        print(f"error: {_rank()}{_text(error)}", file=sys.stderr)
         return 2
 
 
@@ -73,6 +74,14 @@ def _run(args: list[str] | None) -> int | None:
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
         return 2
     return None
+
+
+def _rank() -> str:
+    """Which of several processes speaks; nothing where there is one."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"rank {dist.get_rank()}: "
 
 
 def _text(error: Exception) -> str:

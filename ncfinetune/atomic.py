@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
+
+from ncfinetune.checksums import check_zip
 
 
 @contextmanager
@@ -24,20 +26,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OSError: The disk is full, or the folder cannot be written; nothing half-written stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         sync(part)
         part.replace(path)
     # torch and safetensors have errors of their own for a disk that is full.
     except (OSError, RuntimeError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {str(path)!r}: {error}; make room there, or choose another folder") from error
+        _remove(part)
+        raise unwritten(path, error) from error
     except BaseException:
-        part.unlink(missing_ok=True)
+        _remove(part)
         raise
     sync(path.parent)
+
+
+def unwritten(path: Path, error: Exception) -> OSError:
+    """What to raise where a file could not be written, in words that say what to do."""
+    return OSError(f"cannot write {str(path)!r}: {error}; make room there, or choose another folder")
+
+
+def _remove(part: Path) -> None:
+    with suppress(OSError):  # of a folder that cannot be written
+        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -68,3 +80,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with replacing(path) as part:
             torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Read a checkpoint that is as it was written; torch does not look at the checksums that it writes.
+
+        Raises:
+            ValueError: A bit of it is another.
+        """
+        if "://" not in str(path):
+            check_zip(path)
+        return super().load_checkpoint(path, *args, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.delta import fingerprint, raw
+from ncfinetune.checksums import fingerprint, raw
 from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 from ncfinetune.tail import Tail

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.inputs import may_look
+from ncfinetune.inputs import may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner
 
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
@@ -136,7 +136,7 @@ class Classifier(Learner):
         self._refuse_counted()
 
     def _classify(self, batch: Batch, batch_idx: int, split: str) -> Tensor:
-        images, labels = batch
+        images, labels = batch[0], whole(batch[1])
         if batch_idx == 0 or may_look(labels):
             _check_labels(labels, self.num_classes)
         elif labels.ndim == 2:

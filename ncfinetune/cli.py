@@ -12,11 +12,13 @@ import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import interruptions, predictions
-from ncfinetune.atomic import AtomicCheckpointIO
+from ncfinetune.atomic import AtomicCheckpointIO, replacing
 from ncfinetune.learner import check_launched
 from ncfinetune.weights import DATA
 
@@ -78,6 +80,8 @@ def main(args: list[str] | None = None) -> int | None:
         found = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ValueError(f"--ckpt_path holds more than data, which is not run here: {found}") from error
     except RuntimeError as error:
+        if lost := interruptions.lost_ranks(error):
+            raise ValueError(lost) from error
         if "in loading state_dict" not in str(error):
             raise
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
@@ -118,22 +122,37 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save nothing yet."""
 
+    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, if that has not been done, and as a whole: Lightning would write over what is there.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        if self.already_saved:
+            return
+        folder, name = trainer.log_dir or trainer.default_root_dir, self.config_filename  # all processes ask together
+        whole = trainer.is_global_zero and "://" not in str(folder)
+        with replacing(Path(folder, name)) if whole else nullcontext() as part:
+            self.config_filename = part.name if part else name
+            super().setup(trainer, pl_module, stage)
+        self.config_filename = name
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, the first time."""
-        super().setup(trainer, pl_module, "fit")
+        self._save(trainer, pl_module, "fit")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, the first time, but not in the sanity check, after which training may still be refused."""
         if not trainer.sanity_checking:
-            super().setup(trainer, pl_module, "validate")
+            self._save(trainer, pl_module, "validate")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, the first time."""
-        super().setup(trainer, pl_module, "test")
+        self._save(trainer, pl_module, "test")
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, the first time."""
-        super().setup(trainer, pl_module, "predict")
+        self._save(trainer, pl_module, "predict")
 
 
 class NCFinetuneCLI(LightningCLI):
@@ -147,6 +166,8 @@ class NCFinetuneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and keep it."""
         self._arguments = sys.argv[1:] if args is None else args
+        for path in _configurations(self._arguments):
+            _check_yaml(path, parser)
         super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -276,8 +297,7 @@ class NCFinetuneCLI(LightningCLI):
         try:
             self.trainer.predict(**{**kwargs, "return_predictions": False})
         except BaseException:
-            if self._table is not None:
-                self._table.close()
+            if self._table is not None and self._table.keep():
                 print(f"{self._table.rows} predictions so far: {self._table.partial}", file=sys.stderr)
             raise
         if self._table is None:
@@ -340,14 +360,29 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapp
         content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
     except UnpicklingError:  # objects of a project's own, which Lightning may be told to trust
         return None
-    except RuntimeError:  # another zip file
+    except Exception:  # another zip file, or a damaged one, which may raise anything
         content = None
-    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+    said = content if isinstance(content, dict) else {}
+    if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
         parser.error(
             f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
             "(weights alone go to --model.checkpoint)"
         )
     return content
+
+
+def _configurations(words: Any) -> list[str]:
+    """The files that ``--config`` names."""
+    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
+    return [path for path in given if Path(path).is_file()]
+
+
+def _check_yaml(path: str, parser: LightningArgumentParser) -> None:
+    """Refuse a file that is no YAML: jsonargparse would not name it."""
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.heads import Projection, projection_head
+from ncfinetune.inputs import whole
 from ncfinetune.learner import Batch, Interval, Learner
 from ncfinetune.losses import contrastive_loss
 
@@ -126,7 +127,7 @@ class SupCon(Contrastive):
 
     def classes(self, labels: Tensor) -> Tensor:
         """The labels."""
-        return labels
+        return whole(labels)
 
 
 class SimCLR(Contrastive):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 
 from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
+from ncfinetune.checksums import fingerprint
 from ncfinetune.weights import save as save_weights
 from ncfinetune.weights import with_own_memory
 
-_FORMAT = "ncfinetune delta 2"
+_FORMAT = "ncfinetune delta 3"
 # What a delta has to say of itself.
 _FACTS = ("base", "base_fingerprint", "fingerprint", "knobs", "class_names", "preprocessing")
 # What timm calls the ways of making images ready for a network, in its ``pretrained_cfg``.
@@ -30,20 +30,6 @@ _ROUNDING = 1e-3
 _INSTEAD = "keep the delta, or write the network without its classifier: model.backbone.save(path)"
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the SHA-256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(raw(tensor))
-    return digest.hexdigest()[:16]
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a state that lie in the ``tuned`` modules, and the others."""
     prefixes = tuple(f"{path}." for path in tuned)
@@ -52,14 +38,15 @@ def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, 
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str, facts: Mapping[str, Any]) -> None:
-    """Write the tensors to a safetensors file, whose metadata hold the facts, and the fingerprints of base and tensors.
+    """Write the tensors to a safetensors file, whose metadata hold the facts, and fingerprints of base and file.
 
     Raises:
         ValueError: The file's name does not end in ``.safetensors``.
     """
     _check_suffix(path)
-    metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint, "fingerprint": fingerprint(tensors)}
+    metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
+    metadata["fingerprint"] = fingerprint(tensors, metadata)
     with replacing(path) as part:
         save_file(with_own_memory(tensors), part, metadata)
 
@@ -71,6 +58,14 @@ def facts(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: No such file.
         ValueError: The file is no delta, or a damaged one.
     """
+    metadata = _metadata(path)
+    try:
+        return {k: v if "fingerprint" in k else json.loads(v) for k, v in metadata.items() if k != "format"}
+    except ValueError as error:
+        raise ValueError(f"delta {str(path)!r} is damaged: {error}; copy it anew, or fit again") from error
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no delta {str(path)!r}; fit leaves delta.safetensors beside the checkpoints")
     metadata: dict[str, str] = {}
@@ -80,11 +75,11 @@ def facts(path: str | Path) -> dict[str, Any]:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"delta {str(path)!r} is damaged or cut off: {error}") from error
-    if metadata.pop("format", None) != _FORMAT:
+    if metadata.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is no delta; expected the delta.safetensors that fit leaves")
     if missing := [name for name in _FACTS if name not in metadata]:
         raise ValueError(f"delta {str(path)!r} does not say its {', '.join(missing)}; expected a file as fit leaves it")
-    return {name: fact if "fingerprint" in name else json.loads(fact) for name, fact in metadata.items()}
+    return metadata
 
 
 def load(
@@ -97,7 +92,7 @@ def load(
         ValueError: The file is no delta, one of other knobs or another base, or its tensors are not those of the tuned
             layers as they were saved.
     """
-    there, here = facts(path), json.loads(json.dumps(here, default=repr))
+    metadata, there, here = _metadata(path), facts(path), json.loads(json.dumps(here, default=repr))
     for name in ("num_classes", "train", "skip_from", "skip_join"):
         ours, theirs = here["knobs"].get(name), there["knobs"].get(name)
         if ours != theirs:
@@ -112,8 +107,8 @@ def load(
     tensors = load_file(path)
     if wrong := _wrong(tensors, tuned):
         raise ValueError(f"delta {str(path)!r} {wrong}; expected the tensors of the tuned layers and no others")
-    if there["fingerprint"] != fingerprint(tensors):
-        raise ValueError(f"delta {str(path)!r} is damaged: its tensors are not those that were saved")
+    if metadata.pop("fingerprint") != fingerprint(tensors, metadata):
+        raise ValueError(f"delta {str(path)!r} is damaged: it is not what was saved; copy it anew, or fit again")
     return tensors
 
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util.tensor_util import make_ndarray
@@ -42,7 +43,7 @@ def read_scalars(run: Path) -> tuple[dict[str, list[float]], list[str]]:
                     elif value.metadata.plugin_data.plugin_name == "scalars":
                         values[value.tag][event.step] = float(make_ndarray(value.tensor))
                 last = max(last, event.step)
-        except ValueError as error:
+        except (ValueError, TypeError, DecodeError) as error:
             until = f"numbers until step {last} are taken" if last >= 0 else "no number in it is taken"
             faults.append(f"{path}: {error}; {until}")
     return {tag: [found[step] for step in sorted(found)] for tag, found in values.items()}, faults

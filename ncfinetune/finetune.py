@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ncfinetune import delta
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
+from ncfinetune.checksums import fingerprint
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, chosen_layers, refuse_random, refuse_tuners
 from ncfinetune.heads import SkipHead, SkipJoin, nearest_mean_classifier, streamed_moments
@@ -333,7 +334,7 @@ class FineTuner(Classifier):
         """
         tensors, frozen = self._split(state)
         names = self.class_names if class_names is None else class_names
-        delta.save(path, tensors, delta.fingerprint(frozen), {**self._facts(), "class_names": names})
+        delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
 
     def load_delta(self, path: str | Path) -> None:
         """Put tuned layers and classifier in place.

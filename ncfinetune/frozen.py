@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
-from ncfinetune.delta import fingerprint
+from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import find_layers
 
 # Share of random values from which on a network is not pre-trained.

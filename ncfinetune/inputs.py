@@ -23,6 +23,11 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def whole(labels: Tensor) -> Tensor:
+    """Whole-number labels in the type that torch indexes by, since it lacks most operators for uint16 and the like."""
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def check_shapes(features: Tensor, labels: Tensor) -> None:
     """Refuse what is no batch of pooled features ``(N, d)`` with labels ``(N,)``.
 
@@ -53,6 +58,7 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None = No
     Raises:
         ValueError: There are such.
     """
+    labels = whole(labels)
     if ignore_index is not None:
         labels = labels[labels != ignore_index]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:

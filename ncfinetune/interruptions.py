@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,6 +25,11 @@ from ncfinetune.resume import begin_again
 # What a shell says of a process that SIGTERM ended.
 STATUS = 128 + signal.SIGTERM
 _NAME = "stopped.ckpt"
+# What gloo, NCCL and the store say of where a process has ended, and did not answer within the time-out.
+_CONNECTION = r"gloo|NCCL|nccl|TCPStore|Connection (closed|reset) by peer|Broken pipe"
+# Where processes say that they are left, and seconds that they give each other for it: Lightning's launcher kills them
+# within five.
+_LEFT, _ANSWER = "ncfinetune/left", 1.0
 
 
 class SaveOnSIGTERM(Callback):
@@ -41,11 +49,37 @@ class SaveOnSIGTERM(Callback):
             progress.load_state_dict(state)
         run = Path(trainer.log_dir or trainer.default_root_dir)
         path = run / "checkpoints" / _NAME
-        trainer.save_checkpoint(path)
-        _say(
-            f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}; to go on: "
-            f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}"
-        )
+        when = f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}"
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            _say(f"{when}, which is lost back to the last checkpoint: {error}")
+        else:
+            _say(f"{when}; to go on: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
+
+
+def lost_ranks(error: RuntimeError) -> str | None:
+    """What to say of an error that a process gets where others have ended; None if it is another error.
+
+    Every process that is left says so in the store by which they found each other; those that do not are named.
+    """
+    if not (dist.is_available() and dist.is_initialized() and re.search(_CONNECTION, str(error))):
+        return None
+    own, others = dist.get_rank(), range(dist.get_world_size())
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{_LEFT}/{own}", "")
+        time.sleep(_ANSWER)
+        gone = [rank for rank in others if not store.check([f"{_LEFT}/{rank}"])]
+    except RuntimeError:  # the store ends with the first process, whose it is
+        gone = [0]
+    who = (
+        f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}" if gone else "a connection between the ranks"
+    )
+    return (
+        f"{who} ended while {len(others)} processes trained together: what it printed last says why (a process that is "
+        "killed, as for want of memory, prints nothing); go on from the last checkpoint by --ckpt_path"
+    )
 
 
 @rank_zero_only

@@ -5,6 +5,7 @@ Legend: ``N`` samples.
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.checksums import check_zip
 from ncfinetune.inputs import may_look
 from ncfinetune.resume import state_of_process, states_of_processes, take_up_after_last_batch
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
@@ -132,6 +134,24 @@ class Learner(LightningModule, ABC):
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare what a datamodule says of classes and images with what the learner was trained on."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as Lightning does, but a file from another machine as data alone unless ``weights_only=False`` is given.
+
+        Raises:
+            ValueError: A file is damaged; or this version of Lightning would run what is in one from another machine.
+        """
+        if "://" in str(checkpoint_path):
+            if "weights_only" not in inspect.signature(super().load_from_checkpoint).parameters:
+                raise ValueError(
+                    f"{str(checkpoint_path)!r} is on another machine, and this Lightning would run its code; "
+                    "fetch it first"
+                )
+            kwargs = {"weights_only": True, **kwargs}
+        elif isinstance(checkpoint_path, str | os.PathLike) and os.path.isfile(checkpoint_path):
+            check_zip(os.fspath(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what classes and images are like, and what a run needs to go on within an epoch."""

@@ -97,10 +97,34 @@ class CollapseMetric(Metric, ABC):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge another state into this one; serves ``forward`` and ``merge_state``."""
-        missing = [name for name in self._defaults if name not in incoming_state]
-        if missing:
-            raise ValueError(f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}")
+        if fault := self._misfit(incoming_state, self.metric_state):
+            raise ValueError(fault)
         self._merge([self.metric_state, incoming_state])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take a state over if there is one, whole and of a metric like this; torchmetrics takes whatever there is."""
+        given = {name: state_dict[prefix + name] for name in self._defaults if prefix + name in state_dict}
+        fault = self._misfit(given, self._defaults) if given else None
+        if fault is not None:
+            args[-1].append(fault)
+            for name in given:
+                del state_dict[prefix + name]
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _misfit(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+        """What keeps a state from being one of this metric; sizes that its own has as 0 are not known yet."""
+        if missing := [name for name in self._defaults if name not in state]:
+            return f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}"
+        for name in self._defaults:
+            expected, got = tuple(own[name].shape), tuple(state[name].shape)
+            fits = len(got) == len(expected) and all(0 in (a, b) or a == b for a, b in zip(expected, got, strict=True))
+            if not fits or own[name].is_floating_point() != state[name].is_floating_point():
+                return (
+                    f"expected the state of a {type(self).__name__} of {self.num_classes} classes, whose {name} is "
+                    f"{own[name].dtype} {expected}, got {state[name].dtype} {got}; take a metric made as its own was"
+                )
+        return None
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None

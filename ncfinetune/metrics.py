@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfinetune import collapse
-from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags, sound_samples
+from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags, sound_samples, whole
 from ncfinetune.metric_base import AccumulatorMetric, CollapseMetric, state
 from ncfinetune.moments import ClassMoments, MomentAccumulator, UndefinedCollapseError
 from ncfinetune.sketch import ClassSketches
@@ -258,7 +258,7 @@ class NC4(CollapseMetric):
                 check_finite(features, self._update_count)
             if self._moments.mean.device != device:
                 self._moments = self._moments.to(device)
-            features, labels, weight = (tensor.detach().to(device) for tensor in (features, labels, weight))
+            features, labels, weight = (tensor.detach().to(device) for tensor in (features, whole(labels), weight))
             bias = None if bias is None else bias.detach().to(device)
             keep, flags = sound_samples(features, labels, self.num_classes)
             differ = collapse.disagreements(features, self._moments, weight, bias) & keep

@@ -146,7 +146,7 @@ class ClassMoments:
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
     """Moments of features ``(N, d)`` with labels ``(N,)``, in two passes over them."""
-    features = features.double()
+    features, labels = features.double(), labels.long()
     count = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
     count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)

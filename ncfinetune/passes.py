@@ -7,11 +7,16 @@ for bit: weights, modes, the trainer's stage and the random numbers.
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
+import pickle
+import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.context import BaseContext
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +38,9 @@ from torch.utils.data import (
 
 # What every torch module has in its namespace; the rest is its author's.
 _OF_TORCH = frozenset(vars(nn.Module()))
+# What a copy of a loader shares with the loader: what has no state that a pass changes, or is too large to copy.
+_SHARED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, nn.Module, BaseContext, np.memmap)
+_SHARED_BY_NAME = frozenset({"Trainer", "LightningDataModule"})  # of either package of Lightning
 # What the end of a loader's iterator is told by, since a batch may be anything.
 _END = object()
 
@@ -148,8 +156,10 @@ class TrainingSet:
     """The training set of a run as a pass sees it: in a fixed order, each sample once over all processes.
 
     It is what a datamodule's ``train_plain_dataloader()`` gives, images without augmentation; otherwise what the
-    training loader's sampler draws from its data set, as that is, or a stream of its own of an iterable one. It is
-    asked for again whenever the trainer asks for its training loader.
+    training loader's sampler draws from its data set, as that is, or a copy of a stream or of a loader of another kind.
+    A pass takes nothing from the training: neither batches nor random numbers, but for those that a data set with a
+    generator of its own draws without workers. The set is asked for again whenever the trainer asks for its training
+    loader.
 
     Args:
         asker: Name of the callback, for messages.
@@ -168,7 +178,7 @@ class TrainingSet:
         self._asked_for: Any = None
         self._source: Any = None
         self._plain = False
-        self._made: tuple[Any, DataLoader[Any]] | None = None
+        self._made: tuple[Any, Any] | None = None
 
     def batches(
         self, trainer: Trainer, max_batches: int | None = None, max_samples: int | None = None, shared: bool = True
@@ -186,13 +196,25 @@ class TrainingSet:
             shared: Whether the processes share the set among them; else each takes all of it.
 
         Raises:
-            ValueError: There are several training loaders, or the data may never end.
+            ValueError: There are several training loaders, the data may never end, or no loader of its own can be made.
         """
-        loader = self._ask(trainer)
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            return self._stream(trainer, loader, max_batches, max_samples)
-        with isolate_rng():
-            drawn = _drawn(loader)
+        with isolate_rng():  # a loader may draw as it is made, and as its iterator is
+            loader = self._ask(trainer)
+            try:
+                if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+                    return self._stream(trainer, loader, max_batches, max_samples)
+                return self._samples(trainer, loader, max_batches, max_samples, shared)
+            except CopyError as error:
+                raise ValueError(
+                    f"{self._asker} needs a training loader of its own, since its pass would take batches and random "
+                    f"numbers from the training, and {error}; give the datamodule a train_plain_dataloader() that "
+                    f"makes a new one, or {self._asker}({self._off})"
+                ) from error
+
+    def _samples(
+        self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None, shared: bool
+    ) -> Iterator[Any]:
+        drawn = _drawn(loader)
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
         fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
@@ -201,7 +223,7 @@ class TrainingSet:
         )
         own = chosen[trainer.global_rank :: trainer.world_size] if shared else chosen
         as_it_is = trainer.world_size == 1 or (shared and isinstance(loader.sampler, DistributedSampler))
-        if not (self._plain and as_it_is) or self.limited:
+        if not (self._plain and as_it_is) or self.limited or _in_use(trainer, loader):
             if self._made is None or self._made[0] != own:
                 self._made = own, like(loader, own)
             loader = self._made[1]
@@ -231,12 +253,19 @@ class TrainingSet:
     def _stream(self, trainer: Trainer, loader: Any, max_batches: int | None, max_samples: int | None) -> Iterator[Any]:
         length = self._most_batches(trainer, loader, max_batches, max_samples)
         self.limited = length is not None
-        if isinstance(loader, DataLoader) and not self._plain:
+        if not self._plain or _in_use(trainer, loader):
             if self._made is None:
-                self._made = None, like(loader, None)
+                self._made = None, self._own_stream(loader)
             loader = self._made[1]
         self.loader = loader
         return islice(iter(loader), length)
+
+    def _own_stream(self, loader: Any) -> Any:
+        """A loader of the same stream whose passes leave the given one's where it is."""
+        if not isinstance(loader, DataLoader):
+            return copy_of(loader)
+        # Workers have copies of the stream.
+        return like(loader, None, dataset=loader.dataset if loader.num_workers else copy_of(loader.dataset))
 
     def _most_samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None
@@ -280,9 +309,71 @@ def _is_limited(trainer: Trainer) -> bool:
     return limited and trainer.num_training_batches != float("inf")
 
 
+def _in_use(trainer: Any, loader: Any) -> bool:
+    """Whether a loader is one that the trainer takes batches from, during whose iteration a pass may be made."""
+    theirs = (trainer.train_dataloader, trainer.val_dataloaders)
+    return any(loader is other for loaders in theirs if loaders is not None for other in flat(loaders))
+
+
+class CopyError(ValueError):
+    """Something that iterates cannot be copied."""
+
+
+def copy_of(source: Any, *shared: Any) -> Any:
+    """A copy of a loader, stream or sampler that iterates on its own: with all that counts, draws or shuffles in it.
+
+    Functions, modules and arrays of more than one axis are shared: these are images, while those of one axis may be an
+    order that is shuffled in place. Iterators of data loaders that are under way, with their workers, are left out.
+
+    Args:
+        source: What to copy.
+        shared: What else the copy shares with it.
+
+    Raises:
+        CopyError: Something in it cannot be pickled, as a generator or an open file.
+    """
+    content, kept = io.BytesIO(), {id(value): value for value in shared}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, whose iterators Python 3.14 refuses
+            _Pickler(content, kept).dump(source)
+        content.seek(0)
+        return _Unpickler(content, kept).load()
+    except Exception as error:  # somebody else's objects may raise anything
+        raise CopyError(f"a {type(source).__name__} cannot be copied ({error})") from error
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, kept: dict[int, Any]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._kept = kept
+
+    def persistent_id(self, value: Any) -> int | None:
+        names = {kind.__name__ for kind in type(value).__mro__}
+        if "_BaseDataLoaderIter" in names:
+            self._kept[id(value)] = None
+        elif isinstance(value, _SHARED) or names & _SHARED_BY_NAME or (_is_array(value) and value.ndim > 1):
+            self._kept[id(value)] = value
+        return id(value) if id(value) in self._kept else None
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, kept: dict[int, Any]) -> None:
+        super().__init__(file)
+        self._kept = kept
+
+    def persistent_load(self, identity: int) -> Any:
+        return self._kept[identity]
+
+
 def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any) -> DataLoader[Any]:
     """A loader of these samples of the same data set, in batches of the same size; None is all, as of a stream."""
     made: dict[str, Any] = {
+        "dataset": loader.dataset,
         "batch_size": _batch_size(loader),
         "sampler": indices,
         "num_workers": loader.num_workers,
@@ -293,7 +384,7 @@ def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any)
         "persistent_workers": loader.persistent_workers,
         "generator": torch.Generator(),
     }
-    return DataLoader(loader.dataset, **(made | options))
+    return DataLoader(**(made | options))
 
 
 def evenly(loader: Any, most: int) -> Iterable[Any]:
@@ -331,22 +422,29 @@ def known_labels(dataset: Any) -> Any:
 
 
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices of the samples that a loader draws in an epoch, each once, in their order."""
+    """Indices of the samples that a loader draws in an epoch, each once, in their order.
+
+    They are drawn by a copy of its sampler, which may count its epochs or have a generator of its own.
+    """
     sampler: Any = loader.sampler
+    batched = False
     if loader.batch_sampler is not None and loader.batch_size is None:
-        sampler = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(loader.batch_sampler)
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+        batched = sampler is loader.batch_sampler
     while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
         sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
     if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
         return range(len(cast(Sized, loader.dataset)))
-    return sorted(set(sampler))
+    drawn = copy_of(sampler, loader.dataset)
+    return sorted(set(itertools.chain.from_iterable(drawn) if batched else drawn))
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:
     """None where the data set makes the batches itself."""
     if loader.batch_sampler is None or loader.batch_size is not None:
         return loader.batch_size
-    return getattr(loader.batch_sampler, "batch_size", None) or len(next(iter(loader.batch_sampler), [0]))
+    size = getattr(loader.batch_sampler, "batch_size", None)
+    return size or len(next(iter(copy_of(loader.batch_sampler, loader.dataset)), [0]))
 
 
 def _has_length(loader: Any) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ncfinetune.atomic import sync
+from ncfinetune.atomic import sync, unwritten
 
 
 def check_format(path: Path) -> None:
@@ -52,7 +54,9 @@ class Table:
         self.first_error = ""
         self._classes = [str(name) for name in names]
         columns = [key, "prediction", *self._classes, "error"]
-        self._file: Any = _Parquet(self.partial, columns) if path.suffix == ".parquet" else _CSV(self.partial, columns)
+        with self._naming():
+            kind: Any = _Parquet if path.suffix == ".parquet" else _CSV
+            self._file = kind(self.partial, columns)
 
     def add(self, samples: Sequence[int] | Sequence[str], probabilities: Tensor, errors: Sequence[str]) -> None:
         """Write a batch.
@@ -63,6 +67,7 @@ class Table:
             errors: Why each sample could not be read; empty if it could.
 
         Raises:
+            OSError: The disk is full; what was added before is kept.
             ValueError: There are more or fewer classes than names.
         """
         if probabilities.shape[1] != len(self._classes):
@@ -70,38 +75,64 @@ class Table:
         likeliest = probabilities.argmax(1).tolist()
         numbers = [None if error else row for row, error in zip(probabilities.float().tolist(), errors, strict=True)]
         names = [None if error else self._classes[index] for index, error in zip(likeliest, errors, strict=True)]
-        self._file.write(samples, names, numbers, [error or None for error in errors])
+        with self._naming():
+            self._file.write(samples, names, numbers, [error or None for error in errors])
         self.rows += len(samples)
         self.errors += sum(map(bool, errors))
         self.first_error = self.first_error or next(filter(None, errors), "")
 
     def finish(self) -> None:
-        """Give the file its name."""
-        self.close()
-        sync(self.partial)
-        self.partial.replace(self.path)
-        sync(self.path.parent)
+        """Give the file its name.
 
-    def close(self) -> None:
-        """End the partial file so that it can be read."""
-        self._file.close()
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        with self._naming():
+            self._file.close()
+            sync(self.partial)
+            self.partial.replace(self.path)
+            sync(self.path.parent)
+
+    def keep(self) -> bool:
+        """End the partial file so that it can be read, and say whether it can; if not, it is removed."""
+        try:
+            self._file.close()
+        except OSError:
+            with suppress(OSError):
+                self.partial.unlink()
+            return False
+        return True
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritten(self.path, error) from error
 
 
 class _CSV:
     def __init__(self, path: Path, columns: list[str]) -> None:
+        self._path = path
         self._file = path.open("w", newline="", encoding="utf-8")
         self._table = csv.writer(self._file)
         self._blank = [""] * (len(columns) - 3)
         self._table.writerow(columns)
+        self._file.flush()
+        # Bytes of whole batches: what a full disk takes of the next one is cut off.
+        self._whole = self._file.tell()
 
     def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
         for sample, name, shares, error in zip(samples, names, numbers, errors, strict=True):
             cells = self._blank if shares is None else [f"{share:.6f}" for share in shares]
             self._table.writerow([sample, name, *cells, error])
         self._file.flush()
+        self._whole = self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written before
+            self._file.close()
+        os.truncate(self._path, self._whole)
 
 
 class _Parquet:

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ncfinetune.atomic import replacing
 from ncfinetune.events import read_scalars
 
 # What differs between the runs of one experiment: where they lie, and their seed.
@@ -37,6 +38,7 @@ _ACCURACIES = {
     "probe/downstream_acc": "downstream probe accuracy %",
     "probe/acc": "probe accuracy %",
 }
+_LEFT = "restore it, or move its folder away; the run is left out"
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 
@@ -56,10 +58,11 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     experiments = group(find_runs(options.runs))
     out = options.out or options.runs[0]
-    out.mkdir(parents=True, exist_ok=True)
     text = table(experiments)
-    (out / "report.md").write_text(text + "\n")
-    picture(experiments).savefig(out / "report.png", dpi=120)
+    with replacing(out / "report.md") as part:
+        part.write_text(text + "\n")
+    with replacing(out / "report.png") as part:
+        picture(experiments).savefig(part, format="png", dpi=120)
     print(f"{text}\n\ntable:       {out / 'report.md'}\npicture:     {out / 'report.png'}")
     print(f"TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {options.runs[0]}")
     return 0
@@ -73,9 +76,19 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        config = yaml.safe_load((self.path / "config.yaml").read_text())
-        return config if isinstance(config, dict) else {}
+        """The resolved configuration.
+
+        Raises:
+            ValueError: The file is not one that a run leaves.
+        """
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {str(path)!r} ({' '.join(str(error).split())}); {_LEFT}") from error
+        if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data")):
+            raise ValueError(f"{str(path)!r} is no configuration of a run; {_LEFT}")
+        return config
 
     @cached_property
     def scalars(self) -> dict[str, list[float]]:
@@ -132,11 +145,20 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {str(folder)!r}")
     configs = {config for folder in folders for config in folder.rglob("config.yaml")}
-    runs = [Run(config.parent) for config in sorted(configs) if any(config.parent.glob("events.out.tfevents.*"))]
+    found = [Run(config.parent) for config in sorted(configs) if any(config.parent.glob("events.out.tfevents.*"))]
+    runs = [run for run in found if _has_config(run)]
     if not runs:
         shown = ", ".join(map(str, folders))
         raise ValueError(f"no runs below {shown}; expected folders with a config.yaml and TensorBoard event files")
     return runs
+
+
+def _has_config(run: Run) -> bool:
+    try:
+        return run.config is not None
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return False
 
 
 def group(runs: Iterable[Run]) -> list[Experiment]:

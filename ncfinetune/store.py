@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ncfinetune.atomic import sync
-from ncfinetune.delta import raw
+from ncfinetune.checksums import raw
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Bytes read at a time, and seconds after which nobody writes to a half-written cache any more.

@@ -13,6 +13,7 @@ from ncfinetune.adversarial import PGD
 from ncfinetune.backbone import Backbone
 from ncfinetune.classifier import Classifier
 from ncfinetune.heads import Projection, projection_head
+from ncfinetune.inputs import whole
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.losses import one_hot_mse
 
@@ -112,7 +113,7 @@ class Supervised(Classifier):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the batch, or of what the adversary makes of it."""
         if self._attack is not None:
-            images, labels = batch
+            images, labels = batch[0], whole(batch[1])
             batch = self._attack(self, images, labels), labels
         return super().training_step(batch, batch_idx)
 

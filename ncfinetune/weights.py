@@ -30,6 +30,7 @@ from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor
 
 from ncfinetune.atomic import replacing
+from ncfinetune.checksums import check_zip, fingerprint
 
 # Share of a network's values below which weights are rather those of another architecture.
 _ENOUGH = 0.75
@@ -42,6 +43,8 @@ _FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretraine
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdilq?")]
 # Where a file keeps what its weights expect of images, and what the classes are called; see `Backbone.preprocessing`.
 DATA = "data"
+# Where the metadata of a file that is ours have the fingerprint of its tensors and of what it says.
+_FINGERPRINT = "ncfinetune_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
         raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
     with replacing(path) as part:
         if path.suffix == ".safetensors":
-            save_file(own, part, {"format": "pt", **({DATA: json.dumps(data)} if data else {})})
+            said = {DATA: json.dumps(data)} if data else {}
+            save_file(own, part, {"format": "pt", **said, _FINGERPRINT: fingerprint(own, said)})
         else:
             torch.save({"state_dict": own, DATA: dict(data)} if data else own, part)
 
@@ -197,9 +201,10 @@ def export(checkpoint: str, path: str) -> str:
     prefix = "backbone.net."
     content, data = read(checkpoint)
     stored = content.get("state_dict", content)
-    weights = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    named = dict(_sets(stored)).get("", {}) if isinstance(stored, dict) else {}
+    weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     if not weights:
-        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(stored))}")
+        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(named))}")
     save(weights, path, data)
     return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
 
@@ -218,11 +223,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                data = json.loads((file.metadata() or {}).get(DATA, "{}"))
-            return load_file(path), data
-        with _trusting():
-            content: Any = torch.load(path, "cpu", weights_only=True)
+            content, data = _read_safetensors(path)
+        else:
+            check_zip(path)
+            with _trusting():
+                content = torch.load(path, "cpu", weights_only=True)
+            data = content.get(DATA) if isinstance(content, dict) else None
     except OSError:
         raise
     except Exception as error:  # unpickling other bytes can raise anything
@@ -230,8 +236,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
-    data = content.get(DATA)
     return content, data if isinstance(data, dict) else {}
+
+
+def _read_safetensors(path: Path) -> tuple[Any, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    tensors, said = load_file(path), {name: metadata[name] for name in (DATA,) if name in metadata}
+    if metadata.get(_FINGERPRINT) not in (None, fingerprint(tensors, said)):
+        raise ValueError("its fingerprint is another")
+    return tensors, json.loads(said.get(DATA, "{}"))
 
 
 def _trusting() -> Any:
@@ -269,7 +283,10 @@ def _of_file(path: Path, error: str) -> str:
         return f"lightly-train saved its code too; make one by lightly_train.export(out=FILE, {given})"
     if foreign:
         return f"it holds objects of {foreign[1]}; where that is installed, save its state_dict() by torch.save"
-    members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    members: list[str] = []
+    if zipfile.is_zipfile(path):
+        with suppress(Exception), zipfile.ZipFile(path) as file:  # one that is damaged
+            members = file.namelist()
     if any(name.endswith("archive_format") for name in members):
         return f"it is an exported program; save torch.export.load({str(path)!r}).state_dict by torch.save"
     if any(name.endswith("constants.pkl") for name in members):

@@ -208,7 +208,7 @@ def test_rows_are_written_as_they_come(suffix: str, tmp_path: Path) -> None:
     if suffix == "csv":
         rows = "file,prediction,cat,dog,error\nx,dog,0.250000,0.750000,\ny,,,,it is no image\n"
         assert table.partial.read_text() == rows
-    table.close()
+    assert table.keep()
     if suffix == "parquet":
         rows = parquet.read_table(table.partial).to_pylist()
         assert rows[0] == {"file": "x", "prediction": "dog", "cat": 0.25, "dog": 0.75, "error": None}
@@ -221,7 +221,7 @@ def test_predictions_of_other_classes_than_are_named(tmp_path: Path) -> None:
     table = Table(tmp_path / "a.csv", "file", ["cat", "dog"])
     with pytest.raises(ValueError, match="expected probabilities of 2 classes, got 3"):
         table.add(["x"], torch.ones(1, 3), [""])
-    table.close()
+    assert table.keep()
 
 
 def test_predictions_of_another_kind_are_refused(

@@ -126,7 +126,7 @@ def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> N
         ({**tensors, frozen: model.state_dict()[frozen]}, f"holds {frozen}, which was not tuned; expected"),
         ({**tensors, conv: tensors[conv][:1].clone()}, r"has .*conv2.weight as \(1, 8, 3, 3\) for \(8, 8, 3, 3\)"),
         ({**tensors, conv: tensors[conv] * torch.nan}, f"has values in {conv} that are not finite"),
-        ({**tensors, conv: tensors[conv] + 1}, "is damaged: its tensors are not those that were saved"),
+        ({**tensors, conv: tensors[conv] + 1}, "is damaged: it is not what was saved; copy it anew"),
     ]:
         save_file(changed, path, said)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -139,6 +139,13 @@ def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> N
             FineTuner.from_delta(path, checkpoint=base)
     save_file(tensors, path, {**said, "knobs": json.dumps({**json.loads(said["knobs"]), "rank": 4})})
     with pytest.raises(ValueError, match="is of another version: a FineTuner has no rank"):
+        FineTuner.from_delta(path, checkpoint=base)
+    for name, fact in (("class_names", '["x", "y", "z"]'), ("preprocessing", '{"mean": [0.25]}')):
+        save_file(tensors, path, {**said, name: fact})
+        with pytest.raises(ValueError, match="is damaged: it is not what was saved; copy it anew"):
+            FineTuner.from_delta(path, checkpoint=base)
+    save_file(tensors, path, {**said, "knobs": "{"})
+    with pytest.raises(ValueError, match=r"is damaged: .*; copy it anew"):
         FineTuner.from_delta(path, checkpoint=base)
     for cut in (whole[:-100], whole[:50]):
         path.write_bytes(cut)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune.events import read_scalars
@@ -75,3 +76,13 @@ def test_a_file_that_holds_nothing_is_said_too(tmp_path: Path) -> None:
     )
     path.write_bytes(b"")
     assert read_scalars(tmp_path) == ({}, [])
+
+
+def test_records_of_another_kind_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1.host"
+    with path.open("wb") as file:
+        RecordWriter(file).write(b"\xff" * 20)
+    values, faults = read_scalars(tmp_path)
+    assert values == {}
+    assert faults[0].startswith(f"{path}: ")
+    assert faults[0].endswith("; no number in it is taken")

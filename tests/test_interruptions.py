@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import __version__ as lightning_version
 from test_cli import QUIET, _refusal
 
+from ncfinetune import Supervised
 from ncfinetune.__main__ import main
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
 from ncfinetune.events import read_scalars
@@ -70,6 +73,24 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     ]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
     assert read_scalars(stopped) == read_scalars(whole)
+
+
+def test_sigterm_on_a_full_disk_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(checkpoint: Any, part: Path) -> None:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ncfinetune.atomic.torch.save", full)
+    terminate = ["--trainer.callbacks+=test_interruptions.Terminate", "--trainer.callbacks.step=3"]
+    assert main([*RUN, *terminate, *_place(tmp_path)]) == 143
+    path = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "stopped by SIGTERM in epoch 0 after step 3, which is lost back to the last checkpoint: cannot write "
+        f"'{path}': [Errno 28] No space left on device; make room there, or choose another folder"
+    )
+    assert not path.parent.exists() or not list(path.parent.iterdir())
 
 
 def test_to_go_on_from_the_last_checkpoint_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +184,35 @@ def test_a_remote_checkpoint_is_read_as_data(tmp_path: Path, served: str, capsys
     error = _refusal(capsys, *resumed, f"{served}/more.ckpt")
     assert error.startswith("error: --ckpt_path holds more than data, which is not run here: ")
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_learner_from_a_remote_checkpoint_is_read_as_data(
+    tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = {"name": "test_vit", "img_size": 8, "patch_size": 4, "in_chans": 1}
+    model = Supervised(3, backbone)
+    content = {
+        "state_dict": model.state_dict(),
+        "pytorch-lightning_version": lightning_version,
+        "hyper_parameters": {"num_classes": 3, "backbone": backbone},
+    }
+    torch.save(content, tmp_path / "data.ckpt")
+    torch.save({**content, "more": Touching(str(tmp_path / "mark"))}, tmp_path / "more.ckpt")
+    again = Supervised.load_from_checkpoint(f"{served}/data.ckpt")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        Supervised.load_from_checkpoint(f"{served}/more.ckpt")
+    assert not (tmp_path / "mark").exists()
+    Supervised.load_from_checkpoint(f"{served}/more.ckpt", weights_only=False)  # on one's own word
+    assert (tmp_path / "mark").exists()
+
+    def of_earlier_versions(checkpoint_path: str, map_location: Any = None) -> None: ...
+
+    monkeypatch.setattr(LightningModule, "load_from_checkpoint", of_earlier_versions)
+    with pytest.raises(
+        ValueError, match="is on another machine, and this Lightning would run its code; fetch it first"
+    ):
+        Supervised.load_from_checkpoint(f"{served}/data.ckpt")
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

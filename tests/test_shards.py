@@ -19,7 +19,7 @@ from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _tra
 from ncfinetune.__main__ import main
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import ImageFolder, Recipe, WebDataset
-from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples
+from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples, read_index
 
 CLASSES = 3
 SIZES = (5, 1, 7, 0, 4)
@@ -541,3 +541,10 @@ def test_files_of_a_folder_are_predicted_by_a_model_of_shards(root: Path, tmp_pa
     assert [Path(path).name for path in data.predict_files(tmp_path)] == ["1.png", "3.png"]
     data.setup("predict")
     assert [number for images, _ in data.predict_dataloader() for number in _numbers(images)] == [1, 3]
+
+
+@pytest.mark.parametrize("content", ["{", "3", '["a"]', '{"shardlist": [{"url": "a.tar"}]}', '{"a.tar": "many"}'])
+def test_what_is_no_index_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "sizes.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot read .*sizes.json as sizes of shards .*; expected JSON as"):
+        read_index(str(tmp_path / "sizes.json"))

@@ -1,0 +1,180 @@
+"""A pass takes neither batches nor random numbers from the training, whatever loader that has."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
+from ncfinetune.passes import CopyError, copy_of
+
+K, N, BATCH = 3, 24, 4
+LABELS = torch.arange(N) % K
+IMAGES = torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + LABELS.view(-1, 1, 1, 1)
+IMAGE_SET = TensorDataset(IMAGES, LABELS)
+WORKERS: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
+
+
+class Module(LightningModule):
+    """Somebody else's module, whose dropout shows whether random numbers were taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3))
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *pooled, nn.Linear(4, K))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Own:
+    """Shuffles its order in place, by a generator of its own; gives batches or, without images, their rows."""
+
+    def __init__(self, images: bool = True) -> None:
+        self.images, self.order, self.generator = images, np.arange(N), np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.generator.shuffle(self.order)
+        for rows in self.order.reshape(-1, BATCH):
+            yield (IMAGES[rows], LABELS[rows]) if self.images else rows.tolist()
+
+    def __len__(self) -> int:
+        return N // BATCH
+
+
+class Counting(IterableDataset):
+    """A stream in an order by its own count of epochs."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch))
+        return ((IMAGES[row], LABELS[row]) for row in order)
+
+
+class Data(LightningDataModule):
+    """Has these loaders, and the same again whenever it is asked."""
+
+    def __init__(self, train: Any, plain: Any = None, val: Any = None) -> None:
+        super().__init__()
+        self.train, self.plain, self.val = train, plain, val
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+    def train_plain_dataloader(self) -> Any:
+        return self.train if self.plain is None else self.plain
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(IMAGE_SET, BATCH) if self.val is None else self.val
+
+
+def _web(**options: Any) -> Any:
+    shuffled = webdataset.shuffle(10, rng=random.Random(0))
+    return webdataset.WebLoader(webdataset.DataPipeline(Counting(), shuffled), batch_size=BATCH, **options)
+
+
+def _shuffled(**options: Any) -> Any:
+    return DataLoader(IMAGE_SET, BATCH, shuffle=True, **options)
+
+
+def _val_is_plain() -> Data:
+    plain = DataLoader(IMAGE_SET, BATCH, **WORKERS)
+    return Data(_shuffled(), plain, plain)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": _shuffled,
+    "workers": lambda: _shuffled(**WORKERS),
+    "web": _web,
+    "web with workers": lambda: _web(**WORKERS),
+    "web of fewer batches": lambda: _web(**WORKERS).with_epoch(4),
+    "own loader": Own,
+    "own sampler": lambda: DataLoader(IMAGE_SET, BATCH, sampler=SubsetRandomSampler(range(N), torch.Generator())),
+    "own batch sampler": lambda: DataLoader(IMAGE_SET, batch_sampler=Own(images=False)),
+    "stream": lambda: DataLoader(Counting(), BATCH),
+    "stream with workers": lambda: DataLoader(Counting(), BATCH, **WORKERS),
+    "plain": lambda: Data(_shuffled(), DataLoader(IMAGE_SET, BATCH)),
+    "plain is training": lambda: Data(_shuffled(**WORKERS)),
+    "plain is web training": lambda: Data(_web(**WORKERS)),
+    "plain is own training": lambda: Data(Own()),
+    "plain is validation": _val_is_plain,
+}
+
+
+def _fit(folder: Path, data: Any, *callbacks: Any) -> tuple[int, list[Tensor]]:
+    """Steps and weights of a run, and nothing else that a run leaves."""
+    seed_everything(0, verbose=False)
+    module, quiet = Module(), {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    given = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False, **quiet}
+    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **given)  # type: ignore[arg-type]
+    if isinstance(data, LightningDataModule):
+        trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, data, DataLoader(IMAGE_SET, BATCH))
+    return trainer.global_step, list(module.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.*has.*__len__")
+def test_weights_are_those_without_the_tracker(kind: str, tmp_path: Path) -> None:
+    make, tracker = LOADERS[kind], NeuralCollapseTracker(K)
+    steps, expected = _fit(tmp_path, make())
+    tracked, weights = _fit(tmp_path, make(), tracker)
+    assert tracked == steps
+    assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
+    assert np.isfinite(tracker.values["nc1/train/penultimate"])
+    assert list(tracker.history["train"]) == [0, 1, 2]
+
+
+def test_weights_are_those_without_the_probe(tmp_path: Path) -> None:
+    _, expected = _fit(tmp_path, _web(**WORKERS))
+    _, weights = _fit(tmp_path, _web(**WORKERS), OnlineProbe(num_classes=K, layer="model.4", knn=5))
+    assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
+
+
+def test_a_loader_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    batches = ((IMAGES[rows], LABELS[rows]) for rows in np.arange(N).reshape(-1, BATCH))
+    message = (
+        r"NeuralCollapseTracker needs a training loader of its own, .* a generator cannot be copied \(cannot pickle "
+        r"'generator' object\); give the datamodule a train_plain_dataloader\(\) that makes a new one, or "
+        r"NeuralCollapseTracker\(train_every_n_epochs=0\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        _fit(tmp_path, batches, NeuralCollapseTracker(K))
+
+
+def test_a_copy_shares_images_and_code_and_nothing_that_changes() -> None:
+    class Loader:
+        def __init__(self) -> None:
+            self.order, self.images, self.count, self.see = torch.arange(3), torch.zeros(3, 2), [0], lambda: self
+            self.network, self.set = nn.Linear(1, 1), {"a": 1}
+
+    loader = Loader()
+    copied = copy_of(loader, loader.set)
+    assert copied.images is loader.images
+    assert copied.network is loader.network
+    assert copied.see is loader.see
+    assert copied.set is loader.set
+    copied.order += 1
+    copied.count.append(1)
+    assert loader.order.tolist() == [0, 1, 2]
+    assert loader.count == [0]
+    loader.set = (row for row in range(3))  # type: ignore[assignment]
+    with pytest.raises(CopyError, match="a Loader cannot be copied"):
+        copy_of(loader)
