@@ -1,494 +1,112 @@
-"""``ncfinetune fit | validate | test | predict``: LightningCLI with our classes, one link and plain errors."""
+"""The command line's front door: answers help and version at once, and imports what a command needs only then."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import os
 import re
 import sys
-import tempfile
-import textwrap
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-import yaml
-from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from ncfinetune import __version__
 
-from ncfinetune import interruptions, predictions
-from ncfinetune.atomic import AtomicCheckpointIO, replacing
-from ncfinetune.learner import check_launched
-from ncfinetune.weights import DATA
+HELP = """usage: ncfinetune COMMAND [OPTIONS]
 
-# Imported for the command line alone: a class that is imported can be chosen by its short name.
-for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
-    importlib.import_module(f"ncfinetune.{_home}")
+Transfer learning seen through neural collapse.
 
-_LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-    "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
-}
+commands:
+  fit        train:                 ncfinetune fit --config experiments/digits/pretrain.yaml
+             on several devices:    torchrun --nproc_per_node 8 -m ncfinetune fit --config ...
+             or piece by piece:     ncfinetune fit --data Digits --model Supervised \\
+                                        --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'
+  validate   loss, accuracy and collapse on the validation set
+  test       the same on the test set
+             a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
+  predict    class probabilities of the test set, or with --images of a folder, as RUN/predictions.csv or as the .csv or
+             .parquet file that --predictions names; images that cannot be read have an error in their row, and the
+             exit status is then 3
+  export     a trained run's backbone as a file for timm and for FineTuner:
+                                    ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
+  layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
+                                    ncfinetune layers resnet18
+  report     a table and a picture of finished runs:  ncfinetune report runs/
 
-# The file with the configuration of a training.
-_CONFIG = "config.yaml"
-# The exit status of a prediction that is complete but for images that cannot be read.
-BROKEN_IMAGES = 3
+options:
+  -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
+                  'ncfinetune fit --model.help FineTuner' those of a model
+  --version       version
+  NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
+"""
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(args: list[str] | None = None) -> int | None:
-    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
-
-    Returns:
-        The exit status: None, `BROKEN_IMAGES`, or `interruptions.STATUS` after SIGTERM.
-
-    Raises:
-        ValueError: Lightning refuses the configuration, or a checkpoint is of another model.
-    """
+    """Run a command and say in one line what it refuses; ``args`` are ``sys.argv[1:]`` unless given."""
     try:
-        return NCFinetuneCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={"logger": _LOGGER, **_launched()},
-            parser_class=PlainParser,
-            save_config_callback=_SaveConfigAfterBatch,
-            save_config_kwargs={"overwrite": True, "given": None},
-            args=args,
-        ).status
-    except SIGTERMException:
-        return interruptions.STATUS
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
-    except UnpicklingError as error:
-        found = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"--ckpt_path holds more than data, which is not run here: {found}") from error
-    except RuntimeError as error:
-        if lost := interruptions.lost_ranks(error):
-            raise ValueError(lost) from error
-        if "in loading state_dict" not in str(error):
+        return _run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("NCFINETUNE_TRACEBACK"):
             raise
-        found = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
-
-
-def _launched() -> dict[str, int]:
-    """As many devices and nodes as torchrun has launched processes for, so that they train together unasked."""
-    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
-        return {}
-    return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
-
-
-class PlainParser(LightningArgumentParser):
-    """Takes no abbreviated options, and says in one line what is wrong with a command."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(2, f"error: {plain(message, self)}\n")
-
-
-class _SaveConfigAfterBatch(SaveConfigCallback):
-    """Saves the configuration in the run's folder once the first batch is through.
-
-    Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
-    configuration of the run that is in the folder. That of a training says neither what it was resumed from nor where
-    that lies, so that it starts a new one: it is ``given``.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, *args: Any, given: Namespace | None, **kwargs: Any
-    ) -> None:
-        super().__init__(parser, given or config, *args, **kwargs)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save nothing yet."""
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save, if that has not been done, and as a whole: Lightning would write over what is there.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        if self.already_saved:
-            return
-        folder, name = trainer.log_dir or trainer.default_root_dir, self.config_filename  # all processes ask together
-        whole = trainer.is_global_zero and "://" not in str(folder)
-        with replacing(Path(folder, name)) if whole else nullcontext() as part:
-            self.config_filename = part.name if part else name
-            super().setup(trainer, pl_module, stage)
-        self.config_filename = name
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
-        self._save(trainer, pl_module, "fit")
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time, but not in the sanity check, after which training may still be refused."""
-        if not trainer.sanity_checking:
-            self._save(trainer, pl_module, "validate")
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
-        self._save(trainer, pl_module, "test")
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
-        self._save(trainer, pl_module, "predict")
-
-
-class NCFinetuneCLI(LightningCLI):
-    """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
-
-    status: int | None = None
-    _arguments: Any = None
-    _samples: list[str] | None = None
-    _table: predictions.Table | None = None
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and keep it."""
-        self._arguments = sys.argv[1:] if args is None else args
-        for path in _configurations(self._arguments):
-            _check_yaml(path, parser)
-        super().parse_arguments(parser, args)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the link from data to model, and the choice to test after training."""
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
-        )
-        parser.add_argument(
-            "--images",
-            type=str | None,
-            default=None,
-            help="With predict: a folder of images, in place of the test set.",
-        )
-        parser.add_argument(
-            "--predictions",
-            type=str | None,
-            default=None,
-            help="With predict: the .csv or .parquet file to write, in place of RUN/predictions.csv.",
-        )
-
-    def _parse_ckpt_path(self) -> None:
-        """Keep the configuration: Lightning would put the checkpoint's hyper-parameters over it.
-
-        What a run was made with is in its ``config.yaml``; a checkpoint that does not fit it is refused when loaded.
-        """
-
-    def before_instantiate_classes(self) -> None:
-        """Keep the configuration of a training run apart from those of later tests in the same folder."""
-        for option in ("images", "predictions"):
-            if self.subcommand != "predict" and self._get(self.config, option) is not None:
-                self.parser.error(f"{option} is an option of predict, not of {self.subcommand}")
-        if asked := self._get(self.config, "predictions"):
-            predictions.check_format(Path(asked))
-            _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
-        name = _CONFIG if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
-        self.save_config_kwargs["config_filename"] = name
-        self._trust_nothing_remote()
-        checkpoint = _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
-        if self.subcommand == "fit":
-            self.save_config_kwargs["given"] = self.config.fit.clone()
-            self.save_config_kwargs["given"].ckpt_path = None
-            interruptions.place(self.config.fit.trainer, self._get(self.config, "ckpt_path"), self._arguments)
-        elif checkpoint is not None:
-            self._take_from(checkpoint)
-
-    def _trust_nothing_remote(self) -> None:
-        """Let Lightning read a checkpoint from another machine as data; its default there is to run what is in it."""
-        path = self._get(self.config, "ckpt_path")
-        if path is None or not re.match(r"\w+://", path):
-            return
-        if "weights_only" not in self.config[self.subcommand]:
-            self.parser.error(f"{path!r} is on another machine, and this Lightning would run its code; fetch it first")
-        if self.config[self.subcommand].weights_only is None:
-            self.config[self.subcommand].weights_only = True
-
-    def _take_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Ask nothing of this machine that is in the checkpoint: where its weights started, what its images are like.
-
-        To predict images of a folder, the data set that it was trained on is not needed.
-        """
-        config = self.config[self.subcommand]
-        model, said = config.model, checkpoint.get(DATA) or {}
-        if model.class_path.startswith("ncfinetune."):
-            if "checkpoint" in model.init_args:
-                model.init_args.checkpoint = None
-            if isinstance(model.init_args.get("backbone"), dict):
-                starts = ("checkpoint", "pretrained")
-                model.init_args.backbone = {k: v for k, v in model.init_args.backbone.items() if k not in starts}
-        if self._get(self.config, "images") is not None and said.get("preprocessing"):
-            classes = checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
-            names = said.get("class_names") or [str(label) for label in range(classes)]
-            loading = {name: config.data.init_args.get(name) for name in ("batch_size", "num_workers")}
-            given = {name: value for name, value in loading.items() if value is not None}
-            arguments = {**given, "class_names": names, "preprocessing": said["preprocessing"]}
-            path = "ncfinetune.datamodules.Unlabelled"
-            config.data = Namespace({"class_path": path, "init_args": arguments})  # type: ignore[no-untyped-call]
-
-    def instantiate_classes(self) -> None:
-        """Build model, data and trainer, and see that their folders can be written.
-
-        Raises:
-            ValueError: What one of them refuses.
-        """
-        given = self._get(self.config, "model.init_args.num_classes")
-        try:
-            super().instantiate_classes()
-        except (ValueError, OSError) as error:
-            raise ValueError(plain(str(error), self.parser)) from error
-        offered = getattr(self.datamodule, "num_classes", given)
-        if given is not None and given != offered:
-            self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
-        check_launched(self.trainer)
-        trainer: Any = self.trainer
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        trainer.callbacks.append(interruptions.SaveOnSIGTERM())
-        # The first process's folder is that of all; another process would count on from it.
-        if getattr(rank_zero_only, "rank", 0):
-            return
-        run = self.trainer.log_dir or self.trainer.default_root_dir
-        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
-            interruptions.last_of(self.trainer, Path(run))
-        _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
-        if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
-            cache = self._get(self.config, "model.init_args.cache_dir")
-            _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
-
-    def after_fit(self) -> None:
-        """Test the last weights, if asked to."""
-        if self._get(self.config, "test_after_fit"):
-            self.trainer.test(self.model, datamodule=self.datamodule)
-
-    def predict(self, **kwargs: Any) -> None:
-        """Write class probabilities, by index in the test set or by file, to ``--predictions`` or the run's folder.
-
-        Raises:
-            ValueError: There are several processes, or the model predicts no class probabilities.
-        """
-        if self.trainer.world_size > 1:
-            raise ValueError("predict writes its rows in order, from one process; give --trainer.devices 1")
-        if hasattr(self.datamodule, "mark_broken"):
-            self.datamodule.mark_broken = True
-        self._samples = self._files()
-        add_rows: Any = LambdaCallback(on_predict_batch_end=self._add_rows)
-        self.trainer.callbacks.append(add_rows)  # type: ignore[attr-defined]
-        try:
-            self.trainer.predict(**{**kwargs, "return_predictions": False})
-        except BaseException:
-            if self._table is not None and self._table.keep():
-                print(f"{self._table.rows} predictions so far: {self._table.partial}", file=sys.stderr)
-            raise
-        if self._table is None:
-            raise ValueError(self._no_probabilities())
-        self._table.finish()
-        print(f"predictions: {self._table.path}")
-        if self._table.errors:
-            self.status = BROKEN_IMAGES
-            print(
-                f"error: {self._table.errors} of {self._table.rows} images cannot be read; the column error of their "
-                f"rows says why, first: {self._table.first_error}",
-                file=sys.stderr,
-            )
-
-    def _add_rows(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        """Write the predictions of a batch."""
-        if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
-            raise ValueError(self._no_probabilities())
-        if self._table is None:
-            names = getattr(self.datamodule, "class_names", None) or list(range(outputs.shape[1]))
-            run = self.trainer.log_dir or self.trainer.default_root_dir
-            path = Path(self._get(self.config, "predictions") or Path(run, "predictions.csv"))
-            self._table = predictions.Table(path, "index" if self._samples is None else "file", names)
-        rows = range(self._table.rows, self._table.rows + len(outputs))
-        errors = [""] * len(rows)
-        if getattr(self.datamodule, "mark_broken", False):
-            fault = getattr(trainer.predict_dataloaders.dataset, "fault", None)
-            for place in (batch[1] < 0).nonzero().flatten().tolist():
-                errors[place] = (fault and fault(rows[place])) or "cannot be read as an image"
-        samples = list(rows) if self._samples is None else [self._samples[row] for row in rows]
-        self._table.add(samples, outputs.cpu(), errors)
-
-    def _no_probabilities(self) -> str:
-        name = type(self.model).__name__
-        return f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
-
-    def _files(self) -> list[str] | None:
-        """The images to predict, which the datamodule gives from now on; None is its test set."""
-        folder = self._get(self.config, "images")
-        if folder is None:
-            return None
-        predict_files = getattr(self.datamodule, "predict_files", None)
-        if predict_files is None:
-            self.parser.error(
-                f"images needs a datamodule that has predict_files; {type(self.datamodule).__name__} hasn't"
-            )
-        try:
-            return predict_files(folder)
-        except FileNotFoundError as error:
-            self.parser.error(str(error))
-
-
-def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapping[str, Any] | None:
-    """Refuse a file that cannot be Lightning's, before data and network are made; returns what is in one that can."""
-    if path is None or path in _NAMED_CHECKPOINTS or re.match(r"\w+:", path) or Path(path).is_dir():
-        return None
-    if not Path(path).exists():
-        parser.error(f"no checkpoint {path!r}; a run leaves its own in RUN/checkpoints")
-    try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
-    except UnpicklingError:  # objects of a project's own, which Lightning may be told to trust
-        return None
-    except Exception:  # another zip file, or a damaged one, which may raise anything
-        content = None
-    said = content if isinstance(content, dict) else {}
-    if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
-        parser.error(
-            f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
-            "(weights alone go to --model.checkpoint)"
-        )
-    return content
-
-
-def _configurations(words: Any) -> list[str]:
-    """The files that ``--config`` names."""
-    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
-    return [path for path in given if Path(path).is_file()]
-
-
-def _check_yaml(path: str, parser: LightningArgumentParser) -> None:
-    """Refuse a file that is no YAML: jsonargparse would not name it."""
-    try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
-
-
-def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        parser.error(f"cannot write to the {what} folder {folder!r} ({error.strerror}); choose another with {option}")
-
-
-def plain(message: str, parser: LightningArgumentParser) -> str:
-    """One line of a jsonargparse error, with the names that exist where one was misspelt."""
-    for pattern, explain in _EXPLANATIONS.items():
-        if found := re.findall(pattern, message):
-            return explain(found[-1], message, parser)
-    lines = [line.strip(" -") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(_NOISE)]
-    return "; ".join(dict.fromkeys(kept))
-
-
-def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> str:
-    key = re.findall(r'Parser key "([\w.]+)"', message)[-1]
-    base = _BASES.get(key.split(".")[-1])
-    if base is None:
-        return f"{key}: no class {name!r}"
-    classes = {c.__name__: c.__module__ for c in _concrete_subclasses(base)}
-    own = sorted(c for c, module in classes.items() if module.startswith("ncfinetune."))
-    return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
-
-
-def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
-    path, option = found
-    module, name = path.rsplit(".", 1)
-    parameters = _parameters(getattr(importlib.import_module(module), name))
-    return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
-
-
-def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
-    own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
-    parameters = sorted({name for c in own for name in _parameters(c)})
-    return f"no option {option!r}; {_known(option, parameters, parameters)}"
-
-
-def _parameters(owner: Any) -> list[str]:
-    """Names of the arguments of a class, with those that it hands on to its bases, or of a function."""
-    if inspect.isclass(owner):
-        return ArgumentParser().add_class_arguments(owner, fail_untyped=False)
-    return list(inspect.signature(owner).parameters)
-
-
-def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:
-    option = found.split()[0].lstrip("-").split("=")[0]
-    options = sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
-    group = option.rsplit(".", 1)[0] + "."
-    siblings = [known for known in options if known.startswith(group)] or [
-        "seed_everything",
-        "trainer",
-        "model",
-        "data",
-    ]
-    return f"no option {option!r}; {_known(option, siblings, options)}"
-
-
-def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
-    folder = Path(path).parent
-    there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    shown = _known(Path(path).name, there, there) if there else f"no .yaml files in {str(folder)!r}"
-    return f"no file {path!r}; {shown}"
-
-
-# How the lines of jsonargparse's errors begin that say what it tried, and not what is wrong.
-_NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
-# What --ckpt_path takes beside a path.
-_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
-_EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
-    r"Expected a dot import path string: (\S+)": _unknown_class,
-    r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,
-    r"^Option '([\w.]+)' is not accepted": _unknown_parameter_of_some_class,
-    r"unrecognized arguments: (.+)": _unknown_option,
-    r"does not accept option '([\w.]+)'": _unknown_option,
-    r"File does not exist: '(.+?)'": _no_file,
-}
-_BASES = {
-    "model": LightningModule,
-    "data": LightningDataModule,
-    "callbacks": Callback,
-    "logger": Logger,
-    "optimizer": torch.optim.Optimizer,
-    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
-}
-
-
-def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(all_names), n=3)
-    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
-    return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
-
-
-def _concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    for subclass in base.__subclasses__():
-        if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
-            yield subclass
-        yield from _concrete_subclasses(subclass)
-
-
-def _with_subparsers(parser: LightningArgumentParser) -> list[LightningArgumentParser]:
-    subcommands = getattr(parser, "_subcommands_action", None)
-    return [parser, *(subcommands.choices.values() if subcommands else [])]
+        print(f"error: {_rank()}{_text(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str] | None) -> int | None:
+    words = sys.argv[1:] if args is None else args
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "--version":
+        print(f"ncfinetune {__version__}")
+    elif command == "report":
+        from ncfinetune.report import main as report
+
+        return report(words[1:])
+    elif command == "export":
+        return _export(words[1:])
+    elif command == "layers":
+        return _layers(words[1:])
+    elif command in _TRAINER_COMMANDS:
+        from ncfinetune.trainer_cli import main as run
+
+        return run(args)
+    else:
+        known = ", ".join((*_TRAINER_COMMANDS, "export", "layers", "report"))
+        print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
+        return 2
+    return None
+
+
+def _rank() -> str:
+    """Which of several processes speaks; nothing where there is one."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"rank {dist.get_rank()}: "
+
+
+def _text(error: Exception) -> str:
+    """What an exception says, in one line; of one that a data loader's worker raised without the worker's traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:
+        text = re.split(rf"\n(?:\w+\.)*{type(error).__name__}: ", text)[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _export(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-"):
+        print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
+        return 2
+    from ncfinetune.weights import export
+
+    print(export(*words))
+    return 0
+
+
+def _layers(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print("usage: ncfinetune layers NAME, a timm architecture such as resnet18", file=sys.stderr)
+        return 2
+    from ncfinetune.backbone import Backbone
+
+    print(Backbone(words[0]).layer_table())
+    return 0

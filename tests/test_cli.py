@@ -17,7 +17,7 @@ from pyarrow import parquet
 from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune import Supervised
-from ncfinetune.__main__ import main
+from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.predictions import Table, check_format
 from ncfinetune.report import find_runs, group, method_name, picture, task_name
@@ -436,7 +436,7 @@ def test_bugs_keep_their_traceback(bug: type[BaseException], monkeypatch: pytest
     def run(args: list[str] | None) -> None:
         raise bug
 
-    monkeypatch.setattr("ncfinetune.cli.main", run)
+    monkeypatch.setattr("ncfinetune.trainer_cli.main", run)
     with pytest.raises(bug):
         main(["fit"])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from ncfinetune.__main__ import main
+from ncfinetune.cli import main
 
 STUDY = Path(__file__).resolve().parent.parent / "experiments" / "pretrain"
 METHODS = sorted(path.stem for path in STUDY.glob("*.yaml") if path.stem != "cifar10")

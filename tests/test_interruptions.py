@@ -18,8 +18,8 @@ from lightning.pytorch import __version__ as lightning_version
 from test_cli import QUIET, _refusal
 
 from ncfinetune import Supervised
-from ncfinetune.__main__ import main
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
+from ncfinetune.cli import main
 from ncfinetune.events import read_scalars
 
 NETWORK = "{name: test_vit, img_size: 8, patch_size: 4, in_chans: 1, drop_path_rate: 0.2}"

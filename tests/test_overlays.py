@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ncfinetune import datamodules
-from ncfinetune.__main__ import main
+from ncfinetune.cli import main
 
 OVERLAYS = Path(__file__).resolve().parent.parent / "experiments" / "data"
 

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone, FineTuner, SimCLR, SupCon, Supervised
-from ncfinetune.__main__ import main
 from ncfinetune.adversarial import PGD
+from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.losses import contrastive_loss, one_hot_mse
 from ncfinetune.schedule import WarmupCosine

@@ -16,8 +16,8 @@ from image_files import number_of, write_image
 from PIL import Image
 from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _trainer
 
-from ncfinetune.__main__ import main
 from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder, Recipe, WebDataset
 from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples, read_index
 

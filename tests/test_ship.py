@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_cli import QUIET, RANDOM, TINY, _fit, _refusal
 
 from ncfinetune import FineTuner
-from ncfinetune.__main__ import main
+from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits, ImageFolder, Unlabelled
 
 NARROW = "{name: resnet18, channels: [4, 6, 8, 10]}"

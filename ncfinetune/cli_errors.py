@@ -1,0 +1,115 @@
+"""What is wrong with a command, in one line, with the names that exist where one was misspelt."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+
+
+def plain(message: str, parser: LightningArgumentParser) -> str:
+    """One line of a jsonargparse error, with the names that exist where one was misspelt."""
+    for pattern, explain in _EXPLANATIONS.items():
+        if found := re.findall(pattern, message):
+            return explain(found[-1], message, parser)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
+    return "; ".join(dict.fromkeys(kept))
+
+
+def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> str:
+    key = re.findall(r'Parser key "([\w.]+)"', message)[-1]
+    base = _BASES.get(key.split(".")[-1])
+    if base is None:
+        return f"{key}: no class {name!r}"
+    classes = {c.__name__: c.__module__ for c in _concrete_subclasses(base)}
+    own = sorted(c for c, module in classes.items() if module.startswith("ncfinetune."))
+    return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
+
+
+def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
+    path, option = found
+    module, name = path.rsplit(".", 1)
+    parameters = _parameters(getattr(importlib.import_module(module), name))
+    return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
+
+
+def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
+    own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
+    parameters = sorted({name for c in own for name in _parameters(c)})
+    return f"no option {option!r}; {_known(option, parameters, parameters)}"
+
+
+def _parameters(owner: Any) -> list[str]:
+    """Names of the arguments of a class, with those that it hands on to its bases, or of a function."""
+    if inspect.isclass(owner):
+        return ArgumentParser().add_class_arguments(owner, fail_untyped=False)
+    return list(inspect.signature(owner).parameters)
+
+
+def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:
+    option = found.split()[0].lstrip("-").split("=")[0]
+    options = sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
+    group = option.rsplit(".", 1)[0] + "."
+    siblings = [known for known in options if known.startswith(group)] or [
+        "seed_everything",
+        "trainer",
+        "model",
+        "data",
+    ]
+    return f"no option {option!r}; {_known(option, siblings, options)}"
+
+
+def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
+    folder = Path(path).parent
+    there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    shown = _known(Path(path).name, there, there) if there else f"no .yaml files in {str(folder)!r}"
+    return f"no file {path!r}; {shown}"
+
+
+# How the lines of jsonargparse's errors begin that say what it tried, and not what is wrong.
+_NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
+_EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
+    r"Expected a dot import path string: (\S+)": _unknown_class,
+    r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,
+    r"^Option '([\w.]+)' is not accepted": _unknown_parameter_of_some_class,
+    r"unrecognized arguments: (.+)": _unknown_option,
+    r"does not accept option '([\w.]+)'": _unknown_option,
+    r"File does not exist: '(.+?)'": _no_file,
+}
+_BASES = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+}
+
+
+def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(all_names), n=3)
+    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
+    return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
+
+
+def _concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    for subclass in base.__subclasses__():
+        if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
+            yield subclass
+        yield from _concrete_subclasses(subclass)
+
+
+def _with_subparsers(parser: LightningArgumentParser) -> list[LightningArgumentParser]:
+    subcommands = getattr(parser, "_subcommands_action", None)
+    return [parser, *(subcommands.choices.values() if subcommands else [])]
