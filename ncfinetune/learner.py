@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.inputs import may_look
-from ncfinetune.resume import state_of_process, states_of_processes, take_up_after_last_batch
+from ncfinetune.resume import state_of_process, states_of_processes, take_up_after_last_batch, take_up_before_validation
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.weights import DATA
 
@@ -234,7 +234,8 @@ class Learner(LightningModule, ABC):
             logger.log_metrics(counts, step=self.global_step)
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers that a run which is resumed had stopped with."""
+        """Go on with what a run which is resumed had stopped before, and with its random numbers."""
+        take_up_before_validation(self.trainer)
         if self._processes:
             self._processes = [state_of_process(self.trainer, self._processes)]
 

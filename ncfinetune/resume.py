@@ -68,6 +68,22 @@ def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
             begin_again(validation)
 
 
+def take_up_before_validation(trainer: Trainer) -> None:
+    """Let a run that is resumed within an epoch, from a batch that a validation was to follow, begin with that.
+
+    Lightning (2.6) takes the validation for done, as ``val_check_interval`` and a checkpoint each few steps make it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or not loop.restarted_on_train_batch_end or not loop._should_check_val_fx(fetcher):
+        return
+    loop.batch_progress.increment_completed()
+    validation = loop.val_loop.batch_progress.state_dict()
+    begin_again(validation)
+    loop.val_loop.batch_progress.load_state_dict(validation)
+    loop.update_restart_stage()
+
+
 def begin_again(progress: dict[str, Any]) -> None:
     """Let the state of a validation's progress be one that Lightning takes up at its first batch: begun, none done."""
     for part in ("total", "current"):

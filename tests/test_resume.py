@@ -11,12 +11,14 @@ import torch
 from image_files import write_image
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from test_shards import _write_shards
 
 from ncfinetune import FineTuner, Supervised
 from ncfinetune.adversarial import PGD
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
+from ncfinetune.events import read_scalars
 from ncfinetune.resume import state_of_process, states_of_processes
 
 # Dropout and drop path draw from the stream of random numbers that a checkpoint has to keep.
@@ -192,19 +194,21 @@ def test_each_process_gets_its_own_state_back(tmp_path: Path, caplog: pytest.Log
 
 
 class Order(ModelCheckpoint):
-    """Notes what came after what, and checkpoints each step."""
+    """Notes what came after what, and checkpoints when it is asked to."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    def __init__(self, folder: Path, **when: Any) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, **(when or EACH_STEP))
         self.order: list[tuple[int, Any]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.order.append((trainer.current_epoch, batch_idx))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         self.order.append((trainer.current_epoch, "end"))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
         self.order.append((trainer.current_epoch, "validation"))
 
 
@@ -225,3 +229,41 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
     whole = fit()
     for epoch in (0, 1):
         assert fit(tmp_path / f"step={2 * epoch + 2}.ckpt") == whole[whole.index((epoch, 1)) + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("when", [EACH_STEP, {"save_on_train_epoch_end": False}], ids=["steps", "validations"])
+@pytest.mark.parametrize("every", [{}, {"check_val_every_n_epoch": None}], ids=["in epochs", "over epochs"])
+def test_a_validation_that_is_due_within_an_epoch_is_made_once(
+    every: dict[str, Any], when: dict[str, Any], tmp_path: Path
+) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> tuple[list[tuple[int, Any]], Any]:
+        seed_everything(0, verbose=False)
+        order, logger = Order(tmp_path / "checkpoints", **when), TensorBoardLogger(tmp_path, "", place)
+        trainer = Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            callbacks=[OnlineProbe(2), order],
+            logger=logger,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            val_check_interval=3,
+            **every,
+        )
+        model = Supervised(2, {**NETWORK, "in_chans": 1})
+        trainer.fit(model, Digits([1, 2], shots=20, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+        return order.order, (model.state_dict(), read_scalars(tmp_path / place)[0])
+
+    whole, (weights, numbers) = fit("whole")
+    saved = sorted((tmp_path / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    for checkpoint in saved:
+        step = int(checkpoint.stem.split("=")[1])
+        order, (resumed, logged) = fit(f"from {step}", checkpoint)
+        epoch, batch = divmod(step - 1, 5)
+        rest = whole[whole.index((epoch, batch)) + 1 :]
+        assert order == (rest[1:] if when != EACH_STEP and rest[0][1] == "validation" else rest)
+        assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        for tag, values in logged.items():
+            assert values == pytest.approx(numbers[tag][-len(values) :], rel=1e-6), tag
