@@ -132,7 +132,7 @@ class OnlineClassifier:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        epoch[0] += loss.detach() * len(labels)
+        epoch[0] += loss.detach().float() * len(labels)
         epoch[1] += len(labels)
 
     def mean_loss(self) -> float | None:
@@ -142,14 +142,15 @@ class OnlineClassifier:
 
     def left_out(self) -> tuple[int, int]:
         """The epoch's samples left out for their labels and for their features; reads the device."""
-        return (0, 0) if self._left_out is None else tuple(self._left_out.tolist())
+        labels, features = (0, 0) if self._left_out is None else self._left_out.tolist()
+        return labels, features
 
     def _made(self, features: Tensor, num_classes: int) -> tuple[LinearProbe, torch.optim.Optimizer, Tensor, Tensor]:
         if self.probe is None or self._optimizer is None or self._left_out is None or self._losses is None:
             self.probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
             self._optimizer = self._make_optimizer(self.probe.parameters())
             self._left_out = torch.zeros(2, dtype=torch.int64, device=features.device)
-            self._losses = torch.zeros(2, device=features.device)
+            self._losses = torch.zeros(2, dtype=torch.float32, device=features.device)
             if self._stored:
                 self.probe.load_state_dict(self._stored["probe"])
                 self._optimizer.load_state_dict(self._stored["optimizer"])

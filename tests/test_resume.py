@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_files import write_image
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_shards import _write_shards
 
@@ -267,3 +267,73 @@ def test_a_validation_that_is_due_within_an_epoch_is_made_once(
         assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
         for tag, values in logged.items():
             assert values == pytest.approx(numbers[tag][-len(values) :], rel=1e-6), tag
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("learner", "kind"), [("supervised", "memory"), ("cached", "plain"), ("supervised", "shards, 2 workers")]
+)
+def test_two_processes_go_on_as_if_they_had_not_stopped(
+    learner: str, kind: str, folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> Any:
+        seed_everything(0, verbose=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp_fork",
+            max_epochs=2,
+            callbacks=[
+                ModelCheckpoint(tmp_path / place, "{step}", save_top_k=-1, every_n_train_steps=1),
+                NeuralCollapseTracker(figures=False),
+                OnlineProbe(3),
+            ],
+            logger=TensorBoardLogger(tmp_path / "runs", "", place),
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        model = LEARNERS[learner](1 if kind in ("memory", "plain") else 3)
+        trainer.fit(model, DATA[kind](folder, shards), ckpt_path=ckpt_path, weights_only=True)
+        return model.state_dict(), read_scalars(tmp_path / "runs" / place)[0]
+
+    weights, numbers = fit("whole")
+    steps = len(list((tmp_path / "whole").glob("*.ckpt")))
+    for step in (1, steps // 2, steps // 2 + 2):  # within the first epoch, after its last batch, within the second
+        resumed, logged = fit(f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        for tag, values in logged.items():
+            assert values == pytest.approx(numbers[tag][-len(values) :], rel=1e-6, nan_ok=True), tag
+
+
+class Unfreezing(BackboneFinetuning):
+    """Trains the backbone from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__(unfreeze_backbone_at_epoch=1, initial_denom_lr=1)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+def test_what_a_callback_had_unfrozen_still_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lightning's issue 21901: its BackboneFinetuning freezes all again where a run is resumed."""
+
+    def fit(ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        seed_everything(0, verbose=False)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [Unfreezing(), ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)]
+        trainer = Trainer(max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks, **quiet)
+        model = Supervised(2, {**NETWORK, "in_chans": 1})
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+        return model.state_dict()
+
+    whole = fit()
+    start = Supervised(2, {**NETWORK, "in_chans": 1}).state_dict()
+    assert not torch.equal(whole["backbone.net.patch_embed.proj.weight"], start["backbone.net.patch_embed.proj.weight"])
+    for step, changed in ((1, False), (3, True), (4, True)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            resumed = fit(tmp_path / f"step={step}.ckpt")
+        assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+        assert ("as in the run that stopped; a callback had changed that" in caplog.text) == changed
