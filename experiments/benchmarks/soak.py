@@ -321,7 +321,9 @@ def prepare(root: Path) -> None:
         str(root / "start.safetensors")
     )
     # In this process, so that those forked from it find all imported that is imported late, and caches filled.
-    ncfinetune(filled(RUNS["ce, digits"], root, root))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ncfinetune(filled(RUNS["ce, digits"], root, root))
     shutil.move(last_of(root / "run"), root / "last.ckpt")
     shutil.move(root / "run" / "config.yaml", root / "config.yaml")
 
@@ -355,8 +357,9 @@ def end_of(place: Path) -> End:
     digest = hashlib.sha256()
     for path in (place / "file.csv", place / "file.safetensors"):
         digest.update(path.read_bytes() if path.exists() else b"")
-    left = [path.name for path in place.rglob("*.part*")]
     folder = place / "run"
+    # A cache's are not among them: they are swept a day later, when surely nobody writes to them.
+    left = [path.name for path in folder.rglob("*.part*")]
     if (path := last_of(folder)) is not None:
         content = torch.load(path, weights_only=True)
         for leaf in tree_leaves([content[name] for name in ("state_dict", "optimizer_states", "lr_schedulers")]):
