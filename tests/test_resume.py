@@ -337,3 +337,63 @@ def test_what_a_callback_had_unfrozen_still_trains(tmp_path: Path, caplog: pytes
             resumed = fit(tmp_path / f"step={step}.ckpt")
         assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
         assert ("as in the run that stopped; a callback had changed that" in caplog.text) == changed
+
+
+def _small(folder: Path, epochs: int, **arguments: Any) -> tuple[Trainer, Path]:
+    """A trainer that checkpoints the end of each epoch, and the folder of its numbers."""
+    logger = TensorBoardLogger(folder, "", "run")
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[
+            OnlineProbe(2),
+            ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+        ],
+        logger=logger,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    return trainer, folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_numbers_of_an_epoch_that_is_checkpointed_at_its_end_are_written(tmp_path: Path) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> tuple[dict[str, list[float]], dict[str, float]]:
+        trainer, run = _small(tmp_path / place, 2)
+        data = Digits([1, 2], shots=8, batch_size=8)
+        trainer.fit(
+            Supervised(2, {**NETWORK, "in_chans": 1}, lr_scheduler=_halving),
+            data,
+            ckpt_path=ckpt_path,
+            weights_only=True,
+        )
+        return read_scalars(run)[0], {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    written, known = fit("whole")
+    for epoch in (0, 1):  # which Lightning writes to the loggers after the checkpoint
+        rest, measured = fit(f"from {epoch}", tmp_path / "whole" / "saved" / f"epoch={epoch}.ckpt")
+        for name in ("train/loss", "train/acc", "probe/loss"):
+            assert rest[name] == written[name][epoch:], name
+        assert measured == known
+
+
+def test_a_model_of_a_checkpoint_begins_a_run_of_its_own(tmp_path: Path) -> None:
+    def fit(model: Supervised, place: str, seed: int) -> torch.Tensor:
+        seed_everything(seed, verbose=False)
+        trainer, run = _small(tmp_path / place, 1)
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=8, seed=0))
+        assert len(read_scalars(run)[0]["train/loss"]) == 1
+        return model.head.weight.detach()
+
+    fit(Supervised(2, {**NETWORK, "in_chans": 1}), "first", 0)
+    ends = [
+        fit(
+            Supervised.load_from_checkpoint(tmp_path / "first" / "saved" / "epoch=0.ckpt", weights_only=True),
+            f"seed {seed}",
+            seed,
+        )
+        for seed in (1, 2)
+    ]
+    assert not torch.equal(*ends)  # drop path draws from the run's seed, not from where the checkpoint was
