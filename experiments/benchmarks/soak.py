@@ -137,16 +137,8 @@ WRITERS: dict[str, tuple[str, ...]] = {
     "export": ("export", "{root}/last.ckpt", "{place}/file.safetensors"),
     "predict": (
         *("predict", "--config", "{root}/config.yaml", "--ckpt_path", "{root}/last.ckpt", *QUIET),
-        *(
-            "--trainer.logger",
-            "false",
-            "--trainer.default_root_dir",
-            "{place}",
-            "--trainer.callbacks",
-            "null",
-            "--predictions",
-            "{place}/file.csv",
-        ),
+        *("--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.default_root_dir", "{place}"),
+        *("--predictions", "{place}/file.csv"),
     ),
 }
 
