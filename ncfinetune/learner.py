@@ -249,16 +249,16 @@ class Learner(LightningModule, ABC):
             rank_zero_info(f"learning rate scaled by {self._lr_factor:g}, from {self._lr_batch} images a step")
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
-        self._restore_numbers()
+        restore_numbers(self.trainer, self._numbers_before)
 
-    def _restore_numbers(self) -> None:
-        """Go on with the numbers of the run that is resumed, where they have been loaded."""
-        before, self._numbers_before = self._numbers_before, {}
-        restore_numbers(self.trainer, before)
+    def on_fit_end(self) -> None:
+        """Forget the run that was resumed, which may have had nothing left to train."""
+        self._numbers_before = {}
 
     def on_train_start(self) -> None:
         """Go on with what a run which is resumed had stopped before, with what it trained and its random numbers."""
-        self._restore_numbers()  # once more, since some strategies load a checkpoint after the fit has started
+        # Once more: a sanity check has them forgotten, and some strategies load a checkpoint after the fit has started.
+        restore_numbers(self.trainer, self._numbers_before)
         take_up_before_validation(self.trainer)
         train_as_before(self, self._trained_before)
         self._trained_before = {}

@@ -67,12 +67,12 @@ def last_numbers(trainer: Trainer) -> dict[str, Any]:
     return {"known": _as_floats(known), "ended": ended}
 
 
-def restore_numbers(trainer: Trainer, numbers: Mapping[str, Any]) -> None:
-    """Let the trainer know `last_numbers` of the run that stopped, and write those that it may not have written."""
+def restore_numbers(trainer: Trainer, numbers: dict[str, Any]) -> None:
+    """Let the trainer know `last_numbers` of the run that stopped, and write once what it may not have written."""
     device = trainer.strategy.root_device
     known = {name: torch.tensor(value, device=device) for name, value in numbers.get("known", {}).items()}
     trainer._logger_connector._callback_metrics.update(known)
-    if ended := numbers.get("ended"):
+    if ended := numbers.pop("ended", None):
         for logger in trainer.loggers:
             logger.log_metrics(ended["values"], step=ended["step"])
             logger.save()
