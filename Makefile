@@ -7,7 +7,7 @@ SEEDS := 0 1 2
 # A process of tests for each core; what is left over in one is taken by another.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-gpu lint
+.PHONY: demo test test-slow test-gpu soak lint
 
 # Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
 # One thread: on matrices this small two are no faster, and many times slower where something else runs too.
@@ -33,6 +33,11 @@ test-slow: $(VENV)/installed-test
 # On a machine with a CUDA device; without one every test is skipped, and says why.
 test-gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -rs -m gpu
+
+# Some 250 kills of some 90 runs, for half an hour and more; goes on where it was stopped, with what is in soak.csv.
+soak: export OMP_NUM_THREADS = 1
+soak: $(VENV)/installed-test
+	nice $(BIN)/python experiments/benchmarks/soak.py $(SOAK)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

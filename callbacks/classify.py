@@ -66,7 +66,7 @@ class OnlineClassifier:
         ignore_index: Samples with this label are left out.
 
     Attributes:
-        probe: The classifier, in eval mode; None until the first features tell how wide it is.
+        probe: The classifier, in eval mode; None until the first features, or what is restored, tell how wide it is.
     """
 
     def __init__(self, optimizer: OptimizerCallable, ignore_index: int | None = None) -> None:
@@ -75,20 +75,38 @@ class OnlineClassifier:
         self._ignore_index = ignore_index
         self._optimizer: torch.optim.Optimizer | None = None
         self._stored: dict[str, Any] = {}
+        # Of the present epoch: samples left out for their labels and for their features; sum of the losses of samples,
+        # and their number.
         self._left_out: Tensor | None = None
+        self._losses: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the classifier and state of its optimiser; empty before the first batch."""
-        if self.probe is None or self._optimizer is None:
+        """Weights of the classifier, state of its optimiser, sums of the epoch; empty before the first batch."""
+        if self.probe is None or self._optimizer is None or self._left_out is None or self._losses is None:
             return self._stored
-        return {"probe": self.probe.state_dict(), "optimizer": self._optimizer.state_dict()}
+        sums = {"left_out": self._left_out.clone(), "losses": self._losses.clone()}
+        return {"probe": self.probe.state_dict(), "optimizer": self._optimizer.state_dict(), **sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the first features tell how wide the classifier is."""
-        self._stored = state_dict
+        """Keep the state until training starts, and the device is known."""
+        self._stored, self.probe = state_dict, None
 
-    def learn(self, features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-        """Take a step, and give the loss before it. No value is read from an accelerator.
+    def restore(self, num_classes: int, device: torch.device) -> None:
+        """Go on with the state that was loaded, if one was."""
+        if self._stored and self.probe is None:
+            weight = self._stored["probe"]["linear.weight"].to(device)
+            _, _, left_out, losses = self._made(weight, num_classes)
+            left_out.copy_(self._stored.get("left_out", left_out))
+            losses.copy_(self._stored.get("losses", losses))
+
+    def begin_epoch(self) -> None:
+        """Set the epoch's sums to 0."""
+        for sums in (self._left_out, self._losses):
+            if sums is not None:
+                sums.zero_()
+
+    def learn(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        """Take a step. No value is read from an accelerator.
 
         Args:
             features: ``(N, d)``; samples with nan or inf are left out.
@@ -98,7 +116,7 @@ class OnlineClassifier:
         Raises:
             ValueError: On a CPU: labels out of range.
         """
-        probe, optimizer, left_out = self._made(features, num_classes)
+        probe, optimizer, left_out, epoch = self._made(features, num_classes)
         whole = labels.ndim == 1
         if whole and may_look(labels):
             check_labels(labels, num_classes, self._ignore_index)
@@ -114,25 +132,29 @@ class OnlineClassifier:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        return loss.detach()
+        epoch[0] += loss.detach().float() * len(labels)
+        epoch[1] += len(labels)
+
+    def mean_loss(self) -> float | None:
+        """The mean loss of the epoch's samples, None if there are none; reads the device."""
+        total, samples = (0, 0) if self._losses is None else self._losses.tolist()
+        return total / samples if samples else None
 
     def left_out(self) -> tuple[int, int]:
-        """Samples left out since this was last asked, for their labels and for their features; reads the device."""
-        if self._left_out is None:
-            return 0, 0
-        labels, features = self._left_out.tolist()
-        self._left_out.zero_()
+        """The epoch's samples left out for their labels and for their features; reads the device."""
+        labels, features = (0, 0) if self._left_out is None else self._left_out.tolist()
         return labels, features
 
-    def _made(self, features: Tensor, num_classes: int) -> tuple[LinearProbe, torch.optim.Optimizer, Tensor]:
-        if self.probe is None or self._optimizer is None or self._left_out is None:
+    def _made(self, features: Tensor, num_classes: int) -> tuple[LinearProbe, torch.optim.Optimizer, Tensor, Tensor]:
+        if self.probe is None or self._optimizer is None or self._left_out is None or self._losses is None:
             self.probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
             self._optimizer = self._make_optimizer(self.probe.parameters())
             self._left_out = torch.zeros(2, dtype=torch.int64, device=features.device)
+            self._losses = torch.zeros(2, dtype=torch.float32, device=features.device)
             if self._stored:
                 self.probe.load_state_dict(self._stored["probe"])
                 self._optimizer.load_state_dict(self._stored["optimizer"])
-        return self.probe, self._optimizer, self._left_out
+        return self.probe, self._optimizer, self._left_out, self._losses
 
 
 def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int) -> Tensor:

@@ -111,11 +111,11 @@ class OnlineProbe(Callback):
         return self._generate_state_key(layer=self.layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the classifier and state of its optimiser."""
+        """Weights of the classifier, state of its optimiser, and sums of the epoch."""
         return self._linear.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the first features tell how wide the classifier is."""
+        """Keep the state until training starts."""
         self._linear.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -148,11 +148,14 @@ class OnlineProbe(Callback):
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count epochs."""
+        """Begin to count epochs, and go on with the classifier of a run that is resumed."""
         self._schedule.start(trainer)
+        self._linear.restore(self._classes, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the step."""
+        """Listen to the step, and begin the epoch's sums with its first."""
+        if batch_idx == 0:
+            self._linear.begin_epoch()
         self._seen_by.listen("training_step")
 
     def on_train_batch_end(
@@ -163,10 +166,7 @@ class OnlineProbe(Callback):
         if trainer.world_size > 1:
             features, labels = _gathered(features, trainer.world_size), _gathered(labels, trainer.world_size)
         if len(features) > 1:  # one feature has no variance
-            loss = self._linear.learn(features, labels, self._classes)
-            pl_module.log(
-                self._name("loss"), loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True
-            )
+            self._linear.learn(features, labels, self._classes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count, unless Lightning only checks that validation runs."""
@@ -222,7 +222,10 @@ class OnlineProbe(Callback):
         self._counts, self._bank, self._transferred = {}, None, {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the second data set if that is due and was not done in the epoch's validation."""
+        """Log the mean loss, and measure the second data set if that is due and the validation has not done so."""
+        # Not left to Lightning's mean over an epoch, of which a run that is resumed within it has the rest alone.
+        if (loss := self._linear.mean_loss()) is not None:
+            self._log(pl_module, self._name("loss"), loss)
         if self._schedule.after_epoch(trainer, pl_module):
             self._transfer(trainer, pl_module)
             for name, value in self._transferred.items():
@@ -265,7 +268,7 @@ class OnlineProbe(Callback):
         return features, labels
 
     def _report_left_out(self) -> None:
-        """Say which training samples were left out since the last report; the same on all processes."""
+        """Say which of the epoch's training samples were left out; the same on all processes."""
         labels, features = self._linear.left_out()
         if labels:
             raise ValueError(

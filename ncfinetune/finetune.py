@@ -265,6 +265,7 @@ class FineTuner(Classifier):
         Raises:
             ValueError: Something changed what is frozen.
         """
+        super().on_fit_end()
         folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
         state = self.trainer.strategy.lightning_module_state_dict()
         self._frozen.check(self._split(state)[1])

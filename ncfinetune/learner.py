@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -21,7 +22,16 @@ from torchmetrics import Metric
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
 from ncfinetune.inputs import may_look
-from ncfinetune.resume import state_of_process, states_of_processes, take_up_after_last_batch
+from ncfinetune.resume import (
+    last_numbers,
+    restore_numbers,
+    state_of_process,
+    states_of_processes,
+    take_up_after_last_batch,
+    take_up_before_validation,
+    train_as_before,
+    trained,
+)
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.weights import DATA
 
@@ -131,6 +141,8 @@ class Learner(LightningModule, ABC):
         self.class_names: list[str] | None = None
         self.preprocessing: dict[str, Any] | None = None
         self._processes: list[dict[str, Any]] = []
+        self._trained_before: dict[str, bool] = {}
+        self._numbers_before: dict[str, Any] = {}
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare what a datamodule says of classes and images with what the learner was trained on."""
@@ -159,13 +171,18 @@ class Learner(LightningModule, ABC):
         if "loops" in checkpoint:  # and not weights alone
             means = {name: mean.metric_state for name, mean in self._means_of("train")}
             checkpoint[_PROCESSES] = states_of_processes(self.trainer, {"means": means})
+            checkpoint[_TRAINED] = trained(self)
+            checkpoint[_NUMBERS] = last_numbers(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what the checkpoint says of classes and images, and compare the datamodule with it."""
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
-        self._processes = checkpoint.get(_PROCESSES, [])
-        take_up_after_last_batch(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._processes = checkpoint.get(_PROCESSES, [])
+            self._trained_before = checkpoint.get(_TRAINED, {})
+            self._numbers_before = checkpoint.get(_NUMBERS, {})
+            take_up_after_last_batch(checkpoint)
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
@@ -252,9 +269,19 @@ class Learner(LightningModule, ABC):
             rank_zero_info(f"learning rate scaled by {self._lr_factor:g}, from {self._lr_batch} images a step")
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
+        restore_numbers(self.trainer, self._numbers_before)
+
+    def on_fit_end(self) -> None:
+        """Forget the run that was resumed, which may have had nothing left to train."""
+        self._numbers_before = {}
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers that a run which is resumed had stopped with."""
+        """Go on with what a run which is resumed had stopped before, with what it trained and its random numbers."""
+        # Once more: a sanity check has them forgotten, and some strategies load a checkpoint after the fit has started.
+        restore_numbers(self.trainer, self._numbers_before)
+        take_up_before_validation(self.trainer)
+        train_as_before(self, self._trained_before)
+        self._trained_before = {}
         if self._processes:
             self._processes = [state_of_process(self.trainer, self._processes)]
 
@@ -289,6 +316,10 @@ class Learner(LightningModule, ABC):
 
 # Under which a checkpoint has what each process needs to go on.
 _PROCESSES = "processes"
+# Under which it has whether each parameter trained.
+_TRAINED = "trained"
+# Under which it has what was logged last.
+_NUMBERS = "numbers"
 # Hyper-parameters of a run, which a checkpoint's model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,6 +51,63 @@ def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), device)
 
 
+def last_numbers(trainer: Trainer) -> dict[str, Any]:
+    """The last values of what was logged, and those of an epoch that is checkpointed at its end, with their step.
+
+    Lightning (2.6) keeps no values, and writes those of an epoch to the loggers after the checkpoint of its end.
+    """
+    connector, loop = trainer._logger_connector, trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    known, ended = dict(connector._callback_metrics), {}
+    if epochs.processed > epochs.completed and trainer._results is not None:
+        found = connector.metrics
+        known |= found["callback"]
+        values = {**_as_floats(found["log"]), "epoch": float(trainer.current_epoch)}
+        ended = {"values": values, "step": loop.epoch_loop._batches_that_stepped - 1}
+    return {"known": _as_floats(known), "ended": ended}
+
+
+def restore_numbers(trainer: Trainer, numbers: dict[str, Any]) -> None:
+    """Let the trainer know `last_numbers` of the run that stopped, and write once what it may not have written."""
+    device = trainer.strategy.root_device
+    known = {name: torch.tensor(value, device=device) for name, value in numbers.get("known", {}).items()}
+    trainer._logger_connector._callback_metrics.update(known)
+    if ended := numbers.pop("ended", None):
+        for logger in trainer.loggers:
+            logger.log_metrics(ended["values"], step=ended["step"])
+            logger.save()
+
+
+def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def trained(module: nn.Module) -> dict[str, bool]:
+    """Which parameters train."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
+    """Let parameters train, or not, as they did when a run stopped, and say so where that is a change.
+
+    Lightning's ``BackboneFinetuning`` (2.6) freezes at the start of a resumed run what it had unfrozen before.
+    """
+    changed = []
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(path, recurse=False):
+            if before.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad = before[name]
+                changed.append(name)
+                # What Lightning's callback freezes and unfreezes with the parameters.
+                if before[name] and isinstance(part, _BatchNorm):
+                    part.track_running_stats = True
+    if changed:
+        rank_zero_info(
+            f"{len(changed)} parameters, first {changed[0]}, train or are frozen as in the run that stopped; a "
+            "callback had changed that"
+        )
+
+
 def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
     """Let a run that is resumed from an epoch's last batch validate, and end the epoch.
 
@@ -66,6 +125,22 @@ def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
             total["completed"] += 1
             current["completed"] += 1
             begin_again(validation)
+
+
+def take_up_before_validation(trainer: Trainer) -> None:
+    """Let a run that is resumed within an epoch, from a batch that a validation was to follow, begin with that.
+
+    Lightning (2.6) takes the validation for done, as ``val_check_interval`` and a checkpoint each few steps make it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or not loop.restarted_on_train_batch_end or not loop._should_check_val_fx(fetcher):
+        return
+    loop.batch_progress.increment_completed()
+    validation = loop.val_loop.batch_progress.state_dict()
+    begin_again(validation)
+    loop.val_loop.batch_progress.load_state_dict(validation)
+    loop.update_restart_stage()
 
 
 def begin_again(progress: dict[str, Any]) -> None:

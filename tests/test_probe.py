@@ -205,7 +205,7 @@ def test_its_state_is_in_the_checkpoint_and_goes_on(tmp_path: Path) -> None:
     half, _ = run(2)
     half.save_checkpoint(tmp_path / "half.ckpt")
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
-    assert list(stored["OnlineProbe{'layer': 'penultimate'}"]) == ["probe", "optimizer"]
+    assert list(stored["OnlineProbe{'layer': 'penultimate'}"]) == ["probe", "optimizer", "left_out", "losses"]
     (_, whole), (_, resumed) = run(4), run(4, ckpt_path=tmp_path / "half.ckpt")
     for key, value in whole._linear.probe.state_dict().items():
         torch.testing.assert_close(resumed._linear.probe.state_dict()[key], value)

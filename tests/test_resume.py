@@ -9,14 +9,16 @@ import ddp
 import pytest
 import torch
 from image_files import write_image
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from test_shards import _write_shards
 
 from ncfinetune import FineTuner, Supervised
 from ncfinetune.adversarial import PGD
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
+from ncfinetune.events import read_scalars
 from ncfinetune.resume import state_of_process, states_of_processes
 
 # Dropout and drop path draw from the stream of random numbers that a checkpoint has to keep.
@@ -192,19 +194,21 @@ def test_each_process_gets_its_own_state_back(tmp_path: Path, caplog: pytest.Log
 
 
 class Order(ModelCheckpoint):
-    """Notes what came after what, and checkpoints each step."""
+    """Notes what came after what, and checkpoints when it is asked to."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    def __init__(self, folder: Path, **when: Any) -> None:
+        super().__init__(folder, "{step}", save_top_k=-1, **(when or EACH_STEP))
         self.order: list[tuple[int, Any]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.order.append((trainer.current_epoch, batch_idx))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         self.order.append((trainer.current_epoch, "end"))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
         self.order.append((trainer.current_epoch, "validation"))
 
 
@@ -225,3 +229,174 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
     whole = fit()
     for epoch in (0, 1):
         assert fit(tmp_path / f"step={2 * epoch + 2}.ckpt") == whole[whole.index((epoch, 1)) + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("when", [EACH_STEP, {"save_on_train_epoch_end": False}], ids=["steps", "validations"])
+@pytest.mark.parametrize("every", [{}, {"check_val_every_n_epoch": None}], ids=["in epochs", "over epochs"])
+def test_a_validation_that_is_due_within_an_epoch_is_made_once(
+    every: dict[str, Any], when: dict[str, Any], tmp_path: Path
+) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> tuple[list[tuple[int, Any]], Any]:
+        seed_everything(0, verbose=False)
+        order, logger = Order(tmp_path / "checkpoints", **when), TensorBoardLogger(tmp_path, "", place)
+        trainer = Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            callbacks=[OnlineProbe(2), order],
+            logger=logger,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            val_check_interval=3,
+            **every,
+        )
+        model = Supervised(2, {**NETWORK, "in_chans": 1})
+        trainer.fit(model, Digits([1, 2], shots=20, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+        return order.order, (model.state_dict(), read_scalars(tmp_path / place)[0])
+
+    whole, (weights, numbers) = fit("whole")
+    saved = sorted((tmp_path / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    for checkpoint in saved:
+        step = int(checkpoint.stem.split("=")[1])
+        order, (resumed, logged) = fit(f"from {step}", checkpoint)
+        epoch, batch = divmod(step - 1, 5)
+        rest = whole[whole.index((epoch, batch)) + 1 :]
+        assert order == (rest[1:] if when != EACH_STEP and rest[0][1] == "validation" else rest)
+        assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        for tag, values in logged.items():
+            assert values == pytest.approx(numbers[tag][-len(values) :], rel=1e-6), tag
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("learner", "kind"), [("supervised", "memory"), ("cached", "plain"), ("supervised", "shards, 2 workers")]
+)
+def test_two_processes_go_on_as_if_they_had_not_stopped(
+    learner: str, kind: str, folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> Any:
+        seed_everything(0, verbose=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp_fork",
+            max_epochs=2,
+            callbacks=[
+                ModelCheckpoint(tmp_path / place, "{step}", save_top_k=-1, every_n_train_steps=1),
+                NeuralCollapseTracker(figures=False),
+                OnlineProbe(3),
+            ],
+            logger=TensorBoardLogger(tmp_path / "runs", "", place),
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        model = LEARNERS[learner](1 if kind in ("memory", "plain") else 3)
+        trainer.fit(model, DATA[kind](folder, shards), ckpt_path=ckpt_path, weights_only=True)
+        return model.state_dict(), read_scalars(tmp_path / "runs" / place)[0]
+
+    weights, numbers = fit("whole")
+    steps = len(list((tmp_path / "whole").glob("*.ckpt")))
+    for step in (1, steps // 2, steps // 2 + 2):  # within the first epoch, after its last batch, within the second
+        resumed, logged = fit(f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+        for tag, values in logged.items():
+            assert values == pytest.approx(numbers[tag][-len(values) :], rel=1e-6, nan_ok=True), tag
+
+
+class Unfreezing(BackboneFinetuning):
+    """Trains the backbone from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__(unfreeze_backbone_at_epoch=1, initial_denom_lr=1)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+def test_what_a_callback_had_unfrozen_still_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lightning's issue 21901: its BackboneFinetuning freezes all again where a run is resumed."""
+
+    def fit(ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        seed_everything(0, verbose=False)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [Unfreezing(), ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)]
+        trainer = Trainer(max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks, **quiet)
+        model = Supervised(2, {**NETWORK, "in_chans": 1})
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+        return model.state_dict()
+
+    whole = fit()
+    start = Supervised(2, {**NETWORK, "in_chans": 1}).state_dict()
+    assert not torch.equal(whole["backbone.net.patch_embed.proj.weight"], start["backbone.net.patch_embed.proj.weight"])
+    for step, changed in ((1, False), (3, True), (4, True)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            resumed = fit(tmp_path / f"step={step}.ckpt")
+        assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+        assert ("as in the run that stopped; a callback had changed that" in caplog.text) == changed
+
+
+def _small(folder: Path, epochs: int, **arguments: Any) -> tuple[Trainer, Path]:
+    """A trainer that checkpoints the end of each epoch, and the folder of its numbers."""
+    logger = TensorBoardLogger(folder, "", "run")
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[
+            OnlineProbe(2),
+            ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+        ],
+        logger=logger,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    return trainer, folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_numbers_of_an_epoch_that_is_checkpointed_at_its_end_are_written(tmp_path: Path) -> None:
+    def fit(place: str, ckpt_path: Path | None = None) -> tuple[dict[str, list[float]], dict[str, float]]:
+        trainer, run = _small(tmp_path / place, 2)
+        data = Digits([1, 2], shots=8, batch_size=8)
+        trainer.fit(
+            Supervised(2, {**NETWORK, "in_chans": 1}, lr_scheduler=_halving),
+            data,
+            ckpt_path=ckpt_path,
+            weights_only=True,
+        )
+        return read_scalars(run)[0], {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    written, known = fit("whole")
+    for epoch in (0, 1):  # which Lightning writes to the loggers after the checkpoint
+        rest, measured = fit(f"from {epoch}", tmp_path / "whole" / "saved" / f"epoch={epoch}.ckpt")
+        for name in ("train/loss", "train/acc", "probe/loss"):
+            assert rest[name] == written[name][epoch:], name
+        assert measured == known
+
+
+class RandomState(Callback):
+    """Notes where the stream of random numbers is when the first epoch begins."""
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.state = torch.get_rng_state()
+
+
+def test_a_model_of_a_checkpoint_begins_a_run_of_its_own(tmp_path: Path) -> None:
+    def fit(model: Supervised, place: str, seed: int) -> torch.Tensor:
+        seed_everything(seed, verbose=False)
+        trainer, run = _small(tmp_path / place, 1)
+        random: Any = RandomState()
+        trainer.callbacks.append(random)
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=8))
+        assert len(read_scalars(run)[0]["train/loss"]) == 1
+        return random.state
+
+    fit(Supervised(2, {**NETWORK, "in_chans": 1}), "first", 0)
+    path = tmp_path / "first" / "saved" / "epoch=0.ckpt"
+    states = [fit(Supervised.load_from_checkpoint(path, weights_only=True), f"seed {seed}", seed) for seed in (1, 2)]
+    assert not torch.equal(*states)
