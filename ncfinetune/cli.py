@@ -33,6 +33,9 @@ commands:
 options:
   -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
                   'ncfinetune fit --model.help FineTuner' those of a model
+  --safe          with fit, validate, test or predict: refuse a configuration that would run code of its own: classes
+                  other than ours, Lightning's and the optimisers of torch and timm, shell commands, other machines'
+                  files, and checkpoints with more than data
   --version       version
   NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
 """

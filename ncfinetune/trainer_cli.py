@@ -30,6 +30,7 @@ from ncfinetune import interruptions, predictions
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
 from ncfinetune.cli_errors import plain
 from ncfinetune.learner import check_launched
+from ncfinetune.safety import refuse_code
 from ncfinetune.weights import DATA
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
@@ -52,14 +53,22 @@ BROKEN_IMAGES = 3
 def main(args: list[str] | None = None) -> int | None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
 
+    With ``--safe`` among them nothing runs that a configuration or a checkpoint brings along.
+
     Returns:
         The exit status: None, `BROKEN_IMAGES`, or `interruptions.STATUS` after SIGTERM.
 
     Raises:
-        ValueError: Lightning refuses the configuration, or a checkpoint is of another model.
+        ValueError: Lightning refuses the configuration, a checkpoint is of another model, or ``--safe`` forbids
+            something.
     """
+    words = sys.argv[1:] if args is None else list(args)
+    safe = "--safe" in words
+    if safe:
+        words.remove("--safe")
+        refuse_code(words)
     try:
-        return NCFinetuneCLI(
+        return (_SafeCLI if safe else NCFinetuneCLI)(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -70,7 +79,7 @@ def main(args: list[str] | None = None) -> int | None:
             parser_class=PlainParser,
             save_config_callback=_SaveConfigAfterBatch,
             save_config_kwargs={"overwrite": True, "given": None},
-            args=args,
+            args=words,
         ).status
     except SIGTERMException:
         return interruptions.STATUS
@@ -158,6 +167,7 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
 class NCFinetuneCLI(LightningCLI):
     """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
 
+    safe = False
     status: int | None = None
     _arguments: Any = None
     _samples: list[str] | None = None
@@ -217,11 +227,13 @@ class NCFinetuneCLI(LightningCLI):
     def _trust_nothing_remote(self) -> None:
         """Let Lightning read a checkpoint from another machine as data; its default there is to run what is in it."""
         path = self._get(self.config, "ckpt_path")
-        if path is None or not re.match(r"\w+://", path):
+        remote = path is not None and re.match(r"\w+://", path) is not None
+        if path is None or not (remote or self.safe):
             return
         if "weights_only" not in self.config[self.subcommand]:
-            self.parser.error(f"{path!r} is on another machine, and this Lightning would run its code; fetch it first")
-        if self.config[self.subcommand].weights_only is None:
+            whose = f"{path!r} is on another machine" if remote else f"--safe trusts nothing in {path!r}"
+            self.parser.error(f"{whose}, and this Lightning would run its code; fetch it first, or take lightning>=2.6")
+        if self.config[self.subcommand].weights_only is None or self.safe:
             self.config[self.subcommand].weights_only = True
 
     def _take_from(self, checkpoint: Mapping[str, Any]) -> None:
@@ -348,6 +360,12 @@ class NCFinetuneCLI(LightningCLI):
             return predict_files(folder)
         except FileNotFoundError as error:
             self.parser.error(str(error))
+
+
+class _SafeCLI(NCFinetuneCLI):
+    """The same where no checkpoint is trusted."""
+
+    safe = True
 
 
 def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapping[str, Any] | None:

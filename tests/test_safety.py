@@ -1,0 +1,95 @@
+"""``--safe``: what may run of somebody else's configuration and checkpoint, and what may not."""
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ncfinetune.cli import main
+from ncfinetune.safety import refuse_code
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--data", "Digits", "--model", "Supervised", "--model.backbone", "{name: test_resnet, in_chans: 1}"]
+QUIET = [
+    *("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_model_summary", "false", "--trainer.limit_val_batches", "1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["fit", "--trainer.callbacks", "canary.Callback"], "'canary.Callback' for trainer.callbacks, something"),
+        (["fit", "--trainer.callbacks+=canary.Callback"], "'canary.Callback' for trainer.callbacks, something"),
+        (["fit", "--model=subprocess.Popen"], "'subprocess.Popen' for model, something to import"),
+        (["fit", "--model", "{class_path: os.system}"], "'os.system' for model.class_path, something to import"),
+        (["fit", "--model", "lightning.pytorch.cli.os.system"], "'lightning.pytorch.cli.os.system' for model"),
+        (["fit", "--optimizer", "torch.hub.load"], "'torch.hub.load' for optimizer, something to import"),
+        (["fit", "--config", "{trainer: {callbacks: [{class_path: os.system}]}}"], "trainer.callbacks.class_path"),
+        (["fit", "--data.init_args.train", "pipe:cat x"], "'pipe:cat x' for data.init_args.train, a shell command"),
+        (["test", "--ckpt_path", "https://example.org/a.ckpt"], "for ckpt_path, on another machine"),
+        (["fit", "--model.backbone", "hf-hub:somebody/network"], "for model.backbone, on another machine"),
+    ],
+)
+def test_what_is_refused(words: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "canary.py").write_text("class Callback: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="--safe refuses") as refusal:
+        refuse_code(words)
+    assert what in str(refusal.value)
+    assert str(refusal.value).endswith("and other options by --config; without --safe it is run")
+
+
+@pytest.mark.parametrize("option", ["--config", "--config="])
+def test_a_configuration_is_looked_through(option: str, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text("model:\n  init_args:\n    optimizer: {class_path: shutil.rmtree, init_args: {path: /}}\n")
+    words = [f"{option}{path}"] if option.endswith("=") else [option, str(path)]
+    with pytest.raises(ValueError, match=r"'shutil.rmtree' for config.model.init_args.optimizer.class_path"):
+        refuse_code(["fit", *words])
+    with pytest.raises(ValueError, match=r"theirs.yaml' for model, a file of more options"):
+        refuse_code(["fit", "--model", str(path)])
+
+
+def test_our_own_configurations_are_let_through() -> None:
+    own = [path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "results"]
+    assert len(own) > 10
+    for path in own:
+        refuse_code(["fit", "--config", str(path), "--trainer.max_epochs", "3", "--model.train", "layer3.0"])
+
+
+def test_nothing_of_theirs_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "canary.py").write_text(
+        f"from pathlib import Path\nfrom lightning.pytorch import Callback\nPath({str(tmp_path / 'sang')!r}).touch()\n"
+        "class Sings(Callback): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["validate", *TINY, *QUIET, "--trainer.callbacks", "canary.Sings"]
+    assert main([*words, "--safe"]) == 2
+    assert "error: --safe refuses 'canary.Sings' for trainer.callbacks" in capsys.readouterr().err
+    assert not (tmp_path / "sang").exists()
+    assert main(words) is None
+    assert (tmp_path / "sang").exists()
+    sys.modules.pop("canary")
+
+
+class _Sings:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_read_as_data(tmp_path: Path, capsys: Any) -> None:
+    content = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "more": _Sings(tmp_path / "sang")}
+    torch.save(content, tmp_path / "theirs.ckpt")
+    words = ["validate", *TINY, *QUIET, "--ckpt_path", str(tmp_path / "theirs.ckpt")]
+    assert main(["validate", "--safe", *words[1:]]) == 2
+    assert "--ckpt_path holds more than data, which is not run here" in capsys.readouterr().err
+    assert not (tmp_path / "sang").exists()
+    pickle.loads(pickle.dumps(content["more"]))
+    assert (tmp_path / "sang").exists()  # as it would have been
