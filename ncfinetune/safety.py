@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _CLASS = re.compile(
 )
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ELSEWHERE = re.compile(r"\w+://|hf[-_]hub:")
-_FILE_OF_OPTIONS = (".yaml", ".yml", ".json")
+# Options are in smaller files, in bytes.
+_LARGEST = 2**20
 
 
 def refuse_code(words: list[str]) -> None:
@@ -35,46 +37,47 @@ def refuse_code(words: list[str]) -> None:
         if fault := _fault(value):
             raise ValueError(
                 f"--safe refuses {value!r} for {key}, {fault}; expected classes of ncfinetune, lightning.pytorch, "
-                "torch.optim and timm.optim, files of this machine, and other options by --config; without --safe it is run"
+                "torch.optim and timm.optim, and files of this machine; without --safe it is run"
             )
 
 
 def _said(words: list[str]) -> Iterator[tuple[str, str]]:
     """Every string of a command by the option that it is for."""
-    option = "the command"
+    option, seen = "the command", set[Path]()
     for word in words:
+        value = word
         if word.startswith("--"):
-            option, given, value = word.removeprefix("--").partition("=")
+            option, _, value = word.removeprefix("--").partition("=")
             option = option.removesuffix("+")
-            if not given:
-                continue
-        else:
-            value = word
-        if option == "config":
-            path = Path(value)
-            yield from _strings("config", yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value))
-        else:
-            yield option, value
-            yield from _strings(option, _loaded(value))
+        yield from _strings(option, value, Path(), seen)
+        yield from _strings(option, _loaded(value), Path(), seen)
 
 
-def _loaded(value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:  # no YAML, and looked at as it is
-        return None
-
-
-def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
+def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
+    """The strings in a value, and in the file of options that it may be the name of, there or in the folder."""
+    if isinstance(value, dict):
         for name, item in value.items():
             yield key, str(name)
-            yield from _strings(f"{key}.{name}", item)
+            yield from _strings(f"{key}.{name}", item, folder, seen)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(key, item)
+            yield from _strings(key, item, folder, seen)
+    elif isinstance(value, str):
+        yield key, value
+        for path in {Path(value).absolute(), (folder / value).absolute()} - seen:
+            with suppress(OSError, UnicodeDecodeError):  # no file, or none of options
+                if path.stat().st_size < _LARGEST:
+                    seen.add(path)
+                    yield from _strings(key, _loaded(path.read_text(encoding="utf-8")), path.parent, seen)
+
+
+def _loaded(text: str) -> Any:
+    """What YAML there is in a text; text alone is nothing more."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return None if isinstance(content, str) else content
 
 
 def _fault(value: str) -> str | None:
@@ -82,8 +85,6 @@ def _fault(value: str) -> str | None:
         return "a shell command"
     if _ELSEWHERE.search(value):
         return "on another machine"
-    if value.endswith(_FILE_OF_OPTIONS) and Path(value).is_file():
-        return "a file of more options"
     if _DOTTED.fullmatch(value) and not _CLASS.fullmatch(value) and _can_be_imported(value):
         return "something to import"
     return None
