@@ -44,9 +44,9 @@ from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils._pytree import tree_leaves
 
-from ncfinetune import Backbone, cli, delta, predictions, store, weights  # noqa: F401  # cli: before processes fork
-from ncfinetune.__main__ import main as ncfinetune
+from ncfinetune import Backbone, delta, predictions, store, trainer_cli, weights  # noqa: F401  # trainer_cli: before forks
 from ncfinetune.callbacks import tracker
+from ncfinetune.cli import main as ncfinetune
 from ncfinetune.events import read_scalars
 
 LIMIT = 600  # seconds after which a process that should take 3 hangs, on a machine that is busy with other things
