@@ -16,6 +16,7 @@ import ncfinetune
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "ncfinetune"
 OUTER = {"callbacks", "datamodules"}
+LEARNERS = {"learner", "classifier", "supervised", "contrastive", "finetune"}
 
 # Which of our modules each module imports, no more and no fewer, by the names below ncfinetune. Exactly these exist.
 IMPORTS = {
@@ -222,6 +223,8 @@ def test_imports_run_down_the_floors_alone() -> None:
         outer = {other.split(".")[0] for other in found} & OUTER
         assert outer <= ({floor} & OUTER), f"{name} imports of {outer}"
         assert floor != "datamodules" or {other.split(".")[0] for other in found} <= {"datamodules"}
+        assert floor != "callbacks" or not found & LEARNERS
+        assert name not in LEARNERS or "metrics" not in found
         assert "cli" not in found or name == "__main__"
         assert "trainer_cli" not in found or name == "cli"
 
