@@ -1,4 +1,4 @@
-# make demo, make test, make lint. PYTHON= is the interpreter to build on, VENV= where the virtual environment goes.
+# make demo, make test, make test-oldest, make lint. PYTHON= is the interpreter to build on, VENV= where the virtual environment goes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,10 @@ SEEDS := 0 1 2
 # A process of tests for each core; what is left over in one is taken by another.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-gpu soak lint
+# What touches most of torch, Lightning, torchmetrics, timm and jsonargparse for the time it takes.
+OLDEST_TESTS := $(addprefix tests/test_,metrics.py tracker.py cli.py datamodules.py delta.py doctests.py finetune.py pretrain.py)
+
+.PHONY: demo test test-slow test-oldest test-gpu soak lint
 
 # Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
 # One thread: on matrices this small two are no faster, and many times slower where something else runs too.
@@ -29,6 +32,17 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
+
+# On the lower bounds of setup.cfg. Old releases warn of each other, so that warnings are no errors here.
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest -q $(PARALLEL) -W default -m "not slow" $(OLDEST_TESTS)
+
+$(VENV)-oldest/installed: setup.cfg
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	sed -nE 's/^ +([A-Za-z-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' setup.cfg > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --no-compile --constraint $(@D)/constraints.txt --editable ".[test]"
+	@touch $@
 
 # On a machine with a CUDA device; without one every test is skipped, and says why.
 test-gpu: $(VENV)/installed-test

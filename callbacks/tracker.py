@@ -50,6 +50,12 @@ class NeuralCollapseTracker(Callback):
     ..., last), and at the end of ``fit`` the last values as metrics of its HPARAMS page, which shows them only if the
     logger has ``default_hp_metric=False``.
 
+        >>> from lightning import Trainer
+        >>> tracker = NeuralCollapseTracker(num_classes=10, layers=["layer*.*", "penultimate"], metrics=["nc1", "cdnv"])
+        >>> trainer = Trainer(max_epochs=30, callbacks=[tracker], logger=False, enable_checkpointing=False)
+        >>> tracker in trainer.callbacks
+        True
+
     Args:
         num_classes: Number of classes; None asks the datamodule, then the module and its hyper-parameters, for
             ``num_classes``, and then the classifier if it is named.

@@ -1,5 +1,8 @@
 """Datamodules: labelled images in splits that can be trusted."""
 
+if __name__ != "ncfinetune.datamodules":
+    raise ImportError("this is ncfinetune.datamodules; by another name it would be a second copy of its classes")
+
 from .base import ImageDataModule as ImageDataModule
 from .digits import Digits as Digits
 from .files import ImageFolder as ImageFolder

@@ -79,6 +79,17 @@ class ImageFolder(FileDataModule):
     folders such as ``__MACOSX``. How many files are left out is said, as are files of one content in two parts. A class
     may be missing in val and test. A test part that cannot be used is said, and refused only by who asks for it.
 
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for n in range(12):
+        ...     (root / ("cat", "dog")[n % 2]).mkdir(exist_ok=True)
+        ...     Image.new("RGB", (40, 40), (20 * n, 0, 0)).save(root / ("cat", "dog")[n % 2] / f"{n}.png")
+        >>> data = ImageFolder(str(root), image_size=32, batch_size=4, val_fraction=0.2, num_workers=0)
+        >>> data.setup("fit")
+        >>> data.class_names, next(iter(data.train_dataloader()))[0].shape
+        (['cat', 'dog'], torch.Size([4, 3, 32, 32]))
+
     Args:
         root: The folder.
         folders: Which folder in ``root`` is which part; None is train, val and test, as far as they exist. ImageNet,

@@ -1,6 +1,9 @@
 """Transfer learning seen through neural collapse."""
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +28,25 @@ _HOME = {
 }
 __all__ = ["Backbone", "FineTuner", "Learner", "SimCLR", "SupCon", "Supervised"]
 
-# In a checkout the folders callbacks and datamodules lie beside this one; an installation has them inside it.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.cfg").exists():
-    __path__.append(str(_root))
+
+class _OuterFolders(MetaPathFinder):
+    """Finds the folders ``callbacks`` and ``datamodules`` of a checkout, which lie beside this one, and nothing else.
+
+    The root in ``__path__`` would find them too, and ``ncfinetune.ncfinetune`` and ``ncfinetune.tests`` as well: second
+    copies of modules, whose classes are not those of the first.
+    """
+
+    root = Path(__file__).resolve().parent.parent
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        outer = fullname in ("ncfinetune.callbacks", "ncfinetune.datamodules")
+        return PathFinder.find_spec(fullname, [str(self.root)]) if outer else None
+
+
+# An installation has the two folders inside this one. First in line, since an editable installation of another checkout
+# would have its finder answer before.
+if (_OuterFolders.root / "setup.cfg").exists():
+    sys.meta_path.insert(0, _OuterFolders())
 
 
 def __getattr__(name: str) -> Any:

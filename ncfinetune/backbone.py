@@ -28,6 +28,14 @@ _SAMPLE = 8
 class Backbone(nn.Module):
     """A timm network without its classifier.
 
+        >>> backbone = Backbone("resnet18", stem="cifar")
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> backbone(images).shape
+        torch.Size([2, 512])
+        >>> features = backbone.stages(images, ["layer1.1", "layer3.0"])
+        >>> {name: tuple(value.shape) for name, value in features.items()}
+        {'layer1.1': (2, 64), 'layer3.0': (2, 256)}
+
     Args:
         name: Name of a timm architecture, as in ``timm.list_models()``.
         pretrained: Load timm's weights for it (a download, or timm's local cache).

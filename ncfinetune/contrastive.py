@@ -123,6 +123,12 @@ class SupCon(Contrastive):
 
     A sample whose class is in the batch only once has its own other views for positives. Arguments, batches and what
     is logged are those of `Contrastive`.
+
+        >>> model = SupCon({"name": "resnet18", "stem": "cifar"}, projection="mlp", projection_dim=64)
+        >>> images = torch.rand(4, 2, 3, 32, 32)  # two views of four samples
+        >>> z = model.projection(model(images)).unflatten(0, (4, 2))
+        >>> contrastive_loss(z, labels=torch.tensor([0, 1, 0, 1])).shape
+        torch.Size([])
     """
 
     def classes(self, labels: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     of their gradients, which DistributedDataParallel takes, is its gradient. Labels are compared across processes, so
     that for NT-Xent each process needs numbers of its own, as SimCLR has them.
 
+        >>> z = torch.eye(2).repeat_interleave(2, 0).reshape(2, 2, 2)  # two views of each of two samples
+        >>> contrastive_loss(z, labels=torch.tensor([0, 1]), temperature=1.0).item()  # log(1 + 2 / e)
+        0.5514...
+
     Args:
         z: Projections, ``(N, V, p)``; they are normalised here. Half precision is taken to float32.
         labels: Whole numbers, ``(N,)``.

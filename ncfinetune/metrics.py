@@ -94,7 +94,14 @@ def _summing(group: Any | None) -> Callable[[Tensor], Tensor]:
 
 
 class NC1(_MomentMetric):
-    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a ``(d, d)`` state."""
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a ``(d, d)`` state.
+
+    >>> nc1 = NC1(num_classes=2)
+    >>> nc1.update(torch.tensor([[-1.1], [-0.9]]), torch.tensor([0, 0]))
+    >>> nc1.update(torch.tensor([[0.9], [1.1]]), torch.tensor([1, 1]))
+    >>> round(nc1.compute().item(), 6)  # variance 0.01 within the classes, 1 between them, K = 2
+    0.005
+    """
 
     _number = staticmethod(collapse.FAMILY["nc1"])
     _keeps_scatter = True
@@ -387,6 +394,12 @@ def neural_collapse(
     """The family as one collection: ``update(features=, labels=)``, and ``weight=`` for ``nc3``.
 
     Without ``nc1`` there is no ``(d, d)`` state, and an update costs a pass over the batch.
+
+        >>> metrics = neural_collapse(num_classes=2, members=["nc1_ratio", "cdnv"], prefix="val/")
+        >>> features, labels = torch.tensor([[-1.1], [-0.9], [0.9], [1.1]]), torch.tensor([0, 0, 1, 1])
+        >>> metrics.update(features=features, labels=labels)
+        >>> {name: round(value.item(), 6) for name, value in metrics.compute().items()}
+        {'val/cdnv': 0.0025, 'val/nc1_ratio': 0.01}
 
     Args:
         num_classes: Number of classes ``K``.

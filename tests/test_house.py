@@ -2,6 +2,9 @@
 
 import ast
 import configparser
+import graphlib
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +15,32 @@ import ncfinetune
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "ncfinetune"
+OUTER = {"callbacks", "datamodules"}
+LEARNERS = {"learner", "classifier", "supervised", "contrastive", "finetune"}
 
-# Which of our modules each module may import. What is not listed here may not exist.
+# Which of our modules each module imports, no more and no fewer, by the names below ncfinetune. Exactly these exist.
 IMPORTS = {
     "ncfinetune": {"backbone", "contrastive", "finetune", "learner", "supervised"},
-    "ncfinetune.__main__": {"cli"},
-    "ncfinetune.accumulator": {"inputs"},
-    "ncfinetune.adversarial": {"passes"},
-    "ncfinetune.atomic": {"checksums"},
-    "ncfinetune.backbone": {"blocks", "layers", "pool_search", "pooling", "weights"},
-    "ncfinetune.blocks": set(),
-    "ncfinetune.cache": {"backbone", "checksums", "passes", "store", "tail"},
-    "ncfinetune.calibration": set(),
-    "ncfinetune.channels": {"pooling", "tracing"},
-    "ncfinetune.checksums": set(),
-    "ncfinetune.classifier": {"backbone", "inputs", "learner"},
-    "ncfinetune.cli": {"", "backbone", "report", "trainer_cli", "weights"},
-    "ncfinetune.cli_errors": set(),
-    "ncfinetune.closed_forms": set(),
-    "ncfinetune.collapse": {"moments"},
-    "ncfinetune.contrastive": {"backbone", "heads", "inputs", "learner", "losses"},
-    "ncfinetune.copies": set(),
-    "ncfinetune.delta": {"atomic", "backbone", "checksums", "weights"},
-    "ncfinetune.events": set(),
-    "ncfinetune.finetune": {
+    "__main__": {"cli"},
+    "accumulator": {"inputs"},
+    "adversarial": {"passes"},
+    "atomic": {"checksums"},
+    "backbone": {"blocks", "layers", "pool_search", "pooling", "weights"},
+    "blocks": set(),
+    "cache": {"backbone", "checksums", "passes", "store", "tail"},
+    "calibration": set(),
+    "channels": {"pooling", "tracing"},
+    "checksums": set(),
+    "classifier": {"backbone", "inputs", "learner"},
+    "cli": {"backbone", "ncfinetune", "report", "trainer_cli", "weights"},
+    "cli_errors": set(),
+    "closed_forms": set(),
+    "collapse": {"moments"},
+    "contrastive": {"backbone", "heads", "inputs", "learner", "losses"},
+    "copies": set(),
+    "delta": {"atomic", "backbone", "checksums", "weights"},
+    "events": set(),
+    "finetune": {
         "backbone",
         "cache",
         "checksums",
@@ -49,88 +54,138 @@ IMPORTS = {
         "pooling",
         "store",
     },
-    "ncfinetune.folds": set(),
-    "ncfinetune.frozen": {"checksums", "layers"},
-    "ncfinetune.heads": {"moments"},
-    "ncfinetune.inputs": set(),
-    "ncfinetune.interruptions": {"resume"},
-    "ncfinetune.layers": {"blocks"},
-    "ncfinetune.learner": {"backbone", "checksums", "inputs", "resume", "schedule", "weights"},
-    "ncfinetune.losses": set(),
-    "ncfinetune.metric_base": set(),
-    "ncfinetune.metrics": {"collapse", "inputs", "metric_base", "moments", "sketch"},
-    "ncfinetune.moments": {"accumulator", "inputs", "scatter"},
-    "ncfinetune.passes": {"copies"},
-    "ncfinetune.pool_search": {"channels", "passes", "pooling", "tokens", "tracing"},
-    "ncfinetune.pooling": set(),
-    "ncfinetune.predictions": {"atomic"},
-    "ncfinetune.probes": {"closed_forms"},
-    "ncfinetune.report": {"atomic", "events"},
-    "ncfinetune.resume": set(),
-    "ncfinetune.safety": set(),
-    "ncfinetune.scatter": set(),
-    "ncfinetune.schedule": set(),
-    "ncfinetune.sketch": {"accumulator"},
-    "ncfinetune.store": {"atomic", "checksums"},
-    "ncfinetune.supervised": {"adversarial", "backbone", "classifier", "heads", "inputs", "learner", "losses"},
-    "ncfinetune.tail": set(),
-    "ncfinetune.tokens": {"pooling", "tracing"},
-    "ncfinetune.tracing": {"pooling"},
-    "ncfinetune.trainer_cli": {"atomic", "cli_errors", "interruptions", "learner", "predictions", "safety", "weights"},
-    "ncfinetune.weights": {"atomic", "checksums"},
-    "callbacks": {".probe", ".tracker"},
+    "folds": set(),
+    "frozen": {"checksums", "layers"},
+    "heads": {"moments"},
+    "inputs": set(),
+    "interruptions": {"resume"},
+    "layers": {"blocks"},
+    "learner": {"backbone", "checksums", "inputs", "resume", "schedule", "weights"},
+    "losses": set(),
+    "metric_base": set(),
+    "metrics": {"collapse", "inputs", "metric_base", "moments", "sketch"},
+    "moments": {"accumulator", "inputs", "scatter"},
+    "passes": {"copies"},
+    "pool_search": {"channels", "passes", "pooling", "tokens", "tracing"},
+    "pooling": set(),
+    "predictions": {"atomic"},
+    "probes": {"closed_forms"},
+    "report": {"atomic", "events"},
+    "resume": set(),
+    "safety": set(),
+    "scatter": set(),
+    "schedule": set(),
+    "sketch": {"accumulator"},
+    "store": {"atomic", "checksums"},
+    "supervised": {"adversarial", "backbone", "classifier", "heads", "inputs", "learner", "losses"},
+    "tail": set(),
+    "tokens": {"pooling", "tracing"},
+    "tracing": {"pooling"},
+    "trainer_cli": {"atomic", "cli_errors", "interruptions", "learner", "predictions", "safety", "weights"},
+    "weights": {"atomic", "checksums"},
+    "callbacks": {"callbacks.probe", "callbacks.tracker"},
     "callbacks.adapters": {"inputs", "layers", "pooling"},
     "callbacks.classify": {"inputs"},
     "callbacks.figures": {"collapse"},
     "callbacks.layer_metrics": {"collapse", "layers", "metrics", "moments"},
-    "callbacks.observer": {".", ".adapters", ".pool_finder", "layers", "passes", "pooling"},
+    "callbacks.observer": {"callbacks.adapters", "callbacks.pool_finder", "layers", "passes", "pooling"},
     "callbacks.pool_finder": {"pool_search", "pooling", "tracing"},
-    "callbacks.probe": {".", ".adapters", ".classify", ".observer", ".schedule", "inputs", "layers", "passes"},
+    "callbacks.probe": {
+        "callbacks.adapters",
+        "callbacks.classify",
+        "callbacks.observer",
+        "callbacks.schedule",
+        "inputs",
+        "layers",
+        "passes",
+    },
     "callbacks.schedule": set(),
-    "callbacks.tracker": {".", ".adapters", ".layer_metrics", ".observer", ".schedule", "layers", "moments", "passes"},
-    "datamodules": {".base", ".digits", ".files", ".recipes", ".shards", ".unlabelled", ".vision"},
-    "datamodules.base": {".decoding", ".images", ".listing", ".loading", ".recipes", ".splits"},
+    "callbacks.tracker": {
+        "callbacks.adapters",
+        "callbacks.figures",
+        "callbacks.layer_metrics",
+        "callbacks.observer",
+        "callbacks.schedule",
+        "layers",
+        "moments",
+        "passes",
+    },
+    "datamodules": {
+        "datamodules.base",
+        "datamodules.digits",
+        "datamodules.files",
+        "datamodules.recipes",
+        "datamodules.shards",
+        "datamodules.unlabelled",
+        "datamodules.vision",
+    },
+    "datamodules.base": {
+        "datamodules.decoding",
+        "datamodules.images",
+        "datamodules.listing",
+        "datamodules.loading",
+        "datamodules.recipes",
+        "datamodules.splits",
+    },
     "datamodules.decoding": set(),
-    "datamodules.digits": {".base", ".images", ".recipes", ".splits"},
-    "datamodules.files": {".base", ".decoding", ".images", ".labels", ".listing", ".splits"},
-    "datamodules.images": {".decoding", ".recipes", ".splits"},
-    "datamodules.labels": {".listing"},
-    "datamodules.launches": {".transforms"},
+    "datamodules.digits": {"datamodules.base", "datamodules.images", "datamodules.recipes", "datamodules.splits"},
+    "datamodules.files": {
+        "datamodules.base",
+        "datamodules.decoding",
+        "datamodules.images",
+        "datamodules.labels",
+        "datamodules.listing",
+        "datamodules.splits",
+    },
+    "datamodules.images": {"datamodules.decoding", "datamodules.recipes", "datamodules.splits"},
+    "datamodules.labels": {"datamodules.listing"},
+    "datamodules.launches": {"datamodules.transforms"},
     "datamodules.listing": set(),
-    "datamodules.loading": {".images"},
-    "datamodules.recipes": {".launches", ".transforms", ".trivial"},
-    "datamodules.shards": {".base", ".decoding", ".files", ".images", ".listing", ".recipes"},
+    "datamodules.loading": {"datamodules.images"},
+    "datamodules.recipes": {"datamodules.launches", "datamodules.transforms", "datamodules.trivial"},
+    "datamodules.shards": {
+        "datamodules.base",
+        "datamodules.decoding",
+        "datamodules.files",
+        "datamodules.images",
+        "datamodules.listing",
+        "datamodules.recipes",
+    },
     "datamodules.splits": set(),
     "datamodules.transforms": set(),
-    "datamodules.trivial": {".transforms"},
-    "datamodules.unlabelled": {".base", ".images"},
-    "datamodules.vision": {".base", ".files", ".images"},
+    "datamodules.trivial": {"datamodules.transforms"},
+    "datamodules.unlabelled": {"datamodules.base", "datamodules.images"},
+    "datamodules.vision": {"datamodules.base", "datamodules.files", "datamodules.images"},
 }
 
 
 def _modules() -> dict[str, Path]:
-    files = [path for folder in ("ncfinetune", "callbacks", "datamodules") for path in (ROOT / folder).rglob("*.py")]
-    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+    """The files of the package by their modules' names, which here leave out the ``ncfinetune.`` in front."""
+    folders = {"": CORE, "callbacks.": ROOT / "callbacks", "datamodules.": ROOT / "datamodules"}
+    files = {front + path.stem: path for front, folder in folders.items() for path in folder.glob("*.py")}
+    return {name.removesuffix(".__init__").replace("__init__", "ncfinetune"): path for name, path in files.items()}
 
 
-def _imports(path: Path) -> set[str]:
-    """What a file imports of ours: ``backbone`` for ncfinetune.backbone, ``.base`` for a neighbour, '' for the top."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found.add("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.ImportFrom) and node.module == "ncfinetune":
-            names = {alias.name for alias in node.names}
-            found |= {name if name in _core_names() else "" for name in names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ncfinetune."):
-            found.add(node.module.removeprefix("ncfinetune."))
-        elif isinstance(node, ast.Import):
-            found |= {"" for alias in node.names if alias.name.split(".")[0] == "ncfinetune"}
-    return found
+def _imports(name: str, source: str) -> set[str]:
+    """Which of our modules the source of module ``name`` imports, wherever in it and in whatever form."""
+    package = "ncfinetune" if "." not in name and name not in OUTER else f"ncfinetune.{name.split('.')[0]}"
+    targets = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = [*parents, *filter(None, [node.module])]
+            targets += [".".join([*base, alias.name]) for alias in node.names]
+    ours = [target for target in targets if target.split(".")[0] == "ncfinetune"]
+    return {_module_of(target) for target in ours}
 
 
-def _core_names() -> set[str]:
-    return {path.stem for path in CORE.glob("*.py")}
+def _module_of(target: str) -> str:
+    """The module that a dotted name is or lies in."""
+    while target != "ncfinetune" and target.removeprefix("ncfinetune.") not in _modules():
+        target = target.rpartition(".")[0]
+    return target.removeprefix("ncfinetune.")
 
 
 def test_every_module_has_its_place_in_the_import_table() -> None:
@@ -138,8 +193,40 @@ def test_every_module_has_its_place_in_the_import_table() -> None:
 
 
 @pytest.mark.parametrize("module", IMPORTS)
-def test_module_imports_only_what_the_table_allows(module: str) -> None:
-    assert _imports(_modules()[module]) <= IMPORTS[module]
+def test_module_imports_what_the_table_says(module: str) -> None:
+    assert _imports(module, _modules()[module].read_text()) == IMPORTS[module]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("backbone", "from . import __version__, callbacks", {"ncfinetune", "callbacks"}),
+        ("backbone", "from .layers import blocks_of", {"layers"}),
+        ("backbone", "def f():\n    import ncfinetune.callbacks.tracker as t", {"callbacks.tracker"}),
+        ("backbone", "from ncfinetune import Backbone, weights", {"ncfinetune", "weights"}),
+        ("backbone", "from ncfinetune.datamodules import Digits", {"datamodules"}),
+        ("backbone", "import ncfinetuned, torch\nfrom lightning.pytorch import callbacks", set()),
+        ("callbacks", "from .probe import OnlineProbe", {"callbacks.probe"}),
+        ("callbacks.probe", "from . import adapters, OnlineProbe", {"callbacks.adapters", "callbacks"}),
+        ("callbacks.probe", "from .. import datamodules\nfrom ..layers import blocks_of", {"datamodules", "layers"}),
+    ],
+)
+def test_every_form_of_an_import_is_seen(module: str, source: str, found: set[str]) -> None:
+    assert _imports(module, source) == found
+
+
+def test_imports_run_down_the_floors_alone() -> None:
+    """The table could be rewritten from whatever is imported; these hold all the same."""
+    graphlib.TopologicalSorter({name: found - {"ncfinetune"} for name, found in IMPORTS.items()}).prepare()
+    for name, found in IMPORTS.items():
+        floor = name.split(".")[0]
+        outer = {other.split(".")[0] for other in found} & OUTER
+        assert outer <= ({floor} & OUTER), f"{name} imports of {outer}"
+        assert floor != "datamodules" or {other.split(".")[0] for other in found} <= {"datamodules"}
+        assert floor != "callbacks" or not found & LEARNERS
+        assert name not in LEARNERS or "metrics" not in found
+        assert "cli" not in found or name == "__main__"
+        assert "trainer_cli" not in found or name == "cli"
 
 
 def test_every_package_folder_is_installed() -> None:
@@ -162,3 +249,22 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "ncfinetune COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ncfinetune", "tests", "experiments"])
+def test_nothing_else_at_the_root_is_a_module_of_ours(name: str) -> None:
+    """A second copy of a module has classes of its own, which no ``isinstance`` of the first takes."""
+    assert importlib.util.find_spec(f"ncfinetune.{name}") is None
+
+
+def test_the_outer_folders_are_those_beside_this_checkout() -> None:
+    for name in OUTER:
+        spec = importlib.util.find_spec(f"ncfinetune.{name}")
+        assert spec is not None
+        assert spec.origin == str(ROOT / name / "__init__.py")
+
+
+@pytest.mark.parametrize("name", sorted(OUTER))
+def test_outer_folders_cannot_be_imported_by_another_name(name: str) -> None:
+    with pytest.raises(ImportError, match=rf"this is ncfinetune\.{name}; by another name it would be a second copy"):
+        importlib.import_module(name)

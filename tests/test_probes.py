@@ -1,6 +1,5 @@
 """Closed-form heads against refits without each sample, scikit-learn, and what can be said beforehand."""
 
-import doctest
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ncfinetune import calibration, closed_forms, folds, probes
+from ncfinetune import calibration, closed_forms, folds
 from ncfinetune.probes import Head, lda, nearest_mean, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
@@ -349,10 +348,3 @@ def test_algebra_stays_on_the_device_and_never_waits_for_it(samples: int, dim: i
         assert moments._state is not None
         found = [*curve, slack, linear, spectrum.residuals(fit, linear, lam), *model.curve(lams), left_out, near]
         assert {tensor.device.type for tensor in (*found, model.weight(lam), *moments._state)} == {"cuda"}
-
-
-@pytest.mark.parametrize("module", [probes, calibration, folds])
-def test_examples(module: Any) -> None:
-    result = doctest.testmod(module)
-    assert result.failed == 0
-    assert result.attempted > 0
