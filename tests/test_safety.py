@@ -75,7 +75,15 @@ def test_nothing_of_theirs_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
         "class Sings(Callback): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["validate", *TINY, *QUIET, "--trainer.callbacks", "canary.Sings"]
+    words = [
+        "validate",
+        *TINY,
+        *QUIET,
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--trainer.callbacks",
+        "canary.Sings",
+    ]
     assert main([*words, "--safe"]) == 2
     assert "error: --safe refuses 'canary.Sings' for trainer.callbacks" in capsys.readouterr().err
     assert not (tmp_path / "sang").exists()
