@@ -44,6 +44,12 @@ class OnlineProbe(Callback):
     al. 2018, arXiv 1805.01978, section 3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data
     set a linear classifier fitted to convergence on features of its training images, tested on its validation images.
 
+        >>> from lightning import Trainer
+        >>> probe = OnlineProbe(num_classes=10, layer="layer3.1", knn=20)
+        >>> trainer = Trainer(max_epochs=30, callbacks=[probe], logger=False, enable_checkpointing=False)
+        >>> probe in trainer.callbacks
+        True
+
     Args:
         num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
         layer: A layer's name, which then ends the log names (``probe/acc/layer3.1``), or ``penultimate``.

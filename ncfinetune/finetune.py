@@ -65,6 +65,12 @@ class FineTuner(Classifier):
     that averages weights changes it. At the start of a run a table says how many parameters train. A run on a backbone
     that nothing pre-trained, or of which frozen parameters are still random, is refused.
 
+        >>> from ncfinetune import Backbone
+        >>> base = Backbone("resnet18", stem="cifar")  # with pretrained=True or a checkpoint in earnest
+        >>> model = FineTuner(10, base, train="layer4.0", skip_from="layer4.0")  # SCL FT
+        >>> {name[:12] for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+        {'net.layer4.0'}
+
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.

@@ -21,6 +21,10 @@ from ncfinetune.losses import one_hot_mse
 class Supervised(Classifier):
     """Trains a backbone and a linear classifier on labelled images.
 
+        >>> model = Supervised(num_classes=10, backbone={"name": "resnet18", "stem": "cifar"}, label_smoothing=0.1)
+        >>> model(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
     Args:
         num_classes: Number of classes; on the command line it comes from the data.
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.

@@ -28,8 +28,11 @@ def test_examples_of_a_module_give_what_they_say(module: str) -> None:
     "name",
     [
         "Backbone",
+        "FineTuner",
         "SupCon",
+        "Supervised",
         "callbacks.NeuralCollapseTracker",
+        "callbacks.OnlineProbe",
         "datamodules.ImageFolder",
         "losses.contrastive_loss",
         "metrics.NC1",
