@@ -161,10 +161,13 @@ def test_one_class_is_refused() -> None:
 
 
 def test_predictions_are_probabilities(tmp_path: Path) -> None:
-    data = Digits([0, 1, 2])
-    batches = _trainer(tmp_path).predict(Supervised(3, SMALL), data)
-    probabilities = torch.cat(batches)
-    assert torch.allclose(probabilities.sum(1), torch.ones(len(probabilities)))
+    model, images = Supervised(3, SMALL), torch.randn(5, 1, 8, 8)
+    batches = _trainer(tmp_path).predict(model, DataLoader(TensorDataset(images, torch.zeros(5).long()), 2))
+    with torch.no_grad():
+        logits = model.eval()(images)
+    expected = logits.exp() / logits.exp().sum(1, keepdim=True)
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(batches), expected)
 
 
 @pytest.mark.parametrize(

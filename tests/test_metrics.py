@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric, MetricCollection
 
 import reference
@@ -588,8 +589,23 @@ def test_precision_set_backend_by_backend_is_no_error(monkeypatch: pytest.Monkey
     def refuse() -> str:
         raise RuntimeError("mix of the legacy and new APIs")
 
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "mm" in func.overloadpacket.__name__:
+                seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    data = _data(torch.float32)
-    assert _update(NC1(K), data).compute().item() == pytest.approx(_expected("nc1", data), rel=1e-5)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    data, backend = _data(torch.float32), torch.backends.mkldnn.matmul
+    metric, before = _update(NC1(K), data), backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        with Products():
+            metric._accumulator.flush()
+        assert set(seen) == {"ieee"}
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
+    assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-5)

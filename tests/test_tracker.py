@@ -142,8 +142,13 @@ def test_no_pass_when_never(tmp_path: Path) -> None:
 def test_test_set_is_measured_as_it_passes(tmp_path: Path) -> None:
     model = Supervised(3, SMALL)
     trainer = _trainer(tmp_path, NeuralCollapseTracker())
-    trainer.test(model, Digits([0, 1, 2]), verbose=False)
-    assert trainer.callback_metrics["nc1/test/penultimate"] > 0
+    data = Digits([0, 1, 2])
+    trainer.test(model, data, verbose=False)
+    with torch.no_grad():
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+        features = torch.cat([model.eval().backbone(images) for images, _ in batches])
+    expected = reference.nc1(features.numpy(), torch.cat([labels for _, labels in batches]).numpy())
+    assert trainer.callback_metrics["nc1/test/penultimate"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_half_precision_features_are_measured_in_single() -> None:
@@ -153,7 +158,8 @@ def test_half_precision_features_are_measured_in_single() -> None:
     images = torch.randn(2, 1, 5, 5).bfloat16()
     model(images)
     features, labels = observer.take((images, torch.tensor([1, 2])))
-    assert features["0"].dtype == torch.float32
+    expected = model[0](images).double().mean((2, 3))  # a mean in bfloat16 is off by 1e-3
+    torch.testing.assert_close(features["0"], expected.float(), rtol=1e-6, atol=1e-6)
     assert labels.tolist() == [1, 2]
     assert observer.take((images, labels))[0] == {}
 
