@@ -9,16 +9,26 @@ def class_means(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([features[labels == label].mean(0) for label in np.unique(labels)])
 
 
-def sigma_w(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def residuals(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Features less their class's mean, ``(N, d)``."""
     features = features.astype(np.float64)
-    residual = features - class_means(features, labels)[np.searchsorted(np.unique(labels), labels)]
+    return features - class_means(features, labels)[np.searchsorted(np.unique(labels), labels)]
+
+
+def centred_means(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Class means less their mean, ``(P, d)``."""
+    means = class_means(features, labels)
+    return means - means.mean(0)
+
+
+def sigma_w(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    residual = residuals(features, labels)
     return residual.T @ residual / len(features)
 
 
 def sigma_b(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    means = class_means(features, labels)
-    centred = means - means.mean(0)
-    return centred.T @ centred / len(means)
+    centred = centred_means(features, labels)
+    return centred.T @ centred / len(centred)
 
 
 def nc1(features: np.ndarray, labels: np.ndarray) -> float:
@@ -31,8 +41,9 @@ def nc1(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def nc1_ratio(features: np.ndarray, labels: np.ndarray) -> float:
-    """trace(Sigma_W) / trace(Sigma_B)."""
-    return float(np.trace(sigma_w(features, labels)) / np.trace(sigma_b(features, labels)))
+    """trace(Sigma_W) / trace(Sigma_B), the mean squared lengths of residuals and of centred means."""
+    squares = [np.square(rows).sum(1).mean() for rows in (residuals(features, labels), centred_means(features, labels))]
+    return float(squares[0] / squares[1])
 
 
 def cdnv(features: np.ndarray, labels: np.ndarray) -> float:
