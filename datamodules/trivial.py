@@ -35,8 +35,8 @@ def draw_trivial(count: int, probability: float, generator: torch.Generator) -> 
     sign = 2.0 * torch.randint(2, (count,), generator=generator) - 1
     low, high, signed = torch.tensor(list(CHANGES.values()))[change].unbind(1)
     strength = (low + step * (high - low)) * torch.where(signed > 0, sign, 1.0)
-    spared = torch.rand(count, generator=generator) >= probability
-    return change.masked_fill_(spared, -1), strength
+    kept = torch.rand(count, generator=generator) >= probability
+    return change.masked_fill_(kept, -1), strength
 
 
 def apply_trivial(images: Tensor, change: Tensor, strength: Tensor) -> None:

@@ -234,10 +234,10 @@ def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
     channels = spec.get("in_chans", 3)
     if x.ndim == 4 and x.shape[1] == channels:
         return
-    mend = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
+    remedy = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
     if x.ndim == 4:
-        mend = "; channels come first" if x.shape[3] == channels else f"; give it in_chans={x.shape[1]}"
-    raise ValueError(f"the backbone takes images (N, {channels}, H, W), got {tuple(x.shape)}{mend}")
+        remedy = "; channels come first" if x.shape[3] == channels else f"; give it in_chans={x.shape[1]}"
+    raise ValueError(f"the backbone takes images (N, {channels}, H, W), got {tuple(x.shape)}{remedy}")
 
 
 def _features(net: Any, x: Tensor) -> Tensor:
@@ -255,8 +255,8 @@ def _check_name(name: str) -> None:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError:
         known = timm.list_models(f"{base}.*", pretrained=True)
-        mend = f"expected one of {', '.join(known)}" if known else f"it has none, so the name is {base}"
-        raise ValueError(f"timm has no weights {tag!r} of {base}; {mend}") from None
+        remedy = f"expected one of {', '.join(known)}" if known else f"it has none, so the name is {base}"
+        raise ValueError(f"timm has no weights {tag!r} of {base}; {remedy}") from None
 
 
 def _shrink_stem(net: Any, name: str) -> None:

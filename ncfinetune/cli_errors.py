@@ -51,7 +51,7 @@ def _unknown_parameter_of_some_class(option: str, message: str, parser: Lightnin
 
 
 def _parameters(owner: Any) -> list[str]:
-    """Names of the arguments of a class, with those that it hands on to its bases, or of a function."""
+    """Names of the arguments of a class, with those that it passes on to its bases, or of a function."""
     if inspect.isclass(owner):
         return ArgumentParser().add_class_arguments(owner, fail_untyped=False)
     return list(inspect.signature(owner).parameters)

@@ -290,14 +290,14 @@ class FineTuner(Classifier):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})
-        mend = "to start from its weights, give the file as the FineTuner's checkpoint instead"
+        remedy = "to start from its weights, give the file as the FineTuner's checkpoint instead"
         if "train" not in saved:
-            raise ValueError(f"a FineTuner cannot go on with the run of another learner; {mend}")
+            raise ValueError(f"a FineTuner cannot go on with the run of another learner; {remedy}")
         same = [*chosen_layers(self.backbone, saved["train"]).values()] == [*self._trained.values()]
         if not same or saved["skip_from"] != self.skip_from:
             before = f"train={saved['train']!r}, skip_from={saved['skip_from']!r}"
             now = f"train={self.hparams['train']!r}, skip_from={self.skip_from!r}"
-            raise ValueError(f"cannot go on with a run of {before} as one of {now}; {mend}")
+            raise ValueError(f"cannot go on with a run of {before} as one of {now}; {remedy}")
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""

@@ -45,7 +45,7 @@ def projection_head(kind: Projection, dim: int, projection_dim: int) -> nn.Modul
         raise ValueError(f"expected projection none, linear or mlp, got {kind!r}")
     if projection_dim != dim:
         raise ValueError(
-            f'projection="none" hands on the {dim} features as they are, but projection_dim={projection_dim}; '
+            f'projection="none" passes on the {dim} features as they are, but projection_dim={projection_dim}; '
             "leave projection_dim out, or choose linear or mlp"
         )
     return nn.Identity()

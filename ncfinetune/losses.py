@@ -257,5 +257,5 @@ def _check_samples(samples: int) -> None:
     if samples < 2:
         raise ValueError(
             f"a contrastive loss needs at least 2 samples a batch, got {samples}; "
-            "a larger batch_size or drop_last=True mends it"
+            "a larger batch_size or drop_last=True fixes it"
         )

@@ -124,11 +124,11 @@ def test_files_are_found_again_and_not_when_anything_differs(tmp_path: Path, mon
 
 
 def test_files_of_another_skipped_layer_are_others(tmp_path: Path) -> None:
-    """A probe stores what the skipped layer puts out too; layer4.1 is as wide as layer4.0, and layer3.1 narrower."""
+    """A probe stores what the skipped layer gives too; layer4.1 is as wide as layer4.0, and layer3.1 narrower."""
 
     def loss(**knobs) -> torch.Tensor:
         model = _model(**knobs)
-        torch.nn.init.ones_(model.backbone.layer("layer4.1").bn2.weight)  # 0 makes the block hand on what it gets
+        torch.nn.init.ones_(model.backbone.layer("layer4.1").bn2.weight)  # 0 makes the block an identity
         return _fit(tmp_path, model)["val/loss"]
 
     disk = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}

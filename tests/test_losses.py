@@ -133,7 +133,7 @@ def test_block_is_a_share_of_the_memory_of_the_device(monkeypatch: pytest.Monkey
         ((4, 6), 4, 0.1, r"expected projections \(N, V, p\) and labels \(N,\), got \(4, 6\) and \(4,\)"),
         ((4, 2, 6), 8, 0.1, r"got \(4, 2, 6\) and \(8,\)"),
         ((4, 1, 6), 4, 0.1, "a contrastive loss needs at least 2 views of each sample, got 1"),
-        ((1, 2, 6), 1, 0.1, "at least 2 samples a batch, got 1; a larger batch_size or drop_last=True mends it"),
+        ((1, 2, 6), 1, 0.1, "at least 2 samples a batch, got 1; a larger batch_size or drop_last=True fixes it"),
         ((4, 2, 6), 4, 0.0, "expected a temperature above 0, got 0.0"),
         ((4, 2, 6), 4, float("nan"), "expected a temperature above 0, got nan"),
     ],

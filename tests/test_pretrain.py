@@ -171,7 +171,7 @@ def test_probabilities_of_classes_are_labels(tmp_path: Path) -> None:
         ({"loss": "mse", "label_smoothing": 0.1}, 'label_smoothing=0.1 is for loss="ce"'),
         ({"mse_weight": 15}, 'mse_weight and mse_target are for loss="mse"'),
         ({"loss": "mse", "mse_target": 0}, "expected mse_weight and mse_target above 0, got 1.0 and 0"),
-        ({"projection_dim": 64}, 'projection="none" hands on the 10 features as they are, but projection_dim=64'),
+        ({"projection_dim": 64}, 'projection="none" passes on the 10 features as they are, but projection_dim=64'),
         ({"projection": "conv"}, "expected projection none, linear or mlp, got 'conv'"),
         ({"projection": "mlp", "projection_dim": 0}, "expected projection_dim of at least 1, got 0"),
         ({"adversary": {"radius": -1}}, "expected a PGD radius of at least 0"),
@@ -237,7 +237,7 @@ def test_contrastive_checkpoints_load_again_and_hold_plain_data(tmp_path: Path) 
     [
         (_plain(), r"SimCLR trains on views \(N, V, C, H, W\), got images \(8, 1, 8, 8\); give the datamodule views=2"),
         (_views(views=1), "a contrastive loss needs at least 2 views of each sample, got 1"),
-        (_views(batch_size=1), "at least 2 samples a batch, got 1; a larger batch_size or drop_last=True mends it"),
+        (_views(batch_size=1), "at least 2 samples a batch, got 1; a larger batch_size or drop_last=True fixes it"),
     ],
 )
 def test_batches_that_cannot_be_contrasted(loader: DataLoader, message: str, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_batches_that_cannot_be_contrasted(loader: DataLoader, message: str, tmp
 def test_wrong_arguments_of_contrastive_learners(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a temperature above 0, got -1"):
         SupCon(SMALL, temperature=-1)
-    with pytest.raises(ValueError, match='projection="none" hands on the 10 features'):
+    with pytest.raises(ValueError, match='projection="none" passes on the 10 features'):
         SupCon(SMALL, projection="none", projection_dim=128)
     with pytest.raises(ValueError, match="SimCLR has no classifier to predict with"):
         _trainer(tmp_path).predict(SimCLR(SMALL), _plain())
