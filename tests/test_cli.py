@@ -83,10 +83,10 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["shots"] == 4
 
 
-_SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("layer", "full")]
+_SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("linear_probe", "layer", "full")]
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "scl", *_SLOW])
+@pytest.mark.parametrize("method", ["scl", *_SLOW])
 def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
     note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
     run = _fit(tmp_path, method, *note, "--model.backbone", TINY, *RANDOM, "--data", "Digits", "--data.shots", "4")
@@ -473,6 +473,7 @@ def test_front_door_as_a_module(word: str) -> None:
     assert done.stdout.startswith("ncfinetune 0.1" if word == "--version" else "usage: ncfinetune")
 
 
+@pytest.mark.slow
 def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = ["--trainer.callbacks+=NeuralCollapseTracker", "--test_after_fit", "true"]
     for seed in ("0", "1"):

@@ -46,6 +46,7 @@ for knobs in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does_without_looking_for_unused_parameters(tmp_path: Path) -> None:
     knobs = [
         {"train": "blocks.2", "skip_from": "blocks.2", "skip_gradient": "skip", "head_init": "mean"},

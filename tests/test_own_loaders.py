@@ -130,7 +130,9 @@ def _fit(folder: Path, data: Any, *callbacks: Any) -> tuple[int, list[Tensor]]:
     return trainer.global_step, list(module.state_dict().values())
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "web of fewer batches" else k for k in LOADERS]
+)
 @pytest.mark.filterwarnings("ignore:.*IterableDataset.*has.*__len__")
 def test_weights_are_those_without_the_tracker(kind: str, tmp_path: Path) -> None:
     make, tracker = LOADERS[kind], NeuralCollapseTracker(K)
@@ -142,6 +144,7 @@ def test_weights_are_those_without_the_tracker(kind: str, tmp_path: Path) -> Non
     assert list(tracker.history["train"]) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_weights_are_those_without_the_probe(tmp_path: Path) -> None:
     _, expected = _fit(tmp_path, _web(**WORKERS))
     _, weights = _fit(tmp_path, _web(**WORKERS), OnlineProbe(num_classes=K, layer="model.4", knn=5))

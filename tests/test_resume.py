@@ -125,7 +125,6 @@ def _fit(
     [
         ("supervised", "memory", EACH_EPOCH),
         ("cached", "plain", EACH_STEP),
-        ("supervised", "shards, 2 workers", EACH_STEP),
         *(
             pytest.param(learner, kind, when, marks=pytest.mark.slow)
             for learner, kind, when in [
@@ -136,6 +135,7 @@ def _fit(
                 ("skip", "folder, 2 workers", EACH_STEP),
                 ("skip", "folder, 2 workers", EACH_EPOCH),
                 ("supervised", "shards", EACH_STEP),
+                ("supervised", "shards, 2 workers", EACH_STEP),
                 ("supervised", "shards, 2 workers", EACH_EPOCH),
             ]
         ),
@@ -232,7 +232,13 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("when", [EACH_STEP, {"save_on_train_epoch_end": False}], ids=["steps", "validations"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param(EACH_STEP, id="steps", marks=pytest.mark.slow),
+        pytest.param({"save_on_train_epoch_end": False}, id="validations"),
+    ],
+)
 @pytest.mark.parametrize("every", [{}, {"check_val_every_n_epoch": None}], ids=["in epochs", "over epochs"])
 def test_a_validation_that_is_due_within_an_epoch_is_made_once(
     every: dict[str, Any], when: dict[str, Any], tmp_path: Path

@@ -159,9 +159,8 @@ def test_timm_networks(name: str, layer: str, tmp_path: Path) -> None:
     assert tracker.values["nc1/val/penultimate"] == pytest.approx(tracker.values["nc1/train/penultimate"], rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "whole", [pytest.param(True, id="module", marks=pytest.mark.slow), pytest.param(False, id="network")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "network"])
 def test_compiled(whole: bool, tmp_path: Path) -> None:
     torch._dynamo.reset()
     network = torchvision.models.resnet18(num_classes=K)
