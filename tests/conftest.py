@@ -11,3 +11,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, so that it does not run alone at the end while the other processes are idle."""
+    items.sort(key=lambda item: "test_no_number_is_wrong_without_a_word" not in item.nodeid)
