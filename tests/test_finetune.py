@@ -162,7 +162,7 @@ def test_one_class_is_refused() -> None:
 
 def test_predictions_are_probabilities(tmp_path: Path) -> None:
     model, images = Supervised(3, SMALL), torch.randn(5, 1, 8, 8)
-    batches = _trainer(tmp_path).predict(model, DataLoader(TensorDataset(images, torch.zeros(5).long()), 2))
+    batches = _trainer(tmp_path).predict(model, DataLoader(TensorDataset(images, torch.zeros(5).long()), batch_size=2))
     with torch.no_grad():
         logits = model.eval()(images)
     expected = logits.exp() / logits.exp().sum(1, keepdim=True)
