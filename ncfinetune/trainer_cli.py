@@ -174,11 +174,12 @@ class NCFinetuneCLI(LightningCLI):
     _table: predictions.Table | None = None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and keep it."""
-        self._arguments = sys.argv[1:] if args is None else args
-        for path in _configurations(self._arguments):
+        """Parse the words of the command, and keep them."""
+        self._arguments = args
+        for path in _configurations(args):
             _check_yaml(path, parser)
-        super().parse_arguments(parser, args)
+        # The base class would warn that it is given words although the process has some: they are the same, or a test's.
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the link from data to model, and the choice to test after training."""
