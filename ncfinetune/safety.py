@@ -22,6 +22,8 @@ _CLASS = re.compile(
 )
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ELSEWHERE = re.compile(r"\w+://|hf[-_]hub:")
+# Options that take data sets, whose shards a colon makes a command or another machine's, however they are written.
+_DATA = {"data", "downstream"}
 # Options are in smaller files, in bytes.
 _LARGEST = 2**20
 
@@ -34,7 +36,7 @@ def refuse_code(words: list[str]) -> None:
             or timm's, run a shell command, or read from another machine.
     """
     for key, value in _said(words):
-        if fault := _fault(value):
+        if fault := _fault(key, value.strip()):
             raise ValueError(
                 f"--safe refuses {value!r} for {key}, {fault}; expected classes of ncfinetune, lightning.pytorch, "
                 "torch.optim and timm.optim, and files of this machine; without --safe it is run"
@@ -50,11 +52,10 @@ def _said(words: list[str]) -> Iterator[tuple[str, str]]:
             option, _, value = word.removeprefix("--").partition("=")
             option = option.removesuffix("+")
         yield from _strings(option, value, Path(), seen)
-        yield from _strings(option, _loaded(value), Path(), seen)
 
 
 def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
-    """The strings in a value, and in the file of options that it may be the name of, there or in the folder."""
+    """The strings in a value, and in what they stand for."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield key, str(name)
@@ -64,25 +65,34 @@ def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tu
             yield from _strings(key, item, folder, seen)
     elif isinstance(value, str):
         yield key, value
-        for path in {Path(value).absolute(), (folder / value).absolute()} - seen:
-            with suppress(OSError, UnicodeDecodeError):  # no file, or none of options
-                if path.stat().st_size < _LARGEST:
-                    seen.add(path)
-                    yield from _strings(key, _loaded(path.read_text(encoding="utf-8")), path.parent, seen)
+        if (inner := _loaded(value)) != value:
+            yield from _strings(key, inner, folder, seen)
+        yield from _in_files(key, value, folder, seen)
+
+
+def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
+    """The strings in the file of options that has this name, in the working directory or beside the file that says it."""
+    for path in {Path(name).absolute(), (folder / name).absolute()} - seen:
+        with suppress(OSError, UnicodeDecodeError):  # no file, or none of options
+            if path.stat().st_size < _LARGEST:
+                seen.add(path)
+                content = _loaded(path.read_text(encoding="utf-8"))
+                yield from _strings(key, None if isinstance(content, str) else content, path.parent, seen)
 
 
 def _loaded(text: str) -> Any:
-    """What YAML there is in a text; text alone is nothing more."""
+    """What a text is as YAML, None if it is none."""
     try:
-        content = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         return None
-    return None if isinstance(content, str) else content
 
 
-def _fault(value: str) -> str | None:
-    if "pipe:" in value:
-        return "a shell command"
+def _fault(key: str, value: str) -> str | None:
+    if "pipe:" in value or (
+        ":" in value and _DATA & set(key.split(".")) and not isinstance(_loaded(value), dict | list)
+    ):
+        return "which may be a shell command"
     if _ELSEWHERE.search(value):
         return "on another machine"
     if _DOTTED.fullmatch(value) and not _CLASS.fullmatch(value) and _can_be_imported(value):

@@ -178,7 +178,7 @@ class NCFinetuneCLI(LightningCLI):
         self._arguments = args
         for path in _configurations(args):
             _check_yaml(path, parser)
-        # The base class would warn that it is given words although the process has some: they are the same, or a test's.
+        # The base class would warn that it is given words although the process has its own.
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
