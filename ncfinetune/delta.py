@@ -58,7 +58,10 @@ def facts(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: No such file.
         ValueError: The file is no delta, or a damaged one.
     """
-    metadata = _metadata(path)
+    return _parsed(path, _metadata(path))
+
+
+def _parsed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         return {k: v if "fingerprint" in k else json.loads(v) for k, v in metadata.items() if k != "format"}
     except ValueError as error:
@@ -92,7 +95,8 @@ def load(
         ValueError: The file is no delta, one of other knobs or another base, or its tensors are not those of the tuned
             layers as they were saved.
     """
-    metadata, there, here = _metadata(path), facts(path), json.loads(json.dumps(here, default=repr))
+    metadata, here = _metadata(path), json.loads(json.dumps(here, default=repr))
+    there = _parsed(path, metadata)
     for name in ("num_classes", "train", "skip_from", "skip_join"):
         ours, theirs = here["knobs"].get(name), there["knobs"].get(name)
         if ours != theirs:

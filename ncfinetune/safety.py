@@ -71,7 +71,7 @@ def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tu
 
 
 def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
-    """The strings in the file of options that has this name, in the working directory or beside the file that says it."""
+    """The strings in the file of options that has this name, in the working directory or in the folder."""
     for path in {Path(name).absolute(), (folder / name).absolute()} - seen:
         with suppress(OSError, UnicodeDecodeError):  # no file, or none of options
             if path.stat().st_size < _LARGEST:

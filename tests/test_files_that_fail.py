@@ -249,7 +249,7 @@ def _error(command: list[str]) -> None:
         try:
             status = main(command)
         except SystemExit as stop:
-            status = stop.code  # type: ignore[assignment]
+            status = stop.code
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("error: ")]
     if status == 2 and len(lines) == 1:
         raise ValueError(lines[0])

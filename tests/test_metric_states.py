@@ -81,7 +81,7 @@ def _update(metric: Any, labels: Tensor, *more: Tensor) -> Tensor:
 
 
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: (lambda labels, kind=kind: _update(kind(4), labels)) for name, kind in ALIKE.items()},  # type: ignore[misc]
+    **{name: (lambda labels, kind=kind: _update(kind(4), labels)) for name, kind in ALIKE.items()},
     "nc1 ignoring": lambda labels: _update(NC1(4, ignore_index=3), labels),
     "nc4": lambda labels: _update(NC4(class_moments(FEATURES, LABELS, 4)), labels, FEATURES[:4]),
     "class_moments": lambda labels: nc1(class_moments(FEATURES, labels, 4)),
@@ -114,7 +114,7 @@ def test_labels_outside_are_named_in_any_type(dtype: torch.dtype) -> None:
 def test_learners_take_labels_of_any_whole_number_type(dtype: torch.dtype, views: int) -> None:
     network = {"name": "test_vit", "img_size": 8, "patch_size": 4, "in_chans": 1}
     model: Learner = Supervised(4, network) if views == 1 else SupCon(network)
-    model.validation_step = None  # type: ignore[assignment, method-assign]
+    model.validation_step = None
     images = torch.randn(8, 1, 8, 8) if views == 1 else torch.randn(8, 2, 1, 8, 8)
     trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(model, DataLoader(TensorDataset(images, LABELS[:8].to(dtype)), batch_size=8))

@@ -203,7 +203,7 @@ def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: 
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
     looks: list[Counter[str]] = []
 
-    class Watched(kind):  # type: ignore[misc]
+    class Watched(kind):
         """With its hooks of batches watched from the second batch on."""
 
     def watched(name: str) -> Any:

@@ -122,7 +122,7 @@ def _fit(folder: Path, data: Any, *callbacks: Any) -> tuple[int, list[Tensor]]:
     seed_everything(0, verbose=False)
     module, quiet = Module(), {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     given = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False, **quiet}
-    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **given)  # type: ignore[arg-type]
+    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **given)
     if isinstance(data, LightningDataModule):
         trainer.fit(module, datamodule=data)
     else:
@@ -178,6 +178,6 @@ def test_a_copy_shares_images_and_code_and_nothing_that_changes() -> None:
     copied.count.append(1)
     assert loader.order.tolist() == [0, 1, 2]
     assert loader.count == [0]
-    loader.set = (row for row in range(3))  # type: ignore[assignment]
+    loader.set = (row for row in range(3))
     with pytest.raises(CopyError, match="a Loader cannot be copied"):
         copy_of(loader)

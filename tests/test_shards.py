@@ -306,7 +306,7 @@ def test_overfitting_sees_the_same_batches_each_epoch(root: Path) -> None:
 def test_predictions_come_in_the_order_of_the_shards(root: Path, workers: int) -> None:
     data = _make(root, test=f"{root}/train-{{0..4}}.tar", train=f"{root}/val-0.tar", val=None, num_workers=workers)
     predicted = _trainer().predict(Recorder(), data)
-    assert torch.cat(predicted).tolist() == [number % CLASSES for number in range(17)]  # type: ignore[arg-type]
+    assert torch.cat(predicted).tolist() == [number % CLASSES for number in range(17)]
 
 
 def _index(kind: str) -> dict[str, Any]:

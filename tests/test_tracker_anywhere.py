@@ -659,7 +659,7 @@ def test_forward_of_any_keywords(tmp_path: Path) -> None:
 
 
 def test_forward_of_the_whole_batch_is_explained(tmp_path: Path) -> None:
-    class Whole(type(_training(pl, _small()))):  # type: ignore[misc]
+    class Whole(type(_training(pl, _small()))):
         def forward(self, batch: Any) -> Tensor:
             images, _ = batch
             return self.model(images)
