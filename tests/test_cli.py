@@ -106,7 +106,7 @@ def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
     [
         ["Supervised", "--model.loss", "mse"],
         ["SupCon", "--data.views", "2", "--model.temperature", "0.3"],
-        ["SimCLR", "--data.views", "2", "--model.projection", "linear"],
+        pytest.param(["SimCLR", "--data.views", "2", "--model.projection", "linear"], marks=pytest.mark.slow),
         ["FineTuner", "--model.train", "layer4.1", "--model.skip_from", "layer4.1", "--model.cache", "memory", *RANDOM],
     ],
     ids=lambda words: words[0],
@@ -265,8 +265,15 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
         assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[2:-1]], abs=1e-5)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("suffix", "workers"),
+    [
+        ("csv", "1"),
+        ("parquet", "0"),
+        pytest.param("csv", "0", marks=pytest.mark.slow),
+        pytest.param("parquet", "1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_broken_image_has_a_row_that_says_so(
     suffix: str, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,13 @@ def _place(folder: Path) -> list[str]:
     return ["--trainer.logger.init_args.save_dir", str(folder)]
 
 
-@pytest.mark.parametrize("stop", [{"step": 7}, {"step": 10, "validation": True}], ids=["training", "validation"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param({"step": 7}, id="training"),
+        pytest.param({"step": 10, "validation": True}, id="validation", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, *_place(tmp_path / "whole")]) is None
     terminate = ["--trainer.callbacks+=test_interruptions.Terminate"]

@@ -577,6 +577,7 @@ def test_log_is_given_floats_or_tensors_of_the_modules_device(tmp_path: Path, mo
     assert len(given) > 10
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_ends_or_warns_all(tmp_path: Path) -> None:
     script = Path(__file__).with_name("observed_in_two_processes.py")
     done = subprocess.run(

@@ -108,8 +108,22 @@ def test_projections(method, projection: str, width: int | None, layers: int) ->
         assert linear[0].out_features == 10
 
 
-@pytest.mark.parametrize("loss", ["ce", "mse"])
-@pytest.mark.parametrize("adversary", [None, PGD(8 / 255, steps=2), PGD(0.5, steps=2, norm="l2")])
+@pytest.mark.parametrize(
+    ("loss", "adversary"),
+    [
+        ("ce", None),
+        ("mse", None),
+        ("ce", PGD(8 / 255, steps=2)),
+        *(
+            pytest.param(loss, adversary, marks=pytest.mark.slow)
+            for loss, adversary in [
+                ("mse", PGD(8 / 255, steps=2)),
+                ("ce", PGD(0.5, steps=2, norm="l2")),
+                ("mse", PGD(0.5, steps=2, norm="l2")),
+            ]
+        ),
+    ],
+)
 def test_supervised_learns_and_loads_again(loss: str, adversary: PGD | None, tmp_path: Path) -> None:
     model = Supervised(3, SMALL, loss, projection="mlp", adversary=adversary, optimizer=_adam)
     trainer = _trainer(tmp_path, max_epochs=6)

@@ -156,7 +156,7 @@ def test_a_new_probe_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", [SupCon, SimCLR])
+@pytest.mark.parametrize("method", [pytest.param(SupCon, marks=pytest.mark.slow), SimCLR])
 def test_contrastive_learners_are_probed_on_the_features_of_every_view(method, tmp_path: Path) -> None:
     images, labels = _data(n=48, apart=3).tensors  # a narrow random network sees few of the pixels
     views = DataLoader(TensorDataset(images[:, None].repeat(1, 2, 1, 1, 1), labels), batch_size=16, shuffle=True)

@@ -124,13 +124,13 @@ def _fit(
     ("learner", "kind", "when"),
     [
         ("supervised", "memory", EACH_EPOCH),
-        ("cached", "plain", EACH_STEP),
         *(
             pytest.param(learner, kind, when, marks=pytest.mark.slow)
             for learner, kind, when in [
                 ("supervised", "memory", EACH_STEP),
                 ("adversarial", "memory", EACH_STEP),
                 ("cached", "plain", EACH_EPOCH),
+                ("cached", "plain", EACH_STEP),
                 ("supervised", "mixup", EACH_STEP),
                 ("skip", "folder, 2 workers", EACH_STEP),
                 ("skip", "folder, 2 workers", EACH_EPOCH),
