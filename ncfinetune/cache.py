@@ -1,13 +1,10 @@
-"""The frozen layers' part of training, done once: what they make of each image stands for the image from then on.
-
-Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` of the skipped layer's.
-"""
+"""The frozen layers' part of training, done once: what they make of each image stands for the image from then on."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,14 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint, raw
 from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
+from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
-from ncfinetune.tail import Tail
 
 Place = Literal["none", "memory", "disk"]
 # Images that are drawn again and again to see whether they change, and that are run to try a cut.
@@ -39,39 +35,21 @@ class PrefixCache(Callback):
     """Runs what precedes the tuned layers over the images of a datamodule once, and lets training start from there.
 
     While a run lasts the datamodule's loaders of training and validation images give `Stored` values in place of
-    images, in the same order and batches: what the first tuned layer gets (its network goes on as a `Tail`), or, where
-    nothing but the head trains, the features. Validation keeps its images if a frozen layer has a hook, as of a
-    callback that measures it. This is a callback itself for the sake of runs that break off.
+    images, in the same order and batches: the prefix of a `Split`. Validation keeps its images if a frozen layer has a
+    hook, as of a callback that measures it. This is a callback itself for the sake of runs that break off.
 
     Args:
-        place: ``memory`` or ``disk``.
+        place: ``memory`` or ``disk``; with ``none`` images stay images.
         folder: Where files go.
-        backbone: The network.
-        layers: Its tuned layers and the one that is skipped from; none, if the backbone does not train.
-        features: Maps images, and `Stored` values with the help of this object, to what the head gets.
-        skip_from: The skipped layer, whose features are stored too where nothing but the head trains.
-
-    Attributes:
-        train_rows: While a run lasts, `Stored` values of the training images and their labels, in a fixed order.
+        split: The network, which is cut while a run lasts.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        folder: str,
-        backbone: Backbone,
-        layers: list[nn.Module],
-        features: Callable[[Tensor | Stored], tuple[Tensor, ...]],
-        skip_from: str | None = None,
-    ) -> None:
+    def __init__(self, place: Place, folder: str, split: Split) -> None:
         self.place = place
         self.folder = Path(folder)
-        self._backbone, self._layers, self._features = backbone, layers, features
-        self._skip_from = skip_from
-        self._shape: tuple[int, ...] = ()
-        self._tail: Tail | None = None
+        self._split = split
         self._undo: Callable[[], None] | None = None
-        self.train_rows: DataLoader[Any] | None = None
+        self._train_rows: DataLoader[Any] | None = None
 
     def fill(self, trainer: Trainer, module: LightningModule, frozen: Mapping[str, Tensor]) -> None:
         """Store what the frozen layers make of the images, and let the datamodule give that.
@@ -80,27 +58,31 @@ class PrefixCache(Callback):
             ValueError: The training images are random, or the network can't go on from its tuned layers alone.
             OSError: The disk is full.
         """
+        if self.place == "none":
+            return
         plain = plain_loader(trainer, f"cache={self.place!r}")
         data: Any = getattr(trainer, "datamodule", None)
         refuse_random(trainer, module, data.train_dataloader(), plain)
         loaders = {"train": plain}
         with evaluation(trainer, module):
-            start = self._cut(next(iter(ready_batches(trainer, plain)))[0][:_TRIED])
+            images = next(iter(ready_batches(trainer, plain)))[0][:_TRIED]
+            start = self._cut(images)
+            shape = self._split.prefix(images).shape[1:]
             if trainer.limit_val_batches and is_overridden("val_dataloader", data):
-                loaders |= self._validation(module, data.val_dataloader())
-            network = repr(sorted(self._backbone.spec.items(), key=str))
+                loaders |= self._validation(data.val_dataloader())
+            network = repr(sorted(self._split.backbone.spec.items(), key=str))
             base = (fingerprint(frozen) if self.place == "disk" else "", network, start, trainer.precision)
-            stored = {split: self._store(trainer, loader, base) for split, loader in loaders.items()}
+            stored = {split: self._store(trainer, loader, base, shape) for split, loader in loaders.items()}
         self._say(stored)
-        self.train_rows = stored["train"].loader_like(plain)
+        self._train_rows = stored["train"].loader_like(plain)
         self._undo = replace_loaders(data, stored)
         _forget_loaders(trainer)
 
-    def _validation(self, module: LightningModule, loader: Any) -> dict[str, DataLoader[Any]]:
+    def _validation(self, loader: Any) -> dict[str, DataLoader[Any]]:
         """The loader of validation images, where what is stored can stand for them; says so where it cannot."""
         if not isinstance(loader, DataLoader):
             reason = "come from several loaders or from none"
-        elif self._is_heard(module):
+        elif self._split.is_heard():
             reason = "run through all layers, since a hook listens to a frozen one"
         else:
             return {"val": in_order(loader)}
@@ -108,61 +90,40 @@ class PrefixCache(Callback):
             rank_zero_info(f"cache: validation images {reason}, and are not stored")
         return {}
 
-    def penultimate(self, value: Tensor) -> Tensor:
-        """Penultimate features ``(N, d)`` of a stored value; where nothing is left to run they are its first part."""
-        return value[:, : self._backbone.dim] if self._tail is None else self._tail(value)
+    def train_rows(self, trainer: Trainer, purpose: str) -> DataLoader[Any]:
+        """Training images as they are evaluated, or while a run lasts what is stored of them, in a fixed order.
 
-    def skipped(self, value: Tensor) -> Tensor | None:
-        """Features of the skipped layer ``(N, d_l)``, where they are stored themselves."""
-        return value[:, self._backbone.dim :] if self._tail is None else None
+        Raises:
+            ValueError: The trainer has no datamodule that offers them.
+        """
+        return plain_loader(trainer, purpose) if self._train_rows is None else self._train_rows
 
     def drop(self) -> None:
         """Give the datamodule its images back, and forget what was stored."""
         if self._undo is not None:
             self._undo()
-        self._undo = self._tail = self.train_rows = None
+        self._undo = self._train_rows = None
+        self._split.join()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the datamodule its images back."""
         self.drop()
 
     def _cut(self, images: Tensor) -> str:
-        """Cut the backbone before its first tuned layer, try that this makes no difference, and name the place."""
-        start = "features" if self._skip_from is None else f"features and {self._skip_from}"
         try:
-            if self._layers:
-                start = "its first tuned layer"
-                self._tail = Tail(self._backbone, self._layers, images)
-                start = next(path for path, m in self._backbone.net.named_modules() if m is self._tail.layer)
-            captured = self._captured(images)
-            self._shape = tuple(captured.shape[1:])
-            whole, part = self._features(images), self._features(Stored(captured))
-            if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
-                raise ValueError("what runs after it depends on more than its input")
+            return self._split.cut(images)
         except ValueError as error:
-            raise ValueError(
-                f"cache={self.place!r} cannot go on from {start} of {self._backbone.spec['name']}: {error}; "
-                'use cache="none", or train another layer'
-            ) from error
-        return start
+            raise ValueError(f'cache={self.place!r} {error}; use cache="none", or train another layer') from error
 
-    def _is_heard(self, module: LightningModule) -> bool:
-        """Whether a module that will not run has a hook of somebody else's."""
-        silent = list(self._backbone.modules()) if self._tail is None else self._tail.left_out()
-        hooks = [hook for part in silent for hook in part._forward_hooks.values()]
-        return any(getattr(hook, "__self__", None) is not module for hook in hooks)
-
-    def _captured(self, images: Tensor) -> Tensor:
-        """What is stored of images."""
-        return torch.cat(self._features(images), 1) if self._tail is None else self._tail.capture(images)
-
-    def _store(self, trainer: Trainer, loader: DataLoader[Any], base: tuple[str, ...]) -> StoredSet:
+    def _store(
+        self, trainer: Trainer, loader: DataLoader[Any], base: tuple[str, ...], shape: Sequence[int]
+    ) -> StoredSet:
         samples = _samples(loader)
 
         def rows() -> Iterator[tuple[Tensor, Tensor]]:
             count = 0
             for images, labels in ready_batches(trainer, loader):
-                yield self._captured(images).cpu(), labels.cpu()
+                yield self._split.prefix(images).cpu(), labels.cpu()
                 count += len(labels)
             if count != samples:
                 raise ValueError(f"the cache needs a loader of all {samples} images, in order; it gave {count}")
@@ -170,17 +131,13 @@ class PrefixCache(Callback):
         if self.place == "memory":
             return in_memory(rows(), samples)
         key = hashlib.sha256(repr((base, data_key(trainer, loader))).encode()).hexdigest()[:16]
-        return on_disk(rows, (samples, *self._shape), self.folder / key, trainer.strategy)
+        return on_disk(rows, (samples, *shape), self.folder / key, trainer.strategy)
 
     def _say(self, stored: Mapping[str, StoredSet]) -> None:
         size = sum(part.values.numel() * part.values.element_size() for part in stored.values())
         shape = tuple(next(iter(stored.values())).values.shape[1:])
         where = "memory" if self.place == "memory" else str(self.folder)
         rank_zero_info(f"cache: {sum(map(len, stored.values())):,} images as {shape}, {size / 1e6:,.1f} MB in {where}")
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=1e-3 * float(a.abs().max()))
 
 
 def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: DataLoader[Any]) -> None:

@@ -31,9 +31,10 @@ _INSTEAD = "keep the delta, or write the network without its classifier: model.b
 
 
 def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a state that lie in the ``tuned`` modules, and the others."""
-    prefixes = tuple(f"{path}." for path in tuned)
-    inside = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+    """The tensors of a state that are ``tuned`` or lie in tuned modules, by their paths, and the others."""
+    paths = set(tuned)
+    prefixes = tuple(f"{path}." for path in paths)
+    inside = {name: tensor for name, tensor in state.items() if name in paths or name.startswith(prefixes)}
     return inside, {name: tensor for name, tensor in state.items() if name not in inside}
 
 

@@ -9,7 +9,6 @@ from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
 from ncfinetune.checksums import fingerprint
-from ncfinetune.layers import find_layers
 
 # Share of random values from which on a network is not pre-trained.
 _RANDOM = 0.5
@@ -77,8 +76,13 @@ class Frozen:
             )
 
 
-def refuse_tuners(module: nn.Module, used: Iterable[Any]) -> None:
+def refuse_tuners(module: nn.Module, used: Iterable[Any], averages: bool = True) -> None:
     """Refuse callbacks that decide by themselves what trains, or that change what is frozen.
+
+    Args:
+        module: The model.
+        used: The callbacks.
+        averages: Whether weights may be averaged, of which a classifier in closed form would not be one any more.
 
     Raises:
         ValueError: There is one.
@@ -90,6 +94,11 @@ def refuse_tuners(module: nn.Module, used: Iterable[Any]) -> None:
             raise ValueError(
                 f"{name} unfreezes layers in the run, and a FineTuner's train says which layers train from start to "
                 "end; leave it out, or start a second run with other layers from the first one's checkpoint"
+            )
+        if not averages and isinstance(callback, _AVERAGING):
+            raise ValueError(
+                f"{name} averages weights, and an average of refitted classifiers is not the closed form on averaged "
+                'features; leave it out, or say refit="none"'
             )
         pruned = getattr(callback, "_parameters_to_prune", None) if isinstance(callback, callbacks.ModelPruning) else ()
         if any(id(getattr(layer, weight)) in frozen for layer, weight in pruned or ()):
@@ -124,45 +133,3 @@ def _trained(module: nn.Module) -> dict[str, bool]:
 
 def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def chosen_layers(backbone: Any, train: str | list[str]) -> dict[str, nn.Module]:
-    """The layers of a backbone that ``train`` names, by name.
-
-    Raises:
-        ValueError: It names nothing, everything in other words than ``all``, a layer without parameters, or one that
-            shares a parameter with others.
-    """
-    if train == "none":
-        return {}
-    if train == "all":
-        return {"backbone": backbone}
-    patterns = [train] if isinstance(train, str) else train
-    if not any(patterns):
-        raise ValueError(f'train={train!r} names no layer; say train="none"')
-    if {"none", "all"} & set(patterns):
-        raise ValueError(f"train={train!r}: none and all stand alone; give one of them, or layers")
-    if not set("".join(patterns)) - set("*.?"):
-        raise ValueError(f'train={train!r} names every layer; say train="all"')
-    found = find_layers(backbone.net, patterns)
-    empty = [name for name, layer in found.items() if not any(True for _ in layer.parameters())]
-    if empty:
-        raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
-    named = {id(p) for layer in found.values() for p in layer.parameters()}
-    if all(id(p) in named for p in backbone.parameters()):
-        raise ValueError(f'train={train!r} names every layer; say train="all"')
-    _check_shared(backbone.net, found, named)
-    return found
-
-
-def _check_shared(net: nn.Module, layers: dict[str, nn.Module], trained: set[int]) -> None:
-    """Refuse layers whose parameters belong to others too, which would train with them."""
-    chosen = set(map(id, layers.values()))
-    inside = tuple(f"{path}." for path, m in net.named_modules(remove_duplicate=False) if id(m) in chosen)
-    for path, parameter in net.named_parameters(remove_duplicate=False):
-        if id(parameter) in trained and not path.startswith(inside):
-            own = next(name for name, layer in layers.items() if any(p is parameter for p in layer.parameters()))
-            raise ValueError(
-                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
-                "too; name all that share it, or another layer"
-            )

@@ -7,16 +7,21 @@ within and between classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ncfinetune.calibration import fit_temperature
 from ncfinetune.moments import ClassMoments, MomentAccumulator
+from ncfinetune.probes import lda, nearest_mean, nearest_simplex, ridge
 
-SkipJoin = Literal["pad", "linear", "concat"]
+SkipJoin = Literal["pad", "linear", "concat", "only"]
+ClosedForm = Literal["mean", "ridge", "lda", "etf"]
+# Least standard deviation of the logits of a classifier in closed form; softmax differs from chance by about as much.
+_LEAST_SPREAD = 1e-2
 Projection = Literal["none", "linear", "mlp"]
 
 
@@ -52,39 +57,87 @@ def projection_head(kind: Projection, dim: int, projection_dim: int) -> nn.Modul
 
 
 class SkipHead(nn.Module):
-    """A linear classifier on penultimate features joined with those of a skipped layer.
+    """A linear classifier on penultimate features joined with those of skipped layers.
 
     This is the head of skip-connection-layer fine-tuning (Li et al., arXiv 2212.12206).
 
     Args:
         dim: Width ``d`` of the penultimate features.
-        skip_dim: Width ``d_l`` of the skipped layer's features.
+        skip_dims: Width ``d_l`` of each skipped layer's features.
         num_classes: Number of classes ``K``.
-        join: ``pad`` adds the two, the narrower padded with zeros, so that the skip connection has no parameters of its
-            own; ``linear`` adds them after a learned linear map from ``d_l`` to ``d``; ``concat`` puts them side by
-            side.
+        join: ``pad`` adds all of them, the narrower padded with zeros, so that skip connections have no parameters of
+            their own; ``linear`` adds them after a learned linear map from each ``d_l`` to ``d``; ``concat`` puts them
+            side by side; ``only`` puts those of the skipped layers side by side and leaves the penultimate ones out.
     """
 
-    def __init__(self, dim: int, skip_dim: int, num_classes: int, join: SkipJoin = "pad") -> None:
+    def __init__(self, dim: int, skip_dims: Sequence[int], num_classes: int, join: SkipJoin = "pad") -> None:
         super().__init__()
         self.join = join
-        self.dim = {"pad": max(dim, skip_dim), "linear": dim, "concat": dim + skip_dim}[join]
-        self.project = nn.Linear(skip_dim, dim, bias=False) if join == "linear" else nn.Identity()
+        side_by_side = sum(skip_dims)
+        widths = {"pad": max(dim, *skip_dims), "linear": dim, "concat": dim + side_by_side, "only": side_by_side}
+        self.dim = widths[join]
+        maps = [nn.Linear(width, dim, bias=False) for width in skip_dims] if join == "linear" else []
+        self.project = nn.ModuleList(maps)
         self.fc = nn.Linear(self.dim, num_classes)
 
-    def joined(self, features: Tensor, skipped: Tensor) -> Tensor:
-        """Input of the linear classifier, of features ``(N, d)`` and ``(N, d_l)``."""
+    def joined(self, features: Tensor, *skipped: Tensor) -> Tensor:
+        """Input of the linear classifier, of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
         if self.join == "concat":
-            return torch.cat([features, skipped], 1)
-        return _widen(features, self.dim) + _widen(self.project(skipped), self.dim)
+            return torch.cat([features, *skipped], 1)
+        if self.join == "only":
+            return torch.cat(skipped, 1)
+        added = (
+            [project(part) for project, part in zip(self.project, skipped, strict=True)] if self.project else skipped
+        )
+        return sum((_widen(part, self.dim) for part in added), _widen(features, self.dim))
 
-    def forward(self, features: Tensor, skipped: Tensor) -> Tensor:
-        """Class logits ``(N, K)`` of features ``(N, d)`` and ``(N, d_l)``."""
-        return self.fc(self.joined(features, skipped))
+    def forward(self, features: Tensor, *skipped: Tensor) -> Tensor:
+        """Class logits ``(N, K)`` of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
+        return self.fc(self.joined(features, *skipped))
 
 
 def _widen(features: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, dim - features.shape[1]))
+
+
+def classifier_of(kind: ClosedForm, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight ``(K, d)`` and bias ``(K,)`` of a linear classifier in closed form, of features and labels in batches.
+
+    ``mean`` is `nearest_mean_classifier` and keeps class moments only. The others keep all features. ``ridge`` and
+    ``lda`` are those of `probes`. ``etf`` is the simplex that is nearest to the class means, with equal norms and
+    angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at their mean.
+
+    The scale of ``ridge``, ``lda`` and ``etf`` is that of calibrated probabilities: scores are divided by the
+    temperature that `fit_temperature` finds on the leave-one-out scores (for ``etf`` those of `probes.nearest_mean`).
+    Where leaving one out leaves nothing better than chance, as with one image a class, the logits are small and not 0,
+    so that the decisions stay.
+
+    Raises:
+        ValueError: There are no features, some are not finite, or the closed form does not exist for them; see
+            `probes`.
+    """
+    if kind == "mean":
+        return nearest_mean_classifier(streamed_moments(chunks, num_classes))
+    parts = list(chunks)
+    if not parts:
+        raise ValueError("expected features to fit a classifier to, got none")
+    features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    fit = {"ridge": ridge, "lda": lda}.get(kind, nearest_mean)
+    head = fit(features, labels, num_classes)
+    temperature = _temperature(head.loo_scores, labels)
+    if kind != "etf":
+        return head.logits(temperature)
+    weight = nearest_simplex(head.weight) / temperature
+    centre = features.double().mean(0) + head.weight.mean(0)  # the weight of nearest_mean is the means less the mean
+    return weight, -weight @ centre
+
+
+def _temperature(scores: Tensor, labels: Tensor) -> Tensor:
+    """The calibrating temperature, but none at which the spread of the logits is below `_LEAST_SPREAD`."""
+    spread = scores[scores.isfinite()].std()
+    most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
+    told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()  # not with one sample in each class
+    return torch.minimum(fit_temperature(scores, labels), most) if told else most
 
 
 def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,7 @@ def find_layers(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Modu
 def _match(paths: Mapping[str, nn.Module], pattern: str, module: nn.Module) -> dict[str, str]:
     if pattern in paths:
         return {pattern: pattern}
-    tails = {path: ".".join(path.split(".")[-pattern.count(".") - 1 :]) for path in paths}
-    fitting = {path: tail for path, tail in tails.items() if _fits(tail, pattern)}
+    fitting = fitting_paths(paths, pattern)
     if not fitting:
         raise ValueError(_no_match(pattern, module, paths))
     for tail in fitting.values():
@@ -49,6 +48,12 @@ def _match(paths: Mapping[str, nn.Module], pattern: str, module: nn.Module) -> d
         if len(same) > 1:
             raise ValueError(f"layer name {tail!r} fits {len(same)} modules ({_some(same)}); give a longer path")
     return fitting
+
+
+def fitting_paths(paths: Iterable[str], pattern: str) -> dict[str, str]:
+    """Those of some dotted paths whose end a pattern fits, with that end: ``{path: end}``."""
+    tails = {path: ".".join(path.split(".")[-pattern.count(".") - 1 :]) for path in paths}
+    return {path: tail for path, tail in tails.items() if _fits(tail, pattern)}
 
 
 def _fits(tail: str, pattern: str) -> bool:

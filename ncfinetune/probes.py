@@ -264,6 +264,27 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     return (num_classes / (num_classes - 1)) ** 0.5 * (helmert / (order * (order + 1)).sqrt()) @ frame.T
 
 
+def nearest_simplex(weight: Tensor) -> Tensor:
+    """The equiangular classifier ``a E`` that is nearest to a weight ``(K, d)`` in the sum of squares.
+
+    ``E`` is a simplex as `simplex_etf` gives it, in the orientation that suits the weight best, and ``a`` its scale
+    (orthogonal Procrustes problem: Schoenemann 1966): where the columns of ``B`` are an orthonormal basis of what sums
+    to 0 over the classes and ``B^T W = U S V^T``, it is ``tr(S)/(K - 1) B U V^T``.
+
+        >>> weight = 3 * simplex_etf(4, 6)
+        >>> torch.allclose(nearest_simplex(weight + 1), weight)
+        True
+
+    Raises:
+        ValueError: As `simplex_etf`.
+    """
+    classes, width = weight.shape
+    simplex_etf(classes, width)  # there must be room for it
+    basis = ((classes - 1) / classes) ** 0.5 * simplex_etf(classes, classes - 1).to(weight.device)
+    left, lengths, right = torch.linalg.svd(basis.T @ weight.double(), full_matrices=False)
+    return lengths.mean() * basis @ left @ right
+
+
 def _checked(
     features: Tensor, labels: Tensor, num_classes: int, class_weight: ClassWeight | None, sample_weight: Tensor | None
 ) -> Samples:

@@ -191,13 +191,17 @@ def method_name(model: dict[str, Any]) -> str:
 
 
 def _fine_tuning(knobs: dict[str, Any]) -> str:
-    train, skip = knobs.get("train", "none"), knobs.get("skip_from")
-    layers = train if isinstance(train, str) else ", ".join(train)
-    base = {"none": "linear probe", "all": "full FT"}.get(layers)
-    if skip is None:
-        return base or f"layer FT {layers}"
-    name = f"SCL FT {layers}" if skip == train else f"{base or f'layer FT {layers}'}, skip from {skip}"
-    return name + (", gradient through the skip" if knobs.get("skip_gradient") == "skip" else "")
+    layers, skips = _listed(knobs.get("train") or "none"), _listed(knobs.get("skip_from") or [])
+    base = {"none": "linear probe", "all": "full FT"}.get(layers, f"layer FT {layers}")
+    name = f"SCL FT {layers}" if skips == layers else f"{base}, skip from {skips}" if skips else base
+    words = ["gradient through the skip"] if knobs.get("skip_gradient") == "skip" else []
+    words += [f"{knobs['head_init']} start"] if knobs.get("head_init", "default") not in ("default", "zero") else []
+    words += [f"{knobs['refit']} refit"] if knobs.get("refit", "none") != "none" else []
+    return ", ".join([name, *words])
+
+
+def _listed(names: str | list[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 def _pre_training(knobs: dict[str, Any]) -> list[str]:

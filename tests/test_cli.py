@@ -535,6 +535,8 @@ def test_picture_shows_the_accuracy_that_was_logged(tags: list[str], labels: lis
         ("FineTuner", {"train": ["a", "b"]}, "layer FT a, b"),
         ("FineTuner", {"train": "none", "skip_from": "a"}, "linear probe, skip from a"),
         ("FineTuner", {"train": "a", "skip_from": "a", "skip_gradient": "skip"}, "SCL FT a, gradient through the skip"),
+        ("FineTuner", {"train": "*.bias", "skip_from": ["a", "b"]}, "layer FT *.bias, skip from a, b"),
+        ("FineTuner", {"train": "a", "head_init": "lda", "refit": "ridge"}, "layer FT a, lda start, ridge refit"),
     ],
 )
 def test_report_names_the_method(name: str, knobs: dict, expected: str) -> None:

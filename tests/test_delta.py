@@ -67,7 +67,7 @@ def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
         "skip_join": "pad",
         "skip_gradient": "both",
     }
-    assert json.loads(metadata["knobs"]) == {**knobs, "head_init": "default", "head_lr_factor": 1.0}
+    assert json.loads(metadata["knobs"]) == {**knobs, "head_init": "default", "refit": "none", "head_lr_factor": 1.0}
 
 
 def test_delta_of_a_base_vit_is_a_tenth_of_it(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ WRITING = {
 @pytest.mark.parametrize("callback", WRITING)
 def test_frozen_tensors_are_those_of_the_base(callback: str, train: str, base: str, tmp_path: Path) -> None:
     model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=_sgd)
-    before = {name: tensor.clone() for name, tensor in model._split()[1].items()}
+    before = {name: tensor.clone() for name, tensor in model._tuned_and_frozen()[1].items()}
     used = [WRITING[callback](model)]
     trainer = _trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=used, check_val_every_n_epoch=2)
     trainer.fit(model, Digits([0, 1, 2], **_DATA))

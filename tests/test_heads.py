@@ -9,16 +9,30 @@ from ncfinetune.heads import SkipHead, nearest_mean_classifier, streamed_moments
 
 def test_joins_by_hand() -> None:
     features, skipped = torch.randn(2, 3), torch.randn(2, 5)
-    pad, linear, concat = (SkipHead(3, 5, 4, join) for join in ("pad", "linear", "concat"))
+    pad, linear, concat, only = heads = [SkipHead(3, [5], 4, join) for join in ("pad", "linear", "concat", "only")]
     wide = skipped.clone()
     wide[:, :3] += features
     assert torch.equal(pad.joined(features, skipped), wide)
-    assert torch.allclose(linear.joined(features, skipped), features + skipped @ linear.project.weight.T)
+    assert torch.allclose(linear.joined(features, skipped), features + skipped @ linear.project[0].weight.T)
     assert torch.equal(concat.joined(features, skipped)[:, 3:], skipped)
-    assert [head.fc.in_features for head in (pad, linear, concat)] == [5, 3, 8]
-    for head in (pad, linear, concat):
+    assert torch.equal(only.joined(features, skipped), skipped)
+    assert [head.fc.in_features for head in heads] == [5, 3, 8, 5]
+    for head in heads:
         joined = head.joined(features, skipped)
         assert torch.allclose(head(features, skipped), joined @ head.fc.weight.T + head.fc.bias)
+
+
+def test_joins_of_several_layers_by_hand() -> None:
+    features, one, two = torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 2)
+    pad, linear, concat, only = (SkipHead(3, [5, 2], 4, join) for join in ("pad", "linear", "concat", "only"))
+    sides = one.clone()
+    sides[:, :3] += features
+    sides[:, :2] += two
+    assert torch.allclose(pad.joined(features, one, two), sides)
+    mapped = features + one @ linear.project[0].weight.T + two @ linear.project[1].weight.T
+    assert torch.allclose(linear.joined(features, one, two), mapped)
+    assert torch.equal(concat.joined(features, one, two), torch.cat([features, one, two], 1))
+    assert torch.equal(only.joined(features, one, two), torch.cat([one, two], 1))
 
 
 def _isotropic(sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

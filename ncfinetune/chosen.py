@@ -1,0 +1,142 @@
+"""What of a backbone trains: whole layers, and single parameters by the patterns of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ncfinetune.layers import find_layers, fitting_paths
+
+_WILD = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layers and parameters of a backbone's network that train.
+
+    Args:
+        layers: Layers that train as a whole, by name. They are in training mode while the model is, so that their
+            statistics of normalisation follow the data and their dropout drops.
+        parameters: Paths in the network of parameters that train by themselves, by the pattern that names them. The
+            layers that hold them stay in eval mode.
+    """
+
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    parameters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def tensors(self, network: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Parameters that train, by the name or pattern that chose them."""
+        rows = {name: list(layer.parameters()) for name, layer in self.layers.items()}
+        return rows | {name: [network.get_parameter(path) for path in paths] for name, paths in self.parameters.items()}
+
+    def places(self) -> list[str]:
+        """Names of the modules that train or hold what does; the network's own is the empty name."""
+        holders = (path.rpartition(".")[0] for paths in self.parameters.values() for path in paths)
+        return list(dict.fromkeys([*self.layers, *holders]))
+
+    def paths(self, module: nn.Module, network: nn.Module) -> set[str]:
+        """Paths in ``module``, which contains the network, of all that is chosen: layers and parameters."""
+        wanted = set(map(id, self.layers.values()))
+        found = {path for path, part in module.named_modules() if id(part) in wanted}
+        prefix = next(path for path, part in module.named_modules() if part is network)
+        return found | {f"{prefix}.{path}" for paths in self.parameters.values() for path in paths}
+
+
+def choose(backbone: nn.Module, network: nn.Module, train: str | Sequence[str]) -> Chosen:
+    """What ``train`` names in a backbone's network.
+
+    A name or pattern that fits layers chooses these whole; a pattern chooses all that it fits, but for layers without
+    parameters. What fits no layer is held against the ends of the parameters' paths in the same way: ``*.bias`` or
+    ``*.bn*.weight``.
+
+    Raises:
+        ValueError: It names nothing, everything in other words than ``all``, a layer without parameters, or a parameter
+            that others share.
+    """
+    if train == "none":
+        return Chosen()
+    if train == "all":
+        return Chosen({"backbone": backbone})
+    layers: dict[str, nn.Module] = {}
+    parameters: dict[str, Sequence[str]] = {}
+    for pattern in _patterns(train):
+        found = _layers(network, pattern)
+        if paths := () if found else _parameters(network, pattern):
+            parameters[pattern] = paths
+        else:
+            layers |= found or find_layers(network, [pattern])  # which says what it expected
+    order = {id(module): number for number, module in enumerate(network.modules())}
+    layers = dict(sorted(layers.items(), key=lambda item: order[id(item[1])]))
+    chosen = Chosen(layers, parameters)
+    trained = {id(p) for tensors in chosen.tensors(network).values() for p in tensors}
+    if all(id(p) in trained for p in network.parameters()):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    _check_shared(network, chosen, trained)
+    return chosen
+
+
+def _patterns(train: str | Sequence[str]) -> list[str]:
+    patterns = [train] if isinstance(train, str) else list(train)
+    if not any(patterns):
+        raise ValueError(f'train={train!r} names no layer; say train="none"')
+    if {"none", "all"} & set(patterns):
+        raise ValueError(f"train={train!r}: none and all stand alone; give one of them, or layers")
+    if not set("".join(patterns)) - set("*.?"):
+        raise ValueError(f'train={train!r} names every layer; say train="all"')
+    return patterns
+
+
+def _layers(network: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The layers that a name or pattern fits, by the shortest name that tells them apart."""
+    modules = {path: layer for path, layer in network.named_modules() if path}
+    if not _WILD & set(pattern):
+        found = find_layers(network, [pattern]) if pattern in modules or fitting_paths(modules, pattern) else {}
+        if empty := [name for name, layer in found.items() if not _has_parameters(layer)]:
+            raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
+        return found
+    fitting = fitting_paths(modules, pattern)
+    trainable = {path: end for path, end in fitting.items() if _has_parameters(modules[path])}
+    if fitting and not trainable:
+        raise ValueError(f"layer {next(iter(fitting))!r} has no parameters to train; name the block that holds it")
+    ends = list(trainable.values())
+    return {end if ends.count(end) == 1 else path: modules[path] for path, end in trainable.items()}
+
+
+def _parameters(network: nn.Module, pattern: str) -> Sequence[str]:
+    named = dict(network.named_parameters(remove_duplicate=False))
+    return (pattern,) if pattern in named else tuple(fitting_paths(named, pattern))
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    return any(True for _ in layer.parameters())
+
+
+def _check_shared(network: nn.Module, chosen: Chosen, trained: Iterable[int]) -> None:
+    """Refuse parameters that others of the network share, which would train with them."""
+    ids, wanted = set(trained), set(map(id, chosen.layers.values()))
+    inside = tuple(f"{path}." for path, m in network.named_modules(remove_duplicate=False) if id(m) in wanted)
+    named = {path for paths in chosen.parameters.values() for path in paths}
+    for path, parameter in network.named_parameters(remove_duplicate=False):
+        if id(parameter) in ids and not path.startswith(inside) and path not in named:
+            rows = chosen.tensors(network).items()
+            own = next(name for name, tensors in rows if any(p is parameter for p in tensors))
+            raise ValueError(
+                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
+                "too; name all that share it, or another layer"
+            )
+
+
+def parameter_table(rows: Mapping[str, Iterable[nn.Parameter]]) -> str:
+    """Counts of trained and of all parameters in each row, of those that no row above has, and together."""
+    seen: set[int] = set()
+    counts = []
+    for name, parameters in rows.items():
+        new = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, new))
+        counts.append((name, sum(p.numel() for p in new if p.requires_grad), sum(p.numel() for p in new)))
+    counts = [row for row in counts if row[2]]
+    counts.append(("all", sum(row[1] for row in counts), sum(row[2] for row in counts)))
+    lines = [f"{name:<24}{own:>16,}{of:>16,}{100 * own / of:>10.3g}" for name, own, of in counts]
+    return "\n".join([f"{'parameters':<24}{'trained':>16}{'total':>16}{'%':>10}", *lines])

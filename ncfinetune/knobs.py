@@ -1,0 +1,85 @@
+"""What the options of a `FineTuner` may be, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from ncfinetune.cache import Place
+from ncfinetune.heads import SkipJoin
+from ncfinetune.split import SkipGradient
+
+HeadInit = Literal["default", "zero", "mean", "ridge", "lda", "etf"]
+Refit = Literal["none", "mean", "ridge", "lda", "etf"]
+CACHE_DIR = "runs/cache"
+
+
+def check_choices(skip_join: str, skip_gradient: str, head_init: str, refit: str, cache: str) -> None:
+    """Refuse words that are none of the choices.
+
+    Raises:
+        ValueError: One is not.
+    """
+    choices = {
+        "skip_join": (skip_join, SkipJoin),
+        "skip_gradient": (skip_gradient, SkipGradient),
+        "head_init": (head_init, HeadInit),
+        "refit": (refit, Refit),
+        "cache": (cache, Place),
+    }
+    for name, (value, words) in choices.items():
+        if value not in get_args(words):
+            raise ValueError(f"expected {name} to be one of {', '.join(get_args(words))}, got {value!r}")
+
+
+def check_cache(train: Any, cache: str, cache_dir: str) -> None:
+    """Refuse a cache that has nothing to keep, and a folder that is not used.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if cache != "none" and train == "all":
+        raise ValueError(f'cache={cache!r} keeps the outputs of frozen layers, and with train="all" there are none')
+    if cache != "disk" and cache_dir != CACHE_DIR:
+        raise ValueError(f'cache_dir={cache_dir!r} is for cache="disk", and cache={cache!r} writes no files')
+
+
+def check_skips(train: Any, skips: Sequence[str], skip_join: str, skip_gradient: str) -> None:
+    """Refuse options that would do nothing, and say so where a skip connection has nothing to tune.
+
+    Raises:
+        ValueError: One would.
+    """
+    if not skips and (skip_join != "pad" or skip_gradient != "both"):
+        raise ValueError(f"skip_join={skip_join!r} and skip_gradient={skip_gradient!r} need a layer in skip_from")
+    if train == "none" and skip_gradient != "both":
+        raise ValueError('skip_gradient="skip" needs a layer in train: without one the backbone gets no gradient')
+    if train == "none" and skips:
+        features = "features" if skip_join == "only" else "penultimate features joined with those"
+        rank_zero_info(f'train="none": a linear probe on the {features} of {", ".join(skips)}')
+
+
+def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, skip_join: str) -> None:
+    """Refuse options of the head that would do nothing, and with which nothing would train.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if not 0 <= head_lr_factor < float("inf"):
+        raise ValueError(f"expected head_lr_factor of at least 0, got {head_lr_factor}")
+    if head_lr_factor == 0 and train == "none":
+        raise ValueError(
+            'with train="none" and head_lr_factor=0 nothing would train; for a classifier in closed form alone leave '
+            "head_lr_factor out and fit with max_epochs=0"
+        )
+    if head_lr_factor == 0 and head_init == "zero":
+        raise ValueError('head_init="zero" with head_lr_factor=0 gives no gradient; take another start for it')
+    if head_lr_factor == 0 and skip_join == "linear":
+        raise ValueError('skip_join="linear" learns maps, and head_lr_factor=0 keeps them as they are; take another')
+    if refit != "none" and train == "none" and skip_join != "linear":
+        raise ValueError(
+            f'refit="{refit}" has nothing to follow, since with train="none" the features stay as they are; fit with '
+            f'head_init="{refit}" and max_epochs=0 instead'
+        )

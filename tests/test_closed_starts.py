@@ -1,0 +1,199 @@
+"""Classifiers in closed form: as a start, as the whole model, and after each epoch of tuning."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from test_finetune import SMALL, _sgd, _trainer
+
+from ncfinetune import FineTuner
+from ncfinetune.calibration import fit_temperature
+from ncfinetune.datamodules import Digits
+from ncfinetune.heads import classifier_of
+from ncfinetune.probes import lda, nearest_simplex, ridge, simplex_etf
+
+FITS = {"ridge": ridge, "lda": lda}
+
+
+def _clusters(classes: int = 3, each: int = 6, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(classes * each) % classes
+    means = 2 * torch.randn(classes, width, generator=generator)
+    return means[labels] + torch.randn(len(labels), width, generator=generator) + 7, labels
+
+
+def _data(**options) -> Digits:
+    return Digits([0, 1, 2], shots=8, batch_size=5, **options)
+
+
+def _model(**knobs) -> FineTuner:
+    torch.manual_seed(0)
+    return FineTuner(3, SMALL, optimizer=_sgd, allow_random=True, **knobs)
+
+
+def _features(model: FineTuner, data: Digits) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_plain_dataloader()]
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    with torch.no_grad():
+        return model.eval()._joined(images), labels
+
+
+@pytest.mark.parametrize("kind", ["ridge", "lda"])
+def test_head_is_the_probe_at_the_temperature_of_its_left_out_scores(kind: str) -> None:
+    features, labels = _clusters()
+    weight, bias = classifier_of(kind, zip(features.split(4), labels.split(4), strict=True), 3)
+    head = FITS[kind](features, labels, 3)
+    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    torch.testing.assert_close(features.double() @ weight.T + bias, expected)
+
+
+def test_simplex_head_has_equal_angles_and_decides_for_the_nearest_direction() -> None:
+    features, labels = _clusters(classes=4, each=20)
+    weight, bias = classifier_of("etf", [(features, labels)], 4)
+    gram = weight @ weight.T
+    torch.testing.assert_close(gram / gram[0, 0], 4 / 3 * torch.eye(4, dtype=torch.float64) - 1 / 3)
+    means = torch.stack([features[labels == label].double().mean(0) for label in range(4)])
+    torch.testing.assert_close(means.mean(0) @ weight.T + bias, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert ((features.double() @ weight.T + bias).argmax(1) == labels).double().mean() > 0.8
+
+
+def test_nearest_simplex_is_nearer_than_others() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    best = nearest_simplex(weight)
+    distance = (weight - best).square().sum()
+    for seed in range(200):
+        frame = simplex_etf(4, 6, seed)
+        scale = (frame * weight).sum() / frame.square().sum()
+        assert (weight - scale * frame).square().sum() > distance
+    for _ in range(20):
+        turn = torch.randn(6, 6, dtype=torch.float64)
+        turned = best @ torch.linalg.matrix_exp(0.01 * (turn - turn.T))
+        assert (weight - turned).square().sum() > distance
+    with pytest.raises(ValueError, match="a width of at least num_classes - 1, got num_classes=4 and dim=2"):
+        nearest_simplex(weight[:, :2])
+
+
+@pytest.mark.parametrize("kind", ["ridge", "etf"])
+def test_one_image_a_class_gives_small_logits_and_keeps_the_decisions(kind: str) -> None:
+    features = torch.eye(3, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None]
+    weight, bias = classifier_of(kind, [(features, torch.arange(3))], 3)
+    logits = features.double() @ weight.T + bias
+    assert logits.argmax(1).tolist() == [0, 1, 2]
+    assert logits.std() < 0.5
+
+
+def test_features_that_say_nothing_give_a_finite_head() -> None:
+    weight, bias = classifier_of("ridge", [(torch.ones(6, 4), torch.arange(6) % 3)], 3)
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("knobs", [{}, {"skip_from": ["layer2.0", "layer3.0"], "skip_join": "only"}])
+def test_run_of_no_epoch_is_the_closed_form(knobs: dict, cache: str, tmp_path: Path) -> None:
+    model, data = _model(head_init="ridge", cache=cache, **knobs), _data()
+    trainer = _trainer(tmp_path, max_epochs=0, enable_checkpointing=True)
+    trainer.fit(model, data)
+    features, labels = _features(model, data)
+    head = ridge(features, labels, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.head(features) if not knobs else model.head.fc(features),
+            (head.scores(features) / fit_temperature(head.loo_scores, labels)).float(),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    folder = Path(trainer.checkpoint_callback.dirpath)
+    again = FineTuner.load_from_checkpoint(folder / "last.ckpt").eval()
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.equal(again(images), model(images))
+    assert (folder / "delta.safetensors").is_file()
+    assert trainer.test(model, data, verbose=False)[0]["test/acc"] > 0.5
+
+
+def test_start_is_made_of_plain_images_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heads = []
+    for augmentation in ("plain", "standard"):
+        model = _model(head_init="ridge")
+        with caplog.at_level("INFO"):
+            _trainer(tmp_path, max_epochs=0).fit(model, _data(augmentation=augmentation))
+        heads.append(model.head.weight)
+    assert torch.equal(*heads)
+    assert "classifier: starts as ridge of the training images without augmentation" in caplog.text
+
+
+class Compared(Callback):
+    """Compares the head that is validated, and that is saved, with the closed form on the features of that moment."""
+
+    def __init__(self) -> None:
+        self.validated: list[bool] = []
+        self.saved: list[bool] = []
+
+    def _is_closed(self, model: FineTuner) -> bool:
+        features, labels = _features(model, model.trainer.datamodule)
+        head = ridge(features, labels, 3)
+        return torch.allclose(model.head.weight.double(), head.weight / fit_temperature(head.loo_scores, labels), 1e-3)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append(self._is_closed(pl_module))
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        training = pl_module.training
+        self.saved.append(self._is_closed(pl_module))
+        pl_module.train(training)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_what_is_validated_and_saved_is_refitted(validates: bool, tmp_path: Path) -> None:
+    model, seen = _model(train="layer4.0", refit="ridge", head_lr_factor=2), Compared()
+    options = {} if validates else {"limit_val_batches": 0}
+    callbacks = [seen, ModelCheckpoint(save_top_k=-1)]
+    trainer = _trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer.fit(model, _data(augmentation="plain"))
+    assert seen.saved == [True] * 3
+    assert seen.validated == [True] * (3 if validates else 0)
+
+
+def test_classifier_trains_between_refits(tmp_path: Path) -> None:
+    moved = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            moved.append(pl_module.head.weight.detach().clone())
+
+    trainer = _trainer(tmp_path, max_epochs=1, callbacks=[Watch()])
+    trainer.fit(_model(train="layer4.0", refit="ridge", head_init="ridge"), _data())
+    assert not torch.equal(moved[0], moved[1])
+
+
+def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:
+    model = _model(train="layer4.0", head_init="etf", head_lr_factor=0)
+    heads = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            heads.append(pl_module.head.weight.detach().clone())
+
+    trainer = _trainer(tmp_path, max_epochs=2, callbacks=[Watch()])
+    before = model.backbone.net.layer4[0].conv1.weight.detach().clone()
+    trainer.fit(model, _data())
+    assert all(torch.equal(head, heads[0]) for head in heads)
+    assert torch.equal(model.head.weight, heads[0])
+    assert not torch.equal(model.backbone.net.layer4[0].conv1.weight, before)
+    model.save_delta(tmp_path / "delta.safetensors")
+    assert {"head.weight", "head.bias"} <= set(model._tuned_and_frozen()[0])
+
+
+def test_averaged_weights_and_refits_exclude_each_other(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, max_epochs=3, callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
+    with pytest.raises(ValueError, match="Averaging averages weights, and an average of refitted classifiers is"):
+        trainer.fit(_model(train="layer4.0", refit="ridge"), _data())
+
+
+def test_too_few_images_for_a_discriminant_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lda needs two samples more than there are classes with samples, got 3"):
+        _trainer(tmp_path).fit(_model(head_init="lda"), Digits([0, 1, 2], shots=1, val_fraction=0.0))
