@@ -29,6 +29,7 @@ from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
 from ncfinetune.passes import eval_mode, evaluation, ready_batches
+from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
 from ncfinetune.store import Stored
 
@@ -80,13 +81,16 @@ class FineTuner(Classifier):
         train: ``none``, ``all``, or what to train: a name or pattern of layers such as ``layer3.1``, ``blocks.1?`` or
             ``*norm*``, or several. What fits no layer is a pattern of parameters, such as ``*.bias`` or
             ``*.bn*.weight``: they train by themselves, while statistics of batch normalisation stay as they are.
-        skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier.
+        skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier. ``auto`` takes
+            those that lower the leave-one-out error of ridge regression, if any clearly does, when a fit starts; see
+            `skips.choose_skips`. It is for features side by side, ``concat`` or ``only``.
         skip_join: How they join them: ``pad`` adds all, the narrower padded with zeros; ``linear`` adds them after
             learned linear maps to the width of the features; ``concat`` puts them side by side; ``only`` does so and
             leaves the penultimate features out.
         skip_gradient: ``both`` lets the gradient reach the tuned layer through the skip connection and through the
             network behind it; ``skip`` through the skip connection alone, which spares the backward pass of the
             network behind and its memory.
+        max_skips: Number of layers that ``auto`` takes at most.
         head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or in closed
             form from the training images without augmentation, by one pass over them or over what the cache has of
             them: ``mean`` is the nearest class mean, ``ridge`` ridge regression and ``lda`` a linear discriminant
@@ -124,6 +128,7 @@ class FineTuner(Classifier):
         skip_from: str | list[str] | None = None,
         skip_join: SkipJoin = "pad",
         skip_gradient: SkipGradient = "both",
+        max_skips: int = 1,
         head_init: HeadInit = "default",
         refit: Refit = "none",
         head_lr_factor: float = 1.0,
@@ -135,10 +140,9 @@ class FineTuner(Classifier):
         lr_interval: Interval = "epoch",
     ) -> None:
         super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_interval=lr_interval)
-        skips = [skip_from] if isinstance(skip_from, str) else skip_from or []
         knobs.check_choices(skip_join, skip_gradient, head_init, refit, cache)
         knobs.check_cache(train, cache, cache_dir)
-        knobs.check_skips(train, skips, skip_join, skip_gradient)
+        knobs.check_skips(train, skip_from, skip_join, skip_gradient, max_skips)
         knobs.check_head(train, head_init, refit, head_lr_factor, skip_join)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
@@ -149,17 +153,17 @@ class FineTuner(Classifier):
         # Whether the head is what it starts as, and the step of the optimiser after which it was refitted last.
         self._head_ready, self._refitted = head_init not in get_args(ClosedForm), -1
         self._chosen = choose(self.backbone, self.backbone.net, train)
-        self._split = Split(self.backbone, self._chosen.places(), skips, skip_gradient)
+        self._split = Split(self.backbone, self._chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
         width, *skipped = self._split.widths
-        self.head = SkipHead(width, skipped, num_classes, skip_join) if skipped else nn.Linear(width, num_classes)
+        # Where layers are still to be chosen there are none yet, and `setup` builds the head anew.
+        join = "concat" if skip_from == "auto" else skip_join
+        linear = skip_from is None
+        self.head = nn.Linear(width, num_classes) if linear else SkipHead(width, skipped, num_classes, join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
-        if head_init == "zero":
-            nn.init.zeros_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
         self.head_lr_factor = head_lr_factor
         if head_lr_factor not in (0, 1):
-            self._optimizer = partial(_in_two_groups, self._optimizer, list(self.head.parameters()))
-        self.head.requires_grad_(head_lr_factor > 0)
+            self._optimizer = partial(_in_two_groups, self._optimizer, self.head)
+        self._start_head()
         self.backbone.requires_grad_(False)
         for tensors in self._chosen.tensors(self.backbone.net).values():
             for tensor in tensors:
@@ -180,11 +184,13 @@ class FineTuner(Classifier):
         return self.head(*self.features(x))
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would decide what trains, and compare the data with what was learnt of them.
+        """Choose layers to skip from if asked to, and refuse callbacks that would decide what trains.
 
         Lightning's warning of modules in eval mode is silenced, since they are to be.
         """
         super().setup(stage)
+        if self.hparams["skip_from"] == "auto":
+            self._choose_skips(stage)
         if stage == "fit":
             refuse_tuners(self, self.trainer.callbacks, averages=self.refit == "none")  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
@@ -375,6 +381,32 @@ class FineTuner(Classifier):
         data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
         return {"base": self.backbone.spec, "knobs": kept, **data}
 
+    def _start_head(self) -> None:
+        if self.head_init == "zero":
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+        self.head.requires_grad_(self.head_lr_factor > 0)
+
+    def _choose_skips(self, stage: str) -> None:
+        """Take the layers that lower the error of a closed form on the training images, and build the head for them."""
+        if stage != "fit":
+            raise ValueError(
+                'skip_from="auto" chooses layers when a fit starts; load what a fit has saved by '
+                "FineTuner.load_from_checkpoint"
+            )
+        join = self.hparams["skip_join"]
+        penultimate, layers, labels = layer_features(self.trainer, self, self.backbone)
+        start = penultimate if join == "concat" else None
+        skips = choose_skips(start, layers, labels, self.hparams["max_skips"])
+        skips = self.trainer.strategy.broadcast(skips)
+        rank_zero_info(f"skip connections: from {', '.join(skips) or 'no layer, since none lowers the error clearly'}")
+        self._split.skip_from(skips)
+        width, *skipped = self._split.widths
+        assert isinstance(self.head, SkipHead)
+        self.head.rebuild(width, skipped, join)
+        self._start_head()
+        self.hparams.update({"skip_from": skips, "max_skips": 1})
+
     def _refit(self) -> None:
         """Set the classifier to its closed form, unless it is as of this step."""
         if self.refit != "none" and self._refitted != self.global_step:
@@ -399,12 +431,12 @@ class FineTuner(Classifier):
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
 
 
-def _in_two_groups(optimizer: OptimizerCallable, head: list[nn.Parameter], parameters: Iterable[nn.Parameter]) -> Any:
+def _in_two_groups(optimizer: OptimizerCallable, head: nn.Module, parameters: Iterable[nn.Parameter]) -> Any:
     """An optimiser of two groups, ``backbone`` and ``head``."""
-    in_head = set(map(id, head))
+    in_head = set(map(id, head.parameters()))
     body = [p for p in parameters if id(p) not in in_head]
     groups = [{"params": body, "name": "backbone"}] if body else []
-    return optimizer([*groups, {"params": head, "name": "head"}])
+    return optimizer([*groups, {"params": list(head.parameters()), "name": "head"}])
 
 
 def _knobs() -> set[str]:

@@ -72,13 +72,18 @@ class SkipHead(nn.Module):
 
     def __init__(self, dim: int, skip_dims: Sequence[int], num_classes: int, join: SkipJoin = "pad") -> None:
         super().__init__()
-        self.join = join
-        side_by_side = sum(skip_dims)
-        widths = {"pad": max(dim, *skip_dims), "linear": dim, "concat": dim + side_by_side, "only": side_by_side}
-        self.dim = widths[join]
+        self.join: SkipJoin = join
+        self.dim = _joined_width(dim, skip_dims, join)
         maps = [nn.Linear(width, dim, bias=False) for width in skip_dims] if join == "linear" else []
         self.project = nn.ModuleList(maps)
         self.fc = nn.Linear(self.dim, num_classes)
+
+    def rebuild(self, dim: int, skip_dims: Sequence[int], join: Literal["concat", "only"]) -> None:
+        """Make the classifier anew for other features; it stays the same module, to which callbacks may listen."""
+        self.join = join
+        self.dim = self.fc.in_features = _joined_width(dim, skip_dims, join)
+        self.fc.weight = nn.Parameter(self.fc.weight.new_empty(self.fc.out_features, self.dim))
+        self.fc.reset_parameters()
 
     def joined(self, features: Tensor, *skipped: Tensor) -> Tensor:
         """Input of the linear classifier, of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
@@ -94,6 +99,12 @@ class SkipHead(nn.Module):
     def forward(self, features: Tensor, *skipped: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
         return self.fc(self.joined(features, *skipped))
+
+
+def _joined_width(dim: int, skip_dims: Sequence[int], join: SkipJoin) -> int:
+    side_by_side = sum(skip_dims)
+    widths = {"pad": max([dim, *skip_dims]), "linear": dim, "concat": dim + side_by_side, "only": side_by_side}
+    return widths[join]
 
 
 def _widen(features: Tensor, dim: int) -> Tensor:

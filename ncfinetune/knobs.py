@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -46,19 +45,39 @@ def check_cache(train: Any, cache: str, cache_dir: str) -> None:
         raise ValueError(f'cache_dir={cache_dir!r} is for cache="disk", and cache={cache!r} writes no files')
 
 
-def check_skips(train: Any, skips: Sequence[str], skip_join: str, skip_gradient: str) -> None:
+def check_skips(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, max_skips: int) -> None:
     """Refuse options that would do nothing, and say so where a skip connection has nothing to tune.
 
     Raises:
         ValueError: One would.
     """
-    if not skips and (skip_join != "pad" or skip_gradient != "both"):
+    if skip_from is None and (skip_join != "pad" or skip_gradient != "both"):
         raise ValueError(f"skip_join={skip_join!r} and skip_gradient={skip_gradient!r} need a layer in skip_from")
     if train == "none" and skip_gradient != "both":
         raise ValueError('skip_gradient="skip" needs a layer in train: without one the backbone gets no gradient')
-    if train == "none" and skips:
+    if skip_from == "auto" and skip_join not in ("concat", "only"):
+        raise ValueError(
+            f'skip_from="auto" chooses layers by features side by side, and skip_join={skip_join!r} adds them; say '
+            'skip_join="concat" or "only"'
+        )
+    if max_skips < 1:
+        raise ValueError(f"expected max_skips of at least 1, got {max_skips}")
+    if skip_from != "auto" and max_skips != 1:
+        raise ValueError(f'max_skips={max_skips} is for skip_from="auto"; leave it out, or name that many layers')
+    if train == "none" and skip_from:
         features = "features" if skip_join == "only" else "penultimate features joined with those"
-        rank_zero_info(f'train="none": a linear probe on the {features} of {", ".join(skips)}')
+        rank_zero_info(f'train="none": a linear probe on the {features} of {_listed(skip_from)}')
+
+
+def listed_skips(skip_from: Any) -> list[str]:
+    """The layers that ``skip_from`` names; none where they are still to be chosen."""
+    if skip_from is None or skip_from == "auto":
+        return []
+    return [skip_from] if isinstance(skip_from, str) else list(skip_from)
+
+
+def _listed(skip_from: Any) -> str:
+    return "layers to be chosen" if skip_from == "auto" else ", ".join(listed_skips(skip_from))
 
 
 def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, skip_join: str) -> None:

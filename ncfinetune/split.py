@@ -48,15 +48,19 @@ class Split:
         if any(getattr(hook, "__func__", None) is Split._catch for hook in hooks):
             raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
         self.backbone = backbone
-        self.skips = tuple(skips)
         self._tuned = tuple(tuned)
         self._gradient = gradient
-        self._pools = {backbone.layer(name): backbone.pool(name) for name in skips}
-        if len(self._pools) < len(self.skips):
-            raise ValueError(f"skip_from={list(self.skips)} names a layer twice; name each layer once")
-        self.widths = (backbone.dim, *(pool.dim for pool in self._pools.values()))
         self._caught: dict[nn.Module, Tensor] = {}
         self._tail: Tail | None = None
+        self.skip_from(skips)
+
+    def skip_from(self, skips: Sequence[str]) -> None:
+        """Give the pooled outputs of these layers, of which there were none so far."""
+        self.skips = tuple(skips)
+        self._pools = {self.backbone.layer(name): self.backbone.pool(name) for name in skips}
+        if len(self._pools) < len(self.skips):
+            raise ValueError(f"skip_from={list(self.skips)} names a layer twice; name each layer once")
+        self.widths = (self.backbone.dim, *(pool.dim for pool in self._pools.values()))
         for layer in self._pools:
             # For good, since a compiled network does not see hooks that come after its first call.
             layer.register_forward_hook(self._catch)

@@ -97,6 +97,13 @@ def main(args: list[str] | None = None) -> int | None:
         raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
 
 
+def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Skip from the layers that the run has chosen, where it was left to choose."""
+    chosen = checkpoint.get("hyper_parameters", {}).get("skip_from")
+    if model.init_args.get("skip_from") == "auto" and chosen is not None:
+        model.init_args.update(skip_from=chosen, max_skips=1)
+
+
 def _launched() -> dict[str, int]:
     """As many devices and nodes as torchrun has launched processes for, so that they train together unasked."""
     if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
@@ -224,6 +231,8 @@ class NCFinetuneCLI(LightningCLI):
             interruptions.place(self.config.fit.trainer, self._get(self.config, "ckpt_path"), self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
+        if checkpoint is not None:
+            _keep_chosen(self.config[self.subcommand].model, checkpoint)
 
     def _trust_nothing_remote(self) -> None:
         """Let Lightning read a checkpoint from another machine as data; its default there is to run what is in it."""

@@ -1,0 +1,134 @@
+"""Which layers a skip connection should lead from, by what a closed-form classifier gains from them.
+
+Legend: ``N`` samples, ``K`` classes, ``d_l`` width of a layer's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from ncfinetune.backbone import Backbone
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.passes import evaluation, evenly, plain_loader, ready_batches
+from ncfinetune.probes import ridge
+
+# Standard errors by which a layer has to lower the left-out error: among some 20 layers that do nothing the best comes
+# to about two.
+_CLEAR = 2.0
+# Images that tell layers apart well enough; the cost of the choice grows with their third power.
+_CHOOSING = 2000
+
+
+def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Tensor, most: int = 1) -> list[str]:
+    """Layers whose features, put beside those so far, lower the leave-one-out error of ridge regression most.
+
+    Greedy forward selection: of all layers that lower the mean squared error of the left-out scores by more than two
+    standard errors of the paired differences, the one that lowers it most, until there is none or there are ``most``.
+    The error is exact: with the Gram matrix ``G`` of centred features, ``C = (G + lam I)^-1``, ``c = C 1`` and
+    ``alpha = C (Y - 1 b^T)``, the errors are ``alpha_i / (C_ii - c_i^2 / sum(c))`` (see `probes.ridge`), and a
+    layer's features ``Z`` change ``C`` by ``-C Z (I + Z^T C Z)^-1 Z^T C`` (Woodbury). The strength ``lam`` is the one
+    that ridge regression chooses for the features so far.
+
+        >>> labels, noise = torch.arange(90) % 3, torch.Generator().manual_seed(0)
+        >>> useful = torch.eye(3)[labels] + 0.1 * torch.randn(90, 3, generator=noise)
+        >>> layers = {"a": torch.randn(90, 3, generator=noise), "b": useful}
+        >>> choose_skips(torch.randn(90, 4, generator=noise), layers, labels, most=2)
+        ['b']
+
+    Args:
+        start: Features that the classifier has anyway, ``(N, d)``; None is none, and the first layer is then taken
+            whatever it gains.
+        layers: Features of each layer, ``(N, d_l)``.
+        labels: Classes, ``(N,)``. Memory grows with ``N^2`` and time with ``N^3``; 2,000 samples tell layers apart.
+        most: Number of layers at most.
+
+    Returns:
+        Names of layers, the most useful first.
+
+    Raises:
+        ValueError: As `probes.ridge`; also ``most`` below 1.
+    """
+    if most < 1:
+        raise ValueError(f"expected at least one skip connection at most, got {most}")
+    labels = labels.cpu()
+    blocks = {name: _centred(features) for name, features in layers.items()}
+    taken = [] if start is None else [_centred(start)]
+    chosen: list[str] = []
+    while blocks and len(chosen) < most:
+        before, after = _left_out_errors(taken, blocks, labels)
+        best = min(after, key=lambda name: float(after[name].mean()))
+        gain = before - after[best]
+        if taken and not gain.mean() > _CLEAR * gain.std() / len(gain) ** 0.5:
+            break
+        chosen.append(best)
+        taken.append(blocks.pop(best))
+    return chosen
+
+
+def layer_features(
+    trainer: Trainer, module: LightningModule, backbone: Backbone
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Penultimate features ``(N, d)``, those of each block ``(N, d_l)`` and labels ``(N,)`` of training images.
+
+    They are as they are evaluated, and of more than 2,000 images so many, evenly spread. For `setup`, in which the
+    strategy has not moved the module yet.
+
+    Raises:
+        ValueError: The trainer has no datamodule that offers them.
+    """
+    trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
+    rows = plain_loader(trainer, 'skip_from="auto"')
+    names = [*backbone.layers, PENULTIMATE]
+    with evaluation(trainer, module):
+        batches = ready_batches(trainer, evenly(rows, _CHOOSING))
+        parts = [(backbone.stages(images, names), labels) for images, labels in batches]
+    features = {name: torch.cat([stages[name] for stages, _ in parts]) for name in names}
+    return features.pop(PENULTIMATE), features, torch.cat([labels for _, labels in parts])
+
+
+def _centred(features: Tensor) -> Tensor:
+    features = features.cpu().double()
+    return features - features.mean(0)
+
+
+def _left_out_errors(
+    taken: Sequence[Tensor], blocks: Mapping[str, Tensor], labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared left-out errors ``(N,)`` by the features taken so far, and with each of the blocks beside them."""
+    classes = int(labels.max()) + 1
+    targets = torch.nn.functional.one_hot(labels, classes).double()
+    if not taken:  # without features scores are the classes' shares among the others
+        return (len(labels) / (len(labels) - 1) * (targets - targets.mean(0))).square().sum(1), {
+            name: _errors(_inverse(features, labels, classes), targets) for name, features in blocks.items()
+        }
+    inverse = _inverse(torch.cat(list(taken), 1), labels, classes)
+    return _errors(inverse, targets), {name: _errors(inverse, targets, z) for name, z in blocks.items()}
+
+
+def _inverse(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """``C`` at the strength that ridge regression chooses for the features."""
+    lam = ridge(features, labels, classes).lam
+    assert lam is not None
+    gram = features @ features.T
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram.diagonal_scatter(gram.diagonal() + lam)))
+
+
+def _errors(inverse: Tensor, targets: Tensor, block: Tensor | None = None) -> Tensor:
+    """Squared left-out errors ``(N,)``, with the features of a block beside those of the inverse."""
+    ones_and_targets = torch.cat([torch.ones_like(targets[:, :1]), targets], 1)
+    product, diagonal = inverse @ ones_and_targets, inverse.diagonal()
+    if block is not None:
+        if block.shape[1] > len(block):  # as many columns as samples have the same Gram matrix
+            block = torch.linalg.qr(block.T, mode="r").R.T
+        half = inverse @ block
+        inner = torch.eye(block.shape[1], dtype=torch.float64) + block.T @ half
+        solved = torch.linalg.solve(inner, half.T)
+        product = product - solved.T @ (half.T @ ones_and_targets)
+        diagonal = diagonal - (solved.T * half).sum(1)
+    own, rest = product[:, :1], product[:, 1:]
+    alpha = rest - own * (rest.sum(0) / own.sum())
+    return (alpha / (diagonal - own[:, 0].square() / own.sum())[:, None]).square().sum(1)
