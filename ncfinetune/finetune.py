@@ -335,19 +335,38 @@ class FineTuner(Classifier):
 
     @classmethod
     def from_delta(
-        cls, path: str | Path, checkpoint: str | dict[str, Any] | None = None, pretrained: bool = False
+        cls,
+        path: str | Path,
+        checkpoint: str | dict[str, Any] | None = None,
+        pretrained: bool = False,
+        strength: float = 1.0,
     ) -> FineTuner:
         """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
 
+        Args:
+            path: The delta.
+            checkpoint: File of the base; see `Backbone`.
+            pretrained: Take the base from timm.
+            strength: How far the tuned layers go from the base's weights to the delta's: ``base + strength * (delta -
+                base)``, which between 0 and 1 often keeps more of what the base knows (Wortsman et al. 2022, arXiv
+                2109.01903, section 3). The head is the delta's.
+
         Raises:
             FileNotFoundError: No such file.
-            ValueError: The file is no delta, a damaged one, or the base is another one.
+            ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
+                1.
         """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
         facts = delta.facts(path)
         if strange := facts["knobs"].keys() - _knobs():
             raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
+        state = model.backbone.state_dict()
+        base = {k: tensor.clone() for k, tensor in state.items() if strength != 1 and tensor.is_floating_point()}
         model.load_delta(path)
+        for name, before in base.items():
+            state[name].copy_(torch.lerp(before, state[name], strength))
         return model.eval()
 
     def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:

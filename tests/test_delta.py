@@ -50,6 +50,21 @@ def test_base_and_delta_make_the_tuned_model(knobs: dict, tmp_path: Path) -> Non
     assert torch.equal(again(images), model(images))
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_weights_lie_between_base_and_delta(strength: float, tmp_path: Path) -> None:
+    base = _base(tmp_path)
+    before = FineTuner(3, SMALL, checkpoint=base).state_dict()
+    model = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer4.*"))
+    model.save_delta(tmp_path / "delta.safetensors")
+    between = FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=strength).state_dict()
+    for name, after in model.state_dict().items():
+        whole = name.startswith("head.") or not after.is_floating_point()
+        expected = after if whole else before[name] + strength * (after - before[name])
+        torch.testing.assert_close(between[name], expected, msg=name)
+    with pytest.raises(ValueError, match="expected a strength from 0, the base, to 1, the delta, got 1.5"):
+        FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=1.5)
+
+
 def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
     model = FineTuner(3, SMALL, train="layer3.0", skip_from="layer3.0")
     model.save_delta(tmp_path / "delta.safetensors", ["a", "b", "c"])
@@ -67,7 +82,13 @@ def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
         "skip_join": "pad",
         "skip_gradient": "both",
     }
-    assert json.loads(metadata["knobs"]) == {**knobs, "head_init": "default", "refit": "none", "head_lr_factor": 1.0}
+    assert json.loads(metadata["knobs"]) == {
+        **knobs,
+        "max_skips": 1,
+        "head_init": "default",
+        "refit": "none",
+        "head_lr_factor": 1.0,
+    }
 
 
 def test_delta_of_a_base_vit_is_a_tenth_of_it(tmp_path: Path) -> None:
