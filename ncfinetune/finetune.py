@@ -33,6 +33,8 @@ from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
 from ncfinetune.store import Stored
 
+# Tuned layers that the table of parameters names one by one.
+_MOST_ROWS = 12
 # Arguments that a delta keeps apart, or that say how a run went about it.
 _NOT_THE_MODEL = (
     "backbone",
@@ -299,8 +301,11 @@ class FineTuner(Classifier):
 
     def parameter_table(self) -> str:
         """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
-        tuned = {"head": list(self.head.parameters()), **self._chosen.tensors(self.backbone.net)}
-        return parameter_table({**tuned, "rest of the backbone": list(self.backbone.parameters())})
+        tuned = self._chosen.tensors(self.backbone.net)
+        if len(tuned) > _MOST_ROWS:
+            tuned = {f"{len(tuned)} layers": [tensor for tensors in tuned.values() for tensor in tensors]}
+        rest = list(self.backbone.parameters())
+        return parameter_table({"head": list(self.head.parameters()), **tuned, "rest of the backbone": rest})
 
     def save_delta(
         self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None

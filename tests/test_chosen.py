@@ -94,6 +94,11 @@ def test_table_has_a_row_a_pattern() -> None:
     assert list(rows) == ["parameters", "head", "layer4.1", "*.bias", "rest of the backbone", "all"]
 
 
+def test_table_names_some_layers_and_counts_many() -> None:
+    rows = [line[:24].strip() for line in FineTuner(3, SMALL, train="*.bn?").parameter_table().splitlines()]
+    assert rows == ["parameters", "head", "16 layers", "rest of the backbone", "all"]
+
+
 class Tied(nn.Module):
     """Two layers that share a weight and have a bias each."""
 
