@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
-from ncfinetune.callbacks.classify import LinearProbe, Neighbours, count, fit_probe, fit_ridge
+from ncfinetune.callbacks.classify import LinearProbe, Neighbours, fit_probe
 from ncfinetune.datamodules import Digits
 from ncfinetune.passes import evenly
 
