@@ -1,19 +1,30 @@
-"""Classifiers of features that train beside a run: a linear one, batch by batch or to convergence, and kNN.
+"""Classifiers of features beside a run, and how often they are right: linear ones, trained or in closed form, and kNN.
+
+All of them give scores ``(N, K)``, the highest of which decides. One that has nothing to decide by gives nan.
 
 Legend: ``N`` samples, ``M`` samples of a bank, ``K`` classes, ``d`` feature width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune.inputs import check_labels, may_look
+from ncfinetune.probes import ridge
 
+# What gives scores (N, K) of features (N, d).
+Scores = Callable[[Tensor], Tensor]
+# What makes that of features (M, d), labels (M,) and the number of classes.
+Fit = Callable[[Tensor, Tensor, int], Scores]
 # Queries compared with the bank at a time, which bounds the memory that kNN takes.
 _QUERIES = 256
 # Temperature of the votes in kNN, of Wu et al. (2018), section 3.4.
@@ -58,52 +69,81 @@ class LinearProbe(nn.Module):
         return self.linear(self.normalise(features))
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """What an `OnlineClassifier` has once the width of the features is known.
+
+    Args:
+        probe: The classifier, in eval mode.
+        optimizer: Its optimiser.
+        left_out: Samples of the present epoch left out for their labels and for their features, ``(2,)``.
+        losses: Sum of the losses of the epoch's samples, and their number, ``(2,)``.
+    """
+
+    probe: LinearProbe
+    optimizer: torch.optim.Optimizer
+    left_out: Tensor
+    losses: Tensor
+
+    @classmethod
+    def begin(
+        cls, features: Tensor, num_classes: int, optimizer: OptimizerCallable, stored: dict[str, Any]
+    ) -> _Progress:
+        """A new classifier of such features ``(N, d)``, or where ``stored`` has one, that."""
+        probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
+        left_out = torch.zeros(2, dtype=torch.int64, device=features.device)
+        losses = torch.zeros(2, dtype=torch.float32, device=features.device)
+        progress = cls(probe, optimizer(probe.parameters()), left_out, losses)
+        if stored:
+            progress.probe.load_state_dict(stored["probe"])
+            progress.optimizer.load_state_dict(stored["optimizer"])
+            left_out.copy_(stored["left_out"])
+            losses.copy_(stored["losses"])
+        return progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        sums = {"left_out": self.left_out.clone(), "losses": self.losses.clone()}
+        return {"probe": self.probe.state_dict(), "optimizer": self.optimizer.state_dict(), **sums}
+
+
 class OnlineClassifier:
     """A `LinearProbe` that takes a step on each batch, with an optimiser of its own.
 
     Args:
         optimizer: Makes that optimiser.
         ignore_index: Samples with this label are left out.
-
-    Attributes:
-        probe: The classifier, in eval mode; None until the first features, or what is restored, tell how wide it is.
     """
 
     def __init__(self, optimizer: OptimizerCallable, ignore_index: int | None = None) -> None:
-        self.probe: LinearProbe | None = None
         self._make_optimizer = optimizer
         self._ignore_index = ignore_index
-        self._optimizer: torch.optim.Optimizer | None = None
         self._stored: dict[str, Any] = {}
-        # Of the present epoch: samples left out for their labels and for their features; sum of the losses of samples,
-        # and their number.
-        self._left_out: Tensor | None = None
-        self._losses: Tensor | None = None
+        self._progress: _Progress | None = None
+
+    @property
+    def probe(self) -> LinearProbe | None:
+        """The classifier, in eval mode; None until the first features, or what is restored, tell how wide it is."""
+        return None if self._progress is None else self._progress.probe
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the classifier, state of its optimiser, sums of the epoch; empty before the first batch."""
-        if self.probe is None or self._optimizer is None or self._left_out is None or self._losses is None:
-            return self._stored
-        sums = {"left_out": self._left_out.clone(), "losses": self._losses.clone()}
-        return {"probe": self.probe.state_dict(), "optimizer": self._optimizer.state_dict(), **sums}
+        return self._stored if self._progress is None else self._progress.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, and the device is known."""
-        self._stored, self.probe = state_dict, None
+        self._stored, self._progress = state_dict, None
 
     def restore(self, num_classes: int, device: torch.device) -> None:
         """Go on with the state that was loaded, if one was."""
-        if self._stored and self.probe is None:
-            weight = self._stored["probe"]["linear.weight"].to(device)
-            _, _, left_out, losses = self._made(weight, num_classes)
-            left_out.copy_(self._stored.get("left_out", left_out))
-            losses.copy_(self._stored.get("losses", losses))
+        if self._stored and self._progress is None:
+            self._begun(self._stored["probe"]["linear.weight"].to(device), num_classes)
 
     def begin_epoch(self) -> None:
         """Set the epoch's sums to 0."""
-        for sums in (self._left_out, self._losses):
-            if sums is not None:
-                sums.zero_()
+        if self._progress is not None:
+            self._progress.left_out.zero_()
+            self._progress.losses.zero_()
 
     def learn(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
         """Take a step. No value is read from an accelerator.
@@ -116,68 +156,76 @@ class OnlineClassifier:
         Raises:
             ValueError: On a CPU: labels out of range.
         """
-        probe, optimizer, left_out, epoch = self._made(features, num_classes)
+        own = self._begun(features, num_classes)
         whole = labels.ndim == 1
         if whole and may_look(labels):
             check_labels(labels, num_classes, self._ignore_index)
         finite = features.isfinite().all(1)
         known = (labels >= 0) & (labels < num_classes) if whole else torch.ones_like(finite)
         ignored = torch.zeros_like(finite) if self._ignore_index is None or not whole else labels == self._ignore_index
-        left_out += torch.stack([(~known & ~ignored).sum(), (~finite).sum()])
+        own.left_out.add_(torch.stack([(~known & ~ignored).sum(), (~finite).sum()]))
         used = known & finite & ~ignored
-        logits = probe.linear(probe.standardise(features, used))
+        logits = own.probe.linear(own.probe.standardise(features, used))
         targets = torch.where(used, labels, 0) if whole else labels
         losses = torch.where(used, F.cross_entropy(logits, targets, reduction="none"), 0)
         loss = losses.sum() / used.sum().clamp(min=1)
-        optimizer.zero_grad()
+        own.optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimizer.step()
-        epoch[0] += loss.detach().float() * len(labels)
-        epoch[1] += len(labels)
+        own.optimizer.step()
+        own.losses[0] += loss.detach().float() * len(labels)
+        own.losses[1] += len(labels)
 
     def mean_loss(self) -> float | None:
         """The mean loss of the epoch's samples, None if there are none; reads the device."""
-        total, samples = (0, 0) if self._losses is None else self._losses.tolist()
+        total, samples = (0, 0) if self._progress is None else self._progress.losses.tolist()
         return total / samples if samples else None
 
-    def left_out(self) -> tuple[int, int]:
-        """The epoch's samples left out for their labels and for their features; reads the device."""
-        labels, features = (0, 0) if self._left_out is None else self._left_out.tolist()
-        return labels, features
+    def report_left_out(self, asker: str, num_classes: int) -> None:
+        """Say which of the epoch's samples were left out; reads the device.
 
-    def _made(self, features: Tensor, num_classes: int) -> tuple[LinearProbe, torch.optim.Optimizer, Tensor, Tensor]:
-        if self.probe is None or self._optimizer is None or self._left_out is None or self._losses is None:
-            self.probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
-            self._optimizer = self._make_optimizer(self.probe.parameters())
-            self._left_out = torch.zeros(2, dtype=torch.int64, device=features.device)
-            self._losses = torch.zeros(2, dtype=torch.float32, device=features.device)
-            if self._stored:
-                self.probe.load_state_dict(self._stored["probe"])
-                self._optimizer.load_state_dict(self._stored["optimizer"])
-        return self.probe, self._optimizer, self._left_out, self._losses
+        Args:
+            asker: Name of the callback, for messages.
+            num_classes: Number of classes ``K``.
+
+        Raises:
+            ValueError: Labels out of range.
+        """
+        labels, features = (0, 0) if self._progress is None else self._progress.left_out.tolist()
+        if labels:
+            raise ValueError(
+                f"{asker}: expected labels in 0..{num_classes - 1} (num_classes={num_classes}), got {labels} "
+                "training samples with others in this epoch"
+            )
+        if features:
+            rank_zero_warn(f"{asker} left out {features} training samples of this epoch with nan or inf in features")
+
+    def _begun(self, features: Tensor, num_classes: int) -> _Progress:
+        if self._progress is None:
+            self._progress = _Progress.begin(features, num_classes, self._make_optimizer, self._stored)
+        return self._progress
 
 
-def knn_predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int) -> Tensor:
-    """Classes that the ``k`` nearest of the bank vote for: Wu et al. (2018, arXiv 1805.01978), section 3.4.
+class Neighbours:
+    """The ``k`` nearest of a bank vote for their classes: Wu et al. (2018, arXiv 1805.01978), section 3.4.
 
     Args:
-        queries: ``(N, d)``.
-        bank: ``(M, d)``.
-        labels: Labels of the bank, ``(M,)``.
+        features: The bank, ``(M, d)``.
+        labels: Its labels, ``(M,)``.
         num_classes: Number of classes ``K``.
         k: Neighbours; all of the bank where it has fewer.
-
-    Returns:
-        Labels ``(N,)``.
     """
-    bank = F.normalize(bank, dim=1)
-    predictions = []
-    for part in torch.split(F.normalize(queries, dim=1), _QUERIES):
-        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(part), num_classes, device=part.device, dtype=part.dtype)
-        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / _TEMPERATURE).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int, k: int) -> None:
+        self._bank, self._labels = F.normalize(features, dim=1), labels
+        self._num_classes, self._k = num_classes, min(k, len(features))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Sums of the votes for each class, ``(N, K)``, by features ``(N, d)``."""
+        votes = features.new_full((len(features), self._num_classes), 0.0 if self._k else torch.nan)
+        for own, part in zip(torch.split(votes, _QUERIES), torch.split(features, _QUERIES), strict=True):
+            similarity, nearest = (F.normalize(part, dim=1) @ self._bank.T).topk(self._k, dim=1)
+            own.scatter_add_(1, self._labels[nearest], ((similarity - 1) / _TEMPERATURE).exp())
+        return votes
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
@@ -191,6 +239,9 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe
         num_classes: Number of classes ``K``.
     """
     probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
+    if not len(features):
+        nn.init.constant_(probe.linear.bias, torch.nan)
+        return probe.requires_grad_(False)
     probe.normalise.running_mean = features.mean(0)
     probe.normalise.running_var = features.var(0, correction=0)
     inputs, linear = probe.normalise(features), probe.linear
@@ -207,3 +258,104 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe
     with torch.enable_grad():
         optimizer.step(closure)
     return probe.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class RidgeProbe:
+    """A linear classifier in closed form.
+
+    Args:
+        weight: ``(K, d)``, in float64 where the device has it.
+        bias: ``(K,)``.
+        loo_acc: Share of the samples fitted to that it decides rightly when fitted without them; a tie is wrong.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    loo_acc: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Scores ``(N, K)`` of features ``(N, d)``."""
+        return features.to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
+    """`ncfinetune.probes.ridge`: regression on one-hot targets, its strength chosen by exact leave-one-out error.
+
+    Of fewer than two classes there is nothing to tell apart: a warning says so, and scores and ``loo_acc`` are nan.
+
+    Args:
+        features: ``(N, d)``, finite.
+        labels: ``(N,)``, of ``0..K-1``.
+        num_classes: Number of classes ``K``.
+    """
+    if (present := len(torch.unique(labels))) < 2:
+        rank_zero_warn(f"a ridge probe needs samples of at least two classes, got {len(labels)} of {present}")
+        nothing = features.new_full((num_classes, features.shape[1]), torch.nan)
+        return RidgeProbe(nothing, nothing.new_full((num_classes,), torch.nan), float("nan"))
+    head = ridge(features, labels, num_classes)
+    widest = torch.float32 if features.device.type == "mps" else torch.float64
+    weight, bias = (value.to(widest).to(features.device) for value in (head.weight, head.bias))
+    return RidgeProbe(weight, bias, 1 - head.loo_error.item())
+
+
+def count(scores: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
+    """How many samples are decided rightly, how many there are, and how many of these cannot be judged, ``(3,)``.
+
+    Those are samples whose label is no class, or whose scores are not finite. No value is read from an accelerator.
+
+    Args:
+        scores: ``(N, K)``.
+        labels: ``(N,)``.
+        num_classes: Number of classes ``K``.
+        ignore_index: Samples with this label do not count.
+    """
+    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    sound = (labels >= 0) & (labels < num_classes) & scores.isfinite().all(1)
+    parts = ((scores.argmax(1) == labels) & counted, counted, counted & ~sound)
+    return torch.stack([part.sum() for part in parts])
+
+
+def accuracy(counts: Tensor, name: str, num_classes: int) -> float:
+    """The share of samples that are decided rightly; nan, and a warning by name, unless all can be judged.
+
+    Args:
+        counts: What `count` gives, ``(3,)``, or a sum of it.
+        name: What the accuracy is logged as.
+        num_classes: Number of classes ``K``.
+    """
+    right, total, unsound = counts.tolist()
+    if unsound or not total:
+        rank_zero_warn(
+            f"{name} is logged as nan: {unsound} of {total} samples have labels outside 0..{num_classes - 1}, or nan "
+            "or inf in their features or scores"
+        )
+        return float("nan")
+    return right / total
+
+
+def transferred(
+    bank: tuple[Tensor, Tensor],
+    tested: Sequence[tuple[Tensor, Tensor]],
+    fit: Fit,
+    k: int,
+    name: Callable[[str, int, int], str],
+) -> dict[str, float]:
+    """How well a second data set's validation images are classified by its training images: accuracies by log name.
+
+    Args:
+        bank: Features ``(M, d)`` and labels ``(M,)`` of the training images.
+        tested: Those of the validation images, a pair a loader.
+        fit: Makes the classifier of ``downstream_acc``.
+        k: Neighbours of ``downstream_knn``; 0 is no kNN.
+        name: Makes a log name of a number, of the index of its loader, and of how many loaders there are.
+    """
+    num_classes = 1 + max((int(labels.max()) for _, labels in (bank, *tested) if len(labels)), default=0)
+    classifiers = {"downstream_acc": fit(*bank, num_classes)}
+    if k:
+        classifiers["downstream_knn"] = Neighbours(*bank, num_classes, k)
+    found = {}
+    for (number, scores), (index, (features, labels)) in product(classifiers.items(), enumerate(tested)):
+        called = name(number, index, len(tested))
+        found[called] = accuracy(count(scores(features), labels, num_classes), called, num_classes)
+    return found

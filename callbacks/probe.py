@@ -5,47 +5,57 @@ Legend: ``N`` samples, ``M`` samples of a bank, ``V`` views, ``K`` classes, ``d`
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Callable
+from itertools import product
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
 from ncfinetune.inputs import check_labels
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.passes import TrainingSet, evaluation, evenly, flat, ready_batches
+from ncfinetune.passes import TrainingSet, evaluation, flat, ready_batches
 
 from . import adapters
 from .adapters import BatchReader
-from .classify import OnlineClassifier, fit_probe, knn_predict
+from .classify import Fit, Neighbours, OnlineClassifier, Scores, accuracy, count, fit_probe, fit_ridge, transferred
+from .features import gathered, prepare, read, read_second, take
 from .observer import LayerObserver
-from .schedule import PassSchedule
+from .schedule import PassSchedule, every_process_gets_a_batch
 
 _NAME = "OnlineProbe"
+Kind = Literal["linear", "ridge"]
+_FITS: dict[Kind, Fit] = {"linear": fit_probe, "ridge": fit_ridge}
 
 
 class OnlineProbe(Callback):
-    """Trains a linear classifier on the detached features of any LightningModule, beside it and with its own optimiser.
+    """Shows how good the features of any LightningModule are while it trains: how well simple classifiers do on them.
 
     Nothing of it enters the module, its loss or its optimiser; the run ends in the same weights with it and without.
-    It learns from the training batches as they pass, one step each, on features that are first brought to mean 0 and
-    variance 1, and is tested on the validation batches as they pass. Images with views give a feature a view. Where
-    validation runs with averaged weights, it is tested on the features of those, but learns on those that train.
+    Images with views give a feature a view. A linear classifier ``(K, d)`` is tested on the validation batches as they
+    pass, on the features of averaged weights where validation runs with those:
 
-    Logs ``probe/loss`` of the training batches and ``probe/acc`` of the validation batches, and what is asked for of
-    ``probe/knn``, ``probe/downstream_acc`` and ``probe/downstream_knn``. These take passes of their own, in eval mode
-    and with the weights of the validation: a bank of training images, as they are without augmentation, for kNN (Wu et
-    al. 2018, arXiv 1805.01978, section 3.4: cosine similarity, votes weighted by exp(s/0.07)); and for the second data
-    set a linear classifier fitted to convergence on features of its training images, tested on its validation images.
+    - ``linear`` learns from the training batches as they pass, one step each with an optimiser of its own, on features
+      of the weights that train, first brought to mean 0 and variance 1.
+    - ``ridge`` is the closed form of `ncfinetune.probes.ridge`, fitted to the bank in float64. It has no learning rate
+      and no state, and adds nothing to a training step.
+
+    Passes of their own, in eval mode and with the weights of the validation, give a bank ``(M, d)`` of training images
+    as they are without augmentation, for ridge and kNN (Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine
+    similarity, votes weighted by exp(s/0.07)), and the features of a second data set. It logs
+
+    - ``probe/loss`` of the training batches, if linear;
+    - ``probe/acc`` and ``probe/knn`` of the validation images, a number a loader, those of the bank when it is made;
+    - ``probe/loo_acc`` when the bank is made, if ridge: the share of the bank that is decided rightly by the classifier
+      fitted without the one feature (exact; Allen 1974). It needs no validation images. Other views of an image stay
+      in the fit, and raise it;
+    - ``probe/downstream_acc`` and ``probe/downstream_knn`` of the second data set's validation images, the first by a
+      classifier fitted to its training images, to convergence if linear.
 
         >>> from lightning import Trainer
-        >>> probe = OnlineProbe(num_classes=10, layer="layer3.1", knn=20)
+        >>> probe = OnlineProbe(num_classes=10, layer="layer3.1", kind="ridge", knn=20)
         >>> trainer = Trainer(max_epochs=30, callbacks=[probe], logger=False, enable_checkpointing=False)
         >>> probe in trainer.callbacks
         True
@@ -53,27 +63,30 @@ class OnlineProbe(Callback):
     Args:
         num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
         layer: A layer's name, which then ends the log names (``probe/acc/layer3.1``), or ``penultimate``.
-        optimizer: Makes the optimiser of the classifier; None is Adam with learning rate 1e-3.
+        kind: The classifier: ``linear``, trained beside the run, or ``ridge``, in closed form.
+        optimizer: Makes the optimiser of the linear classifier; None is Adam with learning rate 1e-3.
         knn: Neighbours that vote in kNN, at most those that the bank has; 0 is no kNN.
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
-        every_n_epochs: Epochs between the passes for kNN and the second data set.
+        every_n_epochs: Epochs between the passes for the bank and the second data set.
         max_samples: Images of each part that a pass takes at most, evenly spread over it.
         classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
         batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. Labels that are
-            shares of the classes ``(N, K)`` teach the probe as they are.
+            shares of the classes ``(N, K)`` teach the linear classifier as they are.
         forward: Runs a module on a batch in a pass, called ``forward(module, batch)``; None as in
             `NeuralCollapseTracker`.
         ignore_index: Samples with this label, such as -1 for none, are left out.
 
     Raises:
-        ValueError: A number out of its range; in ``setup``: no such layer or several, or nobody knows the number of
-            classes; in training: a second data set without training or validation images.
+        ValueError: A number out of its range, no such kind, or an optimiser for ridge; in ``setup``: no such layer or
+            several, or nobody knows the number of classes; in training: labels out of range, or a second data set
+            without training or validation images.
     """
 
     def __init__(
         self,
         num_classes: int | None = None,
         layer: str = PENULTIMATE,
+        kind: Kind = "linear",
         optimizer: OptimizerCallable | None = None,
         knn: int = 0,
         downstream: LightningDataModule | None = None,
@@ -84,12 +97,10 @@ class OnlineProbe(Callback):
         forward: Callable[[LightningModule, Any], Any] | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        least = {"knn": 0, "every_n_epochs": 1, "max_samples": 2}
-        for name, value in {"knn": knn, "every_n_epochs": every_n_epochs, "max_samples": max_samples}.items():
-            if value < least[name]:
-                raise ValueError(f"expected {name} of at least {least[name]}, got {value}")
+        _check(kind, optimizer, knn=(knn, 0), every_n_epochs=(every_n_epochs, 1), max_samples=(max_samples, 2))
         self.num_classes = num_classes
         self.layer = layer
+        self.kind = kind
         self.optimizer = optimizer or torch.optim.Adam
         self.knn = knn
         self.downstream = downstream
@@ -99,17 +110,19 @@ class OnlineProbe(Callback):
         self.batch_to_labels = batch_to_labels
         self.forward = forward
         self.ignore_index = ignore_index
-        self._schedule = PassSchedule(_NAME, every_n_epochs if downstream is not None else 0)
-        self._training_set = TrainingSet(_NAME, "max_samples", "knn=0")
+        # Epochs without a validation have no use for kNN.
+        self._schedule = PassSchedule(_NAME, every_n_epochs if kind == "ridge" or downstream is not None else 0)
+        self._training_set = _unread(kind, knn)
         self._observer: LayerObserver | None = None
         self._reader = BatchReader(_NAME)
         self._classes = 0
-        self._linear = OnlineClassifier(self.optimizer, ignore_index)
+        self._linear = OnlineClassifier(self.optimizer, ignore_index)  # of kind ridge it never begins
+        # Of the present validation: what classifies, its counts for each loader, what passes found by log name.
         self._loaders: list[Any] = []
         self._bank_due = False
-        self._bank: tuple[Tensor, Tensor] | None = None
+        self._scores: dict[str, Scores] = {}
         self._counts: dict[tuple[str, int], Tensor] = {}
-        self._transferred: dict[str, float] = {}
+        self._found: dict[str, float] = {}
 
     @property
     def state_key(self) -> str:
@@ -117,12 +130,13 @@ class OnlineProbe(Callback):
         return self._generate_state_key(layer=self.layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the classifier, state of its optimiser, and sums of the epoch."""
+        """Weights of the linear classifier, state of its optimiser, and sums of the epoch; of ridge, nothing."""
         return self._linear.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
-        self._linear.load_state_dict(state_dict)
+        if self.kind == "linear":
+            self._linear.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the second data set, and hook the layer unless the module makes it later, in ``configure_model``."""
@@ -131,19 +145,14 @@ class OnlineProbe(Callback):
         if not adapters.defines(pl_module, "configure_model"):
             self._attach(trainer, pl_module)
         if self.downstream is not None:
-            if trainer.local_rank == 0:
-                self.downstream.prepare_data()
-            trainer.strategy.barrier()
-            self.downstream.trainer = trainer
-            self.downstream.setup("fit")
+            prepare(self.downstream, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unhook the layer, and let go of data and features."""
         if self._observer is not None:
             self._observer.remove()
-        self._observer = self._bank = None
-        self._training_set = TrainingSet(_NAME, "max_samples", "knn=0")
-        self._loaders = []
+        self._observer, self._training_set = None, _unread(self.kind, self.knn)
+        self._loaders, self._scores, self._counts, self._found = [], {}, {}, {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unhook the layer."""
@@ -160,42 +169,47 @@ class OnlineProbe(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to the step, and begin the epoch's sums with its first."""
-        if batch_idx == 0:
-            self._linear.begin_epoch()
-        self._seen_by.listen("training_step")
+        if self.kind == "linear":
+            if batch_idx == 0:
+                self._linear.begin_epoch()
+            self._seen_by.listen("training_step")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take a step on the batch; among several processes each takes the same one, on the batches of all."""
-        features, labels = self._take(batch, shares=True)
-        if trainer.world_size > 1:
-            features, labels = _gathered(features, trainer.world_size), _gathered(labels, trainer.world_size)
-        if len(features) > 1:  # one feature has no variance
-            self._linear.learn(features, labels, self._classes)
+        """Take a step on the batch; among several processes, on the batches of all."""
+        if self.kind == "linear":
+            taken = take(self._seen_by, self._reader, batch, shares=True)
+            features, labels = gathered(taken, trainer.world_size)  # the same on all processes, and so is the step
+            if len(features) > 1:  # one feature has no variance
+                self._linear.learn(features, labels, self._classes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count, unless Lightning only checks that validation runs."""
         if not self._measures(trainer):
             return
-        self._counts, self._transferred = {}, {}
-        self._bank_due = self.knn > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._scores = {} if self._linear.probe is None else {"acc": self._linear.probe}
+        self._counts, self._found = {}, {}
+        epoch_due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or self._schedule.is_due(trainer)
+        self._bank_due = epoch_due and (self.kind == "ridge" or self.knn > 0)
         self._loaders = flat(trainer.val_dataloaders)
         self._seen_by.restart()
-        if self._schedule.open_validation(trainer):
-            self._transfer(trainer, pl_module)
+        last = self._schedule.open_validation(trainer)
+        # All processes make a bank or none does, since they log what it gives together.
+        if last or (self._bank_due and not every_process_gets_a_batch(trainer)):
+            self._make_passes(trainer, pl_module, last)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Make the bank and measure the second data set, if that is due, with the weights that validation has now."""
+        """Make the passes that are due, with the weights that validation has now, and listen if there is a need."""
         if not self._measures(trainer):
             return
-        if self._schedule.in_validation(trainer, pl_module):
-            self._transfer(trainer, pl_module)
-        if self._bank_due and self._bank is None:
-            self._make_bank(trainer, pl_module)
-        self._seen_by.listen("validation_step")
+        last = self._schedule.in_validation(trainer, pl_module)
+        if last or self._bank_due:
+            self._make_passes(trainer, pl_module, last)
+        if self._scores:
+            self._seen_by.listen("validation_step")
 
     def on_validation_batch_end(
         self,
@@ -207,36 +221,33 @@ class OnlineProbe(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Classify the batch, but for samples that another process has too."""
-        if not self._measures(trainer):
+        if not self._scores:
             return
-        features, labels = self._take(batch, self._loaders[dataloader_idx], dataloader_idx)
-        if self._linear.probe is not None:
-            self._count("acc", dataloader_idx, self._linear.probe(features).argmax(1), features, labels)
-        if self._bank is not None:
-            predictions = knn_predict(features, *self._bank, self._classes, self.knn)
-            self._count("knn", dataloader_idx, predictions, features, labels)
+        loader = self._loaders[dataloader_idx]
+        features, labels = take(self._seen_by, self._reader, batch, loader, dataloader_idx)
+        for number, scores in self._scores.items():
+            counts = count(scores(features), labels, self._classes, self.ignore_index)
+            self._counts[number, dataloader_idx] = self._counts.get((number, dataloader_idx), 0) + counts
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracies over all processes, a number a validation loader."""
-        if not self._measures(trainer):
-            return
-        numbers = ["acc"] * (self._linear.probe is not None) + ["knn"] * self._bank_due
-        for number, index in itertools.product(numbers, range(len(self._loaders))):
-            self._log(pl_module, self._name(number) + self._suffix(index), self._accuracy(trainer, number, index))
-        for name, value in self._transferred.items():
-            self._log(pl_module, name, value)
-        self._counts, self._bank, self._transferred = {}, None, {}
+        """Log the accuracies over all processes, a number a validation loader, and what the passes found."""
+        for number, index in product(self._scores, range(len(self._loaders))):
+            counts = self._counts.get((number, index), torch.zeros(3, dtype=torch.int64))
+            counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+            name = self._name(number, index, len(self._loaders))
+            self._log(pl_module, name, accuracy(counts, name, self._classes))
+        self._log_found(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the mean loss, and measure the second data set if that is due and the validation has not done so."""
+        """Log the mean loss, and make the passes that are due and that no validation has made."""
         # Not left to Lightning's mean over an epoch, of which a run that is resumed within it has the rest alone.
         if (loss := self._linear.mean_loss()) is not None:
             self._log(pl_module, self._name("loss"), loss)
         if self._schedule.after_epoch(trainer, pl_module):
-            self._transfer(trainer, pl_module)
-            for name, value in self._transferred.items():
-                self._log(pl_module, name, value)
-        self._report_left_out()
+            self._bank_due = self.kind == "ridge"
+            self._make_passes(trainer, pl_module, last=True)
+            self._log_found(pl_module)
+        self._linear.report_left_out(_NAME, self._classes)
 
     @property
     def _seen_by(self) -> LayerObserver:
@@ -256,105 +267,66 @@ class OnlineProbe(Callback):
         """Whether the present validation counts: one of a fit, and no sanity check."""
         return self._observer is not None and not trainer.sanity_checking
 
-    def _name(self, number: str) -> str:
-        return f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
-
-    def _suffix(self, index: int) -> str:
-        return f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
+    def _name(self, number: str, index: int = 0, loaders: int = 1) -> str:
+        """What a number of the ``index``-th of so many loaders is logged as."""
+        name = f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
+        return f"{name}/dataloader_idx_{index}" if loaders > 1 else name
 
     def _log(self, pl_module: LightningModule, name: str, value: float) -> None:
         pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
 
-    def _take(self, batch: Any, loader: Any = None, index: int = 0, **how: Any) -> tuple[Tensor, Tensor]:
-        """Features ``(M, d)`` of the batch that ran last, and their labels."""
-        taken, labels = self._seen_by.take(batch, loader, index, **how)
-        if not taken:
-            raise ValueError(f"layer {self.layer!r} did not run in this batch; give OnlineProbe a layer that does")
-        (features,) = taken.values()
-        return features, labels
+    def _log_found(self, pl_module: LightningModule) -> None:
+        """Log what passes have found, and let go of all that they made."""
+        for name, value in self._found.items():
+            self._log(pl_module, name, value)
+        self._scores, self._counts, self._found, self._bank_due = {}, {}, {}, False
 
-    def _report_left_out(self) -> None:
-        """Say which of the epoch's training samples were left out; the same on all processes."""
-        labels, features = self._linear.left_out()
-        if labels:
-            raise ValueError(
-                f"{_NAME}: expected labels in 0..{self._classes - 1} (num_classes={self._classes}), got {labels} "
-                "training samples with others in this epoch"
-            )
-        if features:
-            rank_zero_warn(f"{_NAME} left out {features} training samples of this epoch with nan or inf in features")
-
-    def _count(self, number: str, index: int, predictions: Tensor, features: Tensor, labels: Tensor) -> None:
-        """Count what is right, what is to be judged, and what cannot be: of no known class, or not finite."""
-        counted = torch.ones_like(labels, dtype=torch.bool)
-        if self.ignore_index is not None:
-            counted = labels != self.ignore_index
-        known = (labels >= 0) & (labels < self._classes) & features.isfinite().all(1)
-        parts = ((predictions == labels) & counted, counted, counted & ~known)
-        counts = torch.stack([part.sum() for part in parts])
-        self._counts[number, index] = self._counts.get((number, index), 0) + counts
-
-    def _accuracy(self, trainer: Trainer, number: str, index: int) -> float:
-        """The share of the samples of a loader, over all processes, that are classified right."""
-        counts = self._counts.get((number, index), torch.zeros(3, dtype=torch.int64))
-        counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
-        right, total, unknown = counts.tolist()
-        if unknown or not total:
-            rank_zero_warn(
-                f"{self._name(number)}{self._suffix(index)} is logged as nan: {unknown} of {total} samples have labels "
-                f"outside 0..{self._classes - 1}, or nan or inf in their features"
-            )
-        return right / total if total and not unknown else float("nan")
+    def _make_passes(self, trainer: Trainer, module: LightningModule, last: bool) -> None:
+        """Make the bank if it is due, and the pass over the second data set in an epoch's last validation or after."""
+        if self._bank_due:
+            self._make_bank(trainer, module)
+        if last:
+            if self.downstream is not None:
+                self._transfer(trainer, module)
+            self._schedule.done(trainer)
+        self._seen_by.restart()
 
     def _make_bank(self, trainer: Trainer, module: LightningModule) -> None:
+        """Read features of training images, and what classifies by them."""
         data = self._training_set.batches(trainer, max_samples=self.max_samples, shared=False)
         with evaluation(trainer, module):
-            self._bank = self._features(ready_batches(trainer, data), self._reader)
-        check_labels(self._bank[1], self._classes)
-        self._seen_by.restart()
+            bank = read(self._seen_by, self._reader, ready_batches(trainer, data), self.ignore_index)
+        check_labels(bank.labels, self._classes)
+        self._bank_due = False
+        if self.kind == "ridge":
+            ridge = fit_ridge(*bank, self._classes)
+            self._scores["acc"], self._found[self._name("loo_acc")] = ridge, ridge.loo_acc
+        if self.knn:
+            self._scores["knn"] = Neighbours(*bank, self._classes, self.knn)
 
     def _transfer(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure how the features serve on the second data set."""
-        data = cast(LightningDataModule, self.downstream)
-
-        def parts(loader: Any) -> tuple[Tensor, Tensor]:
-            batches = (move_data_to_device(batch, module.device) for batch in evenly(loader, self.max_samples))
-            ready = (data.on_after_batch_transfer(batch, 0) for batch in batches)
-            return self._features(ready, replace(self._reader, num_classes=None))
-
+        how = self._reader, module.device, self.max_samples, self.ignore_index
         with evaluation(trainer, module):
-            bank = parts(getattr(data, "train_plain_dataloader", data.train_dataloader)())
-            tested = [parts(loader) for loader in flat(data.val_dataloader())] or [self._features([], self._reader)]
-        classes = 1 + max(int(labels.max()) for _, labels in [bank, *tested])
-        probe = fit_probe(*bank, classes)
-        self._transferred = {}
-        for index, (features, labels) in enumerate(tested):
-            values = {"downstream_acc": probe(features).argmax(1)}
-            if self.knn:
-                values["downstream_knn"] = knn_predict(features, *bank, classes, self.knn)
-            suffix = f"/dataloader_idx_{index}" if len(tested) > 1 else ""
-            for number, predictions in values.items():
-                self._transferred[self._name(number) + suffix] = (predictions == labels).double().mean().item()
-        self._seen_by.restart()
-        self._schedule.done(trainer)
-
-    def _features(self, batches: Iterable[Any], reader: BatchReader) -> tuple[Tensor, Tensor]:
-        """Features and labels of batches that are ready to run."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        for batch in batches:
-            self._seen_by.run(batch)
-            parts.append(self._take(batch, reader=reader))
-        if not parts:
-            raise ValueError("OnlineProbe found no batches to measure; the data need training and validation images")
-        features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-        finite = features.isfinite().all(1)
-        if not finite.all():
-            rank_zero_warn(f"{_NAME} left out {int((~finite).sum())} samples of a pass with nan or inf in features")
-        kept = finite if self.ignore_index is None else finite & (labels != self.ignore_index)
-        return features[kept], labels[kept]
+            bank, tested = read_second(self._seen_by, self.downstream, *how)
+        self._found |= transferred(bank, tested, _FITS[self.kind], self.knn, self._name)
 
 
-def _gathered(rows: Tensor, world_size: int) -> Tensor:
-    parts = [torch.empty_like(rows) for _ in range(world_size)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+def _check(kind: str, optimizer: Any, **least: tuple[int, int]) -> None:
+    """Refuse arguments without sense; numbers come with the least that they may be."""
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ValueError(f"expected {name} of at least {lowest}, got {value}")
+    if kind not in _FITS:
+        raise ValueError(f"expected kind {' or '.join(map(repr, _FITS))}, got {kind!r}")
+    if kind == "ridge" and optimizer is not None:
+        raise ValueError(
+            f"{_NAME}(kind='ridge') is fitted in closed form, so that an optimizer would do nothing; leave it out, or "
+            "take kind='linear'"
+        )
+
+
+def _unread(kind: Kind, knn: int) -> TrainingSet:
+    """The training set, not asked for yet."""
+    off = ["kind='linear'"] * (kind == "ridge") + ["knn=0"] * (knn > 0)
+    return TrainingSet(_NAME, "max_samples", ", ".join(off))

@@ -55,7 +55,7 @@ class PassSchedule:
         """Whether to make a pass at the start of a validation already: a process may get no batch in it."""
         self._last = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch
         self._pending = self._last and self.is_due(trainer)
-        return self._pending and not _every_process_gets_a_batch(trainer)
+        return self._pending and not every_process_gets_a_batch(trainer)
 
     def in_validation(self, trainer: Any, module: nn.Module) -> bool:
         """Whether to make a pass before the present batch of a validation."""
@@ -98,7 +98,8 @@ def _lengths(trainer: Any) -> list[float]:
     return lengths if isinstance(lengths, list) else [lengths]
 
 
-def _every_process_gets_a_batch(trainer: Any) -> bool:
+def every_process_gets_a_batch(trainer: Any) -> bool:
+    """Whether a validation reaches its batches on each of several processes; all of them must ask."""
     if trainer.world_size == 1:
         return True
     some = 0 < sum(_lengths(trainer)) < float("inf")

@@ -111,12 +111,15 @@ def _fit(
 def check(learner: str, way: str, accelerator: str, folder: Path) -> None:
     """Fit with and without tracker and probe; their numbers are right, and the weights are the same."""
     collector, tracker = Collector(), NeuralCollapseTracker(10, [LAYER, "penultimate"], figures=False)
-    weights, metrics = _fit(learner, way, accelerator, folder, tracker, OnlineProbe(10, knn=5), collector)
+    probes = [OnlineProbe(10, knn=5), OnlineProbe(10, LAYER, "ridge")]
+    weights, metrics = _fit(learner, way, accelerator, folder, tracker, *probes, collector)
     expected = _nc1(torch.cat(collector.features), torch.cat(collector.labels))
     assert tracker.values[f"nc1/val/{LAYER}"] == pytest.approx(expected, rel=1e-4)
     assert tracker.values[f"nc1/train/{LAYER}"] > 0
     assert metrics[f"nc1/val/{LAYER}"] == pytest.approx(expected, rel=1e-4)
     assert 0 <= metrics["probe/acc"] <= 1
+    assert 0.2 < metrics[f"probe/loo_acc/{LAYER}"] <= 1
+    assert 0.2 < metrics[f"probe/acc/{LAYER}"] <= 1
     assert all(torch.isfinite(value).all() for value in weights.values())
     alone, _ = _fit(learner, way, accelerator, folder)
     assert alone.keys() == weights.keys()

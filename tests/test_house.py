@@ -91,7 +91,8 @@ IMPORTS = {
     "weights": {"atomic", "checksums"},
     "callbacks": {"callbacks.probe", "callbacks.tracker"},
     "callbacks.adapters": {"inputs", "layers", "pooling"},
-    "callbacks.classify": {"inputs"},
+    "callbacks.classify": {"inputs", "probes"},
+    "callbacks.features": {"callbacks.adapters", "callbacks.observer", "passes"},
     "callbacks.figures": {"collapse"},
     "callbacks.layer_metrics": {"collapse", "layers", "metrics", "moments"},
     "callbacks.observer": {"callbacks.adapters", "callbacks.pool_finder", "layers", "passes", "pooling"},
@@ -99,6 +100,7 @@ IMPORTS = {
     "callbacks.probe": {
         "callbacks.adapters",
         "callbacks.classify",
+        "callbacks.features",
         "callbacks.observer",
         "callbacks.schedule",
         "inputs",

@@ -195,9 +195,18 @@ class Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [NeuralCollapseTracker, OnlineProbe])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (NeuralCollapseTracker, {"metrics": ["nc1", "nc3", "nc4"]}),
+        (OnlineProbe, {"knn": 3, "optimizer": _sgd}),
+        (OnlineProbe, {"kind": "ridge"}),
+    ],
+)
 @pytest.mark.parametrize("form", ["(x, y)", "some unlabelled", "views in a list"])
-def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_hook_of_a_batch_makes_the_host_wait(
+    kind: Any, more: dict[str, Any], form: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A CPU's values may be looked at, so it passes for an accelerator; its copies to itself count too."""
     for module in (accumulator, metrics, moments, adapters, import_module("ncfinetune.callbacks.classify")):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
@@ -219,9 +228,6 @@ def test_no_hook_of_a_batch_makes_the_host_wait(kind: Any, form: str, tmp_path: 
     for name in ("on_validation_batch_start", "on_validation_batch_end", "on_train_batch_start", "on_train_batch_end"):
         setattr(Watched, name, watched(name))
     make, pick, options = FORMS[form]
-    more: dict[str, Any] = (
-        {"metrics": ["nc1", "nc3", "nc4"]} if kind is NeuralCollapseTracker else {"knn": 3, "optimizer": _sgd}
-    )
     _fit(tmp_path, Net(pick=pick), [Watched(K, **options, **more)], _loader(make, 6), _loader(make, 6), max_epochs=2)
     assert len(looks) >= 2 * 2 * 9
     assert sum(looks, Counter()) == {}

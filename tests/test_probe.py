@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
-from ncfinetune.callbacks.classify import LinearProbe, fit_probe, knn_predict
+from ncfinetune.callbacks.classify import LinearProbe, Neighbours, fit_probe
 from ncfinetune.datamodules import Digits
 from ncfinetune.passes import evenly
 
@@ -134,7 +134,7 @@ def _knn(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int) -> n
 @pytest.mark.parametrize("k", [1, 7, 500])
 def test_neighbours_are_those_of_scikit_learn_and_no_more_than_there_are(k: int) -> None:
     bank, labels, queries = torch.randn(90, 8), torch.arange(90) % 5, torch.randn(600, 8)
-    found = knn_predict(queries, bank, labels, 5, k)
+    found = Neighbours(bank, labels, 5, k)(queries).argmax(1)
     assert (found.numpy() == _knn(queries.numpy(), bank.numpy(), labels.numpy(), min(k, 90))).all()
 
 
