@@ -1,0 +1,163 @@
+"""Heads in closed form beside trained ones, on frozen features with few labels: accuracy, calibration, seconds.
+
+ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. The images of ``val`` are the test set, for all
+rows and seeds; a seed draws the training images, the same for all rows. Where there are no more images to draw from,
+one seed is all there is. Features of all blocks are computed once; times are CPU seconds of one thread from there on,
+with whatever a row chooses. Nothing is chosen by the test images.
+
+Rows, on the penultimate features:
+
+- ``nearest mean``, ``LDA``, ``ridge``: `ncfinetune.probes`, strengths by leaving one out.
+- ``logistic regression``: L-BFGS to convergence on standardised features, scikit-learn's C = 1.
+- ``linear probe``: 50 epochs of AdamW at 1e-3, batch 64, as experiments/finetune/linear_probe.yaml from a random start.
+- ``ridge, N skips``: penultimate features beside those of at most N blocks of `skips.choose_skips`.
+- ``ridge, skips only``: those of at most three blocks without the penultimate features.
+
+    python experiments/finetune/closed_forms.py ROOT --checkpoint WEIGHTS --mean 0.5 --std 0.5 [--shots 5 20 80]
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from study import few, read
+from torch import Tensor, nn
+
+from ncfinetune import Backbone
+from ncfinetune.calibration import calibration_error, fit_temperature
+from ncfinetune.callbacks.classify import fit_probe
+from ncfinetune.probes import Head, lda, nearest_mean, ridge
+from ncfinetune.skips import choose_skips
+
+Features = Mapping[str, Tensor]
+# What a row makes of training features and labels: names of the features that it uses, and what gives logits of these.
+Row = Callable[[Features, Tensor, int], tuple[list[str], Callable[[Tensor], Tensor]]]
+PENULTIMATE = "penultimate"
+
+
+def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float, batch: int = 32) -> Features:
+    names = [*backbone.layers, PENULTIMATE]
+    with torch.no_grad():
+        parts = [backbone.stages((images.float() / 255 - mean) / std, names) for images in pixels.split(batch)]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def joined(features: Features, names: list[str]) -> Tensor:
+    return torch.cat([features[name] for name in names], 1)
+
+
+def calibrated(head: Head, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    weight, bias = head.logits(fit_temperature(head.loo_scores, labels))
+    return lambda features: features.double() @ weight.T + bias
+
+
+def closed(fit: Callable[[Tensor, Tensor, int], Head], most: int = 0, start: bool = True) -> Row:
+    def row(features: Features, labels: Tensor, classes: int) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+        names = [PENULTIMATE] if start else []
+        if most:
+            layers = {name: tensor for name, tensor in features.items() if name != PENULTIMATE}
+            names += choose_skips(features[PENULTIMATE] if start else None, layers, labels, most)
+        return names, calibrated(fit(joined(features, names), labels, classes), labels)
+
+    return row
+
+
+def logistic(features: Features, labels: Tensor, classes: int) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    return [PENULTIMATE], fit_probe(features[PENULTIMATE], labels, classes)
+
+
+def probe(features: Features, labels: Tensor, classes: int) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    inputs = features[PENULTIMATE]
+    head = nn.Linear(inputs.shape[1], classes)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.01)
+    for _ in range(50):
+        for rows in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(head(inputs[rows]), labels[rows]).backward()
+            optimizer.step()
+    return [PENULTIMATE], head.requires_grad_(False)
+
+
+ROWS: dict[str, Row] = {
+    "nearest mean": closed(nearest_mean),
+    "LDA": closed(lda),
+    "ridge": closed(ridge),
+    "logistic regression": logistic,
+    "linear probe": probe,
+    "ridge, 1 skip": closed(ridge, 1),
+    "ridge, 3 skips": closed(ridge, 3),
+    "ridge, skips only": closed(ridge, 3, start=False),
+}
+
+
+def mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
+
+
+def measure(row: Row, train: tuple[Features, Tensor], test: tuple[Features, Tensor], classes: int) -> dict[str, float]:
+    start = time.process_time()
+    names, logits_of = row(*train, classes)
+    seconds = time.process_time() - start
+    features, labels = test
+    probabilities = logits_of(joined(features, names)).softmax(1)
+    width = sum(features[name].shape[1] for name in names)
+    return {
+        "accuracy": 100 * (probabilities.argmax(1) == labels).double().mean().item(),
+        "calibration": 100 * calibration_error(probabilities, labels).item(),
+        "seconds": seconds,
+        "parameters": (width + 1) * classes,
+        "skips": len(names) - (PENULTIMATE in names),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--backbone", default="mobilenetv2_100")
+    parser.add_argument("--mean", type=float, required=True)
+    parser.add_argument("--std", type=float, required=True)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 80])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/closed_forms_table.md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    backbone = Backbone(options.backbone, checkpoint=options.checkpoint).eval()
+    parts = {part: read(options.root / part) for part in ("train", "val")}
+    features = {part: features_of(backbone, pixels, options.mean, options.std) for part, (pixels, _) in parts.items()}
+    labels = parts["train"][1]
+    classes = int(labels.max()) + 1
+    test = features["val"], parts["val"][1]
+    with options.out.open("w") as file:
+        print(
+            "| images a class | head | test % | to ridge | calibration error % | parameters | skips | CPU s |",
+            file=file,
+        )
+        print("|---|---|---|---|---|---|---|---|", file=file, flush=True)
+        for shots in options.shots:
+            seeds = options.seeds if shots < int(labels.bincount().min()) else 1
+            found: dict[str, list[dict[str, float]]] = defaultdict(list)
+            for seed in range(seeds):
+                rows, _ = few((torch.arange(len(labels)), labels), shots, seed)
+                train = {name: tensor[rows] for name, tensor in features["train"].items()}
+                for name, row in ROWS.items():
+                    torch.manual_seed(seed)
+                    found[name].append(measure(row, (train, labels[rows]), test, classes))
+            for name, runs in found.items():
+                gains = [run["accuracy"] - other["accuracy"] for run, other in zip(runs, found["ridge"], strict=True)]
+                seconds = statistics.median(run["seconds"] for run in runs)
+                cells = [shots, name, mean_and_error([run["accuracy"] for run in runs]), mean_and_error(gains)]
+                cells += [mean_and_error([run["calibration"] for run in runs])]
+                cells += [f"{statistics.mean(run['parameters'] for run in runs):,.0f}"]
+                cells += [f"{statistics.mean(run['skips'] for run in runs):.1f}", f"{seconds:.3f}"]
+                print("|", " | ".join(map(str, cells)), "|", file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
