@@ -87,6 +87,14 @@ def test_draws_are_spread_as_those_of_torch() -> None:
         assert abs(shares[0] - shares[1]) < 4 * error, times
 
 
+def test_an_epoch_has_a_binomial_number_of_each_class() -> None:
+    """Draws are independent, as torch's are, and not dealt out in turn."""
+    counts = np.array([np.bincount(LABELS[draw_balanced(LABELS, 41, seed)], minlength=6) for seed in range(2000)])
+    variance = 41 * 1 / 3 * 2 / 3
+    for label in (0, 2, 5):
+        assert abs(counts[:, label].var() - variance) < 4 * variance * np.sqrt(2 / 2000)
+
+
 def test_a_class_of_one_image_and_no_other_class() -> None:
     assert draw_balanced(np.array([3, 3, 3]), 100, seed=0).max() <= 2
     assert set(draw_balanced(np.array([3]), 5, seed=0)) == {0}
