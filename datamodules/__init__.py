@@ -6,6 +6,7 @@ if __name__ != "ncfinetune.datamodules":
 from .base import ImageDataModule as ImageDataModule
 from .digits import Digits as Digits
 from .files import ImageFolder as ImageFolder
+from .indexed import IndexedImages as IndexedImages
 from .recipes import Recipe as Recipe
 from .shards import WebDataset as WebDataset
 from .unlabelled import Unlabelled as Unlabelled
@@ -28,6 +29,7 @@ __all__ = [
     "Food101",
     "ImageDataModule",
     "ImageFolder",
+    "IndexedImages",
     "Pets",
     "Recipe",
     "StanfordCars",

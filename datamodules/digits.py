@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from .base import SPLIT_SEED, ImageDataModule
 from .images import Labelled
+from .indexed import SPLIT_SEED, IndexedImages
 from .recipes import Augmentation
 from .splits import split_indices
 
 _PARTS = {"test": 0.3, "val": 0.1}
 
 
-class Digits(ImageDataModule):
+class Digits(IndexedImages):
     """1,797 grey images of handwritten digits, 8x8 pixels (Alpaydin and Kaynak 1998; scikit-learn's ``load_digits``).
 
     Of each class 30 % are for testing, 10 % for validation and the rest for training; the parts never change.

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch.utils.data import DataLoader
 
-from .base import SPLIT_SEED, ImageDataModule
 from .decoding import CENTRE, Decoding, centre_seen
-from .images import Batch, Labelled, broken_files, decode_all
+from .images import Labelled, broken_files, decode_all
+from .indexed import PARTS, SPLIT_SEED, IndexedImages
 from .labels import Row, class_names, read_labels
 from .listing import Found, is_hidden, is_image, same_content, some
 from .splits import split_indices
@@ -22,14 +21,13 @@ from .splits import split_indices
 # Photographs are much alike in this, and ImageNet's statistics are what most pre-trained networks expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_PARTS = ("train", "val", "test")
 # Images up to which all are compared, in seconds; beyond, reading a little of each file takes minutes.
 _MOST_COMPARED = 100_000
 # So many files of a part are looked at to see whether all have the size that is wanted already.
 _LOOKED_AT = 8
 
 
-class FileDataModule(ImageDataModule, ABC):
+class FileDataModule(IndexedImages, ABC):
     """Images in files of any size, decoded to RGB. Abstract.
 
     For training a random crop is cut out of the whole image while it is decoded. For evaluation the middle 7/8 of its
@@ -147,7 +145,7 @@ class ImageFolder(FileDataModule):
         if self._table:
             self._check_paths()
         parts, self._refused = {}, {}
-        for name in (part for part in _PARTS if part in self._part_names()):
+        for name in (part for part in PARTS if part in self._part_names()):
             try:
                 parts[name] = self._labelled(name)
             except (ValueError, FileNotFoundError) as error:
@@ -227,19 +225,17 @@ class ImageFolder(FileDataModule):
             rank_zero_info(f"did not look for the same image in two parts, since there are {count}")
         return super()._held(parts)
 
-    def _loader(
-        self, name: str, training: bool = False, workers: int | None = None, as_stored: bool = False
-    ) -> DataLoader[Batch]:
+    def _part(self, name: str) -> Labelled:
         if name in self._refused:
             raise self._refused[name]
-        return super()._loader(name, training, workers, as_stored)
+        return super()._part(name)
 
 
 def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; expected one with train/CLASS/ and val/CLASS/, or CLASS/")
     if folders is None:
-        found = {part: root / part for part in _PARTS if (root / part).is_dir()}
+        found = {part: root / part for part in PARTS if (root / part).is_dir()}
         if found and "train" not in found:
             there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
             raise FileNotFoundError(
@@ -247,7 +243,7 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
                 "rename it, or name the folders: folders={train: ..., val: ...}"
             )
         return found or {"train": root}
-    if "train" not in folders or not set(folders) <= set(_PARTS):
+    if "train" not in folders or not set(folders) <= set(PARTS):
         raise ValueError(f"expected folders to name train, and val and test if wanted, got {', '.join(folders)}")
     missing = [str(root / folder) for folder in folders.values() if not (root / folder).is_dir()]
     if missing:

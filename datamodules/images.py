@@ -37,9 +37,6 @@ class Part(Protocol):
     def describe(self, num_classes: int) -> str:
         """How many there are, for the log."""
 
-    def as_stored(self) -> Part:
-        """The same images in the order of the data set."""
-
 
 @dataclass(frozen=True)
 class Labelled:
@@ -145,7 +142,8 @@ class FileImages(Dataset[Batch]):
         size: Side ``S``.
         recipe: Whose random crops are cut out of the whole image, for training; None is the centre.
         views: Crops an image; more than one make an image ``(V, C, S, S)``.
-        seed: Seed of the crops. They depend on it, the epoch and the image, but not on which worker decodes it.
+        seed: Seed of the crops. They depend on it and the key, which is another each time that an image is drawn for
+            training, but not on which worker decodes it; key ``k`` is image ``k mod N``.
         decoding: Channels, range and banner of the files.
 
     Attributes:
@@ -183,11 +181,11 @@ class FileImages(Dataset[Batch]):
         return len(self.part.chosen)
 
     def __getitem__(self, key: int) -> Batch:
-        epoch, index = divmod(key, len(self))
+        draw, index = divmod(key, len(self))
         label = torch.tensor(self.part.labels[self.part.chosen[index]])
         if self.recipe is None:
             return self._whole(index, label)
-        boxes = crops(self.recipe, self.views, mixed_seed(self.seed, epoch, index))
+        boxes = crops(self.recipe, self.views, mixed_seed(self.seed, draw, index))
         images = read_image(self.path(index), self.size, boxes, decoding=self.decoding)
         return images if self.views > 1 else images[0], label
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
-from .images import Batch
+from .images import Batch, mixed_seed
+from .splits import draw_balanced
 
 
 class Taken:
@@ -24,10 +26,12 @@ class Taken:
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffled anew each epoch by seed and epoch alone; index i of N in epoch e is the key e N + i.
+    """Drawn anew each epoch by seed and epoch alone, each sample once or the classes in equal shares.
 
-    So a data set knows the epoch in whatever process it runs. The shards of several processes are equally long, which
-    contrastive losses need; of N images an epoch leaves out up to one less than there are processes, others each time.
+    Drawn once an epoch, sample i of N has the key e N + i in epoch e. Drawn with replacement as the t-th of the epoch,
+    over all processes, it has (e N + t) N + i. So a data set knows in whatever process it runs which sample is meant,
+    and a number that no other draw of that sample has. The shards of several processes are equally long, which
+    contrastive losses need; of N samples an epoch leaves out up to one less than there are processes, others each time.
 
     Args:
         dataset: The data set.
@@ -35,17 +39,38 @@ class EpochSampler(DistributedSampler[Any]):
         rank: Which of the processes this is.
         seed: Seed of the order.
         taken: Tells, when a pass begins, how many samples of this process it leaves out at its beginning.
+        labels: Labels of the samples, ``(N,)``, whose classes are balanced by drawing with replacement; None draws each
+            sample once.
     """
 
-    def __init__(self, dataset: Any, world_size: int, rank: int, seed: int, taken: Callable[[Any], int]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        world_size: int,
+        rank: int,
+        seed: int,
+        taken: Callable[[Any], int],
+        labels: np.ndarray | None = None,
+    ) -> None:
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
         self.taken = taken
+        self.labels = labels
 
     def __iter__(self) -> Iterator[int]:
         # A generator, so that it looks at the epoch only when the first key is asked for.
+        keys = self._each_once() if self.labels is None else self._balanced(self.labels)
+        yield from islice(keys, self.taken(self), None)
+
+    def _each_once(self) -> Iterator[int]:
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # a Dataset of ours has a length
-        for index in islice(super().__iter__(), self.taken(self), None):
+        for index in super().__iter__():
             yield start + index
+
+    def _balanced(self, labels: np.ndarray) -> Iterator[int]:
+        # As many as there are samples, so that the order does not depend on how many processes share it.
+        drawn = draw_balanced(labels, len(labels), mixed_seed(self.seed, self.epoch))
+        for place in range(self.rank, self.total_size, self.num_replicas):
+            yield (self.epoch * len(labels) + place) * len(labels) + int(drawn[place])
 
 
 class EpochLoader(DataLoader[Batch]):

@@ -33,8 +33,6 @@ from .recipes import Recipe
 
 _IMAGE_KEYS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _LABEL_KEY = "cls"
-# Options that need to know each image's label before it is read, or all images at once, and their defaults.
-_NOT_OF_STREAMS = {"shots": None, "fraction": None, "seed": 0, "val_fraction": None, "device_cache": False}
 
 
 class WebDataset(ImageDataModule):
@@ -47,6 +45,9 @@ class WebDataset(ImageDataModule):
     many samples and batches: of the last shard of the epoch up to one sample less than there are processes is left
     out, and one a process if it would be a batch by itself. Batches depend on the seed and the numbers of workers and
     processes. Predictions come in the order of the shards, so one worker decodes for them.
+
+    Images and labels are not known before they are read: to train on few labels, or in other shares of the classes, and
+    for a part that is cut off for validation, write shards of the images that you want, or use `ImageFolder`.
 
     A shard that is cut is refused, even between two samples: where its samples are counted, by its missing end of
     archive, and where ``sizes`` are given, by their number when its end is read.
@@ -69,7 +70,7 @@ class WebDataset(ImageDataModule):
         ImportError: webdataset is not installed.
         FileNotFoundError: A file of shards does not exist.
         ValueError: A shard is named twice, cannot be read or is of another size; a sample lacks image or label, its
-            image cannot be decoded, or its label is not in 0..K-1; an option is given that a stream cannot have.
+            image cannot be decoded, or its label is not in 0..K-1.
     """
 
     def __init__(
@@ -86,13 +87,6 @@ class WebDataset(ImageDataModule):
     ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.decoding = Decoding(value_range=value_range)
-        # Asked of the attributes: on the command line, kwargs.get would hide what the base class does not take.
-        refused = [name for name, default in _NOT_OF_STREAMS.items() if getattr(self, name) != default]
-        if refused:
-            raise ValueError(
-                f"a stream of shards cannot have {', '.join(refused)}, since its images and labels are not known "
-                "before they are read; write shards of the images that you want, or use ImageFolder"
-            )
         if shuffle < 1:
             raise ValueError(f"expected shuffle of at least 1, got {shuffle}")
         patterns = {"train": train, "val": val, "test": test}
@@ -104,20 +98,16 @@ class WebDataset(ImageDataModule):
         self.shuffle = shuffle
         self.centre = CENTRE
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Shards]:
         """The shards of each part, with their sizes."""
         return {part: Shards(urls, np.array(sizes_of(part, urls, self.sizes))) for part, urls in self.urls.items()}
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images in the order of the shards, or those of `predict_files`."""
-        if self._files is not None:
-            return super().predict_dataloader()
-        return self._marking(self._loader("test", workers=int(self.num_workers != 0)))
+    def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
+        # Batches of several workers would come in turns, each from a stretch of its own.
+        workers = int(self.num_workers != 0) if as_stored else None
+        return self._load(self._dataset(self._part(name), training), training, workers, batch_size=None)
 
-    def _read(self) -> dict[str, Any]:
-        return self.parts()
-
-    def _dataset(self, part: Any, training: bool) -> ShardBatches:
+    def _dataset(self, part: Shards, training: bool) -> ShardBatches:
         trainer: Any = self.trainer
         # Lightning doubts the length of any iterable data set; here each worker has its own samples.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
@@ -162,10 +152,6 @@ class Shards:
     def describe(self, num_classes: int) -> str:
         """How many samples there are."""
         return f"{len(self)} in {len(self.urls)} shards"
-
-    def as_stored(self) -> Shards:
-        """The shards, which have no other order."""
-        return self
 
     def stretch(self, order: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shards, and the first and last (excluded) sample of each, that samples start to stop of all in order are."""

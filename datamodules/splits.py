@@ -1,4 +1,4 @@
-"""Which image belongs to which part: stratified cuts by a fixed seed, and few labels a class.
+"""Which image belongs to which part, and which are drawn: stratified cuts by a fixed seed, few labels, equal classes.
 
 Legend: ``N`` images, ``K`` classes.
 """
@@ -64,6 +64,24 @@ def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """
     classes = _shuffled_classes(labels, seed)
     return np.sort(np.concatenate([members[: max(1, round(fraction * len(members)))] for members in classes]))
+
+
+def draw_balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of ``count`` images drawn with replacement, from each class that has any with the same probability.
+
+    A class is drawn, and then an image of it, which gives each image the weight ``1 / n`` of its class of n images, as
+    ``torch.utils.data.WeightedRandomSampler`` takes it, without rounding and for more than 2^24 images.
+
+    Args:
+        labels: Labels, ``(N,)``.
+        count: How many to draw.
+        seed: Seed of what is drawn.
+    """
+    order = np.argsort(labels, kind="stable")
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(len(sizes), size=count)
+    return order[starts[classes] + rng.integers(sizes[classes])]
 
 
 def spread_classes(labels: np.ndarray) -> np.ndarray:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from .base import ImageDataModule
-from .images import Labelled
+from .images import Batch, Part
 
 
 class Unlabelled(ImageDataModule):
@@ -39,9 +41,9 @@ class Unlabelled(ImageDataModule):
         if value_range := preprocessing.get("value_range"):
             self.decoding = replace(self.decoding, value_range=tuple(value_range))
 
-    def parts(self) -> dict[str, Labelled]:
+    def parts(self) -> dict[str, Part]:
         """Nothing: there are no labels."""
         return {}
 
-    def _read(self) -> dict[str, Any]:
-        return self.parts()
+    def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
+        raise ValueError(f"Unlabelled has no {name} images, only those of predict_files")

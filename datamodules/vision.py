@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torchvision import datasets
 
-from .base import ImageDataModule
 from .files import FileDataModule
 from .images import Labelled
+from .indexed import IndexedImages
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Source:
         return f"give the root in which torchvision's {name} lies, or download=true to fetch it there"
 
 
-class _InMemory(ImageDataModule, ABC):
+class _InMemory(IndexedImages, ABC):
     """CIFAR's kind: torchvision has all images of a part as one array."""
 
     def __init__(self, source: Source, **kwargs: Any) -> None:

@@ -46,7 +46,10 @@ def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningAr
 
 def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
     own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
-    parameters = sorted({name for c in own for name in _parameters(c)})
+    known = {c.__name__: _parameters(c) for c in own}
+    if owners := sorted(name for name, parameters in known.items() if option in parameters):
+        return f"no option {option!r} where it was given; it belongs to {', '.join(owners)}"
+    parameters = sorted(set().union(*known.values()))
     return f"no option {option!r}; {_known(option, parameters, parameters)}"
 
 

@@ -30,7 +30,7 @@ _NOT_THE_EXPERIMENT = ("seed_everything", "ckpt_path", "model.init_args.checkpoi
 # How images are fed, rather than which ones.
 _NOT_THE_TASK = (
     *("seed", "batch_size", "num_workers", "device_cache", "in_memory", "download", "image_size"),
-    *("augmentation", "strength", "views", "mixup", "cutmix", "normalize", "mean", "std"),
+    *("augmentation", "strength", "views", "mixup", "cutmix", "normalize", "mean", "std", "sampling"),
 )
 # How well features or a classifier on them do, by tag; what is drawn is the first that was logged.
 _ACCURACIES = {

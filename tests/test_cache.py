@@ -55,6 +55,22 @@ def test_run_with_a_cache_is_the_run_without(knobs: dict, place: str, tmp_path: 
         torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_stored_values_are_drawn_as_images_are(place: str, tmp_path: Path) -> None:
+    """With replacement too, and by the order of each epoch."""
+
+    def fit(sampling: str = "balanced", **knobs) -> dict[str, torch.Tensor]:
+        data = Digits([0, 1, 2], shots=8, batch_size=7, sampling=sampling)
+        return _fit(tmp_path, _model(train="layer4.0", **knobs), data)
+
+    options = {"cache_dir": str(tmp_path / "cache")} if place == "disk" else {}
+    plain, cached = fit(), fit(cache=place, **options)
+    for key, value in plain.items():
+        torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    uniform = fit("uniform")
+    assert not torch.allclose(uniform["train/loss"], plain["train/loss"], rtol=1e-2)
+
+
 def test_frozen_layers_run_once_an_image(tmp_path: Path) -> None:
     def images(**knobs) -> int:
         model, seen = _model(train="layer3.0", **knobs), []

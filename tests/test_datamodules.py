@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
+from ncfinetune.datamodules.augmenting import BatchAugmentation
 from ncfinetune.datamodules.images import Labelled, TensorImages
 from ncfinetune.datamodules.loading import EpochSampler
 from ncfinetune.passes import evenly, known_labels
@@ -400,10 +401,38 @@ def test_datamodules_can_be_sent_to_processes_that_are_spawned(folder: Path) -> 
     """A generator cannot: torch sends its state as shared memory that is gone when the other process asks for it."""
     for data in (Digits([0, 1], shots=8, augmentation="standard"), _folder(folder, augmentation="standard")):
         _fit(data)
-        state = data.__getstate__()
-        assert not any(isinstance(value, torch.Generator) for value in state.values())
-        again = pickle.loads(pickle.dumps(state["_parts"]["train"]))
-        assert np.array_equal(again.own_labels, data._parts["train"].own_labels)
+        assert isinstance(data._augmentation._generator, torch.Generator)
+        data.trainer = None
+        again = pickle.loads(pickle.dumps(data))
+        held = [*vars(again).values(), *vars(again._augmentation).values()]
+        assert not any(isinstance(value, torch.Generator) for value in held)
+        assert np.array_equal(again._parts["train"].own_labels, data._parts["train"].own_labels)
+
+
+def test_what_is_done_to_batches_can_be_changed_on_the_datamodule() -> None:
+    data = Digits([1, 2])
+    stored = _stored(data, "test")
+    before = data.on_after_batch_transfer(stored, 0)[0]
+    data.mean += 0.1
+    data.std = 2 * data.std
+    torch.testing.assert_close(data.on_after_batch_transfer(stored, 0)[0], (before - 0.1 / data.std * 2) / 2)
+    assert not data.augments
+    data.views, data.recipe = 2, SUBTLE
+    assert data.augments
+    assert _fit(data).images("train0").shape[1] == 2
+
+
+def test_a_step_goes_on_drawing_until_it_begins_again() -> None:
+    augmentation = BatchAugmentation((1, 8, 8), 2, [0.0], [1.0], SUBTLE, mixup=1.0)
+    images, labels = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.arange(6) % 2
+    first, second, other = (augmentation.train(images, labels, step, False) for step in ((0, 1), (0, 1), (0, 2)))
+    augmentation.restart()
+    again = augmentation.train(images, labels, (0, 2), False)
+    assert all(map(torch.equal, other, again))
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[0], other[0])
+    again = augmentation.train(images, labels, (0, 1), False)
+    assert all(map(torch.equal, first, again))
 
 
 def test_overfitting_on_a_batch_works(folder: Path) -> None:
@@ -547,6 +576,8 @@ def _part_without_images() -> None:
         (lambda: Digits(cutmix=-1.0), "expected mixup and cutmix of at least 0"),
         (lambda: Digits(device_cache=True, num_workers=2), "expected num_workers of 0 with device_cache, got 2"),
         (lambda: Digits(mean=[0.1, 0.2]), r"expected mean of 1 numbers, got \[0.1, 0.2\]"),
+        (lambda: Digits(normalize="imagenet"), "expected normalize to be one of data, backbone, got 'imagenet'"),
+        (lambda: Digits(sampling="equal"), "expected sampling to be one of uniform, balanced, got 'equal'"),
         (lambda: Digits(std=[0.0]), r"expected std of 1 positive numbers, got \[0.0\]"),
         (_part_without_images, "Digits has no val images, only train, test"),
     ],

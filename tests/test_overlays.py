@@ -14,17 +14,19 @@ OVERLAYS = Path(__file__).resolve().parent.parent / "experiments" / "data"
 @pytest.mark.parametrize("overlay", sorted(OVERLAYS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_data_set_has_an_overlay_that_parses(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["fit", "--model", "Supervised", "--data", str(overlay), "--data.shots", "5", "--print_config"])
+        main(["fit", "--model", "Supervised", "--data", str(overlay), "--data.batch_size", "5", "--print_config"])
     assert ended.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["data"]
-    assert printed["init_args"]["shots"] == 5
+    assert printed["init_args"]["batch_size"] == 5
     written = yaml.safe_load(overlay.read_text())
+    indexed = {"shots": None, "fraction": None, "seed": 0, "sampling": "uniform", "device_cache": False}
+    assert (indexed.items() <= printed["init_args"].items()) == (written["class_path"] != "WebDataset")
     assert printed["class_path"] == f"ncfinetune.datamodules.{written['class_path']}"
-    assert printed["init_args"] == {**printed["init_args"], **written["init_args"]}
+    assert printed["init_args"] == {**printed["init_args"], **written["init_args"], "batch_size": 5}
 
 
 def test_an_overlay_for_every_data_set() -> None:
-    without = {"imagedatamodule", "recipe", "unlabelled"}
+    without = {"imagedatamodule", "indexedimages", "recipe", "unlabelled"}
     known = {name.lower().replace("_", "") for name in datamodules.__all__} - without
     there = {path.stem.replace("_", "") for path in OVERLAYS.glob("*.yaml")}
     assert there == known | {"imagenet", "imagelabels"}

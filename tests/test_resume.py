@@ -51,11 +51,15 @@ FILES: dict[str, Any] = {"image_size": 8, "batch_size": 5, "augmentation": "stan
 DATA: dict[str, Make] = {
     "memory": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="standard"),
     "plain": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="plain"),
+    "balanced": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, sampling="balanced"),
     "mixup": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="plain", mixup=1.0),
     "folder, 2 workers": lambda folder, shards: ImageFolder(str(folder), **FILES),
     "shards": lambda folder, shards: _shards(shards, num_workers=0),
     "shards, 2 workers": lambda folder, shards: _shards(shards, num_workers=2),
 }
+
+
+IN_GREY = ("memory", "plain", "balanced", "mixup")
 
 
 def _shards(root: Path, **arguments: Any) -> WebDataset:
@@ -131,6 +135,7 @@ def _fit(
                 ("adversarial", "memory", EACH_STEP),
                 ("cached", "plain", EACH_EPOCH),
                 ("cached", "plain", EACH_STEP),
+                ("cached", "balanced", EACH_STEP),
                 ("supervised", "mixup", EACH_STEP),
                 ("skip", "folder, 2 workers", EACH_STEP),
                 ("skip", "folder, 2 workers", EACH_EPOCH),
@@ -147,7 +152,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     def run(place: str, ckpt_path: Path | None = None, seed: int = 0) -> Any:
         seed_everything(0, verbose=False)
         data = DATA[kind](folder, shards)
-        model = LEARNERS[learner](1 if kind in ("memory", "mixup", "plain") else 3)
+        model = LEARNERS[learner](1 if kind in IN_GREY else 3)
         torch.manual_seed(0)
         if ckpt_path:
             torch.rand(7)  # a process of its own has its own past
@@ -278,7 +283,8 @@ def test_a_validation_that_is_due_within_an_epoch_is_made_once(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
-    ("learner", "kind"), [("supervised", "memory"), ("cached", "plain"), ("supervised", "shards, 2 workers")]
+    ("learner", "kind"),
+    [("supervised", "memory"), ("supervised", "balanced"), ("cached", "plain"), ("supervised", "shards, 2 workers")],
 )
 def test_two_processes_go_on_as_if_they_had_not_stopped(
     learner: str, kind: str, folder: Path, shards: Path, tmp_path: Path
@@ -301,7 +307,7 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        model = LEARNERS[learner](1 if kind in ("memory", "plain") else 3)
+        model = LEARNERS[learner](1 if kind in IN_GREY else 3)
         trainer.fit(model, DATA[kind](folder, shards), ckpt_path=ckpt_path, weights_only=True)
         return model.state_dict(), read_scalars(tmp_path / "runs" / place)[0]
 

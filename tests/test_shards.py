@@ -486,16 +486,24 @@ def test_samples_are_decoded_as_files_are(tmp_path: Path) -> None:
         assert images[:, :, -2].min() > 245
 
 
-REASON = "since its images and labels are not known before they are read; write shards of the images that you want, or"
+@pytest.mark.parametrize("option", ["shots", "fraction", "seed", "val_fraction", "sampling", "device_cache"])
+def test_a_stream_has_no_options_that_need_labels_before_they_are_read(
+    root: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        _make(root, **{option: 1})
+    model = ["--model", "Supervised", "--model.backbone", "test_resnet"]
+    data = ["--data", "WebDataset", "--data.num_classes", "3", "--data.train", str(root / "train-0.tar")]
+    with pytest.raises(SystemExit):
+        main(["fit", *model, *data, f"--data.{option}", "1"])
+    error = capsys.readouterr().err
+    known = "Aircraft, CIFAR10, CIFAR100, DTD, Digits, Flowers102, Food101, ImageFolder, Pets, StanfordCars"
+    assert error == f"error: no option {option!r} where it was given; it belongs to {known}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shots": 5}, f"a stream of shards cannot have shots, {REASON} use ImageFolder"),
-        ({"fraction": 0.5, "seed": 2}, f"a stream of shards cannot have fraction, seed, {REASON}"),
-        ({"val_fraction": 0.0}, "a stream of shards cannot have val_fraction"),
-        ({"device_cache": True}, "a stream of shards cannot have device_cache"),
         ({"shuffle": 0}, "expected shuffle of at least 1, got 0"),
         (
             {"train": "ROOT/train-{4..6}.tar"},

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as pil
 
-from ncfinetune.datamodules import CIFAR10, ImageDataModule, ImageFolder
+from ncfinetune.datamodules import CIFAR10, ImageDataModule, ImageFolder, IndexedImages
 from ncfinetune.datamodules.images import Labelled
 
 SMALL, SMALL_COUNT = 32, 4096
@@ -62,7 +62,7 @@ def patches(count: int, width: int, height: int) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(photograph[top : top + height, left : left + width])
 
 
-class Patches(ImageDataModule):
+class Patches(IndexedImages):
     """Patches of photographs in memory."""
 
     def __init__(self, **kwargs: Any) -> None:

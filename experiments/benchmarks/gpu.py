@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncfinetune import Backbone, SimCLR, Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
-from ncfinetune.datamodules import ImageDataModule
+from ncfinetune.datamodules import ImageDataModule, IndexedImages
 from ncfinetune.datamodules.images import Labelled
 from ncfinetune.losses import contrastive_loss
 from ncfinetune.metrics import neural_collapse
@@ -226,7 +226,7 @@ def contrastive_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str
 # Training
 
 
-class Noise(ImageDataModule):
+class Noise(IndexedImages):
     """Images of noise in memory, or on the device."""
 
     def __init__(self, sizes: Sizes, **kwargs: Any) -> None:

@@ -1,0 +1,156 @@
+"""Datamodules whose images can be asked for one by one: parts, few labels, and which images an epoch has.
+
+Legend: ``N`` images, ``C`` channels, ``H W`` height and width, ``K`` classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .base import ImageDataModule, check_choice, check_numbers
+from .images import Batch, FileImages, Labelled, TensorImages
+from .loading import EpochSampler
+from .splits import absent_classes, split_indices, take_fraction, take_shots
+
+# Fixed, so that no choice a user makes can move an image from one part to another.
+SPLIT_SEED = 0
+PARTS = ("train", "val", "test")
+_VAL_FRACTION = 0.1
+Sampling = Literal["uniform", "balanced"]
+
+
+class IndexedImages(ImageDataModule, ABC):
+    """Images whose labels are known before they are read, so that parts and few labels can be cut. Abstract.
+
+    Evaluation goes through a part in a fixed order in which the classes alternate, so that the first batches
+    (``limit_val_batches``, ``overfit_batches``, the sanity check, a pass that is cut short) have the classes in the
+    shares that all images have them.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        input_size: Shape ``(C, H, W)`` of an image as it is stored.
+        data_mean: Mean of the data's channels, for pixels in 0..1.
+        data_std: Standard deviation of the data's channels, for pixels in 0..1.
+        shots: Training images a class, drawn with ``seed``; None is all of them. Fewer shots are among more.
+        fraction: Share of each class's training images, drawn with ``seed``, in (0, 1]; None is all of them.
+        seed: Which training images ``shots`` or ``fraction`` draws.
+        val_fraction: Share of each class's training images that is cut off for validation, always the same images.
+            None is the data set's own validation part, or 0.1 if it has none. A number joins an own validation part
+            to the training images first, so that 0 trains on all of them and validates on none.
+        sampling: ``uniform`` trains on each image once an epoch. ``balanced`` draws as many with replacement, so that
+            each class that has training images is as likely as any other, and within it each image; evaluation and
+            `train_plain_dataloader` stay as they are.
+        device_cache: Hold all images on the training device.
+
+    Raises:
+        ValueError: An argument is out of its range, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        input_size: tuple[int, int, int],
+        data_mean: Sequence[float],
+        data_std: Sequence[float],
+        *,
+        shots: int | None = None,
+        fraction: float | None = None,
+        seed: int = 0,
+        val_fraction: float | None = None,
+        sampling: Sampling = "uniform",
+        device_cache: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_size, data_mean, data_std, **kwargs)
+        check_numbers(shots=shots)
+        _check_shares(fraction, val_fraction)
+        if shots is not None and fraction is not None:
+            raise ValueError(f"expected shots or fraction, got both: shots={shots}, fraction={fraction}")
+        check_choice("sampling", sampling, Sampling)
+        if device_cache and self.num_workers:
+            raise ValueError(
+                f"expected num_workers of 0 with device_cache, got {self.num_workers}; leave num_workers out"
+            )
+        self.shots, self.fraction, self.seed = shots, fraction, seed
+        self.val_fraction = val_fraction
+        self.sampling = sampling
+        self.device_cache = device_cache
+
+    @abstractmethod
+    def parts(self) -> dict[str, Labelled]:
+        """The data set's own parts: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
+
+    def hold(self, part: Labelled) -> Labelled:
+        """The part as it is kept; where files could be decoded once, this is the place."""
+        return part
+
+    def _read(self) -> Mapping[str, Labelled]:
+        parts = self.parts()
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"expected {self.num_classes} classes, got {len(self.class_names)}; is the data complete?")
+        if self.val_fraction is not None and "val" in parts:
+            parts["train"] = parts["train"].join(parts.pop("val"))
+        if "val" not in parts:
+            share = _VAL_FRACTION if self.val_fraction is None else self.val_fraction
+            cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
+            parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
+            if share and not len(parts["val"]):
+                rank_zero_info("there is no validation part: no class has more than one image to cut it from")
+        parts["train"] = self._few_labels(parts["train"])
+        for name in set(parts) - {"train"}:
+            if len(parts[name]) and (absent := absent_classes(parts[name].own_labels, self.class_names)):
+                rank_zero_info(f"there are no {name} images of {absent}")
+        return self._held({name: parts[name].balanced() for name in PARTS if name in parts and len(parts[name])})
+
+    def _few_labels(self, train: Labelled) -> Labelled:
+        labels = train.own_labels
+        if self.shots is not None:
+            return train.take(take_shots(labels, self.shots, self.seed, self.class_names))
+        if self.fraction is not None:
+            return train.take(take_fraction(labels, self.fraction, self.seed))
+        return train
+
+    def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
+        held = {name: self.hold(part) for name, part in parts.items()}
+        if not self.device_cache:
+            return held
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cpu":
+            rank_zero_info("device_cache: the training device is the CPU; images lie in memory, as in_memory has them")
+        moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
+        return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
+
+    def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
+        part = self._part(name)
+        dataset = self._dataset(part.as_stored() if as_stored else part, training)
+        return self._load(dataset, training, **(self._drawn(dataset) if training else self._in_order(dataset)))
+
+    def _dataset(self, part: Labelled, training: bool) -> TensorImages | FileImages:
+        if part.in_memory:
+            return TensorImages(part)
+        if training and self.recipe.crops:
+            return FileImages(part, self.input_size[1], self.recipe, self.views, self._run_seed, self.decoding)
+        return FileImages(part, self.input_size[1], decoding=self.decoding)
+
+    def _drawn(self, dataset: TensorImages | FileImages) -> dict[str, Any]:
+        """How the loader draws batches for training."""
+        labels = dataset.targets if self.sampling == "balanced" else None
+        taken = self._taken(self.batch_size)
+        sampler = EpochSampler(dataset, *self._place(), self._run_seed, taken, labels)
+        # Batch normalisation cannot train on a single image: one that is left over is left out of the epoch.
+        drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
+
+
+def _check_shares(fraction: float | None, val_fraction: float | None) -> None:
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"expected fraction in (0, 1], got {fraction}")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}")
