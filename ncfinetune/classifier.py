@@ -108,7 +108,8 @@ class Classifier(Learner):
             return trained
         inside = set(map(id, self.backbone.parameters()))
         head = [p for p in trained if id(p) not in inside]
-        return [*layer_groups(self.backbone.net, self.layer_decay), {"params": head, "name": "head"}]
+        groups = layer_groups(self.backbone.net, self.layer_decay)
+        return [*groups, {"params": head, "name": "head"}] if head else groups
 
     def lr_factor(self, group: dict[str, Any]) -> float:
         """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
