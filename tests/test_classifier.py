@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ncfinetune import Supervised
+from ncfinetune import FineTuner, Supervised
 from ncfinetune.datamodules import Digits, ImageFolder, images
 from ncfinetune.schedule import depths
 
@@ -235,6 +235,24 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
         Supervised(3, SMALL, **arguments)
 
 
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_fine_tuner_weighs_classes_and_smooths_from_its_cache_too(cache: Any, tmp_path: Path) -> None:
+    def fit(**arguments: Any) -> FineTuner:
+        torch.manual_seed(0)
+        model = FineTuner(3, VIT, train="blocks.5", optimizer=_sgd, allow_random=True, cache=cache, **arguments)
+        data = Digits([0, 1, 8], fraction=0.1, batch_size=16, image_size=16, augmentation="plain")
+        _trainer(tmp_path, max_steps=3).fit(model, data)
+        return model
+
+    balanced = fit(class_weight="balanced", label_smoothing=0.2)
+    given = fit(class_weight=balanced.class_weights.tolist(), label_smoothing=0.2)
+    assert len(set(balanced.class_weights.tolist())) > 1
+    for name, value in balanced.state_dict().items():
+        torch.testing.assert_close(value, given.state_dict()[name])
+    for other in (fit(class_weight="balanced"), fit(label_smoothing=0.2)):
+        assert not torch.allclose(other.head.weight, balanced.head.weight)
+
+
 # Learning rates by depth
 
 
@@ -269,6 +287,27 @@ def test_rates_are_those_of_timm(backbone: dict) -> None:
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.01}
 
 
+@pytest.mark.parametrize(("train", "depth"), [("all", 7), (["blocks.2", "blocks.4", "norm"], 3), ("*.bias", 7)])
+@pytest.mark.parametrize("factor", [0, 1, 10])
+def test_rates_of_a_fine_tuner_are_of_what_trains_and_times_that_of_the_head(
+    train: Any, depth: int, factor: int
+) -> None:
+    model = FineTuner(3, VIT, train=train, layer_decay=0.7, head_lr_factor=factor, optimizer=_sgd)
+    optimizer = model.configure_optimizers()
+    rates, timms = _rates(model, optimizer), _timms(VIT, 0.7)
+    trained = {name.removeprefix("backbone.net.") for name, p in model.named_parameters() if p.requires_grad}
+    head = {name: 0.1 * factor for name in ("head.weight", "head.bias") if factor}
+    assert rates == pytest.approx({name: head.get(name, 0.1 * timms[name]) for name in trained})
+    assert head.keys() <= trained
+    assert len(optimizer.param_groups) == depth + bool(factor)
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+def test_depth_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match='layer_decay=0.5 is for layers that train, and with train="none" only the'):
+        FineTuner(3, VIT, layer_decay=0.5)
+
+
 def test_rates_by_depth_multiply_those_of_a_scheduler_that_sets_them(tmp_path: Path) -> None:
     model = Supervised(
         3,
@@ -298,15 +337,17 @@ def test_rates_by_depth_multiply_those_of_a_scheduler_that_sets_them(tmp_path: P
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
 
 
-def test_a_run_with_rates_by_depth_goes_on(tmp_path: Path) -> None:
-    def fit(epochs: int, **arguments: Any) -> Supervised:
+@pytest.mark.parametrize("learner", [Supervised, FineTuner])
+def test_a_run_with_rates_by_depth_goes_on(learner: Any, tmp_path: Path) -> None:
+    def fit(epochs: int, **arguments: Any) -> Any:
         torch.manual_seed(0)
-        model = Supervised(3, VIT, layer_decay=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+        model = learner(3, VIT, layer_decay=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), **knobs)
         trainer = _trainer(tmp_path, max_epochs=epochs)
         trainer.fit(model, DataLoader(_uneven(), batch_size=4), **arguments)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return model
 
+    knobs = {"train": "all", "head_lr_factor": 2, "allow_random": True} if learner is FineTuner else {}
     fit(1)
     whole, resumed = fit(2), fit(2, ckpt_path=tmp_path / "1.ckpt")
     for name, value in whole.state_dict().items():

@@ -11,6 +11,7 @@ import torch
 from test_finetune import _sgd, _trainer
 
 from ncfinetune import Backbone, FineTuner, Supervised
+from ncfinetune.blocks import block_names
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import Digits
@@ -187,6 +188,29 @@ def test_rates_by_depth_reach_adapters() -> None:
     assert (
         depths(model.backbone.net)["norm.modules_to_save.default.weight"] == depths(Backbone(**VIT).net)["norm.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("network", "targets"),
+    [
+        ("vgg11", ["features.0", "features.3"]),
+        ("test_convnext", ["fc1", "fc2"]),
+        ("test_efficientnet", ["conv_pw", "conv_pwl"]),
+        ("test_resnet", ["conv2"]),
+        ("test_mambaout", ["fc1", "fc2"]),
+        ("dla34", ["conv1", "conv2"]),
+    ],
+)
+def test_blocks_are_those_of_the_network_without_adapters(network: str, targets: list[str]) -> None:
+    import peft
+
+    with torch.device("meta"):
+        net = timm.create_model(network, num_classes=0)
+        before = block_names(net)
+        wrapped = peft.get_peft_model(net, peft.LoraConfig(target_modules=targets))
+    assert before
+    assert block_names(net) == before
+    assert block_names(wrapped) == [f"base_model.model.{name}" for name in before]
 
 
 @pytest.mark.parametrize(
