@@ -103,7 +103,8 @@ class FineTuner(Classifier):
             without one, so that what is validated, saved and tested is the closed form on the tuned features.
         head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
             With 0 the head stays as it started, such as a fixed simplex.
-        layer_decay: Factor of the learning rate from each layer of the backbone to the one before; see `Classifier`.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
+            of the head is the optimiser's own. See `Classifier`.
         label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
         class_weight: Weights of the classes in the training loss, or ``balanced``; see `Classifier`.
         cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on

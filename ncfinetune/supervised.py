@@ -38,7 +38,8 @@ class Supervised(Classifier):
         projection_dim: Its width; None is that of the features.
         adversary: Trains on adversarial examples instead of the images. Without a ``mean`` and ``std`` of its own it
             takes those of the data.
-        layer_decay: Factor of the learning rate from each layer of the backbone to the one before; see `Classifier`.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
+            of the head is the optimiser's own. See `Classifier`.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
         lr_batch: Images a step for which the learning rate is meant; it is scaled linearly to those that a step has.

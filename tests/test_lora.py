@@ -72,7 +72,8 @@ def test_adapters_start_without_effect_on_the_weights_of_a_file(network: dict, t
 
 
 def test_a_network_that_no_file_gave_is_refused_whatever_peft_calls_its_layers(tmp_path: Path, data: Digits) -> None:
-    for network in (NETWORKS["ViT"], NETWORKS["all linear layers"]):
+    saved = {**VIT, "lora": {**LORA, "modules_to_save": ["patch_embed"]}}
+    for network in (saved, NETWORKS["all linear layers"]):
         plain = Backbone(**VIT)
         assert Backbone(**network).random.keys() == plain.random.keys()
         with pytest.raises(ValueError, match="the backbone is at its random start, with nothing to fine-tune"):
