@@ -384,13 +384,17 @@ class FineTuner(Classifier):
         Raises:
             FileNotFoundError: No such file.
             ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
-                1.
+                1, or below 1 for adapters.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
         facts = delta.facts(path)
         if strange := facts["knobs"].keys() - _knobs():
             raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
+        if strength != 1 and "lora" in facts["base"]:
+            raise ValueError(
+                f"strength={strength} averages weights, and the factors of adapters have no average; take 1"
+            )
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
         state = model.backbone.state_dict()
         base = {k: tensor.clone() for k, tensor in state.items() if strength != 1 and tensor.is_floating_point()}
