@@ -123,7 +123,10 @@ class Classifier(Learner):
         """Cross-entropy, smoothed and weighted only in training."""
         if not self.training:
             return nn.functional.cross_entropy(logits, labels)
-        weight = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+        weight = self.class_weights
+        if weight is not None:
+            kind = torch.promote_types(logits.dtype, weight.dtype)
+            logits, weight = logits.to(kind), weight.to(kind)
         return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=self.label_smoothing)
 
     def setup(self, stage: str) -> None:

@@ -85,8 +85,8 @@ def one_hot_mse(
     errors = k * share * (logits - m).square() + (1 - share) * logits.square()
     if class_weight is None:
         return errors.mean()
-    weight = share.to(errors.dtype) @ class_weight.to(errors.dtype)
-    return weight @ errors.mean(1) / weight.sum()
+    weight = (share * class_weight).sum(1)  # products of matrices are of half precision in autocast
+    return (weight * errors.mean(1)).sum() / weight.sum()
 
 
 class _Normalised(torch.autograd.Function):

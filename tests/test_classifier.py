@@ -206,6 +206,17 @@ def test_processes_count_together(shared: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(torch.load(tmp_path / f"{rank}.pt").numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_weights_are_not_rounded_with_the_logits(loss: Any, soft: bool) -> None:
+    labels, logits = torch.arange(64) % 3, torch.randn(64, 3).bfloat16()
+    y = torch.nn.functional.one_hot(labels, 3).float() if soft else labels
+    model = Supervised(3, VIT, loss=loss, class_weight=[1.0, 1.003, 0.997])
+    expected = model.loss(logits.float(), y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model.loss(logits, y), expected)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_weights_in_low_precision(loss: str, precision: Any, tmp_path: Path) -> None:
