@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -130,6 +131,12 @@ class ImageDataModule(LightningDataModule, ABC):
     def augments(self) -> bool:
         """Whether training images differ from those of evaluation, and from one epoch to the next."""
         return self._augmentation.augments
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training images of each class, ``(K,)``, after `setup`; None where that takes reading them."""
+        labels = getattr(self._parts.get("train"), "own_labels", None)
+        return None if labels is None else np.bincount(labels, minlength=self.num_classes)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

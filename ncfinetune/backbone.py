@@ -45,6 +45,9 @@ class Backbone(nn.Module):
             the names there.
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
             of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
+        lora: Arguments of `peft.LoraConfig` as plain data, such as ``{r: 8, target_modules: [qkv]}``: low-rank adapters
+            (Hu et al. 2021, arXiv 2106.09685), which peft puts into those layers with no effect at first. It freezes
+            what else there is, save for its ``bias`` and ``modules_to_save``. Needs the extra ``lora``.
         channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
         timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
 
@@ -55,9 +58,10 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: Unknown architecture (with the nearest names) or tag of weights, a stem that the architecture does
-            not have, or a checkpoint that fits none of its parameters; in ``forward`` and ``stages``, what is no batch
-            of images with its number of channels.
+            not have, adapters that peft cannot make, or a checkpoint that fits none of its parameters; in ``forward``
+            and ``stages``, what is no batch of images with its number of channels.
         FileNotFoundError: No such checkpoint.
+        ModuleNotFoundError: ``lora`` without the package peft.
     """
 
     net: Any
@@ -69,13 +73,14 @@ class Backbone(nn.Module):
         checkpoint: str | dict[str, Any] | None = None,
         stem: Literal["imagenet", "cifar"] = "imagenet",
         channels_last: bool = False,
+        lora: dict[str, Any] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
         _check_name(name)
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"expected stem imagenet or cifar, got {stem!r}")
-        self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs}
+        self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs, **({"lora": lora} if lora else {})}
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
         except (TypeError, RuntimeError) as error:
@@ -90,8 +95,15 @@ class Backbone(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
+        # Of peft, around the network; in a list, so that it is no module of this one.
+        self._adapters: list[Any] = []
         if checkpoint is not None:
             self.load(checkpoint)
+        self._adapt()
+
+    def _adapt(self) -> None:
+        if lora := self.spec.get("lora"):
+            self._adapters = [_adapted(self.net, lora)]
 
     @classmethod
     def build(cls, backbone: str | dict[str, Any] | Backbone) -> Backbone:
@@ -148,21 +160,38 @@ class Backbone(nn.Module):
         """Start from the weights in a file and say which of them fitted; see `weights.load`.
 
         Where the file says how its weights expect images to be normalised, so does the network's ``pretrained_cfg``.
+        Adapters start anew.
         """
+        adapted = bool(self._adapters)
+        if adapted:  # their layers have other names than those of files
+            self.net = self._adapters.pop().unload()
         loaded, data = weights.load(self.net, checkpoint)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
         preprocessing = data.get("preprocessing") or {}  # None in the file of a run whose data did not say
         seen = {name: preprocessing.get(name) for name in ("mean", "std")}
         self.net.pretrained_cfg = {**self.net.pretrained_cfg, **{name: v for name, v in seen.items() if v is not None}}
+        if adapted:
+            self._adapt()
 
     def save(self, path: str | Path) -> None:
-        """Write the network's weights to a ``.safetensors`` or ``.pth`` file; see `weights.save`."""
-        weights.save(self.net.state_dict(), path)
+        """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weights.save`."""
+        weights.save(self.merged().net.state_dict(), path)
+
+    def merged(self) -> Backbone:
+        """A backbone whose weights hold what the adapters do, without them; itself where there are none."""
+        if not self._adapters:
+            return self
+        twin = Backbone(**self.spec, channels_last=self.channels_last)
+        twin.net.load_state_dict(self.net.state_dict())
+        twin.net = twin._adapters.pop().merge_and_unload()
+        twin.net.pretrained_cfg = self.net.pretrained_cfg
+        del twin.spec["lora"]
+        return twin.to(next(self.net.parameters())).train(self.training)
 
     @property
     def random(self) -> dict[str, nn.Parameter]:
         """The parameters that are still at their random start, by name: neither loaded nor trained since."""
-        now = dict(self.net.named_parameters())
+        now = {_before_adapters(name): parameter for name, parameter in self.net.named_parameters()}
         return {
             name: now[name]
             for name, start in self._start.items()
@@ -214,6 +243,23 @@ class Backbone(nn.Module):
         size = self.spec.get("img_size") or getattr(patches, "img_size", None)
         height, width = (size, size) if isinstance(size, int) else size or self.net.pretrained_cfg["input_size"][1:]
         return self.spec.get("in_chans", 3), height, width
+
+
+def _adapted(net: nn.Module, lora: Mapping[str, Any]) -> Any:
+    """Put adapters into the layers of a network; returns peft's module, which can merge them or take them out."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("lora needs the package peft: pip install 'ncfinetune[lora]'") from error
+    try:
+        return peft.LoraModel(net, peft.LoraConfig(**lora), "default")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft cannot make lora={lora}: {error}") from error
+
+
+def _before_adapters(name: str) -> str:
+    """What the network calls a parameter that peft wraps."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _size(module: nn.Module) -> int:

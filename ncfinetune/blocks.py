@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ _BLOCKS_THAT_LOOK_LIKE_STAGES = re.compile(
 )
 # Children that only prepare a stage's input for its row of blocks: down-sampling, GC-ViT's generator of global queries.
 _BEFORE_THE_ROW = re.compile(r"downsample|global_block$")
+# Where peft keeps the layer that an adapter, or a copy that trains, stands for.
+_WRAPPED = ("base_layer", "original_module")
 # A stage with no unit repeated is one still if its units have at least this share of its parameters: a block with one
 # helper inside, such as squeeze and excitation, keeps far more for itself.
 _STAGE_SHARE = 0.8
@@ -31,6 +33,7 @@ def block_names(module: nn.Module) -> list[str]:
     A unit stands in a row, a container or children numbered by name, and mixes channels at least twice, as residual
     and transformer blocks, Inception modules and NASNet cells do. What holds rows of units is a stage, not a unit.
     Networks without any have smaller units: of one convolution with its normalisation, or bare layers as in VGG.
+    A layer that peft wraps counts as the layer that it was.
     """
     for kind in (_Unit(2), _Unit(1, sequential=True), _Unit(1, sequential=True, leaf=True)):
         if found := _repeated(_units(module, kind), module):
@@ -47,11 +50,12 @@ class _Unit:
     leaf: bool = False
 
     def fits(self, module: nn.Module) -> bool:
+        module = _unwrapped(module)
         if type(module) in _CONTAINERS and not (self.sequential and type(module) is nn.Sequential):
             return False
         if not self.leaf and not any(True for _ in module.children()):
             return False
-        return sum(map(_mixes_channels, module.parameters())) >= self.mixes
+        return sum(map(_mixes_channels, _weights(module))) >= self.mixes
 
 
 def _mixes_channels(weight: Tensor) -> bool:
@@ -61,11 +65,13 @@ def _mixes_channels(weight: Tensor) -> bool:
 
 def _units(module: nn.Module, kind: _Unit) -> dict[str, nn.Module]:
     """The outermost units inside a module, by path from there, in the order in which it holds them."""
+    if _unwrapped(module) is not module:
+        return {}
     children = {name: child for name, child in module.named_children() if not _BEFORE_THE_ROW.match(name)}
     rows: dict[Any, list[str]] = defaultdict(list)
     for name, child in children.items():
         row = _row(module, name, kind)
-        rows[name if row is None else (type(child), row)].append(name)
+        rows[name if row is None else (type(_unwrapped(child)), row)].append(name)
     found: dict[str, nn.Module] = {}
     for row, names in rows.items():
         members = {name: children[name] for name in names}
@@ -107,12 +113,28 @@ def _is_stage(module: nn.Module, inside: Mapping[str, nn.Module]) -> bool:
     """Whether it is a row of units and little else, not a unit with one small helper such as squeeze and excitation."""
     if not inside or _BLOCKS_THAT_LOOK_LIKE_STAGES.search(type(module).__name__):
         return False
-    repeated = max(Counter(type(unit) for unit in inside.values()).values()) > 1
+    repeated = max(Counter(type(_unwrapped(unit)) for unit in inside.values()).values()) > 1
     return repeated or sum(map(_size, inside.values())) >= _STAGE_SHARE * _size(module)
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The layer that a module of peft stands for; of other modules themselves."""
+    if not type(module).__module__.startswith("peft."):
+        return module
+    return next((_unwrapped(child) for name, child in module.named_children() if name in _WRAPPED), module)
+
+
+def _weights(module: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters of a network, each once, but for what adapters add."""
+    inner = _unwrapped(module)
+    own = {id(p): p for p in inner.parameters(recurse=False)}
+    for child in inner.children():
+        own |= {id(p): p for p in _weights(child)}
+    return own.values()
+
+
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in _weights(module))
 
 
 def _repeated(units: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Module]:
@@ -120,8 +142,8 @@ def _repeated(units: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Mo
 
     Where none is repeated, as in a network cut to one layer, those that stand in a container.
     """
-    counts = Counter(type(unit) for unit in units.values())
-    rows = {_above(path) for path, unit in units.items() if counts[type(unit)] > 1}
+    counts = Counter(type(_unwrapped(unit)) for unit in units.values())
+    rows = {_above(path) for path, unit in units.items() if counts[type(_unwrapped(unit))] > 1}
     stages = {_above(row) for row in rows if row}
     near = {path for path in units if _above(path) in rows or (_above(path) and _above(_above(path)) in stages)}
     near |= {path for path in units if not rows and isinstance(module.get_submodule(_above(path)), _CONTAINERS)}

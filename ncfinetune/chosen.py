@@ -48,7 +48,8 @@ def choose(backbone: nn.Module, network: nn.Module, train: str | Sequence[str]) 
     """What ``train`` names in a backbone's network.
 
     A name or pattern that fits layers chooses these whole; a pattern chooses all that it fits, but for layers without
-    parameters. What fits no layer is held against the ends of the parameters' paths in the same way: ``*.bias`` or
+    parameters. Of those dropout is chosen too, since it drops in training alone: ``*lora_*`` means that of adapters as
+    well. What fits no layer is held against the ends of the parameters' paths in the same way: ``*.bias`` or
     ``*.bn*.weight``.
 
     Raises:
@@ -97,11 +98,11 @@ def _layers(network: nn.Module, pattern: str) -> dict[str, nn.Module]:
             raise ValueError(f"layer {empty[0]!r} has no parameters to train; name the block that holds it")
         return found
     fitting = fitting_paths(modules, pattern)
-    trainable = {path: end for path, end in fitting.items() if _has_parameters(modules[path])}
-    if fitting and not trainable:
+    if fitting and not any(_has_parameters(modules[path]) for path in fitting):
         raise ValueError(f"layer {next(iter(fitting))!r} has no parameters to train; name the block that holds it")
-    ends = list(trainable.values())
-    return {end if ends.count(end) == 1 else path: modules[path] for path, end in trainable.items()}
+    chosen = {path: end for path, end in fitting.items() if _has_parameters(modules[path]) or _drops(modules[path])}
+    ends = list(fitting.values())
+    return {end if ends.count(end) == 1 else path: modules[path] for path, end in chosen.items()}
 
 
 def _parameters(network: nn.Module, pattern: str) -> Sequence[str]:
@@ -111,6 +112,10 @@ def _parameters(network: nn.Module, pattern: str) -> Sequence[str]:
 
 def _has_parameters(layer: nn.Module) -> bool:
     return any(True for _ in layer.parameters())
+
+
+def _drops(layer: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.dropout._DropoutNd) for part in layer.modules())
 
 
 def _check_shared(network: nn.Module, chosen: Chosen, trained: Iterable[int]) -> None:

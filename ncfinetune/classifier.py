@@ -5,18 +5,23 @@ Legend: ``N`` samples, ``K`` classes.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.inputs import may_look, whole
+from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner
+from ncfinetune.passes import known_labels
+from ncfinetune.schedule import depths, layer_groups
 
+ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
 # Of what a datamodule says of its images, what makes the same pixel another number.
@@ -39,14 +44,33 @@ class Classifier(Learner):
         lr_scheduler: Makes a scheduler of that optimiser.
         lr_batch: Images a step for which the learning rate is meant; see `Learner`.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
+        label_smoothing: Share of the target that cross-entropy spreads over all classes in training (Szegedy et al.
+            2016, arXiv 1512.00567, section 7), from 0 to below 1.
+        class_weight: Weights of the classes in the training loss, which becomes a weighted mean over the batch as in
+            `torch.nn.CrossEntropyLoss`: normalised in each batch of a process by itself, and those means averaged over
+            processes and accumulated batches. ``balanced`` gives a class of ``n`` of the ``N`` training images the
+            weight ``N / (K n)``, K the classes that have images (King and Zeng 2001, as in scikit-learn); a class
+            without images 0. Labels that are shares of classes are weighted as torch does it, by a mean that is not
+            normalised. Loss and accuracy of validation and test are neither weighted nor smoothed.
+        layer_decay: Layer-wise learning-rate decay: the learning rate of each layer of the backbone is that of the next
+            one, the last one's that of the head, times this number, in (0, 1]. Layers are timm's, as
+            `timm.optim.param_groups_layer_decay` has them; weight decay stays that of the optimiser. None is the
+            optimiser's rate for all.
+
+    Attributes:
+        class_weights: The weights ``(K,)``; None without. They are in no checkpoint; ``balanced`` ones are 1 until
+            a fit counts, as one that goes on does again.
 
     Raises:
         ValueError: ``num_classes`` is below 2, or contradicts the datamodule or a label; labels ``(N, K)`` are no
             probabilities, as those of images that show several classes. Off the CPU only the first batch of an epoch
-            is looked at when it comes, and the others when the epoch ends.
+            is looked at when it comes, and the others when the epoch ends. Also ``label_smoothing``, ``layer_decay`` or
+            weights out of their range, ``balanced`` where the data do not say their labels, and ``layer_decay`` for a
+            network whose layers timm does not tell apart.
     """
 
     logged = ("loss", "acc")
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -56,24 +80,57 @@ class Classifier(Learner):
         lr_scheduler: LRSchedulerCallable | None,
         lr_batch: int | None = None,
         lr_interval: Interval = "epoch",
+        label_smoothing: float = 0.0,
+        class_weight: ClassWeight | None = None,
+        layer_decay: float | None = None,
     ) -> None:
         super().__init__(backbone, optimizer, lr_scheduler, lr_batch, lr_interval)
         if num_classes is None or num_classes < 2:
             raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"expected label_smoothing from 0 to below 1, got {label_smoothing}")
+        if layer_decay is not None:
+            if not 0 < layer_decay <= 1:
+                raise ValueError(f"expected layer_decay above 0 and up to 1, or None, got {layer_decay}")
+            depths(self.backbone.net)
+        self.layer_decay = layer_decay
         self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self._balances = class_weight == "balanced"
+        self.register_buffer("class_weights", _start_of_weights(class_weight, num_classes), persistent=False)
         # Rows of probabilities that do not sum to 1, of this epoch and process; counted on the device, unread.
         self._wrong_rows: Tensor | None = None
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimiser is made of; with ``layer_decay`` a group for each layer of the backbone and the head's."""
+        trained = super().parameter_groups()
+        if self.layer_decay is None:
+            return trained
+        inside = set(map(id, self.backbone.parameters()))
+        head = [p for p in trained if id(p) not in inside]
+        groups = layer_groups(self.backbone.net, self.layer_decay)
+        return [*groups, {"params": head, "name": "head"}] if head else groups
+
+    def lr_factor(self, group: dict[str, Any]) -> float:
+        """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
+        return super().lr_factor(group) * group.get("lr_factor", 1.0)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Class logits ``(N, K)`` of images."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return nn.functional.cross_entropy(logits, labels)
+        """Cross-entropy, smoothed and weighted only in training."""
+        if not self.training:
+            return nn.functional.cross_entropy(logits, labels)
+        weight = self.class_weights
+        if weight is not None:
+            kind = torch.promote_types(logits.dtype, weight.dtype)
+            logits, weight = logits.to(kind), weight.to(kind)
+        return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=self.label_smoothing)
 
     def setup(self, stage: str) -> None:
-        """Refuse a datamodule with another number of classes, or with other classes."""
+        """Refuse a datamodule with another number of classes, or with other classes; weigh the classes of a fit."""
         super().setup(stage)
         offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if offered != self.num_classes:
@@ -81,6 +138,10 @@ class Classifier(Learner):
                 f"the model has num_classes={self.num_classes}, the data {offered}; "
                 f"give the model num_classes={offered}"
             )
+        if stage == "fit" and self._balances:
+            assert self.class_weights is not None
+            # In place, so that it keeps its device and type.
+            self.class_weights.copy_(_balanced(_training_counts(self.trainer, self.num_classes)))
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Refuse a datamodule whose labels mean other classes, and warn of one that normalises images otherwise.
@@ -157,6 +218,47 @@ class Classifier(Learner):
         count = torch.zeros((), dtype=torch.int64, device=self.device) if own is None else own
         if wrong := int(self.trainer.strategy.reduce(count, reduce_op="sum")):
             raise ValueError(_not_probabilities(f"{wrong} rows in this epoch that do not"))
+
+
+def _start_of_weights(class_weight: ClassWeight | None, num_classes: int) -> Tensor | None:
+    """The weights that are given; ones where those of the data come in their place."""
+    if class_weight is None:
+        return None
+    if isinstance(class_weight, str):
+        if class_weight != "balanced":
+            raise ValueError(f"expected class_weight balanced or {num_classes} weights, got {class_weight!r}")
+        return torch.ones(num_classes)
+    weights = [float(weight) for weight in class_weight]
+    if len(weights) != num_classes or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"expected class_weight of {num_classes} positive, finite numbers, got {weights}")
+    return torch.tensor(weights)
+
+
+def _training_counts(trainer: Trainer, num_classes: int) -> Tensor:
+    """Training images of each class, ``(K,)``, as datamodule or data set know them without reading one."""
+    counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+    if counts is None:
+        trainer.fit_loop.setup_data()  # has the loader made, which it is not yet
+        labels = known_labels(getattr(trainer.train_dataloader, "dataset", None))
+        if labels is None:
+            raise ValueError(
+                'class_weight="balanced" needs the labels of all training images, and the data do not say them: '
+                "expected class_counts of the datamodule, or targets of its data set; or give the weights as numbers"
+            )
+        found = torch.as_tensor(labels.astype("int64"))
+        check_labels(found, num_classes)
+        counts = found.bincount(minlength=num_classes)
+    counts = torch.as_tensor(counts, device=trainer.strategy.root_device)
+    if counts.shape != (num_classes,):
+        raise ValueError(f"expected class_counts of {num_classes} classes, got shape {tuple(counts.shape)}")
+    # Processes that all have the whole set make every count larger by the same factor, which cancels.
+    return trainer.strategy.reduce(counts, reduce_op="sum")
+
+
+def _balanced(counts: Tensor) -> Tensor:
+    """Weights with which every class that has samples counts as much, and the samples 1 on average."""
+    present = counts > 0
+    return torch.where(present, counts.sum() / present.sum() / counts, 0.0)
 
 
 def _listed(names: list[str]) -> str:

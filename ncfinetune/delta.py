@@ -143,6 +143,7 @@ def save_for_timm(
             ``.safetensors``.
     """
     _check_suffix(path)
+    backbone = backbone.merged()
     base = backbone.spec
     arguments = {key: value for key, value in base.items() if key not in ("name", "stem")}
     if base["stem"] != "imagenet":

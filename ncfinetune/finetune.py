@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +21,7 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.checksums import fingerprint
 from ncfinetune.chosen import choose, parameter_table
-from ncfinetune.classifier import Classifier
+from ncfinetune.classifier import Classifier, ClassWeight
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
@@ -42,6 +40,9 @@ _NOT_THE_MODEL = (
     "cache",
     "cache_dir",
     "allow_random",
+    "layer_decay",
+    "label_smoothing",
+    "class_weight",
     "optimizer",
     "lr_scheduler",
     "lr_interval",
@@ -102,6 +103,10 @@ class FineTuner(Classifier):
             without one, so that what is validated, saved and tested is the closed form on the tuned features.
         head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
             With 0 the head stays as it started, such as a fixed simplex.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
+            of the head is the optimiser's own. See `Classifier`.
+        label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
+        class_weight: Weights of the classes in the training loss, or ``balanced``; see `Classifier`.
         cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
             what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
             pass from then on. For training without random augmentation.
@@ -134,6 +139,9 @@ class FineTuner(Classifier):
         head_init: HeadInit = "default",
         refit: Refit = "none",
         head_lr_factor: float = 1.0,
+        layer_decay: float | None = None,
+        label_smoothing: float = 0.0,
+        class_weight: ClassWeight | None = None,
         cache: Place = "none",
         cache_dir: str = CACHE_DIR,
         allow_random: bool = False,
@@ -141,11 +149,21 @@ class FineTuner(Classifier):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_interval=lr_interval)
+        super().__init__(
+            num_classes,
+            backbone,
+            optimizer,
+            lr_scheduler,
+            lr_interval=lr_interval,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            layer_decay=layer_decay,
+        )
         knobs.check_choices(skip_join, skip_gradient, head_init, refit, cache)
         knobs.check_cache(train, cache, cache_dir)
         knobs.check_skips(train, skip_from, skip_join, skip_gradient, max_skips)
         knobs.check_head(train, head_init, refit, head_lr_factor, skip_join)
+        knobs.check_decay(train, layer_decay)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
         self.allow_random = allow_random
@@ -163,8 +181,6 @@ class FineTuner(Classifier):
         self.head = nn.Linear(width, num_classes) if linear else SkipHead(width, skipped, num_classes, join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
         self.head_lr_factor = head_lr_factor
-        if head_lr_factor not in (0, 1):
-            self._optimizer = partial(_in_two_groups, self._optimizer, self.head)
         self._start_head()
         self.backbone.requires_grad_(False)
         for tensors in self._chosen.tensors(self.backbone.net).values():
@@ -210,6 +226,15 @@ class FineTuner(Classifier):
             rank_zero_info(f"classifier: starts as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
             self._head_ready = True
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimiser is made of; where the head has a learning rate of its own, groups that set it apart."""
+        groups = super().parameter_groups()
+        if self.layer_decay is not None or self.head_lr_factor in (0, 1):
+            return groups
+        inside = set(map(id, self.backbone.parameters()))
+        body, head = [p for p in groups if id(p) in inside], [p for p in groups if id(p) not in inside]
+        return [*([{"params": body, "name": "backbone"}] if body else []), {"params": head, "name": "head"}]
 
     def lr_factor(self, group: dict[str, Any]) -> float:
         """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
@@ -359,13 +384,17 @@ class FineTuner(Classifier):
         Raises:
             FileNotFoundError: No such file.
             ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
-                1.
+                1, or below 1 for adapters.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
         facts = delta.facts(path)
         if strange := facts["knobs"].keys() - _knobs():
             raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
+        if strength != 1 and "lora" in facts["base"]:
+            raise ValueError(
+                f"strength={strength} averages weights, and the factors of adapters have no average; take 1"
+            )
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
         state = model.backbone.state_dict()
         base = {k: tensor.clone() for k, tensor in state.items() if strength != 1 and tensor.is_floating_point()}
@@ -453,14 +482,6 @@ class FineTuner(Classifier):
         """Input of the linear classifier ``(N, classifier.in_features)``."""
         features = self.features(x)
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
-
-
-def _in_two_groups(optimizer: OptimizerCallable, head: nn.Module, parameters: Iterable[nn.Parameter]) -> Any:
-    """An optimiser of two groups, ``backbone`` and ``head``."""
-    in_head = set(map(id, head.parameters()))
-    body = [p for p in parameters if id(p) not in in_head]
-    groups = [{"params": body, "name": "backbone"}] if body else []
-    return optimizer([*groups, {"params": list(head.parameters()), "name": "head"}])
 
 
 def _knobs() -> set[str]:

@@ -80,6 +80,18 @@ def _listed(skip_from: Any) -> str:
     return "layers to be chosen" if skip_from == "auto" else ", ".join(listed_skips(skip_from))
 
 
+def check_decay(train: Any, layer_decay: float | None) -> None:
+    """Refuse a learning rate by depth where nothing has a depth.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if train == "none" and layer_decay is not None:
+        raise ValueError(
+            f'layer_decay={layer_decay} is for layers that train, and with train="none" only the head does'
+        )
+
+
 def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, skip_join: str) -> None:
     """Refuse options of the head that would do nothing, and with which nothing would train.
 

@@ -206,10 +206,14 @@ class Learner(LightningModule, ABC):
         """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
         return self._lr_factor
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimiser is made of: the parameters that require a gradient, or groups of them."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
         """The optimiser of the parameters that require a gradient, and its scheduler."""
         self._configured_for = self._tuned()
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self._optimizer(self.parameter_groups())
         scales = self._lr_batch is not None and self.lr is None
         self._lr_factor = _images_a_step(self.trainer) / self._lr_batch if scales and self._lr_batch else 1.0
         for group in optimizer.param_groups:
@@ -234,9 +238,9 @@ class Learner(LightningModule, ABC):
             )
         if not follows_rates(self._lr_scheduler, optimizer, factors):
             raise ValueError(
-                "the scheduler sets the learning rate itself and would undo lr_batch and head_lr_factor, which "
-                f"multiply it by {', '.join(f'{factor:g}' for factor in factors)}; leave them out, or take a scheduler "
-                "that multiplies the optimiser's rate"
+                "the scheduler sets the learning rate itself and would undo lr_batch, layer_decay and head_lr_factor, "
+                f"which multiply it by {', '.join(f'{factor:g}' for factor in factors)}; leave them out, or take a "
+                "scheduler that multiplies the optimiser's rate"
             )
 
     def _tuned(self) -> tuple[Any, ...]:

@@ -63,7 +63,9 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     return loss
 
 
-def one_hot_mse(logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0) -> Tensor:
+def one_hot_mse(
+    logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0, class_weight: Tensor | None = None
+) -> Tensor:
     """Squared error on one-hot targets: the mean over samples and classes of ``k (logit_y - m)^2`` and ``logit_j^2``.
 
     ``k`` and ``m`` are the rescaling of Hui and Belkin (2021, arXiv 2006.07322), section 2: with many classes the one
@@ -75,10 +77,16 @@ def one_hot_mse(logits: Tensor, labels: Tensor, k: float = 1.0, m: float = 1.0) 
         labels: Classes ``(N,)``, or probabilities of classes ``(N, K)``, which weigh the two kinds of target.
         k: Weight of the true class's error.
         m: Target of the true class.
+        class_weight: Weights of the classes, ``(K,)``: the mean over samples is weighted by that of each one's class,
+            with probabilities by the mean weight of its classes.
     """
     share = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (k * share * (logits - m).square() + (1 - share) * logits.square()).mean()
+    errors = k * share * (logits - m).square() + (1 - share) * logits.square()
+    if class_weight is None:
+        return errors.mean()
+    weight = (share * class_weight).sum(1)  # products of matrices are of half precision in autocast
+    return (weight * errors.mean(1)).sum() / weight.sum()
 
 
 class _Normalised(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The learning rate over the epochs: a schedule made of torch's schedulers, and factors on whatever they do."""
+"""The learning rate over epochs and layers: a schedule made of torch's schedulers, and factors on whatever they do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from timm.models._manipulate import group_with_matcher
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, SequentialLR
 
@@ -32,6 +34,49 @@ class WarmupCosine(SequentialLR):
         ramp = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / decay, 1))) / 2)
         super().__init__(optimizer, [ramp, cosine], milestones=[warmup])
+
+
+def depths(net: Any) -> dict[str, int]:
+    """How many layers lie between each parameter of a timm network without its classifier and that classifier.
+
+    Layers are those of timm's `param_groups_layer_decay`, which the network's ``group_matcher`` tells apart: the stem,
+    the blocks, and the classifier with what stands before it and belongs to no block, which is at 0.
+
+    Raises:
+        ValueError: The network has no ``group_matcher``, or one that puts all parameters into one layer, as where their
+            names are no longer timm's.
+    """
+    layers: dict[str, int] = {}
+    if hasattr(net, "group_matcher"):
+        known = net.pretrained_cfg.get("classifier") or "head"
+        # The classifier's names are there too, so that timm counts its layer, whether it stands alone there or not.
+        classifiers = [(f"{name}.weight", None) for name in ([known] if isinstance(known, str) else known)]
+        named = [*net.named_parameters(), *classifiers]
+        layers = group_with_matcher(iter(named), net.group_matcher(coarse=False), reverse=True)
+    if len(set(layers.values())) < 2:
+        raise ValueError(
+            f"layer_decay needs a network whose layers timm tells apart, and {type(net).__name__} has no group_matcher "
+            "that does; leave layer_decay out"
+        )
+    last = max(layers.values())
+    return {name: last - layers[name] for name, _ in net.named_parameters()}
+
+
+def layer_groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Groups of a timm network's parameters that train, one for each layer, the first one first.
+
+    The learning rate of a layer is to be multiplied by the ``lr_factor`` of its group: ``decay`` to the power of its
+    distance from the classifier (layer-wise learning-rate decay: Clark et al. 2020, arXiv 2003.10555, appendix B; Bao
+    et al. 2021, arXiv 2106.08254).
+    """
+    distances, layers = depths(net), dict[int, list[nn.Parameter]]()
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            layers.setdefault(distances[name], []).append(parameter)
+    return [
+        {"params": layers[distance], "name": f"backbone-{distance}", "lr_factor": decay**distance}
+        for distance in sorted(layers, reverse=True)
+    ]
 
 
 # Where torch keeps learning rates: in the optimiser's groups (OneCycleLR keeps three there) and in its schedulers.

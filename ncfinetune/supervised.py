@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ncfinetune.adversarial import PGD
 from ncfinetune.backbone import Backbone
-from ncfinetune.classifier import Classifier
+from ncfinetune.classifier import Classifier, ClassWeight
 from ncfinetune.heads import Projection, projection_head
 from ncfinetune.inputs import whole
 from ncfinetune.learner import Batch, Interval
@@ -30,14 +30,16 @@ class Supervised(Classifier):
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
         loss: ``ce`` is cross-entropy; ``mse`` is the squared error on one-hot targets of Hui and Belkin (2021, arXiv
             2006.07322, section 2), which weighs the true class by ``mse_weight`` and aims it at ``mse_target``.
-        label_smoothing: Share of the target that cross-entropy spreads over all classes in training (Szegedy et al.
-            2016, arXiv 1512.00567, section 7), from 0 to below 1.
+        label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
+        class_weight: Weights of the classes in the training loss, or ``balanced``; see `Classifier`.
         mse_weight: Their k.
         mse_target: Their M; they take k = M = 1 for few classes, 15 and 30 for the thousand of ImageNet.
         projection: Head between backbone and classifier: ``none``, ``linear`` or ``mlp``.
         projection_dim: Its width; None is that of the features.
         adversary: Trains on adversarial examples instead of the images. Without a ``mean`` and ``std`` of its own it
             takes those of the data.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
+            of the head is the optimiser's own. See `Classifier`.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
         lr_batch: Images a step for which the learning rate is meant; it is scaled linearly to those that a step has.
@@ -55,20 +57,31 @@ class Supervised(Classifier):
         backbone: str | dict[str, Any] | Backbone,
         loss: Literal["ce", "mse"] = "ce",
         label_smoothing: float = 0.0,
+        class_weight: ClassWeight | None = None,
         mse_weight: float = 1.0,
         mse_target: float = 1.0,
         projection: Projection = "none",
         projection_dim: int | None = None,
         adversary: PGD | dict[str, Any] | None = None,
+        layer_decay: float | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_batch: int | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler, lr_batch, lr_interval)
+        super().__init__(
+            num_classes,
+            backbone,
+            optimizer,
+            lr_scheduler,
+            lr_batch,
+            lr_interval,
+            label_smoothing,
+            class_weight,
+            layer_decay,
+        )
         _check_loss(loss, label_smoothing, mse_weight, mse_target)
         self.loss_name = loss
-        self.label_smoothing = label_smoothing
         self.mse_weight = mse_weight
         self.mse_target = mse_target
         width = self.backbone.dim if projection_dim is None else projection_dim
@@ -88,11 +101,11 @@ class Supervised(Classifier):
         return self.head(self.projection(self.backbone(x)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, smoothed only in training, or squared error."""
-        if self.loss_name == "mse":
-            return one_hot_mse(logits, labels, self.mse_weight, self.mse_target)
-        smoothing = self.label_smoothing if self.training else 0.0
-        return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        """Cross-entropy, or squared error weighted only in training."""
+        if self.loss_name == "ce":
+            return super().loss(logits, labels)
+        weight = self.class_weights if self.training else None
+        return one_hot_mse(logits, labels, self.mse_weight, self.mse_target, weight)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the outputs above 0 over their sum.
@@ -125,8 +138,6 @@ class Supervised(Classifier):
 def _check_loss(loss: str, label_smoothing: float, mse_weight: float, mse_target: float) -> None:
     if loss not in ("ce", "mse"):
         raise ValueError(f"expected loss ce or mse, got {loss!r}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected label_smoothing from 0 to below 1, got {label_smoothing}")
     if not (mse_weight > 0 and mse_target > 0):
         raise ValueError(f"expected mse_weight and mse_target above 0, got {mse_weight} and {mse_target}")
     if loss == "mse" and label_smoothing:

@@ -205,6 +205,11 @@ def export(checkpoint: str, path: str) -> str:
     weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     if not weights:
         raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(named))}")
+    if adapted := [key for key in weights if ".base_layer." in key]:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} has adapters beside its weights ({_some(adapted)}); merge them by "
+            "load_from_checkpoint of the learner and backbone.save"
+        )
     save(weights, path, data)
     return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
 

@@ -273,9 +273,13 @@ class _Own(lr_scheduler.LRScheduler):
 
 
 def test_a_scheduler_that_undoes_the_factors_is_refused() -> None:
-    with pytest.raises(ValueError, match="would undo lr_batch and head_lr_factor, which multiply it by 1, 10; leave"):
+    with pytest.raises(
+        ValueError, match="would undo lr_batch, layer_decay and head_lr_factor, which multiply it by 1, 10; leave"
+    ):
         _rates(_Own, head_lr_factor=10)
-    with pytest.raises(ValueError, match="would undo lr_batch and head_lr_factor, which multiply it by 0.25; leave"):
+    with pytest.raises(
+        ValueError, match="would undo lr_batch, layer_decay and head_lr_factor, which multiply it by 0.25; leave"
+    ):
         _rates(_Own, lr_batch=16)
     assert _rates(_Own)[0] == [0.1]
     with pytest.raises(ValueError, match=r"so that lr=0.5 would do nothing; give the rate to the scheduler \(max_lr"):
