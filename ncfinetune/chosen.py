@@ -10,6 +10,8 @@ from torch import nn
 from ncfinetune.layers import find_layers, fitting_paths
 
 _WILD = frozenset("*?[")
+# Layers that a table names one by one.
+_MOST_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Chosen:
         """Parameters that train, by the name or pattern that chose them."""
         rows = {name: list(layer.parameters()) for name, layer in self.layers.items()}
         return rows | {name: [network.get_parameter(path) for path in paths] for name, paths in self.parameters.items()}
+
+    def rows(self, network: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """`tensors` for a table, in which many layers are one row."""
+        tensors = self.tensors(network)
+        if len(tensors) <= _MOST_ROWS:
+            return tensors
+        return {f"{len(tensors)} layers": [parameter for row in tensors.values() for parameter in row]}
 
     def places(self) -> list[str]:
         """Names of the modules that train or hold what does; the network's own is the empty name."""

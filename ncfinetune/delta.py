@@ -129,6 +129,25 @@ def _wrong(tensors: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> str | 
     return f"has values in {broken[0]} that are not finite" if broken else None
 
 
+def check_strength(strength: float, facts: Mapping[str, Any]) -> None:
+    """Refuse a strength that a delta with these facts cannot have.
+
+    Raises:
+        ValueError: It is not from 0 to 1, or below 1 for adapters.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
+    if strength != 1 and "lora" in facts["base"]:
+        raise ValueError(f"strength={strength} averages weights, and the factors of adapters have no average; take 1")
+
+
+def average(base: Mapping[str, Tensor], state: Mapping[str, Tensor], strength: float) -> None:
+    """Set the tensors of a state to ``base + strength * (state - base)``, whole numbers aside."""
+    for name, before in base.items():
+        if before.is_floating_point():
+            state[name].copy_(torch.lerp(before, state[name], strength))
+
+
 def save_for_timm(
     path: str | Path, backbone: Backbone, classifier: nn.Linear | None, data: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from pathlib import Path
 from typing import Any, get_args
@@ -27,26 +26,10 @@ from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
 from ncfinetune.passes import eval_mode, evaluation, ready_batches
+from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
 from ncfinetune.store import Stored
-
-# Tuned layers that the table of parameters names one by one.
-_MOST_ROWS = 12
-# Arguments that a delta keeps apart, or that say how a run went about it.
-_NOT_THE_MODEL = (
-    "backbone",
-    "checkpoint",
-    "cache",
-    "cache_dir",
-    "allow_random",
-    "layer_decay",
-    "label_smoothing",
-    "class_weight",
-    "optimizer",
-    "lr_scheduler",
-    "lr_interval",
-)
 
 
 class FineTuner(Classifier):
@@ -106,7 +89,8 @@ class FineTuner(Classifier):
         layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
             of the head is the optimiser's own. See `Classifier`.
         label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
-        class_weight: Weights of the classes in the training loss, or ``balanced``; see `Classifier`.
+        class_weight: Weights of the classes in the training loss and in ``ridge`` and ``lda``, or ``balanced``; see
+            `Classifier`.
         cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
             what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
             pass from then on. For training without random augmentation.
@@ -232,9 +216,7 @@ class FineTuner(Classifier):
         groups = super().parameter_groups()
         if self.layer_decay is not None or self.head_lr_factor in (0, 1):
             return groups
-        inside = set(map(id, self.backbone.parameters()))
-        body, head = [p for p in groups if id(p) in inside], [p for p in groups if id(p) not in inside]
-        return [*([{"params": body, "name": "backbone"}] if body else []), {"params": head, "name": "head"}]
+        return two_groups(groups, self.backbone)
 
     def lr_factor(self, group: dict[str, Any]) -> float:
         """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
@@ -307,14 +289,8 @@ class FineTuner(Classifier):
         self._head_ready = checkpoint.get("head_ready", True)
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        saved = checkpoint.get("hyper_parameters", {})
-        remedy = "to start from its weights, give the file as the FineTuner's checkpoint instead"
-        if "train" not in saved:
-            raise ValueError(f"a FineTuner cannot go on with the run of another learner; {remedy}")
-        before = {name: saved[name] for name in ("train", "skip_from")}
-        now = {name: self.hparams[name] for name in before}
-        if self._paths(before["train"]) != self._paths(now["train"]) or _listed(before) != _listed(now):
-            raise ValueError(f"cannot go on with a run of {_words(before)} as one of {_words(now)}; {remedy}")
+        saved = knobs.of_same_learner(checkpoint.get("hyper_parameters", {}))
+        knobs.check_same_run(saved, self.hparams, self._paths(saved["train"]) == self._paths(self.hparams["train"]))
 
     def train(self, mode: bool = True) -> FineTuner:
         """Switch what trains to training mode; what is frozen stays in eval mode."""
@@ -326,11 +302,8 @@ class FineTuner(Classifier):
 
     def parameter_table(self) -> str:
         """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
-        tuned = self._chosen.tensors(self.backbone.net)
-        if len(tuned) > _MOST_ROWS:
-            tuned = {f"{len(tuned)} layers": [tensor for tensors in tuned.values() for tensor in tensors]}
-        rest = list(self.backbone.parameters())
-        return parameter_table({"head": list(self.head.parameters()), **tuned, "rest of the backbone": rest})
+        head, rest = list(self.head.parameters()), list(self.backbone.parameters())
+        return parameter_table({"head": head, **self._chosen.rows(self.backbone.net), "rest of the backbone": rest})
 
     def save_delta(
         self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
@@ -386,21 +359,14 @@ class FineTuner(Classifier):
             ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
                 1, or below 1 for adapters.
         """
-        if not 0 <= strength <= 1:
-            raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
         facts = delta.facts(path)
-        if strange := facts["knobs"].keys() - _knobs():
+        delta.check_strength(strength, facts)
+        if strange := facts["knobs"].keys() - knobs.kept_by_deltas(cls):
             raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
-        if strength != 1 and "lora" in facts["base"]:
-            raise ValueError(
-                f"strength={strength} averages weights, and the factors of adapters have no average; take 1"
-            )
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
-        state = model.backbone.state_dict()
-        base = {k: tensor.clone() for k, tensor in state.items() if strength != 1 and tensor.is_floating_point()}
+        base = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()} if strength != 1 else {}
         model.load_delta(path)
-        for name, before in base.items():
-            state[name].copy_(torch.lerp(before, state[name], strength))
+        delta.average(base, model.backbone.state_dict(), strength)
         return model.eval()
 
     def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
@@ -430,7 +396,7 @@ class FineTuner(Classifier):
 
     def _facts(self) -> dict[str, Any]:
         # The command line has Lightning keep more than these in the hyper-parameters.
-        kept = {name: self.hparams[name] for name in sorted(_knobs()) if name in self.hparams}
+        kept = {name: self.hparams[name] for name in sorted(knobs.kept_by_deltas(FineTuner)) if name in self.hparams}
         data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
         return {"base": self.backbone.spec, "knobs": kept, **data}
 
@@ -471,7 +437,7 @@ class FineTuner(Classifier):
         rows = self._cache.train_rows(self.trainer, f'{option}="{kind}"')
         with evaluation(self.trainer, self):
             chunks = ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows))
-            fitted = classifier_of(kind, chunks, self.num_classes)
+            fitted = classifier_of(kind, chunks, self.num_classes, self.hparams["class_weight"])
         # From the CPU, since a tensor that is sent as an object would come to lie on its sender's device.
         weight, bias = (self.trainer.strategy.broadcast(tensor.cpu()) for tensor in fitted)
         with torch.no_grad():
@@ -482,18 +448,3 @@ class FineTuner(Classifier):
         """Input of the linear classifier ``(N, classifier.in_features)``."""
         features = self.features(x)
         return self.head.joined(*features) if isinstance(self.head, SkipHead) else features[0]
-
-
-def _knobs() -> set[str]:
-    """The arguments that a delta keeps."""
-    return set(inspect.signature(FineTuner).parameters) - set(_NOT_THE_MODEL)
-
-
-def _listed(saved: dict[str, Any]) -> list[str]:
-    """The layers that a run skips from."""
-    skip_from = saved["skip_from"]
-    return [skip_from] if isinstance(skip_from, str) else list(skip_from or [])
-
-
-def _words(knobs: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in knobs.items())

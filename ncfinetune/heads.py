@@ -111,7 +111,12 @@ def _widen(features: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, dim - features.shape[1]))
 
 
-def classifier_of(kind: ClosedForm, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
+def classifier_of(
+    kind: ClosedForm,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    class_weight: Literal["balanced"] | Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Weight ``(K, d)`` and bias ``(K,)`` of a linear classifier in closed form, of features and labels in batches.
 
     ``mean`` is `nearest_mean_classifier` and keeps class moments only. The others keep all features. ``ridge`` and
@@ -121,7 +126,7 @@ def classifier_of(kind: ClosedForm, chunks: Iterable[tuple[Tensor, Tensor]], num
     The scale of ``ridge``, ``lda`` and ``etf`` is that of calibrated probabilities: scores are divided by the
     temperature that `fit_temperature` finds on the leave-one-out scores (for ``etf`` those of `probes.nearest_mean`).
     Where leaving one out leaves nothing better than chance, as with one image a class, the logits are small and not 0,
-    so that the decisions stay.
+    so that the decisions stay. Weights of classes enter ``ridge`` and ``lda``; in the other two each class counts once.
 
     Raises:
         ValueError: There are no features, some are not finite, or the closed form does not exist for them; see
@@ -133,8 +138,10 @@ def classifier_of(kind: ClosedForm, chunks: Iterable[tuple[Tensor, Tensor]], num
     if not parts:
         raise ValueError("expected features to fit a classifier to, got none")
     features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-    fit = {"ridge": ridge, "lda": lda}.get(kind, nearest_mean)
-    head = fit(features, labels, num_classes)
+    if kind == "etf":
+        head = nearest_mean(features, labels, num_classes)
+    else:
+        head = {"ridge": ridge, "lda": lda}[kind](features, labels, num_classes, class_weight=class_weight)
     temperature = _temperature(head.loo_scores, labels)
     if kind != "etf":
         return head.logits(temperature)

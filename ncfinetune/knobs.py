@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +15,21 @@ from ncfinetune.split import SkipGradient
 HeadInit = Literal["default", "zero", "mean", "ridge", "lda", "etf"]
 Refit = Literal["none", "mean", "ridge", "lda", "etf"]
 CACHE_DIR = "runs/cache"
+_REMEDY = "to start from its weights, give the file as the FineTuner's checkpoint instead"
+# Arguments that a delta keeps apart, or that say how a run went about it.
+_NOT_THE_MODEL = (
+    "backbone",
+    "checkpoint",
+    "cache",
+    "cache_dir",
+    "allow_random",
+    "layer_decay",
+    "label_smoothing",
+    "class_weight",
+    "optimizer",
+    "lr_scheduler",
+    "lr_interval",
+)
 
 
 def check_choices(skip_join: str, skip_gradient: str, head_init: str, refit: str, cache: str) -> None:
@@ -114,3 +131,32 @@ def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, sk
             f'refit="{refit}" has nothing to follow, since with train="none" the features stay as they are; fit with '
             f'head_init="{refit}" and max_epochs=0 instead'
         )
+
+
+def kept_by_deltas(kind: type) -> set[str]:
+    """The arguments of a `FineTuner` that a delta keeps."""
+    return set(inspect.signature(kind).parameters) - set(_NOT_THE_MODEL)
+
+
+def of_same_learner(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The hyper-parameters of a checkpoint, which are those of a `FineTuner`.
+
+    Raises:
+        ValueError: They are another learner's.
+    """
+    if "train" not in saved:
+        raise ValueError(f"a FineTuner cannot go on with the run of another learner; {_REMEDY}")
+    return saved
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], same_layers: bool) -> None:
+    """Refuse to go on with a run that tuned other layers or skipped from others, whose optimiser does not know these.
+
+    Raises:
+        ValueError: It did.
+    """
+    if not same_layers or listed_skips(saved["skip_from"]) != listed_skips(now["skip_from"]):
+        before, after = (
+            ", ".join(f"{name}={knobs[name]!r}" for name in ("train", "skip_from")) for knobs in (saved, now)
+        )
+        raise ValueError(f"cannot go on with a run of {before} as one of {after}; {_REMEDY}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,3 +163,12 @@ def monitored(scheduler: Any) -> str | None:
             "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
         )
     return "val/loss"
+
+
+def two_groups(parameters: Iterable[nn.Parameter], backbone: nn.Module) -> list[dict[str, Any]]:
+    """Groups of an optimiser that set the head apart: those of the ``backbone``, if there are any, and the ``head``."""
+    inside = set(map(id, backbone.parameters()))
+    groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
+    for parameter in parameters:
+        groups["backbone" if id(parameter) in inside else "head"].append(parameter)
+    return [{"params": params, "name": name} for name, params in groups.items() if params]

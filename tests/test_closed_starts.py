@@ -49,6 +49,25 @@ def test_head_is_the_probe_at_the_temperature_of_its_left_out_scores(kind: str) 
     torch.testing.assert_close(features.double() @ weight.T + bias, expected)
 
 
+@pytest.mark.parametrize("kind", ["ridge", "lda"])
+def test_weights_of_classes_enter_the_closed_form(kind: str, tmp_path: Path) -> None:
+    features, labels = _clusters()
+    rows = torch.cat([torch.arange(18)[labels == 0][:2], torch.arange(18)[labels > 0]])
+    features, labels = features[rows], labels[rows]
+    weight, bias = classifier_of(kind, [(features, labels)], 3, "balanced")
+    head = FITS[kind](features, labels, 3, class_weight="balanced")
+    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    torch.testing.assert_close(features.double() @ weight.T + bias, expected)
+    plain, _ = classifier_of(kind, [(features, labels)], 3)
+    assert not torch.allclose(plain / plain.norm(), weight / weight.norm(), atol=1e-3)
+    model, data = _model(head_init=kind, class_weight=[1.0, 2.0, 5.0]), _data()
+    _trainer(tmp_path, max_epochs=0).fit(model, data)
+    inputs, targets = _features(model, data)
+    head = FITS[kind](inputs, targets, 3, class_weight=[1.0, 2.0, 5.0])
+    decided = model.head(inputs).argmax(1)
+    assert (decided == head.scores(inputs).argmax(1)).double().mean() > 0.95
+
+
 def test_simplex_head_has_equal_angles_and_decides_for_the_nearest_direction() -> None:
     features, labels = _clusters(classes=4, each=20)
     weight, bias = classifier_of("etf", [(features, labels)], 4)

@@ -53,6 +53,7 @@ IMPORTS = {
         "knobs",
         "learner",
         "passes",
+        "schedule",
         "skips",
         "split",
         "store",
