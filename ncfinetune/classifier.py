@@ -236,7 +236,13 @@ def _start_of_weights(class_weight: ClassWeight | None, num_classes: int) -> Ten
 
 def _training_counts(trainer: Trainer, num_classes: int) -> Tensor:
     """Training images of each class, ``(K,)``, as datamodule or data set know them without reading one."""
-    counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+    data = getattr(trainer, "datamodule", None)
+    if getattr(data, "sampling", None) == "balanced":
+        raise ValueError(
+            'class_weight="balanced" and sampling="balanced" of the data would make up for uneven classes twice; '
+            "leave one of them out"
+        )
+    counts = getattr(data, "class_counts", None)
     if counts is None:
         trainer.fit_loop.setup_data()  # has the loader made, which it is not yet
         labels = known_labels(getattr(trainer.train_dataloader, "dataset", None))
