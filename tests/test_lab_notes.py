@@ -9,7 +9,7 @@ from ncfinetune import FineTuner
 from ncfinetune.cli import main
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "finetune"
-TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+TINY = "name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]"
 # Each with the note that it goes on top of, and a part of what its run prints.
 NOTES = {
     "bitfit": ("layer", "*.bias"),
@@ -18,6 +18,7 @@ NOTES = {
     "ridge": ("linear_probe", "classifier: starts as ridge"),
     "ridge_start": ("scl", "classifier: starts as ridge"),
     "etf": ("layer", "classifier: starts as etf"),
+    "lora": ("layer", "16 layers"),
 }
 
 
@@ -36,8 +37,13 @@ def test_note_runs_on_top_of_another(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     under, said = NOTES[name]
+    backbone = TINY
+    if name == "lora":
+        pytest.importorskip("peft")
+        backbone += ", lora: {r: 2, target_modules: [conv2]}"
     words = ["--data", "Digits", "--data.shots", "8", "--data.augmentation", "plain", "--trainer.accelerator", "cpu"]
-    words += ["--model.backbone", TINY, "--model.allow_random", "true", "--trainer.enable_progress_bar", "false"]
+    words += ["--model.backbone", f"{{{backbone}}}", "--model.allow_random", "true"]
+    words += ["--trainer.enable_progress_bar", "false"]
     words += [] if name == "ridge" else ["--trainer.max_epochs", "1"]
     configs = [word for note in (under, name) for word in ("--config", str(FOLDER / f"{note}.yaml"))]
     with caplog.at_level("INFO"):
