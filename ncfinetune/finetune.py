@@ -5,7 +5,6 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,24 +14,23 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ncfinetune import delta, knobs
+from ncfinetune import knobs
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
-from ncfinetune.checksums import fingerprint
-from ncfinetune.chosen import choose, parameter_table
-from ncfinetune.classifier import Classifier, ClassWeight
-from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
+from ncfinetune.classifier import ClassWeight
+from ncfinetune.frozen import refuse_averages
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
-from ncfinetune.passes import eval_mode, evaluation, ready_batches
+from ncfinetune.partly_frozen import PartlyFrozen
+from ncfinetune.passes import evaluation, ready_batches
 from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
 from ncfinetune.store import Stored
 
 
-class FineTuner(Classifier):
+class FineTuner(PartlyFrozen):
     """Trains a new classifier and chosen layers of a pre-trained backbone; the rest is frozen.
 
     The methods of Li et al. (arXiv 2212.12206) are points of two knobs:
@@ -133,31 +131,29 @@ class FineTuner(Classifier):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(
-            num_classes,
-            backbone,
-            optimizer,
-            lr_scheduler,
-            lr_interval=lr_interval,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-            layer_decay=layer_decay,
-        )
         knobs.check_choices(skip_join, skip_gradient, head_init, refit, cache)
         knobs.check_cache(train, cache, cache_dir)
         knobs.check_skips(train, skip_from, skip_join, skip_gradient, max_skips)
         knobs.check_head(train, head_init, refit, head_lr_factor, skip_join)
         knobs.check_decay(train, layer_decay)
-        if checkpoint is not None:
-            self.backbone.load(checkpoint)
-        self.allow_random = allow_random
-        self._frozen = Frozen()
+        super().__init__(
+            num_classes,
+            backbone,
+            optimizer,
+            lr_scheduler,
+            checkpoint,
+            train,
+            allow_random,
+            lr_interval=lr_interval,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            layer_decay=layer_decay,
+        )
         self.head_init = head_init
         self.refit = refit
         # Whether the head is what it starts as, and the step of the optimiser after which it was refitted last.
         self._head_ready, self._refitted = head_init not in get_args(ClosedForm), -1
-        self._chosen = choose(self.backbone, self.backbone.net, train)
-        self._split = Split(self.backbone, self._chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
+        self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
         width, *skipped = self._split.widths
         # Where layers are still to be chosen there are none yet, and `setup` builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
@@ -166,10 +162,6 @@ class FineTuner(Classifier):
         self._cache = PrefixCache(cache, cache_dir, self._split)
         self.head_lr_factor = head_lr_factor
         self._start_head()
-        self.backbone.requires_grad_(False)
-        for tensors in self._chosen.tensors(self.backbone.net).values():
-            for tensor in tensors:
-                tensor.requires_grad_(True)
         self.train()
 
     @property
@@ -186,25 +178,16 @@ class FineTuner(Classifier):
         return self.head(*self.features(x))
 
     def setup(self, stage: str) -> None:
-        """Choose layers to skip from if asked to, and refuse callbacks that would decide what trains.
-
-        Lightning's warning of modules in eval mode is silenced, since they are to be.
-        """
+        """Choose layers to skip from if asked to, and refuse averages of refitted classifiers."""
         super().setup(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
-        if stage == "fit":
-            refuse_tuners(self, self.trainer.callbacks, averages=self.refit == "none")  # type: ignore[attr-defined]
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        if stage == "fit" and self.refit != "none":
+            refuse_averages(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_fit_start(self) -> None:
-        """Show and log what trains, and start the classifier in closed form if asked to."""
+        """Fill the cache, and start the classifier in closed form if asked to."""
         super().on_fit_start()
-        if not self.allow_random:
-            refuse_random(self.backbone.net, self.backbone.random)
-        frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())[1]
-        self._frozen.remember(frozen, self, self.trainer.callbacks)  # type: ignore[attr-defined]
-        rank_zero_info(self.parameter_table())
         self._cache.fill(self.trainer, self, self._tuned_and_frozen()[1])
         if not self._head_ready:
             rank_zero_info(f"classifier: starts as {self.head_init} of the training images without augmentation")
@@ -229,12 +212,8 @@ class FineTuner(Classifier):
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its images back."""
-        self._frozen = Frozen()
+        super().teardown(stage)
         self._cache.drop()
-
-    def on_train_epoch_start(self) -> None:
-        """See that what is frozen still is; a callback may have averaged it or reset its statistics."""
-        self._frozen.restore(self)
 
     def on_train_epoch_end(self) -> None:
         """Refit the classifier, unless a validation has had it done."""
@@ -246,38 +225,10 @@ class FineTuner(Classifier):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._refit()
 
-    def on_validation_epoch_start(self) -> None:
-        """See that what is frozen still is; a callback may have put an average in its place."""
-        self._frozen.restore(self)
-
-    def on_train_end(self) -> None:
-        """See that what is frozen still is, in the weights that a callback leaves at the end too."""
-        self._frozen.restore(self)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is frozen as it was loaded, whatever a callback made of it, and whether the classifier has started.
-
-        Tuners save and restore it before it has.
-        """
+        """Say whether the classifier has started: tuners save and restore it before it has."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
-        self._frozen.restore_in(checkpoint["state_dict"])
-
-    def on_fit_end(self) -> None:
-        """Leave ``delta.safetensors`` beside the checkpoints; of a run without an epoch ``last.ckpt`` too.
-
-        Raises:
-            ValueError: Something changed what is frozen.
-        """
-        super().on_fit_end()
-        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        state = self.trainer.strategy.lightning_module_state_dict()
-        self._frozen.check(self._tuned_and_frozen(state)[1])
-        if folder and self.trainer.max_epochs == 0:  # of which Lightning saves nothing
-            self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
-        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.save_delta(Path(folder) / "delta.safetensors", state=state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classifier that is loaded, and go on with no run but one of the same layers.
@@ -287,118 +238,14 @@ class FineTuner(Classifier):
         """
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        saved = knobs.of_same_learner(checkpoint.get("hyper_parameters", {}))
-        knobs.check_same_run(saved, self.hparams, self._paths(saved["train"]) == self._paths(self.hparams["train"]))
-
-    def train(self, mode: bool = True) -> FineTuner:
-        """Switch what trains to training mode; what is frozen stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        for layer in self._chosen.layers.values():
-            layer.train(mode)
-        return self
-
-    def parameter_table(self) -> str:
-        """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
-        head, rest = list(self.head.parameters()), list(self.backbone.parameters())
-        return parameter_table({"head": head, **self._chosen.rows(self.backbone.net), "rest of the backbone": rest})
-
-    def save_delta(
-        self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
-    ) -> None:
-        """Save what was tuned, the classifier included, with the base's name and fingerprint.
-
-        The fingerprint is that of the frozen tensors, since the delta replaces the others.
-
-        Args:
-            path: File to write, ``.safetensors``.
-            class_names: Names of the classes, in the order of their labels; None is as it is known of the data.
-            state: The state of this module, where its own is spread over processes.
-
-        Raises:
-            ValueError: The file's name ends in something else.
-        """
-        tensors, frozen = self._tuned_and_frozen(state)
-        names = self.class_names if class_names is None else class_names
-        delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            saved = knobs.of_same_learner(checkpoint.get("hyper_parameters", {}))
+            knobs.check_same_run(saved, self.hparams, self.tunes_the_same(saved["train"]))
 
     def load_delta(self, path: str | Path) -> None:
-        """Put tuned layers and classifier in place.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: The file is no delta, a damaged one, or one of other knobs or another base.
-        """
-        facts = delta.facts(path)
-        self.load_state_dict(delta.load(path, *self._tuned_and_frozen(), self._facts()), strict=False)
-        self.class_names, self.preprocessing = facts["class_names"], facts["preprocessing"]
+        """Put tuned layers and classifier in place; see `PartlyFrozen.load_delta`."""
+        super().load_delta(path)
         self._head_ready = True
-
-    @classmethod
-    def from_delta(
-        cls,
-        path: str | Path,
-        checkpoint: str | dict[str, Any] | None = None,
-        pretrained: bool = False,
-        strength: float = 1.0,
-    ) -> FineTuner:
-        """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
-
-        Args:
-            path: The delta.
-            checkpoint: File of the base; see `Backbone`.
-            pretrained: Take the base from timm.
-            strength: How far the tuned layers go from the base's weights to the delta's: ``base + strength * (delta -
-                base)``, which between 0 and 1 often keeps more of what the base knows (Wortsman et al. 2022, arXiv
-                2109.01903, section 3). The head is the delta's.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
-                1, or below 1 for adapters.
-        """
-        facts = delta.facts(path)
-        delta.check_strength(strength, facts)
-        if strange := facts["knobs"].keys() - knobs.kept_by_deltas(cls):
-            raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
-        model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
-        base = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()} if strength != 1 else {}
-        model.load_delta(path)
-        delta.average(base, model.backbone.state_dict(), strength)
-        return model.eval()
-
-    def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
-        """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
-
-        After training, or of a delta, those arguments say how images are made ready, so that
-        `timm.data.resolve_model_data_config` of the network does as the datamodule did, and what the classes are. With
-        ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
-
-        Raises:
-            ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;
-                or the file's name does not end in ``.safetensors``.
-        """
-        classifier = self.head if isinstance(self.head, nn.Linear) else None
-        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        with eval_mode(self):
-            return delta.save_for_timm(path, self.backbone, classifier, data)
-
-    def _paths(self, train: str | list[str]) -> set[str]:
-        """Paths in this module of the layers and parameters that ``train`` names."""
-        return choose(self.backbone, self.backbone.net, train).paths(self, self.backbone.net)
-
-    def _tuned_and_frozen(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The state's tensors that are tuned, and those that are frozen."""
-        tuned = {"head", *self._chosen.paths(self, self.backbone.net)}
-        return delta.split(self.state_dict() if state is None else state, tuned)
-
-    def _facts(self) -> dict[str, Any]:
-        # The command line has Lightning keep more than these in the hyper-parameters.
-        kept = {name: self.hparams[name] for name in sorted(knobs.kept_by_deltas(FineTuner)) if name in self.hparams}
-        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        return {"base": self.backbone.spec, "knobs": kept, **data}
 
     def _start_head(self) -> None:
         if self.head_init == "zero":

@@ -76,13 +76,8 @@ class Frozen:
             )
 
 
-def refuse_tuners(module: nn.Module, used: Iterable[Any], averages: bool = True) -> None:
+def refuse_tuners(module: nn.Module, used: Iterable[Any]) -> None:
     """Refuse callbacks that decide by themselves what trains, or that change what is frozen.
-
-    Args:
-        module: The model.
-        used: The callbacks.
-        averages: Whether weights may be averaged, of which a classifier in closed form would not be one any more.
 
     Raises:
         ValueError: There is one.
@@ -95,14 +90,22 @@ def refuse_tuners(module: nn.Module, used: Iterable[Any], averages: bool = True)
                 f"{name} unfreezes layers in the run, and a FineTuner's train says which layers train from start to "
                 "end; leave it out, or start a second run with other layers from the first one's checkpoint"
             )
-        if not averages and isinstance(callback, _AVERAGING):
-            raise ValueError(
-                f"{name} averages weights, and an average of refitted classifiers is not the closed form on averaged "
-                'features; leave it out, or say refit="none"'
-            )
         pruned = getattr(callback, "_parameters_to_prune", None) if isinstance(callback, callbacks.ModelPruning) else ()
         if any(id(getattr(layer, weight)) in frozen for layer, weight in pruned or ()):
             raise ValueError(f"{name} would prune frozen layers; give it parameters_to_prune that train")
+
+
+def refuse_averages(used: Iterable[Any]) -> None:
+    """Refuse callbacks that average weights, where the classifier is a closed form of the features.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if averaging := [type(callback).__name__ for callback in used if isinstance(callback, _AVERAGING)]:
+        raise ValueError(
+            f"{averaging[0]} averages weights, and an average of refitted classifiers is not the closed form on "
+            'averaged features; leave it out, or say refit="none"'
+        )
 
 
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:

@@ -1,0 +1,238 @@
+"""A classifier of which a part trains: what is frozen stays as it is, and what is tuned is saved as a delta."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ncfinetune import delta
+from ncfinetune.backbone import Backbone
+from ncfinetune.checksums import fingerprint
+from ncfinetune.chosen import choose, parameter_table
+from ncfinetune.classifier import Classifier
+from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
+from ncfinetune.knobs import kept_by_deltas
+from ncfinetune.passes import eval_mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PartlyFrozen(Classifier):
+    """A classifier whose head and chosen layers of the backbone train, while the rest is frozen. Abstract.
+
+    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode, and no callback
+    that averages weights changes it. At the start of a run a table says how many parameters train.
+
+    Args:
+        num_classes: Number of classes ``K``.
+        backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
+        optimizer: As in `Classifier`.
+        lr_scheduler: As in `Classifier`.
+        checkpoint: File with the pre-trained weights of the backbone; see `Backbone.load`.
+        train: ``none``, ``all``, or names and patterns; see `choose`.
+        allow_random: Run on a backbone that is not pre-trained, or frozen parameters that no file gave.
+        **options: Those of `Classifier`.
+
+    Attributes:
+        chosen: What of the backbone trains.
+        head: What maps its features to logits.
+
+    Raises:
+        ValueError: As `choose`; in ``fit``: a random backbone, callbacks that decide what trains, or frozen tensors
+            that something changed.
+    """
+
+    head: nn.Module
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str | dict[str, Any] | Backbone,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        checkpoint: str | dict[str, Any] | None,
+        train: str | list[str],
+        allow_random: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, backbone, optimizer, lr_scheduler, **options)
+        if checkpoint is not None:
+            self.backbone.load(checkpoint)
+        self.allow_random = allow_random
+        self.chosen = choose(self.backbone, self.backbone.net, train)
+        self._frozen = Frozen()
+        self.backbone.requires_grad_(False)
+        for tensors in self.chosen.tensors(self.backbone.net).values():
+            for tensor in tensors:
+                tensor.requires_grad_(True)
+
+    def setup(self, stage: str) -> None:
+        """Refuse callbacks that would decide what trains.
+
+        Lightning's warning of modules in eval mode is silenced, since they are to be.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            refuse_tuners(self, self.trainer.callbacks)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def on_fit_start(self) -> None:
+        """Remember what is frozen, and show and log what trains."""
+        super().on_fit_start()
+        if not self.allow_random:
+            refuse_random(self.backbone.net, self.backbone.random)
+        frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())[1]
+        self._frozen.remember(frozen, self, self.trainer.callbacks)  # type: ignore[attr-defined]
+        rank_zero_info(self.parameter_table())
+
+    def teardown(self, stage: str) -> None:
+        """Forget what was frozen."""
+        super().teardown(stage)
+        self._frozen = Frozen()
+
+    def on_train_epoch_start(self) -> None:
+        """See that what is frozen still is; a callback may have averaged it or reset its statistics."""
+        self._frozen.restore(self)
+
+    def on_validation_epoch_start(self) -> None:
+        """See that what is frozen still is; a callback may have put an average in its place."""
+        self._frozen.restore(self)
+
+    def on_train_end(self) -> None:
+        """See that what is frozen still is, in the weights that a callback leaves at the end too."""
+        self._frozen.restore(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what is frozen as it was loaded, whatever a callback made of it."""
+        super().on_save_checkpoint(checkpoint)
+        self._frozen.restore_in(checkpoint["state_dict"])
+
+    def on_fit_end(self) -> None:
+        """Leave ``delta.safetensors`` beside the checkpoints; of a run without an epoch ``last.ckpt`` too.
+
+        Raises:
+            ValueError: Something changed what is frozen.
+        """
+        super().on_fit_end()
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        state = self.trainer.strategy.lightning_module_state_dict()
+        self._frozen.check(self._tuned_and_frozen(state)[1])
+        if folder and self.trainer.max_epochs == 0:  # of which Lightning saves nothing
+            self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
+        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.save_delta(Path(folder) / "delta.safetensors", state=state)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch what trains to training mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        for layer in self.chosen.layers.values():
+            layer.train(mode)
+        return self
+
+    def parameter_table(self) -> str:
+        """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
+        head, rest = list(self.head.parameters()), list(self.backbone.parameters())
+        return parameter_table({"head": head, **self.chosen.rows(self.backbone.net), "rest of the backbone": rest})
+
+    def save_delta(
+        self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Save what was tuned, the classifier included, with the base's name and fingerprint.
+
+        The fingerprint is that of the frozen tensors, since the delta replaces the others.
+
+        Args:
+            path: File to write, ``.safetensors``.
+            class_names: Names of the classes, in the order of their labels; None is as it is known of the data.
+            state: The state of this module, where its own is spread over processes.
+
+        Raises:
+            ValueError: The file's name ends in something else.
+        """
+        tensors, frozen = self._tuned_and_frozen(state)
+        names = self.class_names if class_names is None else class_names
+        delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
+
+    def load_delta(self, path: str | Path) -> None:
+        """Put tuned layers and classifier in place.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, a damaged one, or one of other knobs or another base.
+        """
+        facts = delta.facts(path)
+        self.load_state_dict(delta.load(path, *self._tuned_and_frozen(), self._facts()), strict=False)
+        self.class_names, self.preprocessing = facts["class_names"], facts["preprocessing"]
+
+    @classmethod
+    def from_delta(
+        cls,
+        path: str | Path,
+        checkpoint: str | dict[str, Any] | None = None,
+        pretrained: bool = False,
+        strength: float = 1.0,
+    ) -> Self:
+        """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
+
+        Args:
+            path: The delta.
+            checkpoint: File of the base; see `Backbone`.
+            pretrained: Take the base from timm.
+            strength: How far the tuned layers go from the base's weights to the delta's: ``base + strength * (delta -
+                base)``, which between 0 and 1 often keeps more of what the base knows (Wortsman et al. 2022, arXiv
+                2109.01903, section 3). The head is the delta's.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
+                1, or below 1 for adapters.
+        """
+        facts = delta.facts(path)
+        delta.check_strength(strength, facts)
+        if strange := facts["knobs"].keys() - kept_by_deltas(cls):
+            raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
+        model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
+        base = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()} if strength != 1 else {}
+        model.load_delta(path)
+        delta.average(base, model.backbone.state_dict(), strength)
+        return model.eval()
+
+    def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
+        """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
+
+        After training, or of a delta, those arguments say how images are made ready, so that
+        `timm.data.resolve_model_data_config` of the network does as the datamodule did, and what the classes are. With
+        ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
+
+        Raises:
+            ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;
+                or the file's name does not end in ``.safetensors``.
+        """
+        classifier = self.head if isinstance(self.head, nn.Linear) else None
+        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        with eval_mode(self):
+            return delta.save_for_timm(path, self.backbone, classifier, data)
+
+    def tunes_the_same(self, train: str | list[str]) -> bool:
+        """Whether ``train`` names the layers and parameters that this model tunes."""
+        net = self.backbone.net
+        return choose(self.backbone, net, train).paths(self, net) == self.chosen.paths(self, net)
+
+    def _tuned_and_frozen(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state's tensors that are tuned, and those that are frozen."""
+        tuned = {"head", *self.chosen.paths(self, self.backbone.net)}
+        return delta.split(self.state_dict() if state is None else state, tuned)
+
+    def _facts(self) -> dict[str, Any]:
+        # The command line has Lightning keep more than these in the hyper-parameters.
+        kept = {name: self.hparams[name] for name in sorted(kept_by_deltas(type(self))) if name in self.hparams}
+        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        return {"base": self.backbone.spec, "knobs": kept, **data}
