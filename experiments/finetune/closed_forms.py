@@ -17,6 +17,7 @@ Rows, on the penultimate features:
 """
 
 import argparse
+import platform
 import statistics
 import time
 from collections import defaultdict
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--std", type=float, required=True)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 80])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/closed_forms_table.md"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/closed_forms.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = Backbone(options.backbone, checkpoint=options.checkpoint).eval()
@@ -135,10 +136,10 @@ def main() -> None:
     classes = int(labels.max()) + 1
     test = features["val"], parts["val"][1]
     with options.out.open("w") as file:
-        print(
-            "| images a class | head | test % | to ridge | calibration error % | parameters | skips | CPU s |",
-            file=file,
-        )
+        images = f"{options.root.name}: {len(labels)} images to train on, {len(test[1])} to test on, {classes} classes"
+        print(f"{options.backbone}, {images}; torch {torch.__version__}, {platform.machine()}, one thread.", file=file)
+        print("Means over the seeds ± their standard error; seconds are medians.\n", file=file)
+        print("| shots | head | test % | less ridge | calibration error % | parameters | skips | CPU s |", file=file)
         print("|---|---|---|---|---|---|---|---|", file=file, flush=True)
         for shots in options.shots:
             seeds = options.seeds if shots < int(labels.bincount().min()) else 1
