@@ -214,12 +214,18 @@ def _with_parameters(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.children() if any(True for _ in child.parameters())]
 
 
-def known_num_classes(trainer: Any, module: nn.Module, asker: str) -> int:
+def known_num_classes(trainer: Any, module: nn.Module, asker: str, classifier: str = "auto") -> int:
     """The number of classes that datamodule, module or its hyper-parameters have as ``num_classes``, for ``asker``.
+
+    A classifier that is named knows it better: it is the number of its outputs.
 
     Raises:
         ValueError: None of them knows it.
+        TypeError: The layer named as the classifier is not linear.
     """
+    if classifier != "auto":
+        (named,) = classifiers(module, None, classifier).values()
+        return width(named) or 0
     for owner in (getattr(trainer, "datamodule", None), module, getattr(module, "hparams", None)):
         if isinstance(known := getattr(owner, "num_classes", None), int):
             return known

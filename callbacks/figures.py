@@ -17,6 +17,30 @@ from ncfinetune.collapse import ClassMoments, cosine_matrix
 _MAX_NAMED_CLASSES = 30
 
 
+def of_pass(
+    history: Mapping[int, Mapping[str, float]],
+    moments: Mapping[str, ClassMoments],
+    sample: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Figure]:
+    """All pictures of a pass, by name: nc1 over depth where there is any, and the classes in the last layer.
+
+    Args:
+        history: ``{epoch: {layer: nc1}}``, layers in depth order.
+        moments: ``{layer: class moments}`` of the pass, in depth order.
+        sample: Features ``(M, d)`` and labels ``(M,)`` of the last layer.
+    """
+    pictures = {}
+    if len(next(iter(history.values()), {})) > 1:
+        pictures["depth"] = depth(history, "nc1")
+    if moments:
+        layer, last = list(moments.items())[-1]
+        pictures[f"cosines_{layer}"] = cosines(last)
+        pictures[f"spread_{layer}"] = spread(last)
+        if sample is not None:
+            pictures[f"projection_{layer}"] = projection(last, *sample)
+    return pictures
+
+
 def depth(history: Mapping[int, Mapping[str, float]], metric: str) -> Figure:
     """A metric over depth, one line for each tracked epoch, light to dark: the layer-wise picture of Li et al. (2022).
 

@@ -51,6 +51,14 @@ class Result:
     moments: dict[str, ClassMoments] = field(default_factory=dict)
     sample: tuple[Tensor, Tensor] | None = None
 
+    def by_log_name(self, split: str, suffix: str = "") -> dict[str, float]:
+        """The values as ``<metric>/<split>/<layer>``, with a suffix to tell several data sets apart."""
+        return {
+            f"{metric}/{split}/{layer}{suffix}": value
+            for metric, layers in self.values.items()
+            for layer, value in layers.items()
+        }
+
 
 class LayerMetrics:
     """Metrics of each layer, batch by batch; features that are not finite make a layer's metrics nan.

@@ -95,6 +95,9 @@ IMPORTS = {
     "callbacks.features": {"callbacks.adapters", "callbacks.observer", "passes"},
     "callbacks.figures": {"collapse"},
     "callbacks.layer_metrics": {"collapse", "layers", "metrics", "moments"},
+    "callbacks.logs": {"callbacks.figures", "callbacks.layer_metrics"},
+    "callbacks.meter": {"callbacks.layer_metrics", "callbacks.observer", "moments"},
+    "callbacks.notices": {"callbacks.layer_metrics"},
     "callbacks.observer": {"callbacks.adapters", "callbacks.pool_finder", "layers", "passes", "pooling"},
     "callbacks.pool_finder": {"pool_search", "pooling", "tracing"},
     "callbacks.probe": {
@@ -110,12 +113,13 @@ IMPORTS = {
     "callbacks.schedule": set(),
     "callbacks.tracker": {
         "callbacks.adapters",
-        "callbacks.figures",
         "callbacks.layer_metrics",
+        "callbacks.logs",
+        "callbacks.meter",
+        "callbacks.notices",
         "callbacks.observer",
         "callbacks.schedule",
         "layers",
-        "moments",
         "passes",
     },
     "datamodules": {

@@ -307,15 +307,18 @@ REGIMES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+def _counting_labels(seen: list[int]) -> Callable[[Any], Tensor]:
+    """Takes the labels from a batch, and notes how many they are: the sizes of the batches that are measured."""
+    return lambda batch: (seen.append(len(batch[1])), batch[1])[1]
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
 def test_regimes(regime: str, tmp_path: Path) -> None:
     arguments, samples = REGIMES[regime]
     seen: list[int] = []
-    tracker = NeuralCollapseTracker(K, layers=["0", "auto"])
+    tracker = NeuralCollapseTracker(K, layers=["0", "auto"], batch_to_labels=_counting_labels(seen))
     module = _training(pl, _small())
-    update = tracker._update
-    tracker._update = lambda batch, *rest, **more: (seen.append(len(batch[1])), update(batch, *rest, **more))
     trainer = _trainer(tmp_path, tracker, limit_val_batches=0, **arguments)
     trainer.fit(module, _loader(), _loader())
     # These overrule limit_val_batches; the second lets a sanity check run, too.
@@ -595,9 +598,7 @@ def test_limits_are_of_samples_where_the_plain_batches_have_another_size(tmp_pat
             return _loader()
 
     seen: list[int] = []
-    tracker = NeuralCollapseTracker(K)
-    update = tracker._update
-    tracker._update = lambda batch, *rest, **more: (seen.append(len(batch[1])), update(batch, *rest, **more))
+    tracker = NeuralCollapseTracker(K, batch_to_labels=_counting_labels(seen))
     _trainer(tmp_path, tracker, limit_train_batches=4, limit_val_batches=0).fit(
         _training(pl, _small()), datamodule=Data()
     )

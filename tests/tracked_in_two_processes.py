@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.callbacks.meter import CollapseMeter
 
 K = 3
 
@@ -67,13 +69,12 @@ def run(number: int, devices: int, folder: str) -> dict[str, float]:
         default_root_dir=folder,
     )
     with tempfile.TemporaryDirectory() as out:
-        update, calls = tracker._update, []
+        update, calls = CollapseMeter.update, []
 
         def measured(*args: Any, **kwargs: Any) -> None:
             with counted(calls):
                 update(*args, **kwargs)
 
-        tracker._update = measured  # type: ignore[method-assign]
         finish = tracker.on_fit_end
 
         def save(trainer: Trainer, module: LightningModule) -> None:
@@ -82,7 +83,8 @@ def run(number: int, devices: int, folder: str) -> dict[str, float]:
                 torch.save((tracker.values, len(calls)), f"{out}/values.pt")
 
         tracker.on_fit_end = save  # type: ignore[method-assign]
-        trainer.fit(StandingStill(), loader, loader)
+        with patch.object(CollapseMeter, "update", measured):
+            trainer.fit(StandingStill(), loader, loader)
         values, reduced = torch.load(f"{out}/values.pt")
     assert reduced == 0, "an update must not communicate"
     return values
