@@ -46,7 +46,7 @@ class IndexedImages(ImageDataModule, ABC):
             to the training images first, so that 0 trains on all of them and validates on none.
         sampling: ``uniform`` trains on each image once an epoch. ``balanced`` draws as many with replacement, so that
             each class that has training images is as likely as any other, and within it each image; evaluation and
-            `train_plain_dataloader` stay as they are.
+            `train_plain_dataloader` stay as they are. Not with a learner's ``class_weight="balanced"``.
         device_cache: Hold all images on the training device.
 
     Raises:

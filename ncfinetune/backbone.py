@@ -104,6 +104,7 @@ class Backbone(nn.Module):
     def _adapt(self) -> None:
         if lora := self.spec.get("lora"):
             self._adapters = [_adapted(self.net, lora)]
+            self.net.train(self.net.training)  # peft's layers are made in training mode
 
     @classmethod
     def build(cls, backbone: str | dict[str, Any] | Backbone) -> Backbone:
@@ -181,12 +182,19 @@ class Backbone(nn.Module):
         """A backbone whose weights hold what the adapters do, without them; itself where there are none."""
         if not self._adapters:
             return self
-        twin = Backbone(**self.spec, channels_last=self.channels_last)
+        with torch.random.fork_rng(devices=[]):  # so that a run which saves goes on as one that does not
+            twin = Backbone(**self.spec, channels_last=self.channels_last)
         twin.net.load_state_dict(self.net.state_dict())
         twin.net = twin._adapters.pop().merge_and_unload()
         twin.net.pretrained_cfg = self.net.pretrained_cfg
         del twin.spec["lora"]
         return twin.to(next(self.net.parameters())).train(self.training)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Paths in the network of the adapters that peft put there, whose start no file of weights has."""
+        added = (path for path, _ in self.net.named_modules() if path.rpartition(".")[2].startswith("lora_"))
+        return list(added) if self._adapters else []
 
     @property
     def random(self) -> dict[str, nn.Parameter]:

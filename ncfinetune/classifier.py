@@ -16,14 +16,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.copies import CopyError
 from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner
-from ncfinetune.passes import known_labels
+from ncfinetune.passes import drawn_labels, draws_by_weights
 from ncfinetune.schedule import depths, layer_groups
 
 ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
+# What multiplies the learning rates of an optimiser's groups from the start of a run to its end.
+_RATE_FACTORS = ("layer_decay", "head_lr_factor")
 # Of what a datamodule says of its images, what makes the same pixel another number.
 _NORMALISED_BY = ("mean", "std", "value_range")
 
@@ -50,8 +53,9 @@ class Classifier(Learner):
             `torch.nn.CrossEntropyLoss`: normalised in each batch of a process by itself, and those means averaged over
             processes and accumulated batches. ``balanced`` gives a class of ``n`` of the ``N`` training images the
             weight ``N / (K n)``, K the classes that have images (King and Zeng 2001, as in scikit-learn); a class
-            without images 0. Labels that are shares of classes are weighted as torch does it, by a mean that is not
-            normalised. Loss and accuracy of validation and test are neither weighted nor smoothed.
+            without images 0. It is refused where images are drawn by weights, which balances the classes already.
+            Labels that are shares of classes are weighted as torch does it, by a mean that is not normalised. Loss and
+            accuracy of validation and test are neither weighted nor smoothed.
         layer_decay: Layer-wise learning-rate decay: the learning rate of each layer of the backbone is that of the next
             one, the last one's that of the head, times this number, in (0, 1]. Layers are timm's, as
             `timm.optim.param_groups_layer_decay` has them; weight decay stays that of the optimiser. None is the
@@ -65,8 +69,9 @@ class Classifier(Learner):
         ValueError: ``num_classes`` is below 2, or contradicts the datamodule or a label; labels ``(N, K)`` are no
             probabilities, as those of images that show several classes. Off the CPU only the first batch of an epoch
             is looked at when it comes, and the others when the epoch ends. Also ``label_smoothing``, ``layer_decay`` or
-            weights out of their range, ``balanced`` where the data do not say their labels, and ``layer_decay`` for a
-            network whose layers timm does not tell apart.
+            weights out of their range, ``balanced`` where the data do not say their labels or even out the classes
+            themselves, ``layer_decay`` for a network whose layers timm does not tell apart, and a run that goes on with
+            other factors of the learning rate.
     """
 
     logged = ("loss", "acc")
@@ -142,6 +147,23 @@ class Classifier(Learner):
             assert self.class_weights is not None
             # In place, so that it keeps its device and type.
             self.class_weights.copy_(_balanced(_training_counts(self.trainer, self.num_classes)))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with no run but one of the same factors of the learning rate, since its optimiser keeps its rates.
+
+        Raises:
+            ValueError: They are others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("hyper_parameters", {})
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        for name in _RATE_FACTORS:
+            if name in saved and name in self.hparams and saved[name] != self.hparams[name]:
+                raise ValueError(
+                    f"cannot go on with a run of {name}={saved[name]} as one of {name}={self.hparams[name]}, since its "
+                    f"optimiser keeps the rates that it had; leave {name} as it was, or start anew from its weights"
+                )
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Refuse a datamodule whose labels mean other classes, and warn of one that normalises images otherwise.
@@ -236,29 +258,41 @@ def _start_of_weights(class_weight: ClassWeight | None, num_classes: int) -> Ten
 
 def _training_counts(trainer: Trainer, num_classes: int) -> Tensor:
     """Training images of each class, ``(K,)``, as datamodule or data set know them without reading one."""
-    data = getattr(trainer, "datamodule", None)
-    if getattr(data, "sampling", None) == "balanced":
-        raise ValueError(
-            'class_weight="balanced" and sampling="balanced" of the data would make up for uneven classes twice; '
-            "leave one of them out"
-        )
-    counts = getattr(data, "class_counts", None)
-    if counts is None:
+    data: Any = getattr(trainer, "datamodule", None)
+    counts, balanced = getattr(data, "class_counts", None), getattr(data, "sampling", None) == "balanced"
+    if counts is None and not balanced:
         trainer.fit_loop.setup_data()  # has the loader made, which it is not yet
-        labels = known_labels(getattr(trainer.train_dataloader, "dataset", None))
-        if labels is None:
-            raise ValueError(
-                'class_weight="balanced" needs the labels of all training images, and the data do not say them: '
-                "expected class_counts of the datamodule, or targets of its data set; or give the weights as numbers"
-            )
-        found = torch.as_tensor(labels.astype("int64"))
-        check_labels(found, num_classes)
-        counts = found.bincount(minlength=num_classes)
+        balanced = draws_by_weights(trainer.train_dataloader)
+    if balanced:
+        raise ValueError(
+            'class_weight="balanced" and data that draw images by weights, as sampling="balanced" does, would make up '
+            "for uneven classes twice; leave one of them out"
+        )
+    if counts is None:
+        labels = _labels_of(trainer.train_dataloader)
+        check_labels(labels, num_classes)
+        counts = labels.bincount(minlength=num_classes)
     counts = torch.as_tensor(counts, device=trainer.strategy.root_device)
     if counts.shape != (num_classes,):
         raise ValueError(f"expected class_counts of {num_classes} classes, got shape {tuple(counts.shape)}")
     # Processes that all have the whole set make every count larger by the same factor, which cancels.
     return trainer.strategy.reduce(counts, reduce_op="sum")
+
+
+def _labels_of(loader: Any) -> Tensor:
+    try:
+        labels = drawn_labels(loader)
+    except CopyError as error:
+        raise ValueError(
+            f'class_weight="balanced" needs to know which images the training loader draws, and {error}; give the '
+            "datamodule class_counts, or the weights as numbers"
+        ) from error
+    if labels is None:
+        raise ValueError(
+            'class_weight="balanced" needs the labels of all training images, and the data do not say them: '
+            "expected class_counts of the datamodule, or targets of its data set; or give the weights as numbers"
+        )
+    return torch.as_tensor(labels.astype("int64"))
 
 
 def _balanced(counts: Tensor) -> Tensor:

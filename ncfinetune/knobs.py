@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from ncfinetune.cache import Place
 from ncfinetune.heads import SkipJoin
@@ -106,6 +107,15 @@ def check_decay(train: Any, layer_decay: float | None) -> None:
     if train == "none" and layer_decay is not None:
         raise ValueError(
             f'layer_decay={layer_decay} is for layers that train, and with train="none" only the head does'
+        )
+
+
+def check_adapters(train: Any, adapters: Iterable[str], network: nn.Module) -> None:
+    """Warn of adapters in a network of which none trains."""
+    parameters = [parameter for path in adapters for parameter in network.get_submodule(path).parameters()]
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        rank_zero_warn(
+            f'the adapters of lora do not train, since train={train!r} names none of them; train="*lora_*" does'
         )
 
 

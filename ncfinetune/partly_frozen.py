@@ -16,7 +16,7 @@ from ncfinetune.checksums import fingerprint
 from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
-from ncfinetune.knobs import kept_by_deltas
+from ncfinetune.knobs import check_adapters, kept_by_deltas
 from ncfinetune.passes import eval_mode
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class PartlyFrozen(Classifier):
         for tensors in self.chosen.tensors(self.backbone.net).values():
             for tensor in tensors:
                 tensor.requires_grad_(True)
+        check_adapters(train, self.backbone.adapters, self.backbone.net)
 
     def setup(self, stage: str) -> None:
         """Refuse callbacks that would decide what trains.
@@ -147,7 +148,8 @@ class PartlyFrozen(Classifier):
     ) -> None:
         """Save what was tuned, the classifier included, with the base's name and fingerprint.
 
-        The fingerprint is that of the frozen tensors, since the delta replaces the others.
+        The fingerprint is that of the frozen tensors, since the delta replaces the others. Adapters are in the delta
+        whether they train or not, since no file of the base has them.
 
         Args:
             path: File to write, ``.safetensors``.
@@ -157,7 +159,7 @@ class PartlyFrozen(Classifier):
         Raises:
             ValueError: The file's name ends in something else.
         """
-        tensors, frozen = self._tuned_and_frozen(state)
+        tensors, frozen = self._of_delta(state)
         names = self.class_names if class_names is None else class_names
         delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
 
@@ -169,7 +171,7 @@ class PartlyFrozen(Classifier):
             ValueError: The file is no delta, a damaged one, or one of other knobs or another base.
         """
         facts = delta.facts(path)
-        self.load_state_dict(delta.load(path, *self._tuned_and_frozen(), self._facts()), strict=False)
+        self.load_state_dict(delta.load(path, *self._of_delta(), self._facts()), strict=False)
         self.class_names, self.preprocessing = facts["class_names"], facts["preprocessing"]
 
     @classmethod
@@ -230,6 +232,12 @@ class PartlyFrozen(Classifier):
         """The state's tensors that are tuned, and those that are frozen."""
         tuned = {"head", *self.chosen.paths(self, self.backbone.net)}
         return delta.split(self.state_dict() if state is None else state, tuned)
+
+    def _of_delta(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state's tensors that a delta keeps, adapters that do not train included, and those of its base."""
+        tuned, frozen = self._tuned_and_frozen(state)
+        adapters, base = delta.split(frozen, (f"backbone.net.{path}" for path in self.backbone.adapters))
+        return tuned | adapters, base
 
     def _facts(self) -> dict[str, Any]:
         # The command line has Lightning keep more than these in the hyper-parameters.

@@ -360,22 +360,46 @@ def known_labels(dataset: Any) -> Any:
     return None
 
 
+def drawn_labels(loader: Any) -> Any:
+    """Whole-number labels of the samples that a loader draws in an epoch, each once; None if that can't be known.
+
+    Raises:
+        CopyError: The loader's sampler cannot be copied.
+    """
+    labels = known_labels(getattr(loader, "dataset", None))
+    if labels is None or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return labels
+    if not _has_length(loader):  # drawn without end, perhaps
+        return None
+    with isolate_rng():
+        return labels[np.asarray(_drawn(loader), dtype=int)]
+
+
+def draws_by_weights(loader: Any) -> bool:
+    """Whether a loader draws some samples more often than others by torch's sampler for that."""
+    return isinstance(loader, DataLoader) and isinstance(_own_sampler(loader), WeightedRandomSampler)
+
+
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices of the samples that a loader draws in an epoch, each once, in their order.
 
     They are drawn by a copy of its sampler, which may count its epochs or have a generator of its own.
     """
-    sampler: Any = loader.sampler
-    batched = False
-    if loader.batch_sampler is not None and loader.batch_size is None:
-        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-        batched = sampler is loader.batch_sampler
-    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
-        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
+    sampler = _own_sampler(loader)
     if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
         return range(len(cast(Sized, loader.dataset)))
     drawn = copy_of(sampler, loader.dataset)
-    return sorted(set(itertools.chain.from_iterable(drawn) if batched else drawn))
+    return sorted(set(itertools.chain.from_iterable(drawn) if sampler is loader.batch_sampler else drawn))
+
+
+def _own_sampler(loader: DataLoader[Any]) -> Any:
+    """What draws samples, not shared among processes; a sampler of batches where these do not come from samples."""
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
+        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
+    return sampler
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:

@@ -41,6 +41,8 @@ _AS_GOOD = 0.9
 _FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 # What checkpoints of plain tensors hold besides: command lines and numbers of NumPy.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdilq?")]
+# What peft puts before a tensor's own name in a layer that has an adapter.
+_BASE_LAYER = ".base_layer."
 # Where a file keeps what its weights expect of images, and what the classes are called; see `Backbone.preprocessing`.
 DATA = "data"
 # Where the metadata of a file that is ours have the fingerprint of its tensors and of what it says.
@@ -123,13 +125,16 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file holds no weights, none that fit, or several sets that fit equally well.
+        ValueError: The file holds no weights, none that fit, several sets that fit equally well, or adapters beside its
+            weights.
     """
     source = Source.of(checkpoint)
     content, data = read(source.path)
     found = _chosen(_readings(content, net, source), source)
     own = net.state_dict()
     missing = [name for name in own if name not in found.tensors]
+    wrapped = [_BASE_LAYER.join(name.rpartition(".")[::2]) for name in missing]
+    _refuse_adapters(source.path, [name for name in wrapped if name in found.unused])
     parts = [f"checkpoint {source.path}: {len(found.tensors)} of {len(own)} tensors of the network matched"]
     if found.key or found.prefix:
         parts[0] += f" under {found}"
@@ -196,7 +201,8 @@ def export(checkpoint: str, path: str) -> str:
 
     Raises:
         FileNotFoundError: No such checkpoint.
-        ValueError: It is not a learner's, or the file's name is not one that `save` takes.
+        ValueError: It is not a learner's, it has adapters beside its weights, or the file's name is not one that `save`
+            takes.
     """
     prefix = "backbone.net."
     content, data = read(checkpoint)
@@ -205,13 +211,17 @@ def export(checkpoint: str, path: str) -> str:
     weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     if not weights:
         raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(named))}")
-    if adapted := [key for key in weights if ".base_layer." in key]:
-        raise ValueError(
-            f"checkpoint {checkpoint!r} has adapters beside its weights ({_some(adapted)}); merge them by "
-            "load_from_checkpoint of the learner and backbone.save"
-        )
+    _refuse_adapters(checkpoint, [key for key in weights if _BASE_LAYER in key])
     save(weights, path, data)
     return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
+
+
+def _refuse_adapters(checkpoint: str | Path, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} has adapters beside its weights ({_some(names)}); merge them by "
+            "load_from_checkpoint of the learner and backbone.save"
+        )
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

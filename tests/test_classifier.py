@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from sklearn.utils.class_weight import compute_class_weight
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from ncfinetune import FineTuner, Supervised
 from ncfinetune.datamodules import Digits, ImageFolder, images
@@ -156,7 +156,7 @@ def test_a_datamodule_may_say_the_counts_itself(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (Counted(None), r'class_weight="balanced" needs the labels of all training images, and the data do not say'),
-        (Digits([0, 1, 2], sampling="balanced"), 'class_weight="balanced" and sampling="balanced" of the data would'),
+        (Digits([0, 1, 2], sampling="balanced"), 'class_weight="balanced" and data that draw images by weights, as sampling'),
         (Counted([1, 2]), r"expected class_counts of 3 classes, got shape \(2,\)"),
         (DataLoader(TensorDataset(torch.zeros(2, 1, 16, 16), torch.tensor([0, 3]))), r"labels in 0..2 .*got \[3\]"),
     ],
@@ -164,6 +164,91 @@ def test_a_datamodule_may_say_the_counts_itself(tmp_path: Path) -> None:
 def test_data_that_cannot_be_balanced(data: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         _trainer(tmp_path).fit(Supervised(3, VIT, class_weight="balanced"), data)
+
+
+class Batches:
+    """A sampler of batches: the same samples each time."""
+
+    def __init__(self, indices: list[int]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Any:
+        return iter([self.indices[:4], self.indices[4:]])
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_images_that_a_sampler_leaves_out_do_not_count(kind: str, devices: int, tmp_path: Path) -> None:
+    indices = [0, 3, 5, 6, 9, 11, 8, 10]  # labels 0, 1, 2, 0, 1, 2, 0, 1
+    sampler = SubsetRandomSampler(indices) if kind == "sampler" else Batches(indices)
+    model, found = Supervised(3, VIT, class_weight="balanced"), tmp_path / "weights.pt"
+
+    class Keep(Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            if trainer.is_global_zero:
+                torch.save(module.class_weights, found)
+
+    options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False} if devices == 2 else {}
+    loader = DataLoader(_uneven(), **({"batch_size": 4} if kind == "sampler" else {}), **{kind: sampler})
+    _trainer(tmp_path, callbacks=[Keep()], max_steps=1, **options).fit(model, loader)
+    torch.testing.assert_close(torch.load(found), torch.tensor([8 / 9, 8 / 9, 8 / 6]))
+
+
+def test_counting_takes_no_random_numbers_from_the_run(tmp_path: Path) -> None:
+    def fit(class_weight: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = Supervised(3, VIT, class_weight=class_weight, optimizer=_sgd)
+        _trainer(tmp_path).fit(model, DataLoader(_uneven(12), 4, sampler=SubsetRandomSampler(range(12))))
+        return model.head.weight
+
+    assert torch.equal(fit("balanced"), fit([12 / 18, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Digits([0, 1, 2], image_size=16, sampling="balanced"),
+        DataLoader(_uneven(), batch_size=4, sampler=WeightedRandomSampler(torch.ones(16), 16)),
+    ],
+    ids=["datamodule", "sampler"],
+)
+def test_uneven_classes_are_made_up_for_once(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='class_weight="balanced" and data that draw images by weights, as sampling='):
+        _trainer(tmp_path).fit(Supervised(3, VIT, class_weight="balanced"), data)
+    given = Supervised(3, VIT, class_weight=WEIGHTS)
+    _trainer(tmp_path, max_steps=1).fit(given, data)
+
+
+class Unlike(SubsetRandomSampler):
+    """A sampler that no copy can be made of."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+class Endless(SubsetRandomSampler):
+    __len__ = None
+
+    def __iter__(self) -> Any:
+        while True:
+            yield 0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (Unlike([0, 1]), "needs to know which images the training loader draws, and a Unlike cannot be copied"),
+        (Endless([0, 1]), "needs the labels of all training images"),
+    ],
+)
+def test_samplers_that_do_not_say_what_they_draw(sampler: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, max_steps=1).fit(
+            Supervised(3, VIT, class_weight="balanced"), DataLoader(_uneven(), batch_size=4, sampler=sampler)
+        )
 
 
 def test_weights_are_in_no_checkpoint_and_counted_again(tmp_path: Path) -> None:
@@ -376,3 +461,17 @@ def test_a_network_whose_layers_timm_does_not_tell_apart() -> None:
     compiled.group_matcher, compiled.pretrained_cfg = model.backbone.net.group_matcher, {}
     with pytest.raises(ValueError, match="Sequential has no group_matcher that does"):
         depths(compiled)
+
+
+@pytest.mark.parametrize("name", ["layer_decay", "head_lr_factor"])
+def test_a_run_goes_on_with_the_factors_that_its_optimiser_has(name: str, tmp_path: Path) -> None:
+    def fit(factor: float, epochs: int, **arguments: Any) -> Trainer:
+        model = FineTuner(3, VIT, train="all", allow_random=True, optimizer=_sgd, **{name: factor})
+        trainer = _trainer(tmp_path, max_epochs=epochs)
+        trainer.fit(model, DataLoader(_uneven(), batch_size=8), **arguments)
+        return trainer
+
+    fit(0.5, 1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=f"cannot go on with a run of {name}=0.5 as one of {name}=0.8, since its opt"):
+        fit(0.8, 2, ckpt_path=tmp_path / "a.ckpt")
+    assert fit(0.5, 2, ckpt_path=tmp_path / "a.ckpt").optimizers[0].param_groups[-1]["name"] == "head"

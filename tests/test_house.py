@@ -32,7 +32,7 @@ IMPORTS = {
     "channels": {"pooling", "tracing"},
     "checksums": set(),
     "chosen": {"layers"},
-    "classifier": {"backbone", "inputs", "learner", "passes", "schedule"},
+    "classifier": {"backbone", "copies", "inputs", "learner", "passes", "schedule"},
     "cli": {"backbone", "ncfinetune", "report", "trainer_cli", "weights"},
     "cli_errors": set(),
     "closed_forms": set(),

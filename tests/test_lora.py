@@ -139,6 +139,43 @@ def test_a_run_goes_on_and_its_delta_gives_the_model_again(tmp_path: Path, data:
         other.load_delta(tmp_path / "delta.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:the adapters of lora do not train")
+@pytest.mark.parametrize("train", ["none", "blocks.3", "*lora_B*"])
+def test_deltas_have_adapters_that_do_not_train(train: str, tmp_path: Path) -> None:
+    model = _adapted(NETWORKS["ViT"], tmp_path, train)
+    model.save_delta(tmp_path / "delta.safetensors")
+    again = FineTuner.from_delta(tmp_path / "delta.safetensors", str(tmp_path / "base.safetensors"))
+    images = _images()
+    assert torch.equal(again(images), model(images))
+
+
+def test_adapters_that_no_layer_trains_are_told_of() -> None:
+    with pytest.warns(
+        UserWarning, match="the adapters of lora do not train, since train=.none. names none of them; tr"
+    ):
+        FineTuner(3, NETWORKS["ViT"])
+
+
+def test_merging_takes_no_random_numbers(tmp_path: Path) -> None:
+    backbone, before = Backbone(**NETWORKS["ViT"]), torch.get_rng_state()
+    backbone.save(tmp_path / "merged.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_adapters_start_anew_in_the_mode_of_their_network(tmp_path: Path) -> None:
+    backbone = Backbone(**NETWORKS["ViT"]).eval()
+    backbone.load(_base(NETWORKS["ViT"], tmp_path))
+    assert not any(module.training for module in backbone.modules())
+
+
+def test_a_checkpoint_with_adapters_is_no_start(tmp_path: Path) -> None:
+    torch.save(Backbone(**NETWORKS["ViT"]).state_dict(), tmp_path / "adapted.pth")
+    plain = {name: value for name, value in NETWORKS["ViT"].items() if name != "lora"}
+    for network in (plain, NETWORKS["ViT"]):
+        with pytest.raises(ValueError, match=r"has adapters beside its weights \(12 \(blocks.0.attn.qkv.base_layer.w"):
+            Backbone(**network, checkpoint=str(tmp_path / "adapted.pth"))
+
+
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_merged_networks_compute_the_same_without_adapters(network: dict, tmp_path: Path) -> None:
     model = _adapted(network, tmp_path, TRAIN if "modules_to_save" in network["lora"] else "*lora_*")

@@ -137,7 +137,7 @@ def test_what_an_epoch_has_had_already_is_left_out(taken: int) -> None:
 def test_training_has_the_classes_in_equal_shares(folder: Path) -> None:
     for kind in ("memory", "files"):
         pl.seed_everything(1, verbose=False)
-        model = _fit(_make(kind, folder), max_epochs=30)
+        model = _fit(_make(kind, folder, batch_size=20), max_epochs=30)
         labels = torch.cat([model.labels(f"train{epoch}") for epoch in range(30)])
         assert len(labels) == 30 * 20
         assert np.abs(_scores(labels.bincount(minlength=3).numpy(), np.full(3, 1 / 3))).max() < 4
@@ -182,7 +182,7 @@ def _steps(make: Callable[[], ImageDataModule], folder: Path, resume: Path | Non
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("kind", ["memory", "2 workers"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("2 workers", marks=pytest.mark.slow)])
 def test_a_run_that_stopped_within_an_epoch_goes_on_with_the_same_draws(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:
