@@ -18,7 +18,7 @@ from ncfinetune import knobs
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
-from ncfinetune.frozen import refuse_averages
+from ncfinetune.frozen import average_anew, refuse_averages
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
@@ -151,8 +151,9 @@ class FineTuner(PartlyFrozen):
         )
         self.head_init = head_init
         self.refit = refit
-        # Whether the head is what it starts as, and the step of the optimiser after which it was refitted last.
-        self._head_ready, self._refitted = head_init not in get_args(ClosedForm), -1
+        # Whether the head is what it starts as, and the number of the batch after which it was refitted last.
+        self._head_ready = head_init not in get_args(ClosedForm)
+        self._refitted: int | None = None
         self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
         width, *skipped = self._split.widths
         # Where layers are still to be chosen there are none yet, and `setup` builds the head anew.
@@ -215,6 +216,11 @@ class FineTuner(PartlyFrozen):
         super().teardown(stage)
         self._cache.drop()
 
+    def on_train_start(self) -> None:
+        """Forget the batch of the last refit, which may be one of another run."""
+        super().on_train_start()
+        self._refitted = None
+
     def on_train_epoch_end(self) -> None:
         """Refit the classifier, unless a validation has had it done."""
         super().on_train_epoch_end()
@@ -272,12 +278,14 @@ class FineTuner(PartlyFrozen):
         self.head.rebuild(width, skipped, join)
         self._start_head()
         self.hparams.update({"skip_from": skips, "max_skips": 1})
+        average_anew(self.trainer, self)
 
     def _refit(self) -> None:
-        """Set the classifier to its closed form, unless it is as of this step."""
-        if self.refit != "none" and self._refitted != self.global_step:
+        """Set the classifier to its closed form, unless it is as of this batch."""
+        batches = self.trainer.fit_loop.total_batch_idx  # and not steps, between which statistics move
+        if self.refit != "none" and self._refitted != batches:
             self._fit_head("refit", self.refit)
-            self._refitted = self.global_step
+            self._refitted = batches
 
     def _fit_head(self, option: str, kind: Any) -> None:
         """Set the classifier to a closed form of the training images without augmentation, as the option says."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import callbacks
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 
 from ncfinetune.checksums import fingerprint
@@ -106,6 +106,13 @@ def refuse_averages(used: Iterable[Any]) -> None:
             f"{averaging[0]} averages weights, and an average of refitted classifiers is not the closed form on "
             'averaged features; leave it out, or say refit="none"'
         )
+
+
+def average_anew(trainer: Trainer, module: LightningModule) -> None:
+    """Have callbacks that average weights copy the module again, which they do before it is set up."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _AVERAGING):
+            callback.setup(trainer, module, "fit")
 
 
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from ncfinetune.backbone import Backbone
@@ -55,6 +56,8 @@ def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Ten
     if most < 1:
         raise ValueError(f"expected at least one skip connection at most, got {most}")
     labels = labels.cpu()
+    if broken := [name for name, features in layers.items() if not features.isfinite().all()]:
+        raise ValueError(f"expected finite features, got nan or inf in those of {', '.join(broken)}")
     blocks = {name: _centred(features) for name, features in layers.items()}
     taken = [] if start is None else [_centred(start)]
     chosen: list[str] = []
@@ -78,8 +81,14 @@ def layer_features(
     strategy has not moved the module yet.
 
     Raises:
-        ValueError: The trainer has no datamodule that offers them.
+        ValueError: The trainer has no datamodule that offers them, or trains in copies of this process, which give back
+            weights alone.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            'skip_from="auto" needs a strategy such as ddp, since those that fork or spawn processes give back weights '
+            "without the layers that were chosen; or name the layers that a fit in one process chooses"
+        )
     trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
     rows = plain_loader(trainer, 'skip_from="auto"')
     names = [*backbone.layers, PENULTIMATE]

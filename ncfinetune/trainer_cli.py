@@ -101,7 +101,7 @@ def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
     """Skip from the layers that the run has chosen, where it was left to choose."""
     chosen = checkpoint.get("hyper_parameters", {}).get("skip_from")
     if model.init_args.get("skip_from") == "auto" and chosen is not None:
-        model.init_args.update(skip_from=chosen, max_skips=1)
+        model.init_args.skip_from, model.init_args.max_skips = chosen, 1
 
 
 def _launched() -> dict[str, int]:

@@ -126,6 +126,21 @@ def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_pa
     assert yaml.safe_load((run / "config_validate.yaml").read_text())["model"] == first
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_layers_that_a_run_has_chosen_are_those_of_its_checkpoint(tmp_path: Path) -> None:
+    chooses = ["--model.skip_from", "auto", "--model.skip_join", "only", "--model.max_skips", "2"]
+    run = _fit(tmp_path, "a", "--model", "FineTuner", *RANDOM, *PIECES[2:], *chooses)
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    chosen = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["skip_from"]
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    for command in ("test", "predict"):
+        assert main([command, *trained]) is None
+        told = yaml.safe_load((run / f"config_{command}.yaml").read_text())["model"]["init_args"]
+        assert (told["skip_from"], told["max_skips"]) == (chosen, 1)
+    assert main(["fit", *trained, "--trainer.max_epochs", "2"]) is None
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["skip_from"] == "auto"
+
+
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuner = ["--model", "FineTuner", *RANDOM, *PIECES[2:]]
     run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")

@@ -177,6 +177,22 @@ def test_what_is_validated_and_saved_is_refitted(validates: bool, tmp_path: Path
     assert seen.validated == [True] * (3 if validates else 0)
 
 
+def test_another_run_of_as_many_steps_refits_too(tmp_path: Path) -> None:
+    model = _model(train="layer4.0", refit="ridge")
+    for run in ("first", "second"):
+        seen = Compared()
+        trainer = _trainer(tmp_path / run, enable_checkpointing=True, callbacks=[seen], limit_val_batches=0)
+        trainer.fit(model, _data(augmentation="plain"))
+        assert seen.saved == [True]
+
+
+def test_validation_between_steps_is_of_the_refitted_classifier(tmp_path: Path) -> None:
+    seen = Compared()
+    trainer = _trainer(tmp_path, val_check_interval=1, accumulate_grad_batches=4, callbacks=[seen])
+    trainer.fit(_model(train="layer4.0", refit="ridge"), _data(augmentation="plain"))
+    assert seen.validated == [True] * 5  # of 24 images in batches of 5
+
+
 def test_classifier_trains_between_refits(tmp_path: Path) -> None:
     moved = []
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from test_finetune import SMALL, _sgd, _trainer
+from torch.multiprocessing import ProcessRaisedException
 
 from ncfinetune import FineTuner, finetune, skips
 from ncfinetune.callbacks import NeuralCollapseTracker
@@ -153,6 +155,27 @@ def test_without_a_clear_gain_there_is_no_skip_connection(
 def test_choices_that_contradict_themselves_are_refused(knobs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _auto(**knobs)
+
+
+@pytest.mark.filterwarnings("ignore:Loading the `train_dataloader`")
+def test_averages_of_weights_are_of_the_classifier_that_the_choice_builds(tmp_path: Path) -> None:
+    model = _auto()
+    trainer = _trainer(tmp_path, max_epochs=4, callbacks=[StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2)])
+    trainer.fit(model, _data())
+    assert model.hparams["skip_from"]
+    assert model.classifier.weight.shape[1] == model.classifier.in_features > model.backbone.dim
+
+
+def test_processes_that_give_back_weights_alone_are_refused(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, strategy="ddp_fork", devices=2)
+    with pytest.raises(ProcessRaisedException, match='skip_from="auto" needs a strategy such as ddp, since those that'):
+        trainer.fit(_auto(), _data())
+
+
+def test_layers_whose_features_are_not_finite_are_refused() -> None:
+    broken = _noise(24, 3).index_fill(0, torch.tensor([2]), torch.inf)
+    with pytest.raises(ValueError, match="expected finite features, got nan or inf in those of broken"):
+        choose_skips(_noise(24, 4), {"fine": _noise(24, 3), "broken": broken}, LABELS)
 
 
 def test_nothing_but_a_fit_chooses(tmp_path: Path) -> None:
