@@ -123,7 +123,7 @@ class PlainParser(LightningArgumentParser):
 
 
 class _SaveConfigAfterBatch(SaveConfigCallback):
-    """Saves the configuration in the run's folder once the first batch is through.
+    """Saves the configuration in the run's folder once the first batch, or a run without one, is through.
 
     Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
     configuration of the run that is in the folder. That of a training says neither what it was resumed from nor where
@@ -155,6 +155,10 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, the first time."""
+        self._save(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if the run had no batch: with ``max_epochs: 0`` a classifier in closed form is the model."""
         self._save(trainer, pl_module, "fit")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -141,6 +141,14 @@ def test_layers_that_a_run_has_chosen_are_those_of_its_checkpoint(tmp_path: Path
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["skip_from"] == "auto"
 
 
+def test_a_run_of_no_epoch_leaves_its_configuration_too(tmp_path: Path) -> None:
+    closed = ["--model.head_init", "ridge", "--trainer.max_epochs", "0"]
+    run = _fit(tmp_path, "a", "--model", "FineTuner", *RANDOM, *PIECES[2:], *closed)
+    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert main(["test", *trained]) is None
+    assert find_runs([tmp_path])
+
+
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuner = ["--model", "FineTuner", *RANDOM, *PIECES[2:]]
     run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")
