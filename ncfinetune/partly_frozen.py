@@ -115,7 +115,7 @@ class PartlyFrozen(Classifier):
         self._frozen.restore_in(checkpoint["state_dict"])
 
     def on_fit_end(self) -> None:
-        """Leave ``delta.safetensors`` beside the checkpoints; of a run without an epoch ``last.ckpt`` too.
+        """Leave ``delta.safetensors`` beside the checkpoints; of a run without a step ``last.ckpt`` too.
 
         Raises:
             ValueError: Something changed what is frozen.
@@ -124,7 +124,7 @@ class PartlyFrozen(Classifier):
         folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
         state = self.trainer.strategy.lightning_module_state_dict()
         self._frozen.check(self._tuned_and_frozen(state)[1])
-        if folder and self.trainer.max_epochs == 0:  # of which Lightning saves nothing
+        if folder and self.trainer.global_step == 0:  # of which Lightning saves nothing
             self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
         if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)

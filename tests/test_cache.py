@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import write_image
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import FineTuner, cache, store
 from ncfinetune.callbacks import NeuralCollapseTracker
@@ -30,12 +30,12 @@ KNOBS = [
 
 def _model(**knobs) -> FineTuner:
     torch.manual_seed(1)
-    return FineTuner(3, SMALL, optimizer=_sgd, allow_random=True, **knobs)
+    return FineTuner(3, SMALL, optimizer=plain_sgd, allow_random=True, **knobs)
 
 
 def _fit(folder: Path, model: FineTuner, data: Digits | None = None, **arguments) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
-    trainer = _trainer(folder, max_epochs=2, **arguments)
+    trainer = trainer_in(folder, max_epochs=2, **arguments)
     trainer.fit(model, data or Digits([0, 1, 2], shots=8, batch_size=7))
     return {**model.state_dict(), **trainer.callback_metrics}
 
@@ -297,7 +297,7 @@ def test_files_that_have_not_changed_are_not_decoded_again(tmp_path: Path, monke
         folder = str(tmp_path / "cache")
         model = FineTuner(3, {**SMALL, "in_chans": 3}, cache="disk", cache_dir=folder, allow_random=True)
         model.backbone.load_state_dict(weights)
-        _trainer(tmp_path, max_epochs=2).fit(model, data)
+        trainer_in(tmp_path, max_epochs=2).fit(model, data)
         return len(set(seen))
 
     weights = FineTuner(3, {**SMALL, "in_chans": 3}).backbone.state_dict()
@@ -311,7 +311,7 @@ def test_run_after_a_cached_one_has_nothing_to_say_of_the_cache(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, data = _model(cache="memory"), Digits([0, 1, 2], shots=8, batch_size=7)
-    trainer = _trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     trainer.fit(model, data)
     trainer.test(model, datamodule=data)
     assert "override" not in caplog.text
@@ -338,7 +338,7 @@ def test_a_layer_whose_input_has_no_entry_an_image_is_refused(tmp_path: Path) ->
     model = FineTuner(10, {"name": "tnt_s_patch16_224", **small}, train="blocks.2", cache="memory", allow_random=True)
     message = r"cannot go on from blocks.2 of tnt_s_patch16_224: its first argument has not one entry an"
     with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path).fit(model, Digits(shots=2, image_size=32, augmentation="plain"))
+        trainer_in(tmp_path).fit(model, Digits(shots=2, image_size=32, augmentation="plain"))
 
 
 def test_network_that_needs_more_than_the_layers_input_is_refused(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_cache_takes_images_at_any_precision(precision: str, tmp_path: Path) -> 
 def test_cache_is_used_where_the_loaders_were_asked_for_before(tmp_path: Path) -> None:
     def counts_steps(parameters) -> torch.optim.Optimizer:
         assert model.trainer.estimated_stepping_batches == 8
-        return _sgd(parameters)
+        return plain_sgd(parameters)
 
     model = _model(train="layer3.0", cache="memory")
     model._optimizer = counts_steps

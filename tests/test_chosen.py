@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 from torch import nn
 
 from ncfinetune import Backbone, FineTuner
@@ -38,9 +38,9 @@ def test_patterns_choose_parameters_by_the_ends_of_their_paths(network: dict, tr
     ("train", "follow"), [("*.bn?.weight", False), ("*.bias", False), (["*.bias", "layer4.1"], True), ("*.bn?", True)]
 )
 def test_statistics_stay_unless_their_layer_is_named(train, follow: bool, tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, train=train, optimizer=_sgd, allow_random=True)
+    model = FineTuner(3, SMALL, train=train, optimizer=plain_sgd, allow_random=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _trainer(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert any("running_mean" in name for name in changed) == follow
     trained = {f"backbone.net.{path}" for path in _trains(model)}
@@ -54,8 +54,8 @@ def test_statistics_stay_unless_their_layer_is_named(train, follow: bool, tmp_pa
 def test_delta_of_single_parameters_holds_these_and_gives_the_model_again(tmp_path: Path) -> None:
     base = tmp_path / "base.pt"
     torch.save(Backbone(**SMALL).state_dict(), base)
-    model = FineTuner(3, SMALL, checkpoint=str(base), train="*.bias", optimizer=_sgd)
-    _trainer(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    model = FineTuner(3, SMALL, checkpoint=str(base), train="*.bias", optimizer=plain_sgd)
+    trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
     model.save_delta(tmp_path / "delta.safetensors")
     tuned, frozen = model._tuned_and_frozen()
     assert set(tuned) == {"head.weight", "head.bias"} | {f"backbone.net.{path}" for path in _trains(model)}
@@ -68,9 +68,9 @@ def test_delta_of_single_parameters_holds_these_and_gives_the_model_again(tmp_pa
 def test_cached_run_of_single_parameters_is_the_run_without(tmp_path: Path) -> None:
     def fit(**knobs) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
-        model = FineTuner(3, SMALL, train="layer4.?.*.bias", optimizer=_sgd, allow_random=True, **knobs)
+        model = FineTuner(3, SMALL, train="layer4.?.*.bias", optimizer=plain_sgd, allow_random=True, **knobs)
         torch.manual_seed(2)
-        _trainer(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=7))
+        trainer_in(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=7))
         return model.state_dict()
 
     plain, cached = fit(), fit(cache="memory")
@@ -82,7 +82,7 @@ def test_cache_does_not_start_from_a_parameter_of_the_network_itself(tmp_path: P
     model = FineTuner(3, VIT, train="*_token", cache="memory", allow_random=True)
     data = Digits([0, 1, 2], shots=4, image_size=32)
     with pytest.raises(ValueError, match="cannot go on from its first tuned layer of test_vit: that is the network"):
-        _trainer(tmp_path).fit(model, data)
+        trainer_in(tmp_path).fit(model, data)
 
 
 def test_table_has_a_row_a_pattern() -> None:

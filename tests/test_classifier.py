@@ -156,7 +156,10 @@ def test_a_datamodule_may_say_the_counts_itself(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (Counted(None), r'class_weight="balanced" needs the labels of all training images, and the data do not say'),
-        (Digits([0, 1, 2], sampling="balanced"), 'class_weight="balanced" and data that draw images by weights, as sampling'),
+        (
+            Digits([0, 1, 2], sampling="balanced"),
+            'class_weight="balanced" and data that draw images by weights, as sampling',
+        ),
         (Counted([1, 2]), r"expected class_counts of 3 classes, got shape \(2,\)"),
         (DataLoader(TensorDataset(torch.zeros(2, 1, 16, 16), torch.tensor([0, 3]))), r"labels in 0..2 .*got \[3\]"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import FineTuner
 from ncfinetune.calibration import fit_temperature
@@ -30,7 +30,7 @@ def _data(**options) -> Digits:
 
 def _model(**knobs) -> FineTuner:
     torch.manual_seed(0)
-    return FineTuner(3, SMALL, optimizer=_sgd, allow_random=True, **knobs)
+    return FineTuner(3, SMALL, optimizer=plain_sgd, allow_random=True, **knobs)
 
 
 def _features(model: FineTuner, data: Digits) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +61,7 @@ def test_weights_of_classes_enter_the_closed_form(kind: str, tmp_path: Path) -> 
     plain, _ = classifier_of(kind, [(features, labels)], 3)
     assert not torch.allclose(plain / plain.norm(), weight / weight.norm(), atol=1e-3)
     model, data = _model(head_init=kind, class_weight=[1.0, 2.0, 5.0]), _data()
-    _trainer(tmp_path, max_epochs=0).fit(model, data)
+    trainer_in(tmp_path, max_epochs=0).fit(model, data)
     inputs, targets = _features(model, data)
     head = FITS[kind](inputs, targets, 3, class_weight=[1.0, 2.0, 5.0])
     decided = model.head(inputs).argmax(1)
@@ -110,11 +110,11 @@ def test_features_that_say_nothing_give_a_finite_head() -> None:
     assert bias.isfinite().all()
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize(("cache", "nothing"), [("none", "max_epochs"), ("memory", "max_steps")])
 @pytest.mark.parametrize("knobs", [{}, {"skip_from": ["layer2.0", "layer3.0"], "skip_join": "only"}])
-def test_run_of_no_epoch_is_the_closed_form(knobs: dict, cache: str, tmp_path: Path) -> None:
+def test_run_of_no_step_is_the_closed_form(knobs: dict, cache: str, nothing: str, tmp_path: Path) -> None:
     model, data = _model(head_init="ridge", cache=cache, **knobs), _data()
-    trainer = _trainer(tmp_path, max_epochs=0, enable_checkpointing=True)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True, **{nothing: 0})
     trainer.fit(model, data)
     features, labels = _features(model, data)
     head = ridge(features, labels, 3)
@@ -138,7 +138,7 @@ def test_start_is_made_of_plain_images_and_said(tmp_path: Path, caplog: pytest.L
     for augmentation in ("plain", "standard"):
         model = _model(head_init="ridge")
         with caplog.at_level("INFO"):
-            _trainer(tmp_path, max_epochs=0).fit(model, _data(augmentation=augmentation))
+            trainer_in(tmp_path, max_epochs=0).fit(model, _data(augmentation=augmentation))
         heads.append(model.head.weight)
     assert torch.equal(*heads)
     assert "classifier: starts as ridge of the training images without augmentation" in caplog.text
@@ -171,7 +171,7 @@ def test_what_is_validated_and_saved_is_refitted(validates: bool, tmp_path: Path
     model, seen = _model(train="layer4.0", refit="ridge", head_lr_factor=2), Compared()
     options = {} if validates else {"limit_val_batches": 0}
     callbacks = [seen, ModelCheckpoint(save_top_k=-1)]
-    trainer = _trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer = trainer_in(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks, **options)
     trainer.fit(model, _data(augmentation="plain"))
     assert seen.saved == [True] * 3
     assert seen.validated == [True] * (3 if validates else 0)
@@ -181,14 +181,14 @@ def test_another_run_of_as_many_steps_refits_too(tmp_path: Path) -> None:
     model = _model(train="layer4.0", refit="ridge")
     for run in ("first", "second"):
         seen = Compared()
-        trainer = _trainer(tmp_path / run, enable_checkpointing=True, callbacks=[seen], limit_val_batches=0)
+        trainer = trainer_in(tmp_path / run, enable_checkpointing=True, callbacks=[seen], limit_val_batches=0)
         trainer.fit(model, _data(augmentation="plain"))
         assert seen.saved == [True]
 
 
 def test_validation_between_steps_is_of_the_refitted_classifier(tmp_path: Path) -> None:
     seen = Compared()
-    trainer = _trainer(tmp_path, val_check_interval=1, accumulate_grad_batches=4, callbacks=[seen])
+    trainer = trainer_in(tmp_path, val_check_interval=1, accumulate_grad_batches=4, callbacks=[seen])
     trainer.fit(_model(train="layer4.0", refit="ridge"), _data(augmentation="plain"))
     assert seen.validated == [True] * 5  # of 24 images in batches of 5
 
@@ -200,7 +200,7 @@ def test_classifier_trains_between_refits(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             moved.append(pl_module.head.weight.detach().clone())
 
-    trainer = _trainer(tmp_path, max_epochs=1, callbacks=[Watch()])
+    trainer = trainer_in(tmp_path, max_epochs=1, callbacks=[Watch()])
     trainer.fit(_model(train="layer4.0", refit="ridge", head_init="ridge"), _data())
     assert not torch.equal(moved[0], moved[1])
 
@@ -213,7 +213,7 @@ def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             heads.append(pl_module.head.weight.detach().clone())
 
-    trainer = _trainer(tmp_path, max_epochs=2, callbacks=[Watch()])
+    trainer = trainer_in(tmp_path, max_epochs=2, callbacks=[Watch()])
     before = model.backbone.net.layer4[0].conv1.weight.detach().clone()
     trainer.fit(model, _data())
     assert all(torch.equal(head, heads[0]) for head in heads)
@@ -224,11 +224,11 @@ def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:
 
 
 def test_averaged_weights_and_refits_exclude_each_other(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, max_epochs=3, callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
+    trainer = trainer_in(tmp_path, max_epochs=3, callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
     with pytest.raises(ValueError, match="Averaging averages weights, and an average of refitted classifiers is"):
         trainer.fit(_model(train="layer4.0", refit="ridge"), _data())
 
 
 def test_too_few_images_for_a_discriminant_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lda needs two samples more than there are classes with samples, got 3"):
-        _trainer(tmp_path).fit(_model(head_init="lda"), Digits([0, 1, 2], shots=1, val_fraction=0.0))
+        trainer_in(tmp_path).fit(_model(head_init="lda"), Digits([0, 1, 2], shots=1, val_fraction=0.0))

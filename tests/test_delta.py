@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.datamodules import Digits
@@ -178,8 +178,8 @@ def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> N
 
 def test_fit_leaves_a_delta_beside_the_checkpoint(tmp_path: Path) -> None:
     base = _base(tmp_path)
-    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=_sgd)
-    trainer = _trainer(tmp_path, enable_checkpointing=True)
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=plain_sgd)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
     trainer.fit(model, Digits([7, 8, 9], shots=4))
     path = Path(trainer.checkpoint_callback.dirpath) / "delta.safetensors"
     again = FineTuner.from_delta(path, checkpoint=base)
@@ -215,8 +215,8 @@ def test_merged_file_is_timms(backbone: dict, knobs: dict, classes: int, tmp_pat
 def test_merged_network_makes_images_ready_as_the_datamodule_did(tmp_path: Path) -> None:
     net = {"name": "resnet18", "in_chans": 1, "channels": [4, 6, 8, 10]}
     data = Digits([7, 8, 9], shots=4, image_size=16, mean=[0.25], std=[0.125])
-    model = FineTuner(3, net, train="layer3.0", optimizer=_sgd, allow_random=True)
-    trainer = _trainer(tmp_path, enable_checkpointing=True)
+    model = FineTuner(3, net, train="layer3.0", optimizer=plain_sgd, allow_random=True)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
     trainer.fit(model, data)
     saved = Path(trainer.checkpoint_callback.dirpath)
     loaded = FineTuner.load_from_checkpoint(next(saved.glob("*.ckpt")))
@@ -262,6 +262,6 @@ def test_a_trial_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     base = _base(tmp_path)
     before = set(tmp_path.rglob("*"))
-    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=_sgd)
-    _trainer(tmp_path, enable_checkpointing=True, fast_dev_run=True).fit(model, Digits([7, 8, 9], shots=4))
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=plain_sgd)
+    trainer_in(tmp_path, enable_checkpointing=True, fast_dev_run=True).fit(model, Digits([7, 8, 9], shots=4))
     assert set(tmp_path.rglob("*")) == before

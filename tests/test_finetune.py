@@ -4,30 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.datamodules import Digits
 
-SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 KNOBS = [("none", None), ("layer3.0", None), ("layer3.0", "layer3.0"), (["layer4.*"], "layer2.1"), ("all", None)]
-
-
-def _sgd(parameters) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def _trainer(folder: Path, **arguments) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    return Trainer(default_root_dir=folder, **{"max_epochs": 1, "enable_checkpointing": False, **quiet, **arguments})
 
 
 @pytest.mark.parametrize(("train", "skip_from"), KNOBS)
 def test_only_what_is_named_changes(train, skip_from, tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, train=train, skip_from=skip_from, optimizer=_sgd, allow_random=True)
+    model = FineTuner(3, SMALL, train=train, skip_from=skip_from, optimizer=plain_sgd, allow_random=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    _trainer(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    trainer_in(tmp_path, max_epochs=2).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     prefixes = {"none": [], "all": ["backbone."], "layer3.0": ["backbone.net.layer3.0."]}.get(
         train if isinstance(train, str) else "", ["backbone.net.layer4."]
@@ -77,8 +67,8 @@ def test_unknown_layer() -> None:
 
 def test_fine_tuning_starts_from_the_checkpoint_of_pre_training(tmp_path: Path) -> None:
     data = Digits([0, 1, 2, 3], shots=4, batch_size=8)
-    source = Supervised(4, Backbone(**SMALL), optimizer=_sgd)
-    trainer = _trainer(tmp_path)
+    source = Supervised(4, Backbone(**SMALL), optimizer=plain_sgd)
+    trainer = trainer_in(tmp_path)
     trainer.fit(source, data)
     trainer.save_checkpoint(tmp_path / "source.ckpt")
     path = str(tmp_path / "source.ckpt")
@@ -95,7 +85,7 @@ def test_fine_tuning_starts_from_the_checkpoint_of_pre_training(tmp_path: Path) 
 def test_fine_tuned_model_loads_without_the_file_it_started_from(tmp_path: Path) -> None:
     torch.save(Backbone(**SMALL).state_dict(), tmp_path / "source.pt")
     model = FineTuner(3, SMALL, checkpoint=str(tmp_path / "source.pt"), train="layer3.0", skip_from="layer3.0")
-    trainer = _trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     trainer.fit(model, Digits([0, 1, 2], shots=4))
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
     (tmp_path / "source.pt").unlink()
@@ -118,12 +108,12 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> Non
 
     data = Digits([0, 1, 2], shots=4, batch_size=12)  # one batch an epoch: its order does not matter
     whole = model()
-    _trainer(tmp_path, max_epochs=4).fit(whole, data)
-    half = _trainer(tmp_path, max_epochs=2)
+    trainer_in(tmp_path, max_epochs=4).fit(whole, data)
+    half = trainer_in(tmp_path, max_epochs=2)
     half.fit(model(), data)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed = model()
-    _trainer(tmp_path, max_epochs=4).fit(resumed, data, ckpt_path=tmp_path / "half.ckpt")
+    trainer_in(tmp_path, max_epochs=4).fit(resumed, data, ckpt_path=tmp_path / "half.ckpt")
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
@@ -131,25 +121,25 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> Non
 @pytest.mark.parametrize("knobs", [{"train": "layer2.0"}, {"train": "layer3.0", "skip_from": "layer3.0"}])
 def test_a_run_of_other_layers_is_not_gone_on_with(knobs: dict, tmp_path: Path) -> None:
     data = Digits([0, 1, 2], shots=4)
-    trainer = _trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     trainer.fit(FineTuner(3, SMALL, train="layer3.0", allow_random=True), data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match=r"with a run of train='layer3.0', skip_from=None as one of train='layer"):
-        _trainer(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, **knobs), data, ckpt_path=tmp_path / "run.ckpt")
+        trainer_in(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, **knobs), data, ckpt_path=tmp_path / "run.ckpt")
     same = FineTuner(3, SMALL, train=["layer3.0"], allow_random=True)
-    _trainer(tmp_path, max_epochs=2).fit(same, data, ckpt_path=tmp_path / "run.ckpt")
+    trainer_in(tmp_path, max_epochs=2).fit(same, data, ckpt_path=tmp_path / "run.ckpt")
     assert same.trainer.current_epoch == 2
 
 
 def test_num_classes_that_contradicts_the_data_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model has num_classes=4, the data 3; give the model num_classes=3"):
-        _trainer(tmp_path).fit(Supervised(4, SMALL), Digits([0, 1, 2]))
+        trainer_in(tmp_path).fit(Supervised(4, SMALL), Digits([0, 1, 2]))
 
 
 def test_label_beyond_num_classes_is_refused_before_the_first_step(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 4), batch_size=8)
     model = Supervised(3, SMALL)
-    trainer = _trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     with pytest.raises(ValueError, match=r"expected labels in 0..2, since num_classes=3, got 3; .* at least 4"):
         trainer.fit(model, loader, loader)
     assert trainer.global_step == 0
@@ -162,7 +152,9 @@ def test_one_class_is_refused() -> None:
 
 def test_predictions_are_probabilities(tmp_path: Path) -> None:
     model, images = Supervised(3, SMALL), torch.randn(5, 1, 8, 8)
-    batches = _trainer(tmp_path).predict(model, DataLoader(TensorDataset(images, torch.zeros(5).long()), batch_size=2))
+    batches = trainer_in(tmp_path).predict(
+        model, DataLoader(TensorDataset(images, torch.zeros(5).long()), batch_size=2)
+    )
     with torch.no_grad():
         logits = model.eval()(images)
     expected = logits.exp() / logits.exp().sum(1, keepdim=True)

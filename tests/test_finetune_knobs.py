@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.collapse import class_moments
@@ -74,7 +74,7 @@ def test_classifier_that_starts_at_zero_gives_equal_logits(skip_from: str | None
 def test_classifier_that_starts_from_means_decides_as_they_do(knobs: dict, tmp_path: Path) -> None:
     model = FineTuner(3, SMALL, head_init="mean", optimizer=_still, allow_random=True, **knobs)
     data = Digits([0, 1, 2], shots=8, batch_size=5)
-    _trainer(tmp_path).fit(model, data)
+    trainer_in(tmp_path).fit(model, data)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_plain_dataloader()]
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     model.eval()
@@ -89,19 +89,19 @@ def test_classifier_that_starts_from_means_decides_as_they_do(knobs: dict, tmp_p
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 def test_a_loaded_classifier_is_kept(tmp_path: Path) -> None:
     data = Digits([0, 1, 2], shots=4)
-    model = FineTuner(3, SMALL, head_init="mean", optimizer=_sgd, allow_random=True)
-    trainer = _trainer(tmp_path)
+    model = FineTuner(3, SMALL, head_init="mean", optimizer=plain_sgd, allow_random=True)
+    trainer = trainer_in(tmp_path)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
     still = FineTuner.load_from_checkpoint(tmp_path / "tuned.ckpt", optimizer=_still)
-    _trainer(tmp_path).fit(still, data)
+    trainer_in(tmp_path).fit(still, data)
     assert torch.equal(still.head.weight, model.head.weight)
 
 
 def test_start_from_means_needs_plain_images(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(_images(), torch.tensor([0, 1, 2, 0])))
     with pytest.raises(ValueError, match=r'head_init="mean" needs .* a datamodule that has a train_plain_dataloader'):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, head_init="mean", allow_random=True), loader, loader)
+        trainer_in(tmp_path).fit(FineTuner(3, SMALL, head_init="mean", allow_random=True), loader, loader)
 
 
 @pytest.mark.parametrize(("train", "names"), [("layer3.0", ["backbone", "head"]), ("none", ["head"])])
@@ -111,7 +111,7 @@ def test_head_has_a_learning_rate_of_its_own_that_the_scheduler_keeps(train: str
         SMALL,
         train=train,
         head_lr_factor=10,
-        optimizer=_sgd,
+        optimizer=plain_sgd,
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5),
     )
     made = model.configure_optimizers()
@@ -139,7 +139,7 @@ def test_parameter_table_counts_each_group_once() -> None:
 
 def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, train="layer3.0", allow_random=True), Digits([0, 1, 2], shots=4))
+        trainer_in(tmp_path).fit(FineTuner(3, SMALL, train="layer3.0", allow_random=True), Digits([0, 1, 2], shots=4))
     assert "layer3.0" in caplog.text
     assert "rest of the backbone" in caplog.text
 

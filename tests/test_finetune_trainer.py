@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import _trainer
+from tiny import trainer_in
 
 from ncfinetune import FineTuner
 from ncfinetune.datamodules import Digits
@@ -74,7 +74,7 @@ VIT = {"name": "test_vit", "img_size": 8, "patch_size": 2, "in_chans": 1}
 
 def _fitted(folder: Path, model: FineTuner, **arguments) -> torch.Tensor:
     torch.manual_seed(0)
-    trainer = _trainer(folder, max_epochs=2, **arguments)
+    trainer = trainer_in(folder, max_epochs=2, **arguments)
     trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
     return trainer.callback_metrics["train/loss"]
 
@@ -122,7 +122,7 @@ def test_bf16_run_is_nearly_the_same(knobs: dict, tmp_path: Path) -> None:
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path: Path) -> None:
     def tuned(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
         model = _model(skip_from="blocks.2")
-        _trainer(tmp_path, accumulate_grad_batches=accumulate).fit(
+        trainer_in(tmp_path, accumulate_grad_batches=accumulate).fit(
             model, Digits([0, 1, 2], batch_size=batch_size, shots=8)
         )
         return model.state_dict()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, callbacks
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.datamodules import Digits
@@ -16,8 +16,8 @@ _DATA = {"shots": 8, "batch_size": 8}
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """A pre-trained backbone, whose statistics of normalisation are not those of its start."""
-    source = Supervised(3, SMALL, optimizer=_sgd)
-    _trainer(tmp_path).fit(source, Digits([3, 4, 5], **_DATA))
+    source = Supervised(3, SMALL, optimizer=plain_sgd)
+    trainer_in(tmp_path).fit(source, Digits([3, 4, 5], **_DATA))
     source.backbone.save(tmp_path / "base.safetensors")
     return str(tmp_path / "base.safetensors")
 
@@ -37,10 +37,10 @@ WRITING = {
 @pytest.mark.parametrize("train", ["none", "layer4.1"])
 @pytest.mark.parametrize("callback", WRITING)
 def test_frozen_tensors_are_those_of_the_base(callback: str, train: str, base: str, tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=_sgd)
+    model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=plain_sgd)
     before = {name: tensor.clone() for name, tensor in model._tuned_and_frozen()[1].items()}
     used = [WRITING[callback](model)]
-    trainer = _trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=used, check_val_every_n_epoch=2)
+    trainer = trainer_in(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=used, check_val_every_n_epoch=2)
     trainer.fit(model, Digits([0, 1, 2], **_DATA))
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     for name, tensor in before.items():
@@ -54,9 +54,9 @@ def test_frozen_tensors_are_those_of_the_base(callback: str, train: str, base: s
 def test_statistics_of_tuned_layers_are_those_of_the_average(base: str, tmp_path: Path) -> None:
     """SWA's last pass measures them: on the frozen layers as they were loaded, not as it reset them."""
     data = Digits([0, 1, 2], **_DATA)
-    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=_sgd)
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=plain_sgd)
     swa = callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
-    _trainer(tmp_path, max_epochs=3, callbacks=[swa]).fit(model, data)
+    trainer_in(tmp_path, max_epochs=3, callbacks=[swa]).fit(model, data)
     seen: list[torch.Tensor] = []
     handle = model.backbone.net.layer4[1].conv1.register_forward_hook(lambda m, a, o: seen.append(o))
     model.eval()
@@ -92,10 +92,10 @@ class _Unfreezes(Callback):
 def test_what_changes_frozen_tensors_is_refused(
     callback: Callback, knobs: dict, message: str, base: str, tmp_path: Path
 ) -> None:
-    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=_sgd, **knobs)
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=plain_sgd, **knobs)
     data = Digits([0, 1, 2], augmentation="plain", **_DATA)
     with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback]).fit(model, data)
+        trainer_in(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback]).fit(model, data)
     assert not list(tmp_path.rglob("delta.safetensors"))
 
 
@@ -105,11 +105,11 @@ def test_a_random_backbone_is_not_fine_tuned_unawares(train: str, tmp_path: Path
     with pytest.raises(
         ValueError, match=r"the backbone is at its random start, .* \(allow_random=true runs all the same"
     ):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, train=train), data)
-    _trainer(tmp_path, fast_dev_run=True).fit(FineTuner(3, SMALL, train=train, allow_random=True), data)
-    source = Supervised(3, SMALL, optimizer=_sgd)
-    _trainer(tmp_path).fit(source, data)
-    _trainer(tmp_path, fast_dev_run=True).fit(FineTuner(3, source.backbone, train=train), data)
+        trainer_in(tmp_path).fit(FineTuner(3, SMALL, train=train), data)
+    trainer_in(tmp_path, fast_dev_run=True).fit(FineTuner(3, SMALL, train=train, allow_random=True), data)
+    source = Supervised(3, SMALL, optimizer=plain_sgd)
+    trainer_in(tmp_path).fit(source, data)
+    trainer_in(tmp_path, fast_dev_run=True).fit(FineTuner(3, source.backbone, train=train), data)
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* stays at its random start")
@@ -119,13 +119,13 @@ def test_layers_that_no_file_gave_have_to_train(tmp_path: Path) -> None:
     path, data = str(tmp_path / "w.pth"), Digits([0, 1, 2], **_DATA)
     message = r"frozen layers are at their random start, since no file gave conv1.weight; name them in train, or"
     with pytest.raises(ValueError, match=message):
-        _trainer(tmp_path).fit(FineTuner(3, SMALL, checkpoint=path, train="layer4.1"), data)
+        trainer_in(tmp_path).fit(FineTuner(3, SMALL, checkpoint=path, train="layer4.1"), data)
     for knobs in ({"train": ["conv1", "layer4.1"]}, {"train": "all"}, {"allow_random": True}):
-        _trainer(tmp_path, fast_dev_run=True).fit(FineTuner(3, SMALL, checkpoint=path, **knobs), data)
+        trainer_in(tmp_path, fast_dev_run=True).fit(FineTuner(3, SMALL, checkpoint=path, **knobs), data)
 
 
 def test_a_run_goes_on_without_the_file_it_started_from(base: str, tmp_path: Path) -> None:
-    data, trainer = Digits([0, 1, 2], **_DATA), _trainer(tmp_path)
+    data, trainer = Digits([0, 1, 2], **_DATA), trainer_in(tmp_path)
     trainer.fit(FineTuner(3, SMALL, checkpoint=base, train="layer4.1"), data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    _trainer(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, train="layer4.1"), data, ckpt_path=tmp_path / "run.ckpt")
+    trainer_in(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, train="layer4.1"), data, ckpt_path=tmp_path / "run.ckpt")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_finetune import _sgd, _trainer
+from tiny import plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.blocks import block_names
@@ -77,16 +77,16 @@ def test_a_network_that_no_file_gave_is_refused_whatever_peft_calls_its_layers(t
         plain = Backbone(**VIT)
         assert Backbone(**network).random.keys() == plain.random.keys()
         with pytest.raises(ValueError, match="the backbone is at its random start, with nothing to fine-tune"):
-            _trainer(tmp_path).fit(FineTuner(3, network, train="*lora_*"), data)
+            trainer_in(tmp_path).fit(FineTuner(3, network, train="*lora_*"), data)
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_only_adapters_and_saved_modules_train(cache: Any, tmp_path: Path) -> None:
     network = NETWORKS["ViT"]
-    model = FineTuner(3, network, _base(network, tmp_path), train=TRAIN, optimizer=_sgd, cache=cache)
+    model = FineTuner(3, network, _base(network, tmp_path), train=TRAIN, optimizer=plain_sgd, cache=cache)
     before = copy.deepcopy(model.state_dict())
     data = Digits([0, 1, 2], shots=8, batch_size=8, image_size=16, augmentation="plain")
-    _trainer(tmp_path, max_epochs=2).fit(model, data)
+    trainer_in(tmp_path, max_epochs=2).fit(model, data)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     named = {name for name in before if ".lora_" in name or ".modules_to_save." in name or name.startswith("head.")}
     assert changed == named
@@ -113,8 +113,8 @@ def test_a_run_goes_on_and_its_delta_gives_the_model_again(tmp_path: Path, data:
 
     def fit(epochs: int, **arguments: Any) -> FineTuner:
         torch.manual_seed(0)
-        model = FineTuner(3, network, base, train=TRAIN, optimizer=_sgd)
-        trainer = _trainer(tmp_path, max_epochs=epochs)
+        model = FineTuner(3, network, base, train=TRAIN, optimizer=plain_sgd)
+        trainer = trainer_in(tmp_path, max_epochs=epochs)
         trainer.fit(model, data, **arguments)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return model
@@ -204,7 +204,7 @@ def test_timm_loads_what_is_merged(tmp_path: Path) -> None:
 def test_the_tracker_finds_layers_by_name_and_sees_what_adapters_do(tmp_path: Path, data: Digits) -> None:
     model = _adapted(NETWORKS["ViT"], tmp_path, TRAIN)
     tracker = NeuralCollapseTracker(layers=["blocks.*", "penultimate"])
-    _trainer(tmp_path, callbacks=[tracker]).validate(model, data, verbose=False)
+    trainer_in(tmp_path, callbacks=[tracker]).validate(model, data, verbose=False)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_the_tracker_finds_layers_by_name_and_sees_what_adapters_do(tmp_path: Pa
 
 
 def test_rates_by_depth_reach_adapters() -> None:
-    model = FineTuner(3, NETWORKS["ViT"], train=TRAIN, layer_decay=0.5, head_lr_factor=3, optimizer=_sgd)
+    model = FineTuner(3, NETWORKS["ViT"], train=TRAIN, layer_decay=0.5, head_lr_factor=3, optimizer=plain_sgd)
     rates = {id(p): group["lr"] for group in model.configure_optimizers().param_groups for p in group["params"]}
     named = dict(model.backbone.net.named_parameters())
     expected = {name: 0.5 ** (6 - number) for number in range(6) for name in named if f"blocks.{number}." in name}
@@ -274,7 +274,7 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_export_leaves_no_file_of_weights_beside_adapters(tmp_path: Path, data: Digits) -> None:
     model = _adapted(NETWORKS["ViT"], tmp_path)
-    trainer = _trainer(tmp_path)
+    trainer = trainer_in(tmp_path)
     trainer.validate(model, data, verbose=False)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"has adapters beside its weights \(.*merge them by load_from_checkpoint"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from test_finetune import SMALL, _sgd, _trainer
+from tiny import SMALL, plain_sgd, trainer_in
 from torch.multiprocessing import ProcessRaisedException
 
 from ncfinetune import FineTuner, finetune, skips
@@ -74,7 +74,7 @@ def test_less_than_one_is_refused() -> None:
 
 def _auto(**knobs) -> FineTuner:
     torch.manual_seed(0)
-    options = {"skip_from": "auto", "skip_join": "concat", "allow_random": True, "optimizer": _sgd, **knobs}
+    options = {"skip_from": "auto", "skip_join": "concat", "allow_random": True, "optimizer": plain_sgd, **knobs}
     return FineTuner(3, SMALL, **options)
 
 
@@ -96,7 +96,7 @@ def test_fit_takes_the_layers_that_the_choice_names(
 ) -> None:
     model, data = _auto(**knobs), _data()
     tracker = NeuralCollapseTracker(layers=["layer4.1", "penultimate"])
-    trainer = _trainer(tmp_path, enable_checkpointing=True, callbacks=[tracker])
+    trainer = trainer_in(tmp_path, enable_checkpointing=True, callbacks=[tracker])
     with caplog.at_level("INFO"):
         trainer.fit(model, data)
     fresh = _auto(**knobs).eval()
@@ -123,9 +123,9 @@ def test_fit_takes_the_layers_that_the_choice_names(
     images = torch.randn(4, 1, 8, 8)
     assert torch.equal(again(images), model.eval()(images))
     resumed = _auto(**knobs)
-    _trainer(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=path)
+    trainer_in(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=path)
     assert resumed.trainer.current_epoch == 2
-    _trainer(tmp_path, max_epochs=3).fit(model, data)  # nothing is chosen again
+    trainer_in(tmp_path, max_epochs=3).fit(model, data)  # nothing is chosen again
     assert model.hparams["skip_from"] == expected
 
 
@@ -134,7 +134,7 @@ def test_without_a_clear_gain_there_is_no_skip_connection(
 ) -> None:
     monkeypatch.setattr(finetune, "choose_skips", lambda *arguments: [])
     model = _auto()
-    trainer = _trainer(tmp_path, enable_checkpointing=True)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
     with caplog.at_level("INFO"):
         trainer.fit(model, _data())
     assert "skip connections: from no layer, since none lowers the error clearly" in caplog.text
@@ -160,14 +160,14 @@ def test_choices_that_contradict_themselves_are_refused(knobs: dict, message: st
 @pytest.mark.filterwarnings("ignore:Loading the `train_dataloader`")
 def test_averages_of_weights_are_of_the_classifier_that_the_choice_builds(tmp_path: Path) -> None:
     model = _auto()
-    trainer = _trainer(tmp_path, max_epochs=4, callbacks=[StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2)])
+    trainer = trainer_in(tmp_path, max_epochs=4, callbacks=[StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2)])
     trainer.fit(model, _data())
     assert model.hparams["skip_from"]
     assert model.classifier.weight.shape[1] == model.classifier.in_features > model.backbone.dim
 
 
 def test_processes_that_give_back_weights_alone_are_refused(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, strategy="ddp_fork", devices=2)
+    trainer = trainer_in(tmp_path, strategy="ddp_fork", devices=2)
     with pytest.raises(ProcessRaisedException, match='skip_from="auto" needs a strategy such as ddp, since those that'):
         trainer.fit(_auto(), _data())
 
@@ -180,4 +180,4 @@ def test_layers_whose_features_are_not_finite_are_refused() -> None:
 
 def test_nothing_but_a_fit_chooses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='skip_from="auto" chooses layers when a fit starts; load what a fit'):
-        _trainer(tmp_path).test(_auto(), _data(), verbose=False)
+        trainer_in(tmp_path).test(_auto(), _data(), verbose=False)
