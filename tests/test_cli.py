@@ -83,10 +83,8 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     assert config["data"]["init_args"]["shots"] == 4
 
 
-_SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("linear_probe", "layer", "full")]
-
-
-@pytest.mark.parametrize("method", ["scl", *_SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear_probe", "layer", "scl", "full"])
 def test_lab_notes_of_the_methods_run(method: str, tmp_path: Path) -> None:
     note = ["--config", str(ROOT / "experiments" / "finetune" / f"{method}.yaml")]
     run = _fit(tmp_path, method, *note, "--model.backbone", TINY, *RANDOM, "--data", "Digits", "--data.shots", "4")
@@ -126,6 +124,7 @@ def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_pa
     assert yaml.safe_load((run / "config_validate.yaml").read_text())["model"] == first
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_layers_that_a_run_has_chosen_are_those_of_its_checkpoint(tmp_path: Path) -> None:
     chooses = ["--model.skip_from", "auto", "--model.skip_join", "only", "--model.max_skips", "2"]

@@ -85,7 +85,8 @@ def _model(**knobs) -> FineTuner:
     return FineTuner(3, VIT, train="blocks.2", optimizer=optimizer, allow_random=True, **knobs)
 
 
-@pytest.mark.parametrize("gradient", ["both", pytest.param("skip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["both", "skip"])
 def test_compiled_model_is_the_same_without_a_break_in_its_graph(gradient: str) -> None:
     model = _model(skip_from="blocks.2", skip_gradient=gradient).eval()
     torch._dynamo.reset()

@@ -92,6 +92,7 @@ def test_each_part_has_its_own_mode_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
 
 
+@pytest.mark.slow
 def test_what_asks_for_widths_and_what_attacks_restore_them_too() -> None:
     backbone = Backbone("test_vit", img_size=8, patch_size=2, in_chans=1).train()
     block = backbone.net.blocks[0]

@@ -76,6 +76,7 @@ def test_delta_of_the_command_line_is_a_model_in_python(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = _folder(tmp_path / "ours", ["apple", "lime", "plum"])

@@ -383,6 +383,7 @@ def test_rate_is_scaled_to_the_batch_size_that_a_finder_leaves(tmp_path: Path) -
     assert len(rates.rates) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("finder", [_finder, partial(BatchSizeFinder, max_trials=2, steps_per_trial=1)])
 def test_what_a_run_starts_with_outlives_a_finder(finder: Any, cache: str, tmp_path: Path) -> None:

@@ -699,6 +699,7 @@ def test_a_second_fit_starts_its_history_anew_and_validation_adds_to_the_last(tm
     assert list(tracker.history["val"]) == [1, 2]
 
 
+@pytest.mark.slow
 def test_metrics_of_the_classifier_need_its_layer() -> None:
     with pytest.raises(ValueError, match="metrics nc3, nc4 are of the layer 'penultimate', which layers lacks"):
         NeuralCollapseTracker(K, layers=["0"], metrics=["nc3", "nc4"])
