@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ncfinetune import weights
+from ncfinetune import weight_files, weights
 from ncfinetune.blocks import block_names
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.pool_search import find_pools
@@ -175,8 +175,8 @@ class Backbone(nn.Module):
             self._adapt()
 
     def save(self, path: str | Path) -> None:
-        """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weights.save`."""
-        weights.save(self.merged().net.state_dict(), path)
+        """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weight_files`."""
+        weight_files.save(self.merged().net.state_dict(), path)
 
     def merged(self) -> Backbone:
         """A backbone whose weights hold what the adapters do, without them; itself where there are none."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
-from ncfinetune.weights import save as save_weights
-from ncfinetune.weights import with_own_memory
+from ncfinetune.weight_files import save as save_weights
+from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune delta 3"
 # What a delta has to say of itself.

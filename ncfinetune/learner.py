@@ -33,7 +33,7 @@ from ncfinetune.resume import (
     trained,
 )
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
-from ncfinetune.weights import DATA
+from ncfinetune.weight_files import DATA
 
 Batch = tuple[Tensor, Tensor]
 Interval = Literal["epoch", "step"]

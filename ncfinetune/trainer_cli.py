@@ -31,7 +31,7 @@ from ncfinetune.atomic import AtomicCheckpointIO, replacing
 from ncfinetune.cli_errors import plain
 from ncfinetune.learner import check_launched
 from ncfinetune.safety import refuse_code
-from ncfinetune.weights import DATA
+from ncfinetune.weight_files import DATA
 
 # Imported for the command line alone: a class that is imported can be chosen by its short name.
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):

@@ -6,31 +6,24 @@ the file is its ``key``. In a set a ``prefix`` may stand before a network's name
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
 import re
 import sys
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor
 
-from ncfinetune.atomic import replacing
-from ncfinetune.checksums import check_zip, fingerprint
+from ncfinetune.weight_files import read, save
 
 # Share of a network's values below which weights are rather those of another architecture.
 _ENOUGH = 0.75
@@ -39,14 +32,8 @@ _ENOUGH = 0.75
 _AS_GOOD = 0.9
 # Under these names timm's modules keep what makes a published file one of theirs.
 _FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-# What checkpoints of plain tensors hold besides: command lines and numbers of NumPy.
-_HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdilq?")]
 # What peft puts before a tensor's own name in a layer that has an adapter.
 _BASE_LAYER = ".base_layer."
-# Where a file keeps what its weights expect of images, and what the classes are called; see `Backbone.preprocessing`.
-DATA = "data"
-# Where the metadata of a file that is ours have the fingerprint of its tensors and of what it says.
-_FINGERPRINT = "ncfinetune_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -155,47 +142,6 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
     return set(found.tensors), data
 
 
-def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any] | None = None) -> None:
-    """Write the weights of a timm network to a file.
-
-    ``Backbone(checkpoint=path)`` reads it, and so does ``timm.create_model(name, num_classes=0, checkpoint_path=path)``
-    unless the stem is ``cifar``, which timm does not have.
-
-    Args:
-        weights: Its tensors by name.
-        path: A ``.safetensors`` or ``.pth`` file.
-        data: What the weights expect of images and what the classes are called, as plain data.
-
-    Raises:
-        ValueError: The file's name ends in something else.
-    """
-    path = Path(path)
-    own = with_own_memory(weights)
-    if path.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"expected a file name that ends in .safetensors or .pth, got {str(path)!r}")
-    with replacing(path) as part:
-        if path.suffix == ".safetensors":
-            said = {DATA: json.dumps(data)} if data else {}
-            save_file(own, part, {"format": "pt", **said, _FINGERPRINT: fingerprint(own, said)})
-        else:
-            torch.save({"state_dict": own, DATA: dict(data)} if data else own, part)
-
-
-def with_own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU none of which shares its memory with another, as safetensors takes them.
-
-    A parameter that a network has under several names is copied under each, since they are all asked for on loading.
-    """
-    own: dict[str, Tensor] = {}
-    known: set[int] = set()
-    for key, value in weights.items():
-        tensor = value.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        own[key] = tensor.clone() if address in known else tensor
-        known.add(address)
-    return own
-
-
 def export(checkpoint: str, path: str) -> str:
     """Take the backbone's weights out of a learner's checkpoint into a file of their own, and say how to read it.
 
@@ -222,91 +168,6 @@ def _refuse_adapters(checkpoint: str | Path, names: list[str]) -> None:
             f"checkpoint {str(checkpoint)!r} has adapters beside its weights ({_some(names)}); merge them by "
             "load_from_checkpoint of the learner and backbone.save"
         )
-
-
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is in a file of weights, and what it says of images and classes.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is a folder, or no file of plain tensors; the error says how to make one of it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder, expected a file of weights; {_of_folder(path)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}; expected a .ckpt, .pt, .pth or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            content, data = _read_safetensors(path)
-        else:
-            check_zip(path)
-            with _trusting():
-                content = torch.load(path, "cpu", weights_only=True)
-            data = content.get(DATA) if isinstance(content, dict) else None
-    except OSError:
-        raise
-    except Exception as error:  # unpickling other bytes can raise anything
-        reason = _of_file(path, str(error))
-        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content, data if isinstance(data, dict) else {}
-
-
-def _read_safetensors(path: Path) -> tuple[Any, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    tensors, said = load_file(path), {name: metadata[name] for name in (DATA,) if name in metadata}
-    if metadata.get(_FINGERPRINT) not in (None, fingerprint(tensors, said)):
-        raise ValueError("its fingerprint is another")
-    return tensors, json.loads(said.get(DATA, "{}"))
-
-
-def _trusting() -> Any:
-    """Where torch.load takes what is harmless beside tensors, as far as this version of torch can be told."""
-    if not hasattr(torch.serialization, "safe_globals"):
-        return nullcontext()
-    scalar = np.float64(0).__reduce__()[0]  # where it lives depends on NumPy's version
-    return torch.serialization.safe_globals([*_HARMLESS, scalar])
-
-
-def _of_folder(path: Path) -> str:
-    """How to make one file of a folder."""
-    names = sorted(file.name for file in path.iterdir())
-    if any(name.endswith(".distcp") for name in names):
-        if "meta.pt" in names:
-            return f"it is a sharded checkpoint: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        join = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pth"
-        return f"it is a sharded checkpoint, of which {join} makes one"
-    if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
-        return "it is a checkpoint of DeepSpeed, of which its zero_to_fp32.py makes one"
-    files = [name for name in names if Path(name).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
-    if any(name.endswith(".index.json") for name in names):
-        return f"it holds one checkpoint in {len(files)} files: load them, and save their tensors together as one file"
-    return f"name one of {', '.join(files)}" if files else "it holds none"
-
-
-def _of_file(path: Path, error: str) -> str:
-    """Why a file is no checkpoint of plain tensors, and how to make one of it."""
-    foreign = re.search(r"GLOBAL ([\w.]+)", error)
-    package = foreign[1].split(".")[0] if foreign else ""
-    if package in ("fastai", "fastcore"):
-        return "fastai saved its optimiser too; save it by learn.save(NAME, with_opt=False)"
-    if package == "lightly_train":
-        given = f'checkpoint={str(path)!r}, part="model", format="torch_state_dict"'
-        return f"lightly-train saved its code too; make one by lightly_train.export(out=FILE, {given})"
-    if foreign:
-        return f"it holds objects of {foreign[1]}; where that is installed, save its state_dict() by torch.save"
-    members: list[str] = []
-    if zipfile.is_zipfile(path):
-        with suppress(Exception), zipfile.ZipFile(path) as file:  # one that is damaged
-            members = file.namelist()
-    if any(name.endswith("archive_format") for name in members):
-        return f"it is an exported program; save torch.export.load({str(path)!r}).state_dict by torch.save"
-    if any(name.endswith("constants.pkl") for name in members):
-        return f"it is TorchScript; save torch.jit.load({str(path)!r}).state_dict() by torch.save"
-    return "it is damaged or no file of weights"
 
 
 def _sets(content: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -12,7 +12,7 @@ from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.datamodules import Digits
-from ncfinetune.weights import read
+from ncfinetune.weight_files import read
 
 KNOBS = [
     {"train": "none"},

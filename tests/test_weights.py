@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from ncfinetune import Backbone, weights
+from ncfinetune import Backbone, weight_files
 
 TINY = {"name": "resnet18", "channels": [4, 6, 8, 10]}
 Weights = dict[str, Tensor]
@@ -341,11 +341,11 @@ def test_files_say_what_their_weights_expect_of_images(tmp_path: Path) -> None:
     backbone = Backbone("test_resnet")
     data = {"class_names": ["a", "b"], "preprocessing": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     for name in ("w.safetensors", "w.pth"):
-        weights.save(backbone.net.state_dict(), tmp_path / name, data)
-        assert weights.read(tmp_path / name)[1] == data
+        weight_files.save(backbone.net.state_dict(), tmp_path / name, data)
+        assert weight_files.read(tmp_path / name)[1] == data
         again = Backbone("test_resnet", checkpoint=str(tmp_path / name))
         assert again.net.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
         assert not again.random
         timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(tmp_path / name))
     save_file(backbone.net.state_dict(), tmp_path / "plain.safetensors")
-    assert weights.read(tmp_path / "plain.safetensors")[1] == {}
+    assert weight_files.read(tmp_path / "plain.safetensors")[1] == {}
