@@ -24,6 +24,7 @@ from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
 from ncfinetune.partly_frozen import PartlyFrozen
 from ncfinetune.passes import evaluation, ready_batches
+from ncfinetune.probes import simplex_etf
 from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
@@ -162,6 +163,8 @@ class FineTuner(PartlyFrozen):
         self.head = nn.Linear(width, num_classes) if linear else SkipHead(width, skipped, num_classes, join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
         self.head_lr_factor = head_lr_factor
+        if "etf" in (head_init, refit) and skip_from != "auto":
+            simplex_etf(num_classes, self.classifier.in_features)  # which refuses what has no room for it
         self._start_head()
         self.train()
 

@@ -86,6 +86,7 @@ class PartlyFrozen(Classifier):
     def on_fit_start(self) -> None:
         """Remember what is frozen, and show and log what trains."""
         super().on_fit_start()
+        self.chosen.check(self.backbone.net)
         if not self.allow_random:
             refuse_random(self.backbone.net, self.backbone.random)
         frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())[1]

@@ -163,6 +163,7 @@ def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.Lo
         ({"head_lr_factor": 0}, 'with train="none" and head_lr_factor=0 nothing would train; for a class'),
         ({"train": "layer4.1", "head_lr_factor": 0, "head_init": "zero"}, "no gradient; take another start for it"),
         ({"refit": "ridge"}, 'refit="ridge" has nothing to follow, since with train="none" the features stay'),
+        ({"num_classes": 12, "head_init": "etf"}, "a width of at least num_classes - 1, got num_classes=12 and dim=10"),
         ({"refit": "RIDGE"}, "expected refit to be one of none, mean, ridge, lda, etf, got 'RIDGE'"),
         ({"skip_from": ["layer3.0", "layer3.0"]}, r"skip_from=\['layer3.0', 'layer3.0'\] names a layer twice"),
         ({"train": "*.biases"}, r"no layer fits '\*.biases'; expected a block"),
@@ -171,7 +172,7 @@ def test_parameter_table_is_shown_at_the_start(tmp_path: Path, caplog: pytest.Lo
 )  # fmt: skip
 def test_what_is_refused(knobs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FineTuner(3, SMALL, **knobs)
+        FineTuner(**{"num_classes": 3, "backbone": SMALL, **knobs})
 
 
 def test_backbone_has_one_skip_connection() -> None:
@@ -179,6 +180,15 @@ def test_backbone_has_one_skip_connection() -> None:
     FineTuner(3, backbone, skip_from="layer3.0")
     with pytest.raises(ValueError, match="this Backbone serves another FineTuner, with a skip connection of its own"):
         FineTuner(3, backbone, skip_from="layer3.1")
+
+
+def test_backbone_of_two_fine_tuners_trains_as_neither_says(tmp_path: Path) -> None:
+    backbone = Backbone(**SMALL)
+    first = FineTuner(3, backbone, train="layer4.0", allow_random=True)
+    second = FineTuner(3, backbone, train="layer3.0", allow_random=True)
+    with pytest.raises(ValueError, match="something changed since whether 'layer3.0.conv1.weight' trains, such as ano"):
+        trainer_in(tmp_path).fit(first, Digits([0, 1, 2], shots=4))
+    trainer_in(tmp_path).fit(second, Digits([0, 1, 2], shots=4))
 
 
 def test_skip_without_a_tuned_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:

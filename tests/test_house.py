@@ -51,6 +51,7 @@ IMPORTS = {
         "learner",
         "partly_frozen",
         "passes",
+        "probes",
         "schedule",
         "skips",
         "split",
