@@ -104,7 +104,7 @@ def test_an_export_that_cannot_be_written_leaves_the_old_one(
     run, path = _put(trained, tmp_path), tmp_path / "out" / f"b.{suffix}"
     path.parent.mkdir()
     path.write_bytes(b"old")
-    monkeypatch.setattr(f"ncfinetune.weights.{writer}", _half)
+    monkeypatch.setattr(f"ncfinetune.weight_files.{writer}", _half)
     error = _refusal(capsys, "export", str(run / "checkpoints" / "a.ckpt"), str(path))
     assert error == f"error: cannot write '{path}': {FULL}; make room there, or choose another folder"
     assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [(path.name, b"old")]

@@ -44,7 +44,7 @@ from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils._pytree import tree_leaves
 
-from ncfinetune import Backbone, delta, predictions, store, trainer_cli, weights  # noqa: F401  # trainer_cli: before forks
+from ncfinetune import Backbone, delta, predictions, store, trainer_cli, weight_files  # noqa: F401  # trainer_cli: before forks
 from ncfinetune.callbacks import tracker
 from ncfinetune.cli import main as ncfinetune
 from ncfinetune.events import read_scalars
@@ -221,7 +221,7 @@ PLACES: dict[str, tuple[Any, str, Struck]] = {
     "cache half written": (store, "raw", before),
     "before the cache's rename": (store, "_put", before),
     "delta half written": (delta, "save_file", halfway),
-    "export half written": (weights, "save_file", halfway),
+    "export half written": (weight_files, "save_file", halfway),
     "predictions half written": (predictions.Table, "add", after),
     "event file half written": (RecordWriter, "write", torn),
 }
