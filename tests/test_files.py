@@ -234,6 +234,7 @@ def test_a_worker_names_the_file_that_it_cannot_read(tmp_path: Path, workers: in
         list(data.train_dataloader())
 
 
+@pytest.mark.slow
 def test_holding_images_in_memory_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
     _write(tmp_path, {"train": 2, "val": 2})
     (tmp_path / "val" / "ant" / "01.png").write_bytes(b"x")

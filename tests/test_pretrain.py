@@ -108,6 +108,7 @@ def test_projections(method, projection: str, width: int | None, layers: int) ->
         assert linear[0].out_features == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "adversary"),
     [
@@ -115,7 +116,7 @@ def test_projections(method, projection: str, width: int | None, layers: int) ->
         ("mse", None),
         ("ce", PGD(8 / 255, steps=2)),
         *(
-            pytest.param(loss, adversary, marks=pytest.mark.slow)
+            (loss, adversary)
             for loss, adversary in [
                 ("mse", PGD(8 / 255, steps=2)),
                 ("ce", PGD(0.5, steps=2, norm="l2")),

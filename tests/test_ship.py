@@ -45,6 +45,7 @@ def _checkpoint(run: Path) -> str:
     return str(next((run / "checkpoints").glob("*.ckpt")))
 
 
+@pytest.mark.slow
 def test_delta_of_the_command_line_is_a_model_in_python(tmp_path: Path) -> None:
     data = ["--data", "Digits", "--data.shots", "4", "--data.classes", "[7, 8, 9]"]
     source = _fit(tmp_path, "source", "--model", "Supervised", "--model.backbone", TINY, *data)
@@ -125,6 +126,7 @@ def test_datamodules_say_how_they_make_images_ready(size: int, tmp_path: Path) -
         Unlabelled(["a", "b"], {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_deep_images_are_predicted_in_the_range_of_training(suffix: str, tmp_path: Path) -> None:
     """12 bits in files of 16, which the files do not say: elsewhere, from the checkpoint and from the delta."""

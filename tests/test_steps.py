@@ -372,6 +372,7 @@ def test_found_rate_holds_with_factor_scheduler_and_batch(tmp_path: Path) -> Non
     assert rates.rates[0] == [scaled.lr]
 
 
+@pytest.mark.slow
 def test_rate_is_scaled_to_the_batch_size_that_a_finder_leaves(tmp_path: Path) -> None:
     rates, data = _Rates(), _digits(Supervised)
     finder = BatchSizeFinder(max_trials=3, steps_per_trial=1)

@@ -324,6 +324,7 @@ def test_files_of_objects_are_refused_with_the_way_to_go_on(
         Backbone(**TINY, checkpoint=str(tmp_path / "w.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 def test_programs_are_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
     net = nn.Linear(2, 2)
