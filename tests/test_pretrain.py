@@ -115,14 +115,9 @@ def test_projections(method, projection: str, width: int | None, layers: int) ->
         ("ce", None),
         ("mse", None),
         ("ce", PGD(8 / 255, steps=2)),
-        *(
-            (loss, adversary)
-            for loss, adversary in [
-                ("mse", PGD(8 / 255, steps=2)),
-                ("ce", PGD(0.5, steps=2, norm="l2")),
-                ("mse", PGD(0.5, steps=2, norm="l2")),
-            ]
-        ),
+        ("mse", PGD(8 / 255, steps=2)),
+        ("ce", PGD(0.5, steps=2, norm="l2")),
+        ("mse", PGD(0.5, steps=2, norm="l2")),
     ],
 )
 def test_supervised_learns_and_loads_again(loss: str, adversary: PGD | None, tmp_path: Path) -> None:
