@@ -22,6 +22,7 @@ from . import adapters
 from .adapters import BatchReader
 from .classify import Fit, Neighbours, OnlineClassifier, Scores, accuracy, count, fit_probe, fit_ridge, transferred
 from .features import gathered, prepare, read, read_second, take
+from .logs import log_epoch
 from .observer import LayerObserver
 from .schedule import PassSchedule, every_process_gets_a_batch
 
@@ -235,14 +236,14 @@ class OnlineProbe(Callback):
             counts = self._counts.get((number, index), torch.zeros(3, dtype=torch.int64))
             counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
             name = self._name(number, index, len(self._loaders))
-            self._log(pl_module, name, accuracy(counts, name, self._classes))
+            log_epoch(pl_module, {name: accuracy(counts, name, self._classes)})
         self._log_found(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean loss, and make the passes that are due and that no validation has made."""
         # Not left to Lightning's mean over an epoch, of which a run that is resumed within it has the rest alone.
         if (loss := self._linear.mean_loss()) is not None:
-            self._log(pl_module, self._name("loss"), loss)
+            log_epoch(pl_module, {self._name("loss"): loss})
         if self._schedule.after_epoch(trainer, pl_module):
             self._bank_due = self.kind == "ridge"
             self._make_passes(trainer, pl_module, last=True)
@@ -272,13 +273,9 @@ class OnlineProbe(Callback):
         name = f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
         return f"{name}/dataloader_idx_{index}" if loaders > 1 else name
 
-    def _log(self, pl_module: LightningModule, name: str, value: float) -> None:
-        pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
-
     def _log_found(self, pl_module: LightningModule) -> None:
         """Log what passes have found, and let go of all that they made."""
-        for name, value in self._found.items():
-            self._log(pl_module, name, value)
+        log_epoch(pl_module, self._found)
         self._scores, self._counts, self._found, self._bank_due = {}, {}, {}, False
 
     def _make_passes(self, trainer: Trainer, module: LightningModule, last: bool) -> None:

@@ -34,16 +34,16 @@ class Chosen:
         return rows | {name: [network.get_parameter(path) for path in paths] for name, paths in self.parameters.items()}
 
     def check(self, network: nn.Module) -> None:
-        """See that what is chosen trains, and nothing else does.
+        """See that the chosen parameters require a gradient, and no others.
 
         Raises:
-            ValueError: Something changed since what trains.
+            ValueError: Other parameters require a gradient than those that were chosen.
         """
         trained = {id(p) for tensors in self.tensors(network).values() for p in tensors}
         if other := [path for path, p in network.named_parameters() if p.requires_grad != (id(p) in trained)]:
             raise ValueError(
                 f"something changed since whether {other[0]!r} trains, such as another FineTuner on the same Backbone: "
-                "give each a Backbone of its own, and say what trains by train=..."
+                "give each a Backbone of its own, and name its layers by train=..."
             )
 
     def rows(self, network: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,13 +20,11 @@ from ncfinetune.copies import CopyError
 from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner
 from ncfinetune.passes import drawn_labels, draws_by_weights
-from ncfinetune.schedule import depths, layer_groups
+from ncfinetune.schedule import depths, layer_groups, two_groups
 
 ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
-# What multiplies the learning rates of an optimiser's groups from the start of a run to its end.
-_RATE_FACTORS = ("layer_decay", "head_lr_factor")
 # Of what a datamodule says of its images, what makes the same pixel another number.
 _NORMALISED_BY = ("mean", "std", "value_range")
 
@@ -75,6 +73,8 @@ class Classifier(Learner):
     """
 
     logged = ("loss", "acc")
+    # Arguments that multiply the learning rates of an optimiser's groups from the start of a run to its end.
+    rate_factors: ClassVar[tuple[str, ...]] = ("layer_decay",)
     class_weights: Tensor | None
 
     def __init__(
@@ -111,10 +111,8 @@ class Classifier(Learner):
         trained = super().parameter_groups()
         if self.layer_decay is None:
             return trained
-        inside = set(map(id, self.backbone.parameters()))
-        head = [p for p in trained if id(p) not in inside]
-        groups = layer_groups(self.backbone.net, self.layer_decay)
-        return [*groups, {"params": head, "name": "head"}] if head else groups
+        head = [group for group in two_groups(trained, self.backbone) if group["name"] == "head"]
+        return [*layer_groups(self.backbone.net, self.layer_decay), *head]
 
     def lr_factor(self, group: dict[str, Any]) -> float:
         """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
@@ -158,8 +156,8 @@ class Classifier(Learner):
         saved = checkpoint.get("hyper_parameters", {})
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        for name in _RATE_FACTORS:
-            if name in saved and name in self.hparams and saved[name] != self.hparams[name]:
+        for name in self.rate_factors:
+            if name in saved and saved[name] != self.hparams.get(name):
                 raise ValueError(
                     f"cannot go on with a run of {name}={saved[name]} as one of {name}={self.hparams[name]}, since its "
                     f"optimiser keeps the rates that it had; leave {name} as it was, or start anew from its weights"

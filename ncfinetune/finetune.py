@@ -6,7 +6,7 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -19,7 +19,7 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
 from ncfinetune.frozen import average_anew, refuse_averages
-from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of
+from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
 from ncfinetune.partly_frozen import PartlyFrozen
@@ -108,6 +108,7 @@ class FineTuner(PartlyFrozen):
     """
 
     head: nn.Linear | SkipHead
+    rate_factors: ClassVar[tuple[str, ...]] = (*PartlyFrozen.rate_factors, "head_lr_factor")
 
     def __init__(
         self,
@@ -138,13 +139,13 @@ class FineTuner(PartlyFrozen):
         knobs.check_head(train, head_init, refit, head_lr_factor, skip_join)
         knobs.check_decay(train, layer_decay)
         super().__init__(
-            num_classes,
-            backbone,
-            optimizer,
-            lr_scheduler,
             checkpoint,
             train,
             allow_random,
+            num_classes=num_classes,
+            backbone=backbone,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
             lr_interval=lr_interval,
             label_smoothing=label_smoothing,
             class_weight=class_weight,
@@ -156,11 +157,9 @@ class FineTuner(PartlyFrozen):
         self._head_ready = head_init not in get_args(ClosedForm)
         self._refitted: int | None = None
         self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
-        width, *skipped = self._split.widths
         # Where layers are still to be chosen there are none yet, and `setup` builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
-        linear = skip_from is None
-        self.head = nn.Linear(width, num_classes) if linear else SkipHead(width, skipped, num_classes, join)
+        self.head = new_head(self._split.widths, num_classes, None if skip_from is None else join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
         self.head_lr_factor = head_lr_factor
         if "etf" in (head_init, refit) and skip_from != "auto":
@@ -187,7 +186,7 @@ class FineTuner(PartlyFrozen):
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
         if stage == "fit" and self.refit != "none":
-            refuse_averages(self.trainer.callbacks)  # type: ignore[attr-defined]
+            refuse_averages(self.trainer)
 
     def on_fit_start(self) -> None:
         """Fill the cache, and start the classifier in closed form if asked to."""
@@ -211,8 +210,8 @@ class FineTuner(PartlyFrozen):
 
     def configure_callbacks(self) -> list[Callback]:
         """The cache, which has to know when a run breaks off, unless the trainer has it from an earlier run."""
-        known = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-        return [] if self._cache in known else [self._cache]
+        trainer: Any = self._trainer
+        return [] if trainer is not None and self._cache in trainer.callbacks else [self._cache]
 
     def teardown(self, stage: str) -> None:
         """Give the datamodule its images back."""
@@ -248,8 +247,7 @@ class FineTuner(PartlyFrozen):
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            saved = knobs.of_same_learner(checkpoint.get("hyper_parameters", {}))
-            knobs.check_same_run(saved, self.hparams, self.tunes_the_same(saved["train"]))
+            knobs.check_same_run(checkpoint.get("hyper_parameters", {}), self.hparams, self.tunes_the_same)
 
     def load_delta(self, path: str | Path) -> None:
         """Put tuned layers and classifier in place; see `PartlyFrozen.load_delta`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch import LightningModule, callbacks
 from torch import Tensor, nn
 
 from ncfinetune.checksums import fingerprint
@@ -33,11 +33,11 @@ class Frozen:
         self._kept: dict[str, Tensor] = {}
         self._trained: dict[str, bool] = {}
 
-    def remember(self, frozen: Mapping[str, Tensor], module: nn.Module, used: Iterable[Any]) -> None:
-        """Take note of the frozen tensors, of what in the module trains, and of the callbacks that are used."""
+    def remember(self, frozen: Mapping[str, Tensor], module: nn.Module, trainer: Any) -> None:
+        """Record the frozen tensors, which parameters train, and whether a callback of the trainer averages weights."""
         self._digests = _digests(frozen)
         self._trained = _trained(module)
-        if any(isinstance(callback, _AVERAGING) for callback in used):
+        if any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):
             self._kept = {name: tensor.detach().cpu().clone() for name, tensor in frozen.items()}
 
     def restore(self, module: nn.Module) -> None:
@@ -76,14 +76,14 @@ class Frozen:
             )
 
 
-def refuse_tuners(module: nn.Module, used: Iterable[Any]) -> None:
-    """Refuse callbacks that decide by themselves what trains, or that change what is frozen.
+def refuse_tuners(module: nn.Module, trainer: Any) -> None:
+    """Refuse callbacks that decide by themselves which layers train, or that change what is frozen.
 
     Raises:
         ValueError: There is one.
     """
     frozen = {id(p) for p in module.parameters() if not p.requires_grad}
-    for callback in used:
+    for callback in trainer.callbacks:
         name = type(callback).__name__
         if isinstance(callback, callbacks.BaseFinetuning):
             raise ValueError(
@@ -95,22 +95,22 @@ def refuse_tuners(module: nn.Module, used: Iterable[Any]) -> None:
             raise ValueError(f"{name} would prune frozen layers; give it parameters_to_prune that train")
 
 
-def refuse_averages(used: Iterable[Any]) -> None:
+def refuse_averages(trainer: Any) -> None:
     """Refuse callbacks that average weights, where the classifier is a closed form of the features.
 
     Raises:
         ValueError: There is one.
     """
-    if averaging := [type(callback).__name__ for callback in used if isinstance(callback, _AVERAGING)]:
+    if averaging := [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _AVERAGING)]:
         raise ValueError(
             f"{averaging[0]} averages weights, and an average of refitted classifiers is not the closed form on "
             'averaged features; leave it out, or say refit="none"'
         )
 
 
-def average_anew(trainer: Trainer, module: LightningModule) -> None:
+def average_anew(trainer: Any, module: LightningModule) -> None:
     """Have callbacks that average weights copy the module again, which they do before it is set up."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if isinstance(callback, _AVERAGING):
             callback.setup(trainer, module, "fit")
 

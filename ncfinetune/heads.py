@@ -101,6 +101,12 @@ class SkipHead(nn.Module):
         return self.fc(self.joined(features, *skipped))
 
 
+def new_head(widths: Sequence[int], num_classes: int, join: SkipJoin | None) -> nn.Linear | SkipHead:
+    """A linear classifier on features of these widths, the penultimate ones first; None joins no others to them."""
+    width, *skipped = widths
+    return nn.Linear(width, num_classes) if join is None else SkipHead(width, skipped, num_classes, join)
+
+
 def _joined_width(dim: int, skip_dims: Sequence[int], join: SkipJoin) -> int:
     side_by_side = sum(skip_dims)
     widths = {"pad": max([dim, *skip_dims]), "linear": dim, "concat": dim + side_by_side, "only": side_by_side}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -148,24 +148,20 @@ def kept_by_deltas(kind: type) -> set[str]:
     return set(inspect.signature(kind).parameters) - set(_NOT_THE_MODEL)
 
 
-def of_same_learner(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The hyper-parameters of a checkpoint, which are those of a `FineTuner`.
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], tunes_the_same: Callable[[Any], bool]) -> None:
+    """Refuse to go on with the run of another learner, or of other layers, which the saved optimiser does not know.
+
+    Args:
+        saved: Hyper-parameters of the checkpoint.
+        now: Those of the model.
+        tunes_the_same: Whether a value of ``train`` names the layers that the model tunes.
 
     Raises:
-        ValueError: They are another learner's.
+        ValueError: It is one.
     """
     if "train" not in saved:
         raise ValueError(f"a FineTuner cannot go on with the run of another learner; {_REMEDY}")
-    return saved
-
-
-def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], same_layers: bool) -> None:
-    """Refuse to go on with a run that tuned other layers or skipped from others, whose optimiser does not know these.
-
-    Raises:
-        ValueError: It did.
-    """
-    if not same_layers or listed_skips(saved["skip_from"]) != listed_skips(now["skip_from"]):
+    if not tunes_the_same(saved["train"]) or listed_skips(saved["skip_from"]) != listed_skips(now["skip_from"]):
         before, after = (
             ", ".join(f"{name}={knobs[name]!r}" for name in ("train", "skip_from")) for knobs in (saved, now)
         )

@@ -1,4 +1,4 @@
-"""A classifier of which a part trains: what is frozen stays as it is, and what is tuned is saved as a delta."""
+"""A classifier whose backbone trains in part: frozen tensors stay as they are, tuned ones are saved as a delta."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ncfinetune import delta
-from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
 from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
@@ -30,10 +28,6 @@ class PartlyFrozen(Classifier):
     that averages weights changes it. At the start of a run a table says how many parameters train.
 
     Args:
-        num_classes: Number of classes ``K``.
-        backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
-        optimizer: As in `Classifier`.
-        lr_scheduler: As in `Classifier`.
         checkpoint: File with the pre-trained weights of the backbone; see `Backbone.load`.
         train: ``none``, ``all``, or names and patterns; see `choose`.
         allow_random: Run on a backbone that is not pre-trained, or frozen parameters that no file gave.
@@ -44,24 +38,16 @@ class PartlyFrozen(Classifier):
         head: What maps its features to logits.
 
     Raises:
-        ValueError: As `choose`; in ``fit``: a random backbone, callbacks that decide what trains, or frozen tensors
-            that something changed.
+        ValueError: As `choose`; in ``fit``: a random backbone, callbacks that decide which layers train, or frozen
+            tensors that something changed.
     """
 
     head: nn.Module
 
     def __init__(
-        self,
-        num_classes: int,
-        backbone: str | dict[str, Any] | Backbone,
-        optimizer: OptimizerCallable | None,
-        lr_scheduler: LRSchedulerCallable | None,
-        checkpoint: str | dict[str, Any] | None,
-        train: str | list[str],
-        allow_random: bool,
-        **options: Any,
+        self, checkpoint: str | dict[str, Any] | None, train: str | list[str], allow_random: bool, **options: Any
     ) -> None:
-        super().__init__(num_classes, backbone, optimizer, lr_scheduler, **options)
+        super().__init__(**options)
         if checkpoint is not None:
             self.backbone.load(checkpoint)
         self.allow_random = allow_random
@@ -74,27 +60,27 @@ class PartlyFrozen(Classifier):
         check_adapters(train, self.backbone.adapters, self.backbone.net)
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would decide what trains.
+        """Refuse callbacks that would decide which layers train.
 
         Lightning's warning of modules in eval mode is silenced, since they are to be.
         """
         super().setup(stage)
         if stage == "fit":
-            refuse_tuners(self, self.trainer.callbacks)  # type: ignore[attr-defined]
+            refuse_tuners(self, self.trainer)
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_fit_start(self) -> None:
-        """Remember what is frozen, and show and log what trains."""
+        """Record the frozen tensors, and show and log how many parameters train."""
         super().on_fit_start()
         self.chosen.check(self.backbone.net)
         if not self.allow_random:
             refuse_random(self.backbone.net, self.backbone.random)
         frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())[1]
-        self._frozen.remember(frozen, self, self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._frozen.remember(frozen, self, self.trainer)
         rank_zero_info(self.parameter_table())
 
     def teardown(self, stage: str) -> None:
-        """Forget what was frozen."""
+        """Forget the frozen tensors."""
         super().teardown(stage)
         self._frozen = Frozen()
 
@@ -122,17 +108,18 @@ class PartlyFrozen(Classifier):
             ValueError: Something changed what is frozen.
         """
         super().on_fit_end()
-        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        state = self.trainer.strategy.lightning_module_state_dict()
+        trainer: Any = self.trainer
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        state = trainer.strategy.lightning_module_state_dict()
         self._frozen.check(self._tuned_and_frozen(state)[1])
-        if folder and self.trainer.global_step == 0:  # of which Lightning saves nothing
-            self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
-        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder and trainer.global_step == 0:  # of which Lightning saves nothing
+            trainer.save_checkpoint(Path(folder) / "last.ckpt")
+        if folder and trainer.is_global_zero and not trainer.fast_dev_run:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.save_delta(Path(folder) / "delta.safetensors", state=state)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch what trains to training mode; what is frozen stays in eval mode."""
+        """Switch the head and the tuned layers to training mode; frozen layers stay in eval mode."""
         super().train(mode)
         self.backbone.eval()
         for layer in self.chosen.layers.values():

@@ -1,4 +1,4 @@
-"""A backbone in two parts: what is frozen, which a cache can store the outputs of, and what trains from there on.
+"""A backbone in two parts: a frozen prefix, whose outputs a cache can store, and a suffix in which layers train.
 
 Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` of a skipped layer's.
 """
@@ -96,7 +96,7 @@ class Split:
                 place = next(path for path, m in self.backbone.net.named_modules() if m is self._tail.layer)
             whole, part = self(images), self.suffix(self.prefix(images))
             if not all(_close(a, b) for a, b in zip(whole, part, strict=True)):
-                raise ValueError("what runs after it depends on more than its input")
+                raise ValueError("the layers from there on depend on more than its input")
         except ValueError as error:
             self.join()
             raise ValueError(f"cannot go on from {place} of {self.backbone.spec['name']}: {error}") from error

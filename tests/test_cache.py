@@ -345,7 +345,7 @@ def test_network_that_needs_more_than_the_layers_input_is_refused(tmp_path: Path
     model = _model(train="layer3.0", cache="memory")
     net, original = model.backbone.net, model.backbone.net.forward_features
     net.forward_features = lambda x: original(x) + x.mean()
-    with pytest.raises(ValueError, match="cannot go on from layer3.0 of resnet18: what runs after it depends on more"):
+    with pytest.raises(ValueError, match="cannot go on from layer3.0 of resnet18: the layers from there on depend on"):
         _fit(tmp_path, model)
 
 

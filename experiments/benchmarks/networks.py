@@ -360,7 +360,7 @@ def check_cache(backbone: Backbone, layer: str, images: Tensor) -> str:
         tail = Tail(backbone, [backbone.layer(layer)], images)
         whole, part = backbone(images), tail(tail.capture(images))
     if not torch.allclose(whole, part, rtol=0, atol=1e-3 * float(whole.abs().max())):
-        raise ValueError("what runs after the layer depends on more than its input")
+        raise ValueError("the layers from there on depend on more than its input")
     return "ok"
 
 

@@ -39,6 +39,7 @@ Features = Mapping[str, Tensor]
 # What a row makes of training features and labels: names of the features that it uses, and what gives logits of these.
 Row = Callable[[Features, Tensor, int], tuple[list[str], Callable[[Tensor], Tensor]]]
 PENULTIMATE = "penultimate"
+HEADER = "shots | head | test % | gain on ridge | on the probe | calibration error % | parameters | skips | CPU s"
 
 
 def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float, batch: int = 32) -> Features:
@@ -101,6 +102,11 @@ def mean_and_error(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{error}"
 
 
+def gain(runs: list[dict[str, float]], others: list[dict[str, float]]) -> str:
+    """In accuracy, paired by the seed."""
+    return mean_and_error([run["accuracy"] - other["accuracy"] for run, other in zip(runs, others, strict=True)])
+
+
 def measure(row: Row, train: tuple[Features, Tensor], test: tuple[Features, Tensor], classes: int) -> dict[str, float]:
     start = time.process_time()
     names, logits_of = row(*train, classes)
@@ -139,8 +145,8 @@ def main() -> None:
         images = f"{options.root.name}: {len(labels)} images to train on, {len(test[1])} to test on, {classes} classes"
         print(f"{options.backbone}, {images}; torch {torch.__version__}, {platform.machine()}, one thread.", file=file)
         print("Means over the seeds ± their standard error; seconds are medians.\n", file=file)
-        print("| shots | head | test % | less ridge | calibration error % | parameters | skips | CPU s |", file=file)
-        print("|---|---|---|---|---|---|---|---|", file=file, flush=True)
+        print(f"| {HEADER} |", file=file)
+        print("|---|---|---|---|---|---|---|---|---|", file=file, flush=True)
         for shots in options.shots:
             seeds = options.seeds if shots < int(labels.bincount().min()) else 1
             found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -151,9 +157,9 @@ def main() -> None:
                     torch.manual_seed(seed)
                     found[name].append(measure(row, (train, labels[rows]), test, classes))
             for name, runs in found.items():
-                gains = [run["accuracy"] - other["accuracy"] for run, other in zip(runs, found["ridge"], strict=True)]
                 seconds = statistics.median(run["seconds"] for run in runs)
-                cells = [shots, name, mean_and_error([run["accuracy"] for run in runs]), mean_and_error(gains)]
+                cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]
+                cells += [gain(runs, found[other]) for other in ("ridge", "linear probe")]
                 cells += [mean_and_error([run["calibration"] for run in runs])]
                 cells += [f"{statistics.mean(run['parameters'] for run in runs):,.0f}"]
                 cells += [f"{statistics.mean(run['skips'] for run in runs):.1f}", f"{seconds:.3f}"]
