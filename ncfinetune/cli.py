@@ -24,6 +24,9 @@ commands:
   predict    class probabilities of the test set, or with --images of a folder, as RUN/predictions.csv or as the .csv or
              .parquet file that --predictions names; images that cannot be read have an error in their row, and the
              exit status is then 3
+  scan       what each block of a network, or of several, knows of your classes, without training:
+                                    ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder \\
+                                        --data.root photos
   export     a trained run's backbone as a file for timm and for FineTuner:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
@@ -64,6 +67,10 @@ def _run(args: list[str] | None) -> int | None:
         from ncfinetune.report import main as report
 
         return report(words[1:])
+    elif command == "scan":
+        from ncfinetune.scan import main as scan
+
+        return scan(words[1:])
     elif command == "export":
         return _export(words[1:])
     elif command == "layers":
@@ -73,7 +80,7 @@ def _run(args: list[str] | None) -> int | None:
 
         return run(args)
     else:
-        known = ", ".join((*_TRAINER_COMMANDS, "export", "layers", "report"))
+        known = ", ".join((*_TRAINER_COMMANDS, "scan", "export", "layers", "report"))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
         return 2
     return None

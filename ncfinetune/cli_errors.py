@@ -5,16 +5,44 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
+
+
+class PlainParser(LightningArgumentParser):
+    """Takes no abbreviated options, and says in one line what is wrong with a command."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and one line."""
+        self.exit(2, f"error: {plain(message, self)}\n")
+
+    def made(self, config: Namespace) -> Namespace:
+        """The configuration with its classes as objects; the method's name is another since jsonargparse 4.53."""
+        make: Any = getattr(self, "instantiate", None) or self.instantiate_classes
+        return make(config)
+
+
+def check_configurations(words: Iterable[Any], parser: LightningArgumentParser) -> None:
+    """Exit with one line if a file that ``--config`` names is no YAML: jsonargparse would not name it."""
+    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
+    for path in filter(os.path.isfile, given):
+        try:
+            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
 
 
 def plain(message: str, parser: LightningArgumentParser) -> str:

@@ -326,12 +326,29 @@ def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any)
     return DataLoader(**(made | options))
 
 
-def evenly(loader: Any, most: int) -> Iterable[Any]:
-    """Batches of at most so many samples, evenly over the data set in its own order; the first ones, of a stream."""
-    size = getattr(loader, "batch_size", None)
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _batch_size(loader) is None:
-        return islice(loader, math.ceil(most / size) if size else None)
-    return like(loader, spread(_drawn(loader), most, loader.dataset))
+def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[Any]:
+    """Batches of at most so many samples, evenly over the data set in its own order; the first ones, of a stream.
+
+    Of these batches part ``i`` of ``n`` has the ``i``-th and every ``n``-th after it, each with the samples that it has
+    whatever ``n`` is.
+    """
+    index, number = part
+    size = _batch_size(loader) if isinstance(loader, DataLoader) else getattr(loader, "batch_size", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
+        return _EveryNth(loader, index - 1, math.ceil(most / size) if size else None, number)
+    chosen = spread(_drawn(loader), most, loader.dataset)
+    own = range(index * size - size, len(chosen), number * size)
+    return like(loader, [sample for start in own for sample in chosen[start : start + size]])
+
+
+class _EveryNth:
+    """Every n-th batch of a loader, from the one at ``start`` on, as often as it is asked."""
+
+    def __init__(self, loader: Iterable[Any], start: int, stop: int | None, step: int) -> None:
+        self.loader, self.places = loader, (start, stop, step)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, *self.places)
 
 
 def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:

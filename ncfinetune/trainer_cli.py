@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import interruptions, predictions
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
-from ncfinetune.cli_errors import plain
+from ncfinetune.cli_errors import PlainParser, check_configurations, plain
 from ncfinetune.learner import check_launched
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
@@ -111,17 +110,6 @@ def _launched() -> dict[str, int]:
     return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
 
 
-class PlainParser(LightningArgumentParser):
-    """Takes no abbreviated options, and says in one line what is wrong with a command."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(2, f"error: {plain(message, self)}\n")
-
-
 class _SaveConfigAfterBatch(SaveConfigCallback):
     """Saves the configuration in the run's folder once the first batch, or a run without one, is through.
 
@@ -187,8 +175,7 @@ class NCFinetuneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words of the command, and keep them."""
         self._arguments = args
-        for path in _configurations(args):
-            _check_yaml(path, parser)
+        check_configurations(args, parser)
         # The base class would warn that it is given words although the process has its own.
         self.config = parser.parse_args(args)
 
@@ -401,20 +388,6 @@ def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapp
             "(weights alone go to --model.checkpoint)"
         )
     return content
-
-
-def _configurations(words: Any) -> list[str]:
-    """The files that ``--config`` names."""
-    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
-    return [path for path in given if Path(path).is_file()]
-
-
-def _check_yaml(path: str, parser: LightningArgumentParser) -> None:
-    """Refuse a file that is no YAML: jsonargparse would not name it."""
-    try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

@@ -1,0 +1,331 @@
+"""``ncfinetune scan``: all layers of one or several models on a training set, by closed forms, from one pass."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import sys
+import textwrap
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from ncfinetune.atomic import replacing
+from ncfinetune.backbone import Backbone
+from ncfinetune.bank import Bank, Source, asked, difference, fill, merge
+from ncfinetune.cli_errors import PlainParser
+from ncfinetune.scores import LayerScore, ModelScore, layer_scores, model_scores
+
+# Images that tell layers apart: the standard error of an accuracy is then 0.7 points at most.
+_MOST = 5000
+# What a data set's options say of loading it, and not of what it is.
+_LOADING = ("root", "num_workers", "download", "in_memory", "device_cache", "augmentation", "strength", "views")
+_SUFFIXES = (".csv", ".json", ".png")
+_DESCRIPTION = """\
+Score every block of one or several networks on training images, by closed forms from one pass: no training, no
+learning rate, no validation image. loo % is the accuracy of a ridge head that each image is judged by without having
+had a part in it.
+
+  ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder --data.root photos --out scan.csv scan.png
+  ncfinetune scan --backbone '{name: resnet18, stem: cifar}' --checkpoint backbone.safetensors --data Digits
+
+The work can be shared by any scheduler, since a part that is there is not computed again:
+  seq 1 8 | xargs -P 2 -I I ncfinetune scan --part I/8 --out parts/I.safetensors --backbone ... --data ...
+  ncfinetune scan --merge parts/*.safetensors --out scan.csv
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command with the words after its name; returns the exit status.
+
+    Raises:
+        ValueError: What the options, the data or a network refuse.
+        OSError: A file is not there, or cannot be written.
+    """
+    importlib.import_module("ncfinetune.datamodules")  # so that their classes can be chosen by their short names
+    parser = _parser()
+    options = parser.parse_args(list(words))
+    outs = [Path(name) for name in options.out or []]
+    if options.part is not None:
+        _write_part(options, parser, _part(options.part), outs)
+        return 0
+    _check(outs)
+    if options.merge:
+        bank = merge({name: Bank.load(name) for name in options.merge})
+    else:
+        bank = _fill(options, parser, _sources(options), (1, 1))
+    _publish(bank, options.rank, outs)
+    return 0
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(
+        prog="ncfinetune scan",
+        description=textwrap.dedent(_DESCRIPTION),
+        formatter_class=_formatter(),
+        default_env=False,
+    )
+    add: Any = parser.add_argument
+    add("--backbone", type=dict | str, nargs="+", help="timm names, or arguments of a Backbone as {name: ..., ...}")
+    add("--checkpoint", type=str, nargs="+", help="a file of weights for each backbone, or several for one of them")
+    add("--pretrained", type=bool, default=False, help="load timm's weights")
+    add("--allow_random", type=bool, default=False, help="scan networks at their random start too")
+    add("--layers", type=str, nargs="+", default=[], help="names or patterns of modules in place of all blocks")
+    add("--max_images", type=int, default=_MOST, help="images at most, evenly over each class")
+    add("--rank", type=bool, default=False, help="numerical ranks too (slow)")
+    add("--part", type=str, help="i/n: compute one of n parts, and write it to the .safetensors file that --out names")
+    add("--merge", type=str, nargs="+", help="parts to read, in place of a pass")
+    add(
+        "--out", type=str, nargs="+", help="files: .csv and .json get the table, .png the figure; a folder, TensorBoard"
+    )
+    add("--accelerator", type=str, default="auto", help="as the Trainer's")
+    add("--precision", type=str, default="32-true", help="as the Trainer's")
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    return parser
+
+
+def _formatter() -> Any:
+    """The one of jsonargparse, which leaves lines of a description as they are."""
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        pass
+
+    return Formatter
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Which part of how many, from ``i/n``."""
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and 1 <= int(index) <= int(number)):
+        raise ValueError(f"expected --part i/n with i from 1 to n, got {text!r}")
+    return int(index), int(number)
+
+
+def _sources(options: Any) -> list[Source]:
+    """The networks that the options name, each under a name of its own."""
+    backbones, checkpoints = options.backbone or [], options.checkpoint or []
+    if not backbones:
+        raise ValueError("expected --backbone NAME, one or several; timm.list_models() has their names")
+    if len(checkpoints) > 1 and len(backbones) == 1:
+        backbones = backbones * len(checkpoints)
+    if checkpoints and len(checkpoints) != len(backbones):
+        raise ValueError(
+            f"expected a checkpoint for each backbone, got {len(checkpoints)} for {len(backbones)}; give as many, "
+            "or several checkpoints of one backbone"
+        )
+    given = [{"name": b} if isinstance(b, str) else dict(b) for b in backbones]
+    for spec, checkpoint in zip(given, checkpoints, strict=False):
+        spec["checkpoint"] = checkpoint
+    return [_source(spec, name, options) for spec, name in zip(given, _names(given), strict=True)]
+
+
+def _source(spec: dict[str, Any], name: str, options: Any) -> Source:
+    pretrained = spec.pop("pretrained", options.pretrained and "checkpoint" not in spec)
+    backbone = Backbone.build({**spec, "pretrained": pretrained})
+    if backbone.random and not options.allow_random:
+        raise ValueError(
+            f"{name} is at its random start in {next(iter(backbone.random))}; give --pretrained true, a --checkpoint "
+            "FILE that has it, or --allow_random true"
+        )
+    return Source.of(name, backbone, options.layers)
+
+
+def _names(given: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each: the architecture's, with what tells equal ones apart."""
+    names = [str(spec.get("name", "?")) for spec in given]
+    names = [
+        f"{name} {Path(str(spec['checkpoint'])).stem}" if names.count(name) > 1 and "checkpoint" in spec else name
+        for name, spec in zip(names, given, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name} #{place}" for place, name in enumerate(names, 1)]
+
+
+def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: Sequence[Path]) -> None:
+    """Compute a part and write it, unless it is there."""
+    if len(outs) != 1 or outs[0].suffix != ".safetensors":
+        raise ValueError(f"--part writes one file; expected --out FILE.safetensors, got {options.out}")
+    path, sources = outs[0], _sources(options)
+    if path.exists():
+        there = Bank.load(path).facts
+        facts = asked(sources, _said(options), part)
+        if there["part"] != facts["part"] or (other := difference(facts, there)):
+            other = other if there["part"] == facts["part"] else f"part {'/'.join(map(str, there['part']))}"
+            raise ValueError(f"{path} is there, and of another scan: {other}; name another file, or delete it")
+        print(f"{path} is there")
+        return
+    bank = _fill(options, parser, sources, part)
+    bank.save(path)
+    print(f"{path}: {len(bank.labels)} images")
+
+
+def _fill(options: Any, parser: PlainParser, sources: Sequence[Source], part: tuple[int, int]) -> Bank:
+    if options.data is None:
+        raise ValueError("expected --data CLASS, or an overlay such as experiments/data/image_folder.yaml")
+    if options.max_images < 1:
+        raise ValueError(f"expected --max_images of at least 1, got {options.max_images}")
+    data = parser.made(options).data
+    trainer = Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        precision=options.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[_Progress()],
+    )
+    return fill(trainer, sources, data, _said(options), options.max_images, part)
+
+
+class _Progress(TQDMProgressBar):
+    """A bar on stderr, where it does not mix with the table."""
+
+    def init_predict_tqdm(self) -> Any:
+        return Tqdm(desc="scan", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
+
+
+def _said(options: Any) -> dict[str, Any]:
+    """What tells the data of a scan from others: the class, its options but for those of loading, the precision."""
+    config = options.data
+    kept = {k: v for k, v in vars(config.init_args or {}).items() if k not in _LOADING} if config else {}
+    return {
+        "class": config.class_path,
+        "options": kept,
+        "max_images": options.max_images,
+        "precision": options.precision,
+    }
+
+
+def _check(outs: Sequence[Path]) -> None:
+    if wrong := [str(out) for out in outs if out.suffix and out.suffix not in _SUFFIXES]:
+        raise ValueError(
+            f"expected --out of {', '.join(_SUFFIXES)} files, or a folder for TensorBoard, got {', '.join(wrong)}"
+        )
+
+
+def _publish(bank: Bank, rank: bool, outs: Sequence[Path]) -> None:
+    """Print both tables, and write them."""
+    layers = layer_scores(bank, rank)
+    models = model_scores(bank, layers)
+    print(f"{len(bank.labels)} images of {int(bank.labels.bincount().count_nonzero())} classes\n")
+    print(_aligned([_layer_row(score) for score in layers]))
+    print()
+    print(_aligned([_model_row(score) for score in models]))
+    for out in outs:
+        _WRITERS.get(out.suffix, _write_events)(out, bank, layers, models)
+
+
+def _layer_row(score: LayerScore) -> dict[str, str]:
+    row = {
+        "model": score.model,
+        "layer": score.layer,
+        "width": str(score.width),
+        "parameters": f"{score.parameters:,}",
+        "loo %": _percent(score.loo_accuracy, score.loo_accuracy_error),
+        "loo error^2": f"{score.loo_squared_error:.3f}",
+        "nc1": f"{score.nc1:.3g}",
+        "cv nc1": f"{score.cv_nc1:.3g}",
+        "cdnv": f"{score.cdnv:.3g}",
+    }
+    return row if score.rank is None else {**row, "rank": f"{score.rank:.2f}"}
+
+
+def _model_row(score: ModelScore) -> dict[str, str]:
+    return {
+        "model": score.model,
+        "parameters": f"{score.parameters:,}",
+        "loo %": _percent(score.loo_accuracy, score.loo_accuracy_error),
+        "behind the first": _percent(score.behind, score.behind_error),
+        "best layer": score.best_layer,
+        "its loo %": f"{100 * score.best_layer_accuracy:.1f}",
+        "k-nn %": f"{100 * score.knn:.1f}",
+        "h-score": f"{score.h_score:.2f}",
+        "logme": f"{score.logme:.3f}",
+    }
+
+
+def _percent(share: float, error: float) -> str:
+    return f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
+def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def _numbers(score: LayerScore | ModelScore) -> dict[str, Any]:
+    """All of a score that is a number or a name, and was asked for; nan is None."""
+    values = {f.name: getattr(score, f.name) for f in fields(score) if f.name != "right"}
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in kept.items()}
+
+
+def _write_csv(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Sequence[ModelScore]) -> None:
+    rows = [_numbers(score) for score in layers]
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _write_json(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Sequence[ModelScore]) -> None:
+    facts = {"images": len(bank.labels), **bank.facts}
+    content = {"facts": facts, "layers": [*map(_numbers, layers)], "models": [*map(_numbers, models)]}
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _write_picture(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Sequence[ModelScore]) -> None:
+    with replacing(path) as part:
+        picture(layers).savefig(part, format="png", dpi=120)
+
+
+def _write_events(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Sequence[ModelScore]) -> None:
+    """A run for each model, whose steps are depths, and the figure."""
+    for model in models:
+        with SummaryWriter(str(path / model.model.replace("/", "_"))) as writer:
+            for score in (s for s in layers if s.model == model.model):
+                for name in ("loo_accuracy", "loo_squared_error", "nc1", "cv_nc1", "cdnv"):
+                    writer.add_scalar(f"scan/{name}", getattr(score, name), score.depth)
+    with SummaryWriter(str(path)) as writer:
+        writer.add_figure("scan", picture(layers))
+
+
+_WRITERS = {".csv": _write_csv, ".json": _write_json, ".png": _write_picture}
+
+
+def picture(scores: Sequence[LayerScore]) -> Figure:
+    """Leave-one-out accuracy, and NC1 with its cross-validated form, over depth: a line for each model."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    models = list(dict.fromkeys(score.model for score in scores))
+    for number, model in enumerate(models):
+        own, colour = [s for s in scores if s.model == model], f"C{number}"
+        # Depth is the share of the network's layers, so that networks of different depths can be compared.
+        depth = [s.depth for s in own] if len(models) == 1 else [s.depth / len(own) for s in own]
+        accuracy, error = ([100 * getattr(s, name) for s in own] for name in ("loo_accuracy", "loo_accuracy_error"))
+        left.errorbar(depth, accuracy, error, fmt="o-", color=colour, markersize=4, capsize=2, label=model)
+        right.plot(depth, [s.nc1 for s in own], "o-", color=colour, markersize=4, label=f"{model}, NC1")
+        right.plot(depth, [s.cv_nc1 for s in own], "s--", color=colour, markersize=3, label=f"{model}, cross-validated")
+        if len(models) == 1:
+            for axes in (left, right):
+                axes.set_xticks(depth, [s.layer for s in own], rotation=90, fontsize="small")
+    left.set(ylabel="leave-one-out accuracy of a ridge head, %", title="what each layer knows")
+    right.set(yscale="log", ylabel="NC1 (lower: more collapsed)", title="how far its classes have collapsed")
+    for axes in (left, right):
+        axes.set_xlabel("layer" if len(models) == 1 else "depth, as a share of the layers")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,183 @@
+"""What closed forms say of each layer's features, and of each model's: one table row each.
+
+Legend: ``N`` images, ``K`` classes, ``d_l`` width of layer ``l``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ncfinetune.bank import Bank
+from ncfinetune.closed_forms import margins
+from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
+from ncfinetune.folds import FoldMoments
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.probes import ridge
+from ncfinetune.transferability import h_score, knn_accuracy, logme
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """A layer as a ridge head and neural collapse see it. A number that the images do not define is nan.
+
+    Args:
+        model: Name of its model.
+        layer: Its name.
+        depth: Its place among the model's layers, from 1; the penultimate features come last.
+        width: Width ``d_l`` of its pooled features.
+        parameters: Its number of parameters; of the penultimate features, the network's.
+        loo_accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1.
+        loo_accuracy_error: Its standard error, ``sqrt(p (1 - p) / N)``.
+        loo_squared_error: Their mean squared error against one-hot targets, summed over classes, which chose the
+            strength of regularisation.
+        nc1: NC1, as `ncfinetune.collapse.nc1`.
+        cv_nc1: Cross-validated NC1, as `ncfinetune.folds.FoldMoments.nc1` over 5 folds.
+        cdnv: CDNV, as `ncfinetune.collapse.cdnv`.
+        rank: Numerical rank, as `ncfinetune.collapse.numerical_rank`; None unless asked for.
+        right: Which images the head decides rightly, ``(N,)``.
+    """
+
+    model: str
+    layer: str
+    depth: int
+    width: int
+    parameters: int
+    loo_accuracy: float
+    loo_accuracy_error: float
+    loo_squared_error: float
+    nc1: float
+    cv_nc1: float
+    cdnv: float
+    rank: float | None
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """A model as a source for the task.
+
+    Args:
+        model: Its name.
+        parameters: Number of parameters of the network.
+        loo_accuracy: Leave-one-out accuracy of a ridge head on its penultimate features, in 0..1.
+        loo_accuracy_error: Its standard error.
+        behind: By how much that is below the best model's, in 0..1.
+        behind_error: Standard error of this difference, paired by image.
+        best_layer: The layer whose head has the least squared error.
+        best_layer_accuracy: Leave-one-out accuracy of that head.
+        knn: `transferability.knn_accuracy` of the penultimate features.
+        h_score: `transferability.h_score`.
+        logme: `transferability.logme`.
+    """
+
+    model: str
+    parameters: int
+    loo_accuracy: float
+    loo_accuracy_error: float
+    behind: float
+    behind_error: float
+    best_layer: str
+    best_layer_accuracy: float
+    knn: float
+    h_score: float
+    logme: float
+
+
+def layer_scores(bank: Bank, rank: bool = False) -> list[LayerScore]:
+    """A score for each layer of each model, in depth order.
+
+    Args:
+        bank: Features of a whole pass.
+        rank: Find numerical ranks too, which takes a singular value decomposition a class.
+
+    Raises:
+        ValueError: No images, images of fewer than two classes, or features that are not finite.
+    """
+    if not len(bank.labels):
+        raise ValueError("expected training images, got none")
+    scores: list[LayerScore] = []
+    for model in bank.facts["models"]:
+        before: Tensor | None = None
+        for depth, (layer, (width, parameters)) in enumerate(model["layers"].items(), 1):
+            features = bank.of(model["name"], layer)
+            if before is not None and before.shape == features.shape and before.equal(features):
+                # As the penultimate features of most networks are the last block's, pooled.
+                scores.append(replace(scores[-1], layer=layer, depth=depth, parameters=parameters))
+                continue
+            before = features
+            try:
+                scores.append(_score(features, bank, rank, model["name"], layer, depth, width, parameters))
+            except ValueError as error:
+                raise ValueError(f"layer {layer} of {model['name']}: {error}") from error
+    return scores
+
+
+def _score(
+    features: Tensor, bank: Bank, rank: bool, model: str, layer: str, depth: int, width: int, parameters: int
+) -> LayerScore:
+    labels, classes = bank.labels, bank.num_classes
+    head = ridge(features, labels, classes)
+    assert head.curve is not None
+    right = margins(head.loo_scores, labels.to(head.loo_scores.device)) > 0
+    accuracy = float(right.double().mean())
+    moments = class_moments(features, labels, classes)
+    folds = FoldMoments(classes)
+    folds.update(features, labels)
+    return LayerScore(
+        model,
+        layer,
+        depth,
+        width,
+        parameters,
+        accuracy,
+        math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        float(head.curve.loss.min()),
+        _defined(lambda: nc1(moments)),
+        _defined(folds.nc1),
+        float(cdnv(moments)),
+        float(numerical_rank(features, labels, classes)) if rank else None,
+        right,
+    )
+
+
+def _defined(number: Callable[[], Tensor]) -> float:
+    """A number, or nan where the images leave it undefined."""
+    try:
+        return float(number())
+    except ValueError:
+        return math.nan
+
+
+def model_scores(bank: Bank, scores: Sequence[LayerScore]) -> list[ModelScore]:
+    """A score for each model by its penultimate features, the best first.
+
+    Args:
+        bank: Features of a whole pass.
+        scores: What `layer_scores` says of its layers.
+    """
+    heads = {score.model: score for score in scores if score.layer == PENULTIMATE}
+    ranked = sorted(heads.values(), key=lambda score: -score.loo_accuracy)
+    return [_ranked(score, ranked[0], bank, [s for s in scores if s.model == score.model]) for score in ranked]
+
+
+def _ranked(score: LayerScore, first: LayerScore, bank: Bank, layers: Sequence[LayerScore]) -> ModelScore:
+    behind = first.right.double() - score.right.double()
+    best = min(layers, key=lambda s: s.loo_squared_error)
+    features = bank.of(score.model, PENULTIMATE)
+    return ModelScore(
+        score.model,
+        score.parameters,
+        score.loo_accuracy,
+        score.loo_accuracy_error,
+        float(behind.mean()),
+        float(behind.std(correction=0)) / math.sqrt(len(behind)),
+        best.layer,
+        best.loo_accuracy,
+        float(knn_accuracy(features, bank.labels, bank.num_classes)),
+        float(h_score(features, bank.labels, bank.num_classes)),
+        float(logme(features, bank.labels, bank.num_classes)),
+    )

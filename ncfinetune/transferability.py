@@ -1,0 +1,162 @@
+"""Scores by which studies rank source models for a downstream task, without training any of them.
+
+They stand beside the leave-one-out accuracy of a ridge head (`ncfinetune.probes.ridge`), which predicts what it is
+called after; these are cheaper numbers that are only meant to order models.
+
+Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``r = min(N, d)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EPS = torch.finfo(torch.float64).eps
+# Neighbours and temperature of the weighted vote of Wu et al. 2018, as DINO's evaluation has them.
+_NEIGHBOURS, _TEMPERATURE = 20, 0.07
+# Rows whose similarities with all samples are held at a time.
+_ROWS = 1024
+# The fixed-point iteration of LogME ends at a relative change below the first, which takes some ten steps, or at the
+# second.
+_CHANGE, _STEPS = 1e-10, 500
+# The least noise, against the largest squared singular value: float64 tells no lower from none.
+_LEAST_NOISE = 1e-12
+
+
+def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """H-score ``tr(Sigma^+ Sigma_B)`` (Bao et al. 2019, "An information-theoretic approach to transferability", eq. 4).
+
+    ``Sigma`` is the covariance of the features, ``Sigma_B`` that of their class means, samples weighing alike in both.
+    It lies between 0 and ``min(K - 1, d)``, and is at its highest whatever the features are where ``N <= d``.
+
+        >>> labels = torch.arange(8) % 2
+        >>> h_score(labels[:, None] + torch.tensor([[0.0]] * 4 + [[1.0]] * 4), labels, num_classes=2).item()
+        0.5
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``.
+
+    Returns:
+        A float64 scalar on the device of the features.
+
+    Raises:
+        ValueError: Shapes that do not fit, labels out of range, or features that are not finite.
+    """
+    rows, labels = _checked(features, labels, num_classes)
+    left, scales, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    left = left[:, scales > max(rows.shape) * _EPS * scales[:1]]
+    count = labels.bincount(minlength=num_classes).clamp(min=1)
+    sums = left.new_zeros(num_classes, left.shape[1]).index_add_(0, labels, left)
+    return (sums.square().sum(1) / count).sum()
+
+
+def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """LogME: the log evidence a sample of Bayesian linear regression, the mean over one-against-all targets.
+
+    The evidence of ``y ~ N(0, F F^T / alpha + I / beta)`` is maximised over ``alpha`` and ``beta`` by MacKay's fixed
+    point, for all classes at once in the coordinates of one singular value decomposition (You et al. 2021, arXiv
+    2102.11005, algorithm 1; the iteration in ``alpha/beta`` as You et al. 2022, arXiv 2110.10545). As there, features
+    are not centred. Where features explain a target wholly the evidence may have no bound; ``alpha/beta`` stops at
+    1e-12 of the largest squared singular value.
+
+        >>> labels = torch.arange(60) % 2
+        >>> noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> good, bad = noise + 4 * labels[:, None], noise
+        >>> bool(logme(good, labels, num_classes=2) > logme(bad, labels, num_classes=2))
+        True
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``; those without samples are left out.
+
+    Returns:
+        A float64 scalar on the device of the features.
+
+    Raises:
+        ValueError: As `h_score`.
+    """
+    rows, labels = _checked(features, labels, num_classes)
+    targets = F.one_hot(labels, num_classes).double()
+    targets = targets[:, targets.any(0)]
+    left, scales, _ = torch.linalg.svd(rows, full_matrices=False)
+    squares, loads = scales.square()[:, None], (left.T @ targets).square()
+    outside = (targets.square().sum(0) - loads.sum(0)).clamp(min=0)
+    samples, least = len(rows), _LEAST_NOISE * squares[0]
+    ratio = torch.ones_like(outside)
+    for _ in range(_STEPS):
+        shrunk = squares + ratio
+        dof, norm = (squares / shrunk).sum(0), (squares * loads / shrunk.square()).sum(0)
+        residual = (loads * (ratio / shrunk).square()).sum(0) + outside
+        # alpha = dof / norm and beta = (samples - dof) / residual
+        new = (dof * residual / (norm * (samples - dof))).clamp(min=least)
+        change, ratio = ((new - ratio) / ratio).abs().max(), new
+        if not change > _CHANGE:
+            break
+    shrunk, rest = squares + ratio, samples - len(scales)
+    # At the best alpha for a ratio, y^T (F F^T + ratio I)^-1 y = samples / alpha.
+    energy = (loads / shrunk).sum(0) + outside / ratio
+    evidence = samples * ((samples / (2 * math.pi * energy)).log() - 1) - shrunk.log().sum(0) - rest * ratio.log()
+    return (evidence / (2 * samples)).mean()
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, num_classes: int, neighbours: int = _NEIGHBOURS) -> Tensor:
+    """Share of samples that the weighted vote of their nearest others decides rightly; a tie is decided wrongly.
+
+    Each of the ``neighbours`` that are most similar votes with ``exp(cosine / 0.07)`` (Wu et al. 2018, arXiv
+    1805.01978, section 3.4). With fewer samples than that all others vote.
+
+        >>> labels = torch.arange(10) % 2
+        >>> knn_accuracy(torch.eye(2)[labels], labels, num_classes=2, neighbours=3).item()
+        1.0
+
+    Args:
+        features: ``(N, d)``, of any floating-point type.
+        labels: Classes, ``(N,)``.
+        num_classes: Number of classes ``K``.
+        neighbours: Samples that vote.
+
+    Returns:
+        A float64 scalar on the device of the features.
+
+    Raises:
+        ValueError: As `h_score`; also no neighbours, or a single sample.
+    """
+    rows, labels = _checked(features, labels, num_classes)
+    if neighbours < 1 or len(rows) < 2:
+        raise ValueError(
+            f"expected at least one neighbour and two samples, got neighbours={neighbours} and {len(rows)}"
+        )
+    rows, most = F.normalize(rows), min(neighbours, len(rows) - 1)
+    right = rows.new_zeros(())
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        cosines = rows[part] @ rows.T
+        own = torch.arange(len(cosines), device=cosines.device)
+        cosines[own, own + start] = -torch.inf
+        cosine, nearest = cosines.topk(most)
+        votes = cosines.new_zeros(len(cosines), num_classes)
+        votes.scatter_add_(1, labels[nearest], ((cosine - 1) / _TEMPERATURE).exp())
+        truth = votes.gather(1, labels[part, None])
+        others = votes.scatter(1, labels[part, None], -torch.inf)
+        right += (truth > others.amax(1, keepdim=True)).sum()
+    return right / len(rows)
+
+
+def _checked(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        raise ValueError(
+            f"expected features (N, d) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    labels = labels.to(features.device).long()
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"expected labels from 0 to num_classes - 1 = {num_classes - 1}, got {lowest} to {highest}")
+    if not bool(features.isfinite().all()):
+        raise ValueError("expected finite features, got nan or inf")
+    return features.double(), labels

@@ -1,0 +1,318 @@
+"""The command ``scan``: numbers against direct computation, parts against one pass, files, refusals."""
+
+import csv
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, seed_everything
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import SMALL as WITH_EQUAL_BLOCKS
+from tiny import trainer_in
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncfinetune import Backbone
+from ncfinetune.bank import Bank, Source, fill, merge
+from ncfinetune.cli import main
+from ncfinetune.collapse import class_moments, nc1
+from ncfinetune.datamodules import Digits
+from ncfinetune.folds import FoldMoments
+from ncfinetune.probes import ridge
+from ncfinetune.scores import layer_scores, model_scores
+
+# At its random start a block does something, so that no two layers have the same features.
+SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
+SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
+OTHER = "{name: resnet10t, in_chans: 1}"
+DATA = ["--data", "Digits", "--data.shots", "6", "--data.batch_size", "8"]
+QUICK = ["--allow_random", "true", "--accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of the small network that every scan here starts from."""
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    seed_everything(1, verbose=False)
+    Backbone(**SMALL).save(path)
+    return str(path)
+
+
+def scan(*words):
+    return main(["scan", *QUICK, *words])
+
+
+@pytest.fixture(scope="module")
+def bank(weights, tmp_path_factory):
+    """Features of 60 digits in batches of one."""
+    source = Source.of("small", Backbone(**SMALL, checkpoint=weights))
+    trainer = trainer_in(tmp_path_factory.mktemp("bank"))
+    return fill(trainer, [source], Digits(shots=6, batch_size=1), {"class": "Digits"}, 5000)
+
+
+def part_of(bank, index, number):
+    own = bank.batches % number == index - 1
+    features = {name: rows[own] for name, rows in bank.features.items()}
+    return Bank({**bank.facts, "part": [index, number]}, features, bank.labels[own], bank.batches[own])
+
+
+def test_scores_are_those_of_the_features(bank, weights):
+    backbone = Backbone(**SMALL, checkpoint=weights).eval()
+    data = Digits(shots=6, batch_size=60)
+    data.setup("fit")
+    images, labels = data.on_after_batch_transfer(next(iter(data.train_plain_dataloader())), 0)
+    with torch.no_grad():
+        stages = backbone.stages(images, ["layer2.0", "penultimate"])
+    scores = {score.layer: score for score in layer_scores(bank, rank=True)}
+    assert list(scores) == [*backbone.layers, "penultimate"]
+    assert torch.equal(bank.labels, labels)
+    for layer, features in stages.items():
+        torch.testing.assert_close(bank.of("small", layer), features, rtol=1e-5, atol=1e-6)
+        features, score = bank.of("small", layer), scores[layer]
+        head = ridge(features, labels, 10)
+        accuracy = (head.loo_scores.argmax(1) == labels).double().mean().item()
+        assert score.loo_accuracy == pytest.approx(accuracy)
+        assert score.loo_accuracy_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 60))
+        assert score.loo_squared_error == pytest.approx(head.curve.loss.min().item())
+        assert score.nc1 == pytest.approx(nc1(class_moments(features, labels, 10)).item())
+        folds = FoldMoments(10)
+        folds.update(features, labels)
+        assert score.cv_nc1 == pytest.approx(folds.nc1().item())
+        assert 1 <= score.rank <= features.shape[1]
+    assert scores["layer2.0"].parameters == sum(p.numel() for p in backbone.layer("layer2.0").parameters())
+    assert scores["penultimate"].parameters == sum(p.numel() for p in backbone.parameters())
+    assert [score.depth for score in scores.values()] == list(range(1, 10))
+
+
+def test_a_thousand_parts_in_any_order_are_one_pass(bank):
+    parts = {str(index): part_of(bank, index, 1000) for index in range(1, 1001)}
+    names = list(parts)
+    random.Random(0).shuffle(names)
+    whole = merge({name: parts[name] for name in names})
+    assert whole.facts == bank.facts
+    assert torch.equal(whole.labels, bank.labels)
+    assert all(torch.equal(whole.features[name], rows) for name, rows in bank.features.items())
+
+
+def test_parts_on_the_command_line_give_the_table_of_one_pass(weights, tmp_path, capsys):
+    words = ["--backbone", SPEC, OTHER, "--checkpoint", weights, *DATA]
+    assert scan(*words) == 2
+    assert "expected a checkpoint for each backbone, got 1 for 2" in capsys.readouterr().err
+    words = ["--backbone", SPEC, "--checkpoint", weights, *DATA]
+    assert scan(*words, "--out", str(tmp_path / "whole.json")) == 0
+    for index in (2, 3, 1):
+        assert scan(*words, "--part", f"{index}/3", "--out", str(tmp_path / f"{index}.safetensors")) == 0
+    parts = [str(tmp_path / f"{index}.safetensors") for index in (1, 2, 3)]
+    assert main(["scan", "--merge", *parts, "--out", str(tmp_path / "merged.json")]) == 0
+    whole, merged = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "merged"))
+    assert merged == whole
+    assert whole["facts"]["images"] == 60
+    capsys.readouterr()
+    before = (tmp_path / "2.safetensors").stat().st_mtime_ns
+    assert scan(*words, "--part", "2/3", "--out", parts[1]) == 0
+    assert capsys.readouterr().out == f"{parts[1]} is there\n"
+    assert (tmp_path / "2.safetensors").stat().st_mtime_ns == before
+    for others, said in (
+        (["--data.shots", "5"], "its data are"),
+        (["--layers", "layer1.0"], "its models are"),
+        (["--part", "1/3"], "part 2/3"),
+        (["--part", "2/4"], "part 2/3"),
+    ):
+        assert scan(*words, "--part", "2/3", *others, "--out", parts[1]) == 2
+        message = capsys.readouterr().err
+        assert f"{parts[1]} is there, and of another scan: " in message
+        assert said in message
+
+
+def test_files_hold_the_table(weights, tmp_path, capsys):
+    outs = [str(tmp_path / name) for name in ("scan.csv", "scan.json", "scan.png", "events")]
+    layers = ["--layers", "layer1.0", "layer4.1"]
+    assert scan("--backbone", SPEC, SPEC, "--checkpoint", weights, weights, *DATA, *layers, "--out", *outs) == 0
+    shown = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "scan.csv").read_text().splitlines()))
+    content = json.loads((tmp_path / "scan.json").read_text())
+    names = ["resnet18 small #1", "resnet18 small #2"]
+    assert [row["model"] for row in rows] == [name for name in names for _ in range(3)]
+    assert [float(row["nc1"]) for row in rows] == [layer["nc1"] for layer in content["layers"]]
+    assert "rank" not in rows[0]
+    assert {model["model"] for model in content["models"]} == set(names)
+    assert all(model["behind"] == model["behind_error"] == 0 for model in content["models"])
+    assert "60 images of 10 classes" in shown
+    assert all(name in shown for name in names)
+    assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tmp_path / "events" / names[0])).Reload()
+    logged = {event.step: event.value for event in events.Scalars("scan/loo_accuracy")}
+    assert logged == pytest.approx({int(row["depth"]): float(row["loo_accuracy"]) for row in rows[:3]}, rel=1e-6)
+
+
+def test_models_are_ranked_by_paired_differences(bank):
+    noise = torch.Generator().manual_seed(0)
+    bad = torch.randn(len(bank.labels), 10, generator=noise)
+    models = [{"name": name, "layers": {"penultimate": [10, 1]}} for name in ("bad", "small")]
+    features = {"bad/penultimate": bad, "small/penultimate": bank.of("small", "penultimate")}
+    both = Bank({**bank.facts, "models": models}, features, bank.labels, bank.batches)
+    first, second = model_scores(both, layer_scores(both))
+    assert (first.model, second.model) == ("small", "bad")
+    rights = [
+        ridge(features[f"{name}/penultimate"], bank.labels, 10).loo_scores.argmax(1) == bank.labels
+        for name in ("small", "bad")
+    ]
+    paired = rights[0].double() - rights[1].double()
+    assert second.behind == pytest.approx(paired.mean().item())
+    assert second.behind > 0
+    assert second.behind_error == pytest.approx(paired.std(correction=0).item() / math.sqrt(len(paired)))
+    assert (first.behind, first.behind_error) == (0, 0)
+    assert first.best_layer == "penultimate"
+
+
+def test_networks_get_their_own_normalisation_from_one_decoding(tmp_path):
+    backbones = [Backbone(**SMALL), Backbone(**SMALL)]
+    for backbone, mean in zip(backbones, (0.2, 0.6), strict=True):
+        backbone.net.pretrained_cfg = {**backbone.net.pretrained_cfg, "mean": (mean,) * 3, "std": (mean / 2,) * 3}
+    sources = [Source.of(str(place), backbone, ["layer1.0"]) for place, backbone in enumerate(backbones)]
+
+    def features(*wanted, **options):
+        bank = fill(trainer_in(tmp_path), wanted, Digits(shots=2, normalize="backbone", **options), {}, 100)
+        return {source.name: bank.of(source.name, "layer1.0") for source in wanted}
+
+    together = features(*sources)
+    for source in sources:
+        torch.testing.assert_close(together[source.name], features(source)[source.name], rtol=1e-4, atol=1e-5)
+    given = features(*sources, mean=[0.5], std=[0.5])
+    assert not torch.allclose(given["1"], together["1"])
+    torch.testing.assert_close(given["1"], features(sources[1], mean=[0.5], std=[0.5])["1"], rtol=1e-5, atol=1e-6)
+
+
+def test_penultimate_features_that_are_the_last_block_s_are_scored_once(bank, monkeypatch):
+    fitted = []
+    monkeypatch.setattr("ncfinetune.scores.ridge", lambda *args: fitted.append(args) or ridge(*args))
+    scores = layer_scores(bank)
+    assert len(fitted) == len(scores) - 1
+    assert scores[-1].nc1 == scores[-2].nc1
+    assert (scores[-1].layer, scores[-1].depth) == ("penultimate", len(scores))
+
+
+class Own(LightningDataModule):
+    """A datamodule of a user's own."""
+
+    def __init__(self, labels, images=None, **facts):
+        super().__init__()
+        self.samples = TensorDataset(torch.rand(len(labels), 1, 8, 8) if images is None else images, labels)
+        self.__dict__.update(facts)
+
+    def train_plain_dataloader(self):
+        return DataLoader(self.samples, batch_size=4)
+
+
+def measured(tmp_path, data, most=100, **spec):
+    bank = fill(trainer_in(tmp_path), [Source.of("net", Backbone(**{**SMALL, **spec}), ["layer1.0"])], data, {}, most)
+    return layer_scores(bank)
+
+
+def test_classes_of_one_image_leave_cross_validation_undefined(tmp_path):
+    first, last = measured(tmp_path, Own(torch.arange(5), num_classes=5))
+    assert math.isnan(first.cv_nc1)
+    assert math.isnan(last.cv_nc1)
+    assert first.loo_accuracy == 0
+
+
+def test_images_at_most_are_spread_over_the_classes(tmp_path):
+    source = Source.of("net", Backbone(**SMALL), ["layer1.0"])
+    bank = fill(trainer_in(tmp_path), [source], Digits(shots=6, batch_size=8), {}, 20)
+    assert bank.labels.bincount().tolist() == [2] * 10
+    assert bank.batches.tolist() == [0] * 8 + [1] * 8 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            Own(torch.zeros(6, dtype=torch.int64), num_classes=2),
+            "layer layer1.0 of net: expected samples of at least two classes",
+        ),
+        (Own(torch.arange(6) % 3, num_classes=2), "layer layer1.0 of net: expected labels"),
+        (Own(torch.arange(6) % 2), "expected Own to say its num_classes or class_names, and it has neither"),
+        (Own(torch.rand(6), num_classes=2), r"scan takes batches of images \(N, C, H, W\) and whole-number labels"),
+        (
+            Own(torch.arange(6) % 2, torch.full((6, 1, 8, 8), torch.nan), num_classes=2),
+            "layer layer1.0 of net: expected finite",
+        ),
+        (LightningDataModule(), r"LightningDataModule has no train_plain_dataloader\(\)"),
+    ],
+)
+def test_data_that_cannot_be_scored_are_refused(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        measured(tmp_path, data)
+
+
+def test_a_network_for_another_size_is_refused_with_the_size(tmp_path):
+    source = Source.of("vit", Backbone("test_vit", in_chans=1), [])
+    message = "vit cannot take images of 1 x 8 x 8, and is made for 1 x 160 x 160 .*; give --data.image_size 160"
+    with pytest.raises(ValueError, match=message):
+        fill(trainer_in(tmp_path), [source], Digits(shots=2), {}, 100)
+
+
+def test_parts_that_do_not_belong_together_are_refused(bank, tmp_path):
+    parts = {f"{index}": part_of(bank, index, 3) for index in (1, 2, 3)}
+    with pytest.raises(ValueError, match=r"of 3 parts 2 are missing: 2, 3"):
+        merge({"1": parts["1"]})
+    with pytest.raises(ValueError, match="part 1 of 3 is there twice: '1' and 'again'"):
+        merge({**parts, "again": parts["1"]})
+    foreign = replace(parts["2"], facts={**parts["2"].facts, "classes": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"'b' is a part of another scan than 'a': its classes are \[.a., .b.\], and"):
+        merge({"a": parts["1"], "b": foreign})
+    with pytest.raises(ValueError, match="'b' is a part of another scan than 'a': one of 4 parts, and not of 3"):
+        merge({"a": parts["1"], "b": part_of(bank, 2, 4)})
+
+
+def test_damaged_and_foreign_files_are_refused(bank, weights, tmp_path):
+    path = tmp_path / "part.safetensors"
+    bank.save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="part .* is damaged: it is not what was saved; delete it, and scan it again"):
+        Bank.load(path)
+    path.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="is no part of a scan, or damaged"):
+        Bank.load(path)
+    with pytest.raises(ValueError, match="is no part of a scan; expected what scan --part i/n leaves"):
+        Bank.load(weights)
+    with pytest.raises(FileNotFoundError, match="no part 'none.safetensors'; scan --part i/n leaves one"):
+        Bank.load("none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "Digits"], "expected --backbone NAME, one or several"),
+        (["--backbone", "resnet18"], "expected --data CLASS, or an overlay"),
+        (["--backbone", "resnet81", *DATA], "timm has no architecture 'resnet81'"),
+        (
+            ["--backbone", SPEC, "--allow_random", "false", *DATA],
+            "resnet18 is at its random start in conv1.weight; give",
+        ),
+        (["--backbone", SPEC, "--layers", "layer9", *DATA], "no layer fits 'layer9'"),
+        (
+            ["--backbone", SPEC, *DATA, "--part", "4/3", "--out", "a.safetensors"],
+            "--part i/n with i from 1 to n, got '4/3'",
+        ),
+        (["--backbone", SPEC, *DATA, "--part", "1/3"], "--part writes one file; expected --out FILE.safetensors"),
+        (["--backbone", SPEC, *DATA, "--out", "scan.xlsx"], "expected --out of .csv, .json, .png files, or a folder"),
+        (["--backbone", SPEC, *DATA, "--max_images", "0"], "expected --max_images of at least 1, got 0"),
+        (["--merge", "none.safetensors"], "no part 'none.safetensors'"),
+    ],
+)
+def test_bad_words_are_refused_in_a_line(words, message, capsys):
+    assert scan(*words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_misspelt_option_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        scan("--backbones", "resnet18")
+    assert "no option 'backbones'" in capsys.readouterr().err
