@@ -215,6 +215,19 @@ def fill(
     return reader.bank({**asked(sources, said, part), **facts})
 
 
+def read_images(trainer: Trainer, data: LightningDataModule, most: int) -> Tensor:
+    """The images of a pass as they are evaluated, ``(N, C, H, W)``, on the CPU."""
+    parts: Any = trainer.predict(_Images(), _TrainingImages(data, most, (1, 1)))
+    return torch.cat(parts)
+
+
+class _Images(LightningModule):
+    """Gives back the images of a batch."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return _checked(batch)[0].cpu()
+
+
 def _classes(data: Any) -> list[str]:
     """Names of the classes that a datamodule knows, or their numbers."""
     names = getattr(data, "class_names", None) or range(getattr(data, "num_classes", 0))

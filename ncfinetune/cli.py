@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ncfinetune import __version__
@@ -27,6 +28,7 @@ commands:
   scan       what each block of a network, or of several, knows of your classes, without training:
                                     ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder \\
                                         --data.root photos
+  suggest    whether tuning pays on your images, which block, and the accuracy to expect; the words are those of scan
   export     a trained run's backbone as a file for timm and for FineTuner:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
@@ -63,24 +65,14 @@ def _run(args: list[str] | None) -> int | None:
         print(HELP, end="")
     elif command == "--version":
         print(f"ncfinetune {__version__}")
-    elif command == "report":
-        from ncfinetune.report import main as report
-
-        return report(words[1:])
-    elif command == "scan":
-        from ncfinetune.scan import main as scan
-
-        return scan(words[1:])
-    elif command == "export":
-        return _export(words[1:])
-    elif command == "layers":
-        return _layers(words[1:])
+    elif command in _OTHER_COMMANDS:
+        return _OTHER_COMMANDS[command](words[1:])
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.trainer_cli import main as run
 
         return run(args)
     else:
-        known = ", ".join((*_TRAINER_COMMANDS, "scan", "export", "layers", "report"))
+        known = ", ".join((*_TRAINER_COMMANDS, *_OTHER_COMMANDS))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)
         return 2
     return None
@@ -102,6 +94,24 @@ def _text(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def _scan(words: list[str]) -> int:
+    from ncfinetune.scan import main as scan
+
+    return scan(words)
+
+
+def _suggest(words: list[str]) -> int:
+    from ncfinetune.suggest import main as suggest
+
+    return suggest(words)
+
+
+def _report(words: list[str]) -> int:
+    from ncfinetune.report import main as report
+
+    return report(words)
+
+
 def _export(words: list[str]) -> int:
     if len(words) != 2 or words[0].startswith("-"):
         print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
@@ -120,3 +130,12 @@ def _layers(words: list[str]) -> int:
 
     print(Backbone(words[0]).layer_table())
     return 0
+
+
+_OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "scan": _scan,
+    "suggest": _suggest,
+    "export": _export,
+    "layers": _layers,
+    "report": _report,
+}

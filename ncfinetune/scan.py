@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
-import sys
-import textwrap
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune.atomic import replacing
-from ncfinetune.backbone import Backbone
 from ncfinetune.bank import Bank, Source, asked, difference, fill, merge
 from ncfinetune.cli_errors import PlainParser
+from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
 from ncfinetune.scores import LayerScore, ModelScore, layer_scores, model_scores
 
 # Images that tell layers apart: the standard error of an accuracy is then 0.7 points at most.
 _MOST = 5000
-# What a data set's options say of loading it, and not of what it is.
-_LOADING = ("root", "num_workers", "download", "in_memory", "device_cache", "augmentation", "strength", "views")
 _SUFFIXES = (".csv", ".json", ".png")
 _DESCRIPTION = """\
 Score every block of one or several networks on training images, by closed forms from one pass: no training, no
@@ -53,8 +43,17 @@ def main(words: Sequence[str]) -> int:
         ValueError: What the options, the data or a network refuse.
         OSError: A file is not there, or cannot be written.
     """
-    importlib.import_module("ncfinetune.datamodules")  # so that their classes can be chosen by their short names
-    parser = _parser()
+    parser = lab_parser("scan", _DESCRIPTION, _MOST)
+    add: Any = parser.add_argument
+    add("--rank", type=bool, default=False, help="numerical ranks too (slow)")
+    add("--part", type=str, help="i/n: compute one of n parts, and write it to the .safetensors file that --out names")
+    add("--merge", type=str, nargs="+", help="parts to read, in place of a pass")
+    add(
+        "--out",
+        type=str,
+        nargs="+",
+        help="files for the table (.csv, .json) and the figure (.png); a folder, TensorBoard",
+    )
     options = parser.parse_args(list(words))
     outs = [Path(name) for name in options.out or []]
     if options.part is not None:
@@ -64,44 +63,9 @@ def main(words: Sequence[str]) -> int:
     if options.merge:
         bank = merge({name: Bank.load(name) for name in options.merge})
     else:
-        bank = _fill(options, parser, _sources(options), (1, 1))
+        bank = _fill(options, parser, sources(options), (1, 1))
     _publish(bank, options.rank, outs)
     return 0
-
-
-def _parser() -> PlainParser:
-    parser = PlainParser(
-        prog="ncfinetune scan",
-        description=textwrap.dedent(_DESCRIPTION),
-        formatter_class=_formatter(),
-        default_env=False,
-    )
-    add: Any = parser.add_argument
-    add("--backbone", type=dict | str, nargs="+", help="timm names, or arguments of a Backbone as {name: ..., ...}")
-    add("--checkpoint", type=str, nargs="+", help="a file of weights for each backbone, or several for one of them")
-    add("--pretrained", type=bool, default=False, help="load timm's weights")
-    add("--allow_random", type=bool, default=False, help="scan networks at their random start too")
-    add("--layers", type=str, nargs="+", default=[], help="names or patterns of modules in place of all blocks")
-    add("--max_images", type=int, default=_MOST, help="images at most, evenly over each class")
-    add("--rank", type=bool, default=False, help="numerical ranks too (slow)")
-    add("--part", type=str, help="i/n: compute one of n parts, and write it to the .safetensors file that --out names")
-    add("--merge", type=str, nargs="+", help="parts to read, in place of a pass")
-    add(
-        "--out", type=str, nargs="+", help="files: .csv and .json get the table, .png the figure; a folder, TensorBoard"
-    )
-    add("--accelerator", type=str, default="auto", help="as the Trainer's")
-    add("--precision", type=str, default="32-true", help="as the Trainer's")
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
-    return parser
-
-
-def _formatter() -> Any:
-    """The one of jsonargparse, which leaves lines of a description as they are."""
-
-    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        pass
-
-    return Formatter
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -112,98 +76,27 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
-def _sources(options: Any) -> list[Source]:
-    """The networks that the options name, each under a name of its own."""
-    backbones, checkpoints = options.backbone or [], options.checkpoint or []
-    if not backbones:
-        raise ValueError("expected --backbone NAME, one or several; timm.list_models() has their names")
-    if len(checkpoints) > 1 and len(backbones) == 1:
-        backbones = backbones * len(checkpoints)
-    if checkpoints and len(checkpoints) != len(backbones):
-        raise ValueError(
-            f"expected a checkpoint for each backbone, got {len(checkpoints)} for {len(backbones)}; give as many, "
-            "or several checkpoints of one backbone"
-        )
-    given = [{"name": b} if isinstance(b, str) else dict(b) for b in backbones]
-    for spec, checkpoint in zip(given, checkpoints, strict=False):
-        spec["checkpoint"] = checkpoint
-    return [_source(spec, name, options) for spec, name in zip(given, _names(given), strict=True)]
-
-
-def _source(spec: dict[str, Any], name: str, options: Any) -> Source:
-    pretrained = spec.pop("pretrained", options.pretrained and "checkpoint" not in spec)
-    backbone = Backbone.build({**spec, "pretrained": pretrained})
-    if backbone.random and not options.allow_random:
-        raise ValueError(
-            f"{name} is at its random start in {next(iter(backbone.random))}; give --pretrained true, a --checkpoint "
-            "FILE that has it, or --allow_random true"
-        )
-    return Source.of(name, backbone, options.layers)
-
-
-def _names(given: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each: the architecture's, with what tells equal ones apart."""
-    names = [str(spec.get("name", "?")) for spec in given]
-    names = [
-        f"{name} {Path(str(spec['checkpoint'])).stem}" if names.count(name) > 1 and "checkpoint" in spec else name
-        for name, spec in zip(names, given, strict=True)
-    ]
-    return [name if names.count(name) == 1 else f"{name} #{place}" for place, name in enumerate(names, 1)]
-
-
 def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: Sequence[Path]) -> None:
     """Compute a part and write it, unless it is there."""
     if len(outs) != 1 or outs[0].suffix != ".safetensors":
         raise ValueError(f"--part writes one file; expected --out FILE.safetensors, got {options.out}")
-    path, sources = outs[0], _sources(options)
+    path, networks = outs[0], sources(options)
     if path.exists():
         there = Bank.load(path).facts
-        facts = asked(sources, _said(options), part)
+        facts = asked(networks, said(options), part)
         if there["part"] != facts["part"] or (other := difference(facts, there)):
             other = other if there["part"] == facts["part"] else f"part {'/'.join(map(str, there['part']))}"
             raise ValueError(f"{path} is there, and of another scan: {other}; name another file, or delete it")
         print(f"{path} is there")
         return
-    bank = _fill(options, parser, sources, part)
+    bank = _fill(options, parser, networks, part)
     bank.save(path)
     print(f"{path}: {len(bank.labels)} images")
 
 
-def _fill(options: Any, parser: PlainParser, sources: Sequence[Source], part: tuple[int, int]) -> Bank:
-    if options.data is None:
-        raise ValueError("expected --data CLASS, or an overlay such as experiments/data/image_folder.yaml")
-    if options.max_images < 1:
-        raise ValueError(f"expected --max_images of at least 1, got {options.max_images}")
-    data = parser.made(options).data
-    trainer = Trainer(
-        accelerator=options.accelerator,
-        devices=1,
-        precision=options.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[_Progress()],
-    )
-    return fill(trainer, sources, data, _said(options), options.max_images, part)
-
-
-class _Progress(TQDMProgressBar):
-    """A bar on stderr, where it does not mix with the table."""
-
-    def init_predict_tqdm(self) -> Any:
-        return Tqdm(desc="scan", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
-
-
-def _said(options: Any) -> dict[str, Any]:
-    """What tells the data of a scan from others: the class, its options but for those of loading, the precision."""
-    config = options.data
-    kept = {k: v for k, v in vars(config.init_args or {}).items() if k not in _LOADING} if config else {}
-    return {
-        "class": config.class_path,
-        "options": kept,
-        "max_images": options.max_images,
-        "precision": options.precision,
-    }
+def _fill(options: Any, parser: PlainParser, networks: Sequence[Source], part: tuple[int, int]) -> Bank:
+    data = datamodule(options, parser)
+    return fill(quiet_trainer(options), networks, data, said(options), options.max_images, part)
 
 
 def _check(outs: Sequence[Path]) -> None:
@@ -218,9 +111,9 @@ def _publish(bank: Bank, rank: bool, outs: Sequence[Path]) -> None:
     layers = layer_scores(bank, rank)
     models = model_scores(bank, layers)
     print(f"{len(bank.labels)} images of {int(bank.labels.bincount().count_nonzero())} classes\n")
-    print(_aligned([_layer_row(score) for score in layers]))
+    print(aligned([_layer_row(score) for score in layers]))
     print()
-    print(_aligned([_model_row(score) for score in models]))
+    print(aligned([_model_row(score) for score in models]))
     for out in outs:
         _WRITERS.get(out.suffix, _write_events)(out, bank, layers, models)
 
@@ -231,7 +124,7 @@ def _layer_row(score: LayerScore) -> dict[str, str]:
         "layer": score.layer,
         "width": str(score.width),
         "parameters": f"{score.parameters:,}",
-        "loo %": _percent(score.loo_accuracy, score.loo_accuracy_error),
+        "loo %": percent(score.loo_accuracy, score.loo_accuracy_error),
         "loo error^2": f"{score.loo_squared_error:.3f}",
         "nc1": f"{score.nc1:.3g}",
         "cv nc1": f"{score.cv_nc1:.3g}",
@@ -244,25 +137,14 @@ def _model_row(score: ModelScore) -> dict[str, str]:
     return {
         "model": score.model,
         "parameters": f"{score.parameters:,}",
-        "loo %": _percent(score.loo_accuracy, score.loo_accuracy_error),
-        "behind the first": _percent(score.behind, score.behind_error),
+        "loo %": percent(score.loo_accuracy, score.loo_accuracy_error),
+        "behind the first": percent(score.behind, score.behind_error),
         "best layer": score.best_layer,
         "its loo %": f"{100 * score.best_layer_accuracy:.1f}",
         "k-nn %": f"{100 * score.knn:.1f}",
         "h-score": f"{score.h_score:.2f}",
         "logme": f"{score.logme:.3f}",
     }
-
-
-def _percent(share: float, error: float) -> str:
-    return f"{100 * share:.1f} ± {100 * error:.1f}"
-
-
-def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
 
 
 def _numbers(score: LayerScore | ModelScore) -> dict[str, Any]:

@@ -488,7 +488,7 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert (
-        "no command 'train'; expected one of fit, validate, test, predict, export, layers, report"
+        "no command 'train'; expected one of fit, validate, test, predict, scan, suggest, export, layers, report"
         in capsys.readouterr().err
     )
 

@@ -1,0 +1,219 @@
+"""What ``ncfinetune suggest`` proposes, against fitting every block by every method and testing each.
+
+A try draws training images by its seed. `suggest.suggest` sees these alone. The exhaustive search fits layer FT and
+SCL FT at every block, full FT and the closed forms on all of them, with the same learning rate, epochs and batch size,
+and tests them; the best test accuracy among so many is flattered by chance. Rows are written as they come; tries that
+a file has already are not run again.
+
+    python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
+    python experiments/finetune/suggestions.py run ROOT --checkpoint WEIGHTS --backbone mobilenetv2_100 --out rows.csv
+    python experiments/finetune/suggestions.py table rows.csv
+
+``digits`` are the handwritten digits 5-9 for the network that experiments/digits/pretrain.yaml trained on 0-4; ROOT is
+a folder of images as `datamodules.ImageFolder` takes it, with a test part.
+"""
+
+import argparse
+import csv
+import logging
+import random
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from ncfinetune import Backbone
+from ncfinetune.bank import Source, fill, read_images
+from ncfinetune.datamodules import Digits, ImageFolder
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.probes import ridge
+from ncfinetune.skips import choose_skips
+from ncfinetune.suggest import choose, suggest
+from ncfinetune.trials import Bench, Method, Trial, folds_of
+
+DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
+FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "test", "seconds")
+
+
+def trainer(epochs: int = 1) -> Trainer:
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        max_epochs=epochs, limit_val_batches=0, devices=1, accelerator="cpu", enable_model_summary=False, **quiet
+    )
+
+
+def drawn(options: argparse.Namespace, shots: int, seed: int) -> LightningDataModule:
+    if options.data == "digits":
+        return Digits(classes=[5, 6, 7, 8, 9], shots=shots, seed=seed, batch_size=25)
+    return ImageFolder(
+        root=options.data, image_size=224, shots=shots, seed=seed, batch_size=16, mean=[0.5] * 3, std=[0.5] * 3
+    )
+
+
+def tested(data: Any) -> tuple[Tensor, Tensor]:
+    """Test images as they are evaluated, and labels."""
+    data.setup("test")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def exhaustive(bench: Bench, features: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Test accuracy and seconds of every method; the test images are fold 0 of the bench."""
+    train, held = bench.folds == 1, bench.folds == 0
+    found = {}
+    layers = {name: rows for name, rows in features.items() if name != PENULTIMATE}
+    skips = choose_skips(features[PENULTIMATE], layers, bench.labels[train], 3)
+    for name, names in (("ridge", [PENULTIMATE]), ("ridge, skips", [PENULTIMATE, *skips])):
+        start = time.perf_counter()
+        head = ridge(torch.cat([features[n] for n in names], 1), bench.labels[train], bench.num_classes)
+        right = head.scores(torch.cat([test[n] for n in names], 1)).argmax(1) == bench.labels[held]
+        found[name] = float(right.double().mean()), time.perf_counter() - start
+    methods = [Method("full FT", {"train": "all", "head_init": "ridge"})]
+    for block in layers:
+        methods.append(Method(f"layer FT {block}", {"train": block, "head_init": "ridge"}))
+        methods.append(Method(f"SCL FT {block}", {"train": block, "skip_from": block, "head_init": "ridge"}))
+    for method in methods:
+        trial = Trial.empty(len(bench.labels))
+        bench.run(method, trial, 0)
+        found[method.name] = float(trial.right[held].mean()), trial.seconds[0]
+    return found
+
+
+def attempt(options: argparse.Namespace, shots: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of a try."""
+    spec: dict[str, Any] = DIGITS if options.data == "digits" else {"name": options.backbone}
+    backbone = Backbone(**spec, checkpoint=options.checkpoint)
+    data, source = drawn(options, shots, seed), Source.of("net", backbone)
+    start = time.perf_counter()
+    bank = fill(trainer(), [source], data, {}, 10**6)
+    images = read_images(trainer(), data, 10**6)
+    size = data.batch_size
+    kind = (bank.num_classes, folds_of(bank.labels, 3), size, options.lr, options.epochs, trainer)
+    rows = suggest(source, bank, Bench(backbone, images, bank.labels, *kind), options.blocks, full=options.full)
+    seconds = time.perf_counter() - start
+    known = {"data": Path(options.data).name, "shots": shots, "seed": seed}
+    suggested = choose(rows)
+    found = [
+        {**known, "search": "suggest", "method": row.method, "chosen": int(row is suggested), "seconds": seconds}
+        | {"predicted": row.accuracy, "error": row.error}
+        for row in rows
+    ]
+    test_images, test_labels = tested(data)
+    backbone.eval()
+    with torch.no_grad():
+        parts = [backbone.stages(batch, source.layers) for batch in test_images.split(64)]
+    test = {name: torch.cat([part[name] for part in parts]) for name in source.layers}
+    features = {name: bank.of("net", name) for name in source.layers}
+    labels, folds = torch.cat([bank.labels, test_labels]), torch.cat([torch.ones_like(bank.labels), 0 * test_labels])
+    whole = Bench(backbone, torch.cat([images, test_images]), labels, kind[0], folds, *kind[2:])
+    for method, (accuracy, took) in exhaustive(whole, features, test).items():
+        found.append({**known, "search": "exhaustive", "method": method, "test": accuracy, "seconds": took})
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    done = {(row["shots"], row["seed"]) for row in read(options.out)} if options.out.exists() else set()
+    with options.out.open("a", newline="") as file:
+        table = csv.DictWriter(file, FIELDS)
+        if not done:
+            table.writeheader()
+        for seed in options.seeds:
+            for shots in options.shots:
+                if (str(shots), str(seed)) not in done:
+                    table.writerows(attempt(options, shots, seed))
+                    file.flush()
+                    print(shots, seed, flush=True)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(path: Path) -> str:
+    """Regret and prediction of each rule, by data and shots."""
+    tries: dict[tuple[str, int], list[list[dict[str, str]]]] = defaultdict(list)
+    grouped: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in read(path):
+        grouped[row["data"], row["shots"], row["seed"]].append(row)
+    for (data, shots, _), rows in grouped.items():
+        tries[data, int(shots)].append(rows)
+    lines = [
+        "| data | shots | tries | rule | regret, points | within 0.5 | predicted less tested | within 3 | cost % |",
+        "|" + "---|" * 9,
+    ]
+    for (data, shots), members in sorted(tries.items()):
+        for rule in ("suggest", "closed form", "last block", "middle block", "random block", "full FT"):
+            outcomes = [outcome(rule, rows) for rows in members]
+            regret = [100 * (best - got) for best, got, _, _ in outcomes]
+            cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
+            if rule == "suggest":
+                off = [100 * (predicted - got) for _, got, predicted, _ in outcomes]
+                cost = statistics.median(c for *_, c in outcomes)
+                cells += [spread(off), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
+            else:
+                cells += ["", "", ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def outcome(rule: str, rows: list[dict[str, str]]) -> tuple[float, float, float, float]:
+    """Best test accuracy of all, that of what the rule takes, what it predicted, and its share of the search's time."""
+    test = {row["method"]: float(row["test"]) for row in rows if row["search"] == "exhaustive"}
+    best, blocks = max(test.values()), [name for name in test if name.startswith("layer FT")]
+    took = sum(float(row["seconds"]) for row in rows if row["search"] == "exhaustive")
+    if rule == "suggest":
+        row = next(row for row in rows if row["chosen"] == "1")
+        name = row["method"] if row["method"] in test else "ridge, skips"
+        return best, test[name], float(row["predicted"]), float(row["seconds"]) / took
+    names = {
+        "closed form": "ridge, skips",
+        "last block": blocks[-1],
+        "middle block": blocks[(len(blocks) - 1) // 2],
+        "random block": random.Random(rows[0]["seed"]).choice(blocks),
+        "full FT": "full FT",
+    }
+    return best, test[names[rule]], 0.0, 0.0
+
+
+def spread(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{error}"
+
+
+def share(hits: Any) -> str:
+    hits = list(hits)
+    return f"{sum(hits)} of {len(hits)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("table").add_argument("rows", type=Path)
+    tries = commands.add_parser("run")
+    tries.add_argument("data", help="digits, or a folder of images")
+    tries.add_argument("--checkpoint", required=True)
+    tries.add_argument("--backbone", default="mobilenetv2_100")
+    tries.add_argument("--out", type=Path, required=True)
+    tries.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
+    tries.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
+    tries.add_argument("--epochs", type=int, default=30)
+    tries.add_argument("--lr", type=float, default=1e-3)
+    tries.add_argument("--blocks", type=int, default=6)
+    tries.add_argument("--full", action="store_true")
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.rows))
+        return
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

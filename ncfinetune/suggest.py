@@ -1,0 +1,280 @@
+"""``ncfinetune suggest``: whether tuning pays on a training set, which block, and what accuracy to expect."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from torch import Tensor
+
+from ncfinetune.atomic import replacing
+from ncfinetune.bank import Bank, Source, fill, read_images
+from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
+from ncfinetune.layers import PENULTIMATE
+from ncfinetune.probes import Head, lda, nearest_mean, ridge
+from ncfinetune.skips import choose_skips
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
+
+# Images that a choice is made by; a fit's time grows with them.
+_MOST = 2000
+# Skip connections of a closed form at most, and images a step where the datamodule does not say.
+_SKIPS, _BATCH = 3, 32
+_DESCRIPTION = """\
+Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
+
+Closed-form heads are judged by leaving each image out. Layer FT is tried at blocks evenly over depth, from the closed
+form as a start, on folds of the images: all blocks on the first fold, the better half on each fold after it, and SCL FT
+at the block that is best in the end. Tuning is suggested only if it lowers the squared error of the probabilities on
+images left out by more than one standard error of the paired differences; then the method with the fewest parameters
+that is within one standard error of the best.
+
+  ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table.
+
+    Args:
+        method: Its name.
+        accuracy: Predicted share of new images decided rightly: of a closed form the leave-one-out accuracy; of a tuned
+            method that of the closed form it started from, and its mean gain in paired trials.
+        error: Standard error of that.
+        gain: How much lower the squared error of its probabilities was than the closed form's; None for closed forms.
+        gain_error: Standard error of the paired differences.
+        trained: Number of trained parameters.
+        seconds: Mean duration of a fit.
+        knobs: Its arguments of a `FineTuner`.
+    """
+
+    method: str
+    accuracy: float
+    error: float
+    gain: float | None
+    gain_error: float | None
+    trained: int
+    seconds: float
+    knobs: Mapping[str, Any]
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command with the words after its name; returns the exit status.
+
+    Raises:
+        ValueError: What the options, the data or the network refuse.
+        OSError: A file is not there, or cannot be written.
+    """
+    parser = lab_parser("suggest", _DESCRIPTION, _MOST)
+    add: Any = parser.add_argument
+    add("--blocks", type=int, default=6, help="blocks to try, evenly over depth, the last one among them")
+    add("--folds", type=int, default=3, help="folds of the training images")
+    add("--epochs", type=int, default=30, help="epochs of a fit")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW at the start of its cosine")
+    add("--full", type=bool, default=False, help="try full fine-tuning too, which takes many times as long")
+    add("--out", type=str, help="a .json file for the table and the suggestion")
+    options = parser.parse_args(list(words))
+    _check(options)
+    networks = sources(options)
+    if len(networks) != 1:
+        raise ValueError(f"suggest takes one backbone, got {len(networks)}; scan ranks several")
+    data = datamodule(options, parser)
+    with _quiet():
+        bank = fill(quiet_trainer(options), networks, data, said(options), options.max_images)
+        images = read_images(quiet_trainer(options), data, options.max_images)
+        bench = Bench(
+            networks[0].backbone,
+            images,
+            bank.labels.cpu(),
+            bank.num_classes,
+            folds_of(bank.labels.cpu(), options.folds),
+            getattr(data, "batch_size", None) or _BATCH,
+            options.lr,
+            options.epochs,
+            lambda epochs: quiet_trainer(options, max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0),
+        )
+        rows = suggest(networks[0], bank, bench, options.blocks, options.full)
+    chosen = choose(rows)
+    print(aligned([_cells(row) for row in rows]))
+    print(f"\n{verdict(rows, chosen)}")
+    if options.out:
+        content = {"suggestion": chosen.method, "verdict": verdict(rows, chosen), "rows": [asdict(row) for row in rows]}
+        with replacing(Path(options.out)) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _check(options: Any) -> None:
+    for name, least in (("blocks", 1), ("folds", 2), ("epochs", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"expected --{name} of at least {least}, got {getattr(options, name)}")
+    if not options.lr > 0:
+        raise ValueError(f"expected --lr above 0, got {options.lr}")
+    if options.out and Path(options.out).suffix != ".json":
+        raise ValueError(f"expected --out of a .json file, got {options.out!r}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of each of many fits."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def suggest(source: Source, bank: Bank, bench: Bench, blocks: int, full: bool = False) -> list[Row]:
+    """A row for each closed form, and for each tuned method that was tried on all folds.
+
+    Args:
+        source: The network, with the layers of the bank.
+        bank: Features of the images.
+        bench: The images, and how a method is fitted.
+        blocks: Number of blocks to try.
+        full: Try full fine-tuning too.
+
+    Raises:
+        ValueError: Images of fewer than two classes, or features that are not finite.
+    """
+    layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
+    penultimate = layers.pop(PENULTIMATE)
+    closed = _closed_rows(penultimate, layers, bench)
+    reference = closed_trial(penultimate, layers, bench.labels, bench.num_classes, bench.folds, _SKIPS)
+    tried = _evenly(list(layers), blocks)
+    methods = [Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}) for name in tried]
+    if full:
+        methods.append(Method("full FT", {"train": "all", "head_init": "ridge"}))
+    trials = halve(bench, methods, reference)
+    blockwise = [method for method in trials if method.knobs["train"] != "all"]
+    best = max(blockwise, key=lambda method: trials[method].gain(reference, "loss")[0])
+    block = best.knobs["train"]
+    trials |= halve(bench, [Method(f"SCL FT {block}", {**best.knobs, "skip_from": block})], reference)
+    return closed + [_tuned(method, trial, reference, closed[-1]) for method, trial in trials.items()]
+
+
+def _evenly(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names at even distances, the last among them."""
+    number = min(most, len(names))
+    return [names[(place * len(names)) // number - 1] for place in range(1, number + 1)]
+
+
+def halve(bench: Bench, methods: Sequence[Method], reference: Trial) -> dict[Method, Trial]:
+    """Trials of methods on all folds; after each fold only the better half goes on (Jamieson, Talwalkar 2016).
+
+    Args:
+        bench: Fits a method without a fold.
+        methods: What to try.
+        reference: What they are compared with, image by image.
+    """
+    trials = {method: Trial.empty(len(bench.labels)) for method in methods}
+    folds = int(bench.folds.max()) + 1
+    for fold in range(folds):
+        for place, (method, trial) in enumerate(trials.items(), 1):
+            print(f"fold {fold + 1} of {folds}, {place} of {len(trials)}: {method.name}", file=sys.stderr)
+            bench.run(method, trial, fold)
+        order = sorted(trials, key=lambda method: -trials[method].gain(reference, "loss")[0])
+        kept = order if fold == folds - 1 else order[: math.ceil(len(order) / 2)]
+        trials = {method: trials[method] for method in kept}
+    return trials
+
+
+def choose(rows: Sequence[Row]) -> Row:
+    """The tuned method with the fewest parameters of those that are within one standard error of the best.
+
+    That is the rule of one standard error of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3). Where the best
+    does not gain more than its standard error, the strongest closed form.
+    """
+    best = max(rows, key=_gain)
+    if not _gain(best) > (best.gain_error or 0):
+        return next(row for row in reversed(rows) if row.gain is None)
+    return min((row for row in rows if _gain(row) >= _gain(best) - (best.gain_error or 0)), key=lambda row: row.trained)
+
+
+def _gain(row: Row) -> float:
+    return -math.inf if row.gain is None else row.gain
+
+
+def verdict(rows: Sequence[Row], chosen: Row) -> str:
+    """What is suggested, what is as good, and how to run it."""
+    predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(rows, key=_gain)
+    if chosen.gain is None:
+        said = f"no tuning: {chosen.method} ({predicted}) is as good; {best.method}, the best tuned, {_against(best)}"
+    else:
+        near = [r.method for r in rows if r is not chosen and _gain(r) >= _gain(best) - (best.gain_error or 0)]
+        within = f"; within one standard error of the best: {', '.join(near)}" if near else ""
+        said = f"suggestion: {chosen.method} ({predicted}), which {_against(chosen)}{within}"
+    options = " ".join(f"--model.{name} {shlex.quote(_word(value))}" for name, value in chosen.knobs.items())
+    return f"{said}\nncfinetune fit --model FineTuner {options}{' --trainer.max_epochs 0' * (chosen.gain is None)} ..."
+
+
+def _against(row: Row) -> str:
+    return f"lowers the closed form's squared error by {row.gain:.3f} ± {row.gain_error:.3f}"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _closed_rows(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench) -> list[Row]:
+    """Closed forms, the strongest last: ridge regression, with skip connections if any lower its error clearly."""
+    labels, classes = bench.labels, bench.num_classes
+    rows = [
+        _closed("nearest mean", "mean", lambda: nearest_mean(penultimate, labels, classes)),
+        _closed("LDA", "lda", lambda: lda(penultimate, labels, classes)),
+        _closed("ridge", "ridge", lambda: ridge(penultimate, labels, classes)),
+    ]
+    if skips := choose_skips(penultimate, layers, labels, _SKIPS):
+        features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
+        name = f"ridge, skip from {', '.join(skips)}"
+        joins = {"skip_from": skips, "skip_join": "concat"}
+        rows.append(_closed(name, "ridge", lambda: ridge(features, labels, classes), joins))
+    return rows
+
+
+def _closed(name: str, kind: str, fit: Callable[[], Head], joins: Mapping[str, Any] | None = None) -> Row:
+    start = time.perf_counter()
+    head = fit()
+    seconds = time.perf_counter() - start
+    accuracy = 1 - float(head.loo_error)
+    error = math.sqrt(accuracy * (1 - accuracy) / len(head.loo_scores))
+    trained = head.weight.numel() + head.bias.numel()
+    knobs = {"train": "none", **(joins or {}), "head_init": kind}
+    return Row(name, accuracy, error, None, None, trained, seconds, knobs)
+
+
+def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:
+    (gain, gain_error), (more, more_error) = (trial.gain(reference, name) for name in ("loss", "right"))
+    accuracy = min(1.0, max(0.0, closed.accuracy - more))
+    error = math.hypot(closed.error, more_error)
+    seconds = sum(trial.seconds) / len(trial.seconds)
+    return Row(method.name, accuracy, error, gain, gain_error, trial.trained, seconds, method.knobs)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    gain = "-" if row.gain is None else f"{row.gain:.3f} ± {row.gain_error:.3f}"
+    return {
+        "method": row.method,
+        "predicted %": percent(row.accuracy, row.error),
+        "squared error lower by": gain,
+        "trained": f"{row.trained:,}",
+        "seconds a fit": f"{row.seconds:.2f}",
+    }

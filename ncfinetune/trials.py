@@ -1,0 +1,184 @@
+"""Ways to fine-tune, tried on folds of the training images, beside the closed form that they have to beat.
+
+Legend: ``N`` images, ``K`` classes, ``F`` folds, ``d`` feature width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from ncfinetune.backbone import Backbone
+from ncfinetune.calibration import fit_temperature
+from ncfinetune.finetune import FineTuner
+from ncfinetune.probes import ridge
+from ncfinetune.skips import choose_skips
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        name: Its name, in the words of Li et al. 2022.
+        knobs: Its arguments of a `FineTuner`.
+    """
+
+    name: str
+    knobs: Mapping[str, Any]
+
+
+@dataclass
+class Trial:
+    """What a method did on the folds that it was tried on.
+
+    Args:
+        right: Whether each image was decided rightly by the model that was fitted without its fold, ``(N,)`` in 0..1;
+            nan in folds not tried.
+        loss: Squared error of its probabilities, summed over classes (Brier 1950), ``(N,)``.
+        seconds: Duration of each fit.
+        trained: Number of trained parameters.
+    """
+
+    right: Tensor
+    loss: Tensor
+    seconds: list[float] = field(default_factory=list)
+    trained: int = 0
+
+    @classmethod
+    def empty(cls, samples: int) -> Trial:
+        """A trial of nothing yet."""
+        return cls(torch.full((samples,), torch.nan), torch.full((samples,), torch.nan))
+
+    def add(self, rows: Tensor, probabilities: Tensor, labels: Tensor) -> None:
+        """Add what became of a fold's images, at the ``rows`` ``(n,)``: probabilities ``(n, K)``."""
+        targets = F.one_hot(labels, probabilities.shape[1])
+        self.right[rows] = (probabilities.argmax(1) == labels).float()
+        self.loss[rows] = (probabilities - targets).square().sum(1).float()
+
+    def gain(self, other: Trial, name: str) -> tuple[float, float]:
+        """Mean of another trial's number less this one's over the images that both had, and its standard error."""
+        paired = getattr(other, name) - getattr(self, name)
+        paired = paired[~paired.isnan()].double()
+        return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
+
+
+def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
+    """Which of so many folds each image is in, ``(N,)``: each class is spread over all of them.
+
+    Raises:
+        ValueError: No class has two images, so that nothing could be decided of any left out.
+    """
+    if int(labels.bincount().max()) < 2:
+        raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    folds = torch.empty_like(labels)
+    folds[order] = torch.arange(len(labels)) % number
+    return folds
+
+
+def closed_trial(
+    penultimate: Tensor, layers: Mapping[str, Tensor], labels: Tensor, num_classes: int, folds: Tensor, most: int
+) -> Trial:
+    """Ridge heads on all folds, each with the skip connections that its own training images choose, ``most`` of them.
+
+    Args:
+        penultimate: ``(N, d)``.
+        layers: Features of each block, ``{name: (N, d_l)}``.
+        labels: ``(N,)``.
+        num_classes: Number of classes ``K``.
+        folds: Which fold each image is in, ``(N,)``.
+        most: Skip connections at most.
+    """
+    trial = Trial.empty(len(labels))
+    for fold in range(int(folds.max()) + 1):
+        train, rows = folds != fold, (folds == fold).nonzero().squeeze(1)
+        start = time.perf_counter()
+        own = {name: features[train] for name, features in layers.items()}
+        skips = choose_skips(penultimate[train], own, labels[train], most)
+        features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
+        head = ridge(features[train], labels[train], num_classes)
+        weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
+        trial.seconds.append(time.perf_counter() - start)
+        trial.add(rows, (features[rows].double() @ weight.T + bias).softmax(1), labels[rows])
+    return trial
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Images and a network that methods are tried on.
+
+    Args:
+        backbone: The network that each fit starts from.
+        images: Images as they are evaluated, ``(N, C, H, W)``.
+        labels: ``(N,)``.
+        num_classes: Number of classes ``K``.
+        folds: Which fold each image is in, ``(N,)``.
+        batch_size: Images a step.
+        lr: Learning rate of AdamW at the start of its cosine.
+        trainer: Makes a Trainer of so many epochs.
+        epochs: Epochs of a fit.
+    """
+
+    backbone: Backbone
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    folds: Tensor
+    batch_size: int
+    lr: float
+    epochs: int
+    trainer: Callable[[int], Trainer]
+
+    def run(self, method: Method, trial: Trial, fold: int) -> None:
+        """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
+        rows = (self.folds == fold).nonzero().squeeze(1)
+        data = _Rows(self.images, self.labels, (self.folds != fold).nonzero().squeeze(1), self.batch_size)
+        start = time.perf_counter()
+        with isolate_rng():
+            torch.manual_seed(fold)
+            model = FineTuner(
+                self.num_classes,
+                copy.deepcopy(self.backbone),
+                cache="none" if method.knobs.get("train") == "all" else "memory",
+                allow_random=True,
+                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01),
+                lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs),
+                **method.knobs,
+            )
+            self.trainer(self.epochs).fit(model, data)
+            trial.seconds.append(time.perf_counter() - start)
+            held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
+            predicted: Any = self.trainer(1).predict(model, held_out)
+        trial.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trial.add(rows, torch.cat(predicted).cpu(), self.labels[rows])
+
+
+class _Rows(LightningDataModule):
+    """Some of the images in memory, to train on."""
+
+    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor, batch_size: int) -> None:
+        super().__init__()
+        self.samples = Subset(TensorDataset(images, labels), rows.tolist())
+        self.batch_size = min(batch_size, len(rows))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    def train_plain_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> list[Any]:
+        return []

@@ -1,0 +1,205 @@
+"""The command ``suggest``: folds, paired gains, halving, the rule of one standard error, and the whole on digits."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from tiny import SMALL as WITH_EQUAL_BLOCKS
+from tiny import trainer_in
+
+from ncfinetune import Backbone
+from ncfinetune.calibration import fit_temperature
+from ncfinetune.cli import main
+from ncfinetune.probes import ridge
+from ncfinetune.suggest import Row, choose, halve, verdict
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
+
+SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
+SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
+WORDS = ["suggest", "--backbone", SPEC, "--accelerator", "cpu", "--data", "Digits", "--data.shots", "6"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights of the small network."""
+    seed_everything(1, verbose=False)
+    Backbone(**SMALL).save(tmp_path / "small.safetensors")
+    return str(tmp_path / "small.safetensors")
+
+
+def row(method, gain=None, error=0.1, trained=100, accuracy=0.5):
+    return Row(method, accuracy, 0.05, gain, None if gain is None else error, trained, 1.0, {"train": method})
+
+
+def trial_of(loss, right=None):
+    return Trial(torch.tensor(loss if right is None else right), torch.tensor(loss))
+
+
+def test_folds_spread_each_class():
+    labels = torch.tensor([0] * 7 + [1] * 3 + [2] * 5)
+    folds = folds_of(labels, 3)
+    assert sorted(folds.bincount().tolist()) == [5, 5, 5]
+    for label in range(3):
+        counts = folds[labels == label].bincount(minlength=3)
+        assert counts.max() - counts.min() <= 1
+    assert not torch.equal(folds, folds_of(labels, 3, seed=1))
+
+
+def test_one_image_of_each_class_has_no_folds():
+    with pytest.raises(ValueError, match="expected two images of some class at least, got one of each"):
+        folds_of(torch.arange(4), 2)
+
+
+def test_gain_is_paired_over_what_both_have():
+    nan = torch.nan
+    mine, other = trial_of([0.1, 0.5, nan, 0.3]), trial_of([0.3, 0.4, 0.9, nan])
+    gain, error = mine.gain(other, "loss")
+    differences = [0.2, -0.1]
+    assert gain == pytest.approx(sum(differences) / 2, abs=1e-7)
+    assert error == pytest.approx(0.15 / math.sqrt(2), abs=1e-7)
+
+
+def test_closed_form_is_fitted_without_the_fold():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    penultimate = torch.randn(30, 4, generator=generator) + labels[:, None]
+    layers = {"a": torch.randn(30, 2, generator=generator), "b": torch.eye(3)[labels]}
+    folds = folds_of(labels, 3)
+    trial = closed_trial(penultimate, layers, labels, 3, folds, 1)
+    for fold in range(3):
+        train, rows = folds != fold, folds == fold
+        features = torch.cat([penultimate, layers["b"]], 1)
+        head = ridge(features[train], labels[train], 3)
+        weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
+        probabilities = (features[rows].double() @ weight.T + bias).softmax(1)
+        loss = (probabilities - torch.eye(3)[labels[rows]]).square().sum(1)
+        torch.testing.assert_close(trial.loss[rows], loss.float())
+        assert torch.equal(trial.right[rows], (probabilities.argmax(1) == labels[rows]).float())
+
+
+def bench_in(folder, folds=None):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) % 3
+    images = torch.rand(24, 1, 8, 8, generator=generator) + labels[:, None, None, None] / 2
+    seed_everything(1, verbose=False)
+    backbone = Backbone(**SMALL)
+
+    def trainer(epochs):
+        return trainer_in(folder, max_epochs=epochs, limit_val_batches=0, num_sanity_val_steps=0)
+
+    return Bench(backbone, images, labels, 3, folds_of(labels, 3) if folds is None else folds, 8, 1e-2, 2, trainer)
+
+
+def test_a_fit_is_repeatable_and_leaves_the_backbone(tmp_path):
+    bench = bench_in(tmp_path)
+    before = {name: tensor.clone() for name, tensor in bench.backbone.state_dict().items()}
+    method = Method("layer FT", {"train": "layer4.0", "head_init": "ridge"})
+    trial = Trial.empty(24)
+    bench.run(method, trial, 1)
+    assert torch.equal(trial.loss.isnan(), bench.folds != 1)
+    assert trial.trained == sum(p.numel() for p in bench.backbone.layer("layer4.0").parameters()) + 11 * 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.backbone.state_dict().items())
+    # Other labels in the fold change no decision: none can be right by both.
+    scrambled = replace(bench, labels=bench.labels.where(bench.folds != 1, (bench.labels + 1) % 3))
+    again, same = Trial.empty(24), Trial.empty(24)
+    scrambled.run(method, again, 1)
+    bench.run(method, same, 1)
+    rows = bench.folds == 1
+    assert torch.equal(same.loss[rows], trial.loss[rows])
+    decided = torch.where(trial.right[rows] == 1, bench.labels[rows], -1)
+    assert not ((decided >= 0) & (again.right[rows] == 1)).any()
+
+
+class Known:
+    """A bench whose methods have known losses."""
+
+    def __init__(self, losses, folds):
+        self.losses, self.folds, self.labels, self.fits = losses, folds, torch.zeros_like(folds), []
+
+    def run(self, method, trial, fold):
+        self.fits.append((method.name, fold))
+        trial.loss[self.folds == fold] = self.losses[method.name][fold]
+        trial.right[self.folds == fold] = 1.0
+
+
+def test_the_better_half_goes_on(capsys):
+    losses = {"a": [0.9, 0, 0], "b": [0.5, 0.1, 0.1], "c": [0.4, 0.6, 0], "d": [0.8, 0, 0], "e": [0.3, 0.2, 0.9]}
+    bench = Known(losses, torch.arange(6) % 3)
+    methods = [Method(name, {}) for name in losses]
+    trials = halve(bench, methods, trial_of([1.0] * 6))
+    assert [fit for fit in bench.fits if fit[1] == 0] == [(name, 0) for name in "abcde"]
+    assert {name for name, fold in bench.fits if fold == 1} == {"e", "c", "b"}
+    assert {name for name, fold in bench.fits if fold == 2} == {"e", "b"}  # by both folds: 0.25 and 0.3, and c's 0.5
+    assert [method.name for method in trials] == ["b", "e"]
+    assert "fold 2 of 3, 1 of 3: e" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ([row("ridge"), row("ridge, skip"), row("layer", 0.05)], "ridge, skip"),
+        ([row("ridge"), row("layer", 0.15), row("full", 0.2, trained=9)], "full"),
+        ([row("ridge"), row("layer", 0.15, trained=9), row("full", 0.2)], "layer"),
+        ([row("ridge"), row("layer", 0.05, trained=9), row("full", 0.2)], "full"),
+    ],
+)
+def test_the_fewest_parameters_within_one_standard_error_of_the_best_are_chosen(rows, name):
+    assert choose(rows).method == name
+
+
+def test_verdicts_say_what_to_type():
+    closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
+    rows = [closed, row("SCL FT b", 0.05)]
+    assert verdict(rows, closed) == (
+        "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted) is as good; SCL FT b, the best tuned, lowers the "
+        "closed form's squared error by 0.050 ± 0.100\n"
+        'ncfinetune fit --model FineTuner --model.train none --model.skip_from \'["a", "b"]\' '
+        "--trainer.max_epochs 0 ..."
+    )
+    rows = [row("ridge"), row("b", 0.25, trained=9), row("c", 0.3)]
+    assert verdict(rows, rows[1]) == (
+        "suggestion: b (50.0 ± 5.0 % predicted), which lowers the closed form's squared error by 0.250 ± 0.100; "
+        "within one standard error of the best: c\nncfinetune fit --model FineTuner --model.train b ..."
+    )
+
+
+def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys):
+    out = tmp_path / "suggestion.json"
+    words = ["--checkpoint", weights, "--epochs", "2", "--folds", "2", "--blocks", "2", "--full", "true"]
+    assert main([*WORDS, *words, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    content = json.loads(out.read_text())
+    methods = [found["method"] for found in content["rows"]]
+    assert methods[:3] == ["nearest mean", "LDA", "ridge"]
+    assert any(name.startswith("SCL FT layer") for name in methods)
+    assert all(name in shown.out for name in methods)
+    assert content["verdict"] in shown.out
+    assert content["suggestion"] in methods
+    assert {"layer FT layer2.1", "layer FT layer4.1", "full FT"} == {
+        line.partition(": ")[2]
+        for line in shown.err.splitlines()
+        if line.startswith("fold 1 of 2") and "SCL" not in line
+    }
+    assert all(0 <= found["accuracy"] <= 1 for found in content["rows"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--folds", "1"], "expected --folds of at least 2, got 1"),
+        (["--lr", "0"], "expected --lr above 0, got 0.0"),
+        (["--out", "a.csv"], "expected --out of a .json file, got 'a.csv'"),
+        (["--backbone", SPEC, SPEC, "--allow_random", "true"], "suggest takes one backbone, got 2; scan ranks several"),
+        (
+            ["--data.shots", "1", "--allow_random", "true"],
+            "expected two images of some class at least, got one of each",
+        ),
+    ],
+)
+def test_bad_words_are_refused_in_a_line(words, message, capsys):
+    assert main([*WORDS, *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {message}")
