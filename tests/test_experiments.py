@@ -43,6 +43,7 @@ def test_study_runs(method: str, tmp_path: Path) -> None:
     ("script", "options", "row"),
     [
         ("metrics", "--samples 2000 --sizes 3x16", "| 3 | 16 |"),
+        ("scan", "--networks test_resnet --images 60 --timed 16 --classes 3", "| test_resnet | 5 |"),
         ("finetune", "--networks test_resnet --batch 2 --memory-batch 2 --steps 1 --probe-images 4", "| test_resnet |"),
     ],
 )
