@@ -1,8 +1,8 @@
 """CPU time of a scan of all blocks against one forward pass over the same images, one thread.
 
-The passes are timed in pairs on ``--timed`` images, in batches of 16, and scaled to ``--images``; the scores of all blocks
-and of the network are computed on as many made features, of the blocks' widths, and timed whole. A pass of a scan catches
-and pools the output of every block. Weights and pixels are random, which changes no time.
+The passes are timed in pairs on ``--timed`` images, in batches of 16, and scaled to ``--images``; the scores of all
+blocks and of the network are computed on that many made features, of the blocks' widths, and timed whole. A pass of a
+scan catches and pools the output of every block. Weights and pixels are random, which changes no time.
 
     python experiments/benchmarks/scan.py [--networks resnet50 vit_small_patch16_224] [--images 5000] [--timed 320]
 """
