@@ -25,7 +25,7 @@ from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import PENULTIMATE, find_layers
-from ncfinetune.passes import evenly, in_order
+from ncfinetune.passes import evenly
 from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune scan part 1"
@@ -157,7 +157,8 @@ class Source:
             ValueError: A pattern fits no layer, or one whose output cannot be pooled.
         """
         wanted = list(patterns)
-        layers = list(find_layers(backbone.net, wanted) if wanted else backbone.layers)
+        named = [pattern for pattern in wanted if pattern != PENULTIMATE]
+        layers = list(find_layers(backbone.net, named) if wanted else backbone.layers)
         for layer in layers:
             backbone.pool(layer)
         return cls(name, backbone, [*layers, PENULTIMATE])
@@ -210,26 +211,39 @@ def fill(
             else; a network refuses images of their size.
     """
     images, reader = _TrainingImages(data, most, part), _Reader(sources, data, part)
+    known = asked(sources, said, part)  # before a pass in half precision changes the weights' type
     trainer.predict(reader, images, return_predictions=False)
-    facts = {"classes": _classes(data), "preprocessing": getattr(data, "preprocessing", None)}
-    return reader.bank({**asked(sources, said, part), **facts})
+    facts = {"classes": classes_of(data), "preprocessing": getattr(data, "preprocessing", None)}
+    return reader.bank({**known, **facts})
 
 
-def read_images(trainer: Trainer, data: LightningDataModule, most: int) -> Tensor:
-    """The images of a pass as they are evaluated, ``(N, C, H, W)``, on the CPU."""
+def read_images(trainer: Trainer, data: LightningDataModule, most: int) -> tuple[Tensor, Tensor]:
+    """The images of a pass as they are evaluated, ``(N, C, H, W)``, and their labels, ``(N,)``, on the CPU.
+
+    Raises:
+        ValueError: As `fill`; also no images.
+    """
     parts: Any = trainer.predict(_Images(), _TrainingImages(data, most, (1, 1)))
-    return torch.cat(parts)
+    if not parts:
+        raise ValueError("expected training images, got none")
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 class _Images(LightningModule):
-    """Gives back the images of a batch."""
+    """Gives back the images and labels of a batch."""
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return _checked(batch)[0].cpu()
+    def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = _checked(batch)
+        return images.cpu(), labels.cpu()
 
 
-def _classes(data: Any) -> list[str]:
-    """Names of the classes that a datamodule knows, or their numbers."""
+def classes_of(data: Any) -> list[str]:
+    """Names of the classes that a datamodule knows, or their numbers.
+
+    Raises:
+        ValueError: It knows neither.
+    """
     names = getattr(data, "class_names", None) or range(getattr(data, "num_classes", 0))
     if not names:
         raise ValueError(f"expected {type(data).__name__} to say its num_classes or class_names, and it has neither")
@@ -256,7 +270,7 @@ class _TrainingImages(LightningDataModule):
         self.data.setup("fit")
 
     def predict_dataloader(self) -> Any:
-        return evenly(in_order(self.data.train_plain_dataloader()), self.most, self.part)
+        return evenly(self.data.train_plain_dataloader(), self.most, self.part)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.data.on_before_batch_transfer(batch, dataloader_idx)
@@ -315,12 +329,18 @@ class _Reader(LightningModule):
 def _checked(batch: Any) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch that is these two."""
     images, labels = batch if isinstance(batch, Sequence) and len(batch) == 2 else (None, None)
-    if not isinstance(images, Tensor) or not _are_labels(labels):
+    if not _are_images(images) or not _are_labels(labels):
+        held = batch if isinstance(batch, Sequence) else [batch]
+        kinds = (f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in held)
         raise ValueError(
-            f"scan takes batches of images (N, C, H, W) and whole-number labels (N,), got {type(batch).__name__}; "
-            "give a datamodule whose train_plain_dataloader() has them"
+            "scan takes batches of floating-point images (N, C, H, W) and whole-number labels (N,), got "
+            f"{', '.join(kinds)}; give a datamodule whose train_plain_dataloader() has them"
         )
     return images, labels.long()
+
+
+def _are_images(images: Any) -> TypeGuard[Tensor]:
+    return isinstance(images, Tensor) and images.is_floating_point()
 
 
 def _are_labels(labels: Any) -> TypeGuard[Tensor]:

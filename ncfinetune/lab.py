@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -98,27 +99,41 @@ def datamodule(options: Any, parser: PlainParser) -> LightningDataModule:
     Raises:
         ValueError: There is none, or ``--max_images`` is below 1.
     """
-    if options.data is None:
-        raise ValueError("expected --data CLASS, or an overlay such as experiments/data/image_folder.yaml")
+    _named_data(options)
     if options.max_images < 1:
         raise ValueError(f"expected --max_images of at least 1, got {options.max_images}")
+    seed_everything(0, verbose=False)  # so that one that splits at random does so alike in each job of a scan in parts
     made: LightningDataModule = parser.made(options).data
     return made
 
 
+def _named_data(options: Any) -> Any:
+    """Class and arguments of the data."""
+    if options.data is None:
+        raise ValueError("expected --data CLASS, or an overlay such as experiments/data/image_folder.yaml")
+    return options.data
+
+
 def quiet_trainer(options: Any, **arguments: Any) -> Trainer:
-    """A trainer on one device that leaves nothing behind; what predicts shows a bar on stderr."""
+    """A trainer on one device that leaves nothing behind; what predicts shows a bar on stderr.
+
+    Raises:
+        ValueError: There is no such accelerator or precision here.
+    """
     bar = {"enable_progress_bar": False} if "max_epochs" in arguments else {"callbacks": [_Progress()]}
-    return Trainer(
-        accelerator=options.accelerator,
-        devices=1,
-        precision=options.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        **bar,
-        **arguments,
-    )
+    try:
+        return Trainer(
+            accelerator=options.accelerator,
+            devices=1,
+            precision=options.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            **bar,
+            **arguments,
+        )
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(f"--accelerator {options.accelerator}: {error}") from error
 
 
 class _Progress(TQDMProgressBar):
@@ -127,11 +142,17 @@ class _Progress(TQDMProgressBar):
     def init_predict_tqdm(self) -> Any:
         return Tqdm(desc="scan", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
 
+    def on_exception(self, *args: Any) -> None:
+        """Take the bar away, so that the error has a line of its own."""
+        if self._predict_progress_bar is not None:
+            self._predict_progress_bar.close()
+
 
 def said(options: Any) -> dict[str, Any]:
     """What tells the images of a pass from others, as plain data: class and options of the data, the precision."""
-    config = options.data
-    kept = {k: v for k, v in vars(config.init_args or {}).items() if k not in _LOADING} if config else {}
+    config = _named_data(options)
+    arguments = vars(config.init_args) if "init_args" in config else {}  # a class without arguments has none
+    kept = {name: value for name, value in arguments.items() if name not in _LOADING}
     return {
         "class": config.class_path,
         "options": kept,

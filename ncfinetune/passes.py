@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -335,20 +336,26 @@ def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[A
     index, number = part
     size = _batch_size(loader) if isinstance(loader, DataLoader) else getattr(loader, "batch_size", None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
-        return _EveryNth(loader, index - 1, math.ceil(most / size) if size else None, number)
+        return _EveryNth(loader, index - 1, number, most)
     chosen = spread(_drawn(loader), most, loader.dataset)
     own = range(index * size - size, len(chosen), number * size)
     return like(loader, [sample for start in own for sample in chosen[start : start + size]])
 
 
 class _EveryNth:
-    """Every n-th batch of a loader, from the one at ``start`` on, as often as it is asked."""
+    """Every n-th of a loader's first batches, which have ``most`` samples together, as often as it is asked."""
 
-    def __init__(self, loader: Iterable[Any], start: int, stop: int | None, step: int) -> None:
-        self.loader, self.places = loader, (start, stop, step)
+    def __init__(self, loader: Iterable[Any], start: int, step: int, most: int) -> None:
+        self.loader, self.start, self.step, self.most = loader, start, step, most
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.loader, *self.places)
+        samples = 0
+        for place, batch in enumerate(self.loader):
+            if place % self.step == self.start:
+                yield batch
+            samples += extract_batch_size(batch)
+            if samples >= self.most:
+                return
 
 
 def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:

@@ -20,12 +20,12 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from ncfinetune.atomic import replacing
-from ncfinetune.bank import Bank, Source, fill, read_images
+from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
+from ncfinetune.trials import Bench, Images, Method, Trial, closed_trial, folds_of
 
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
@@ -90,17 +90,22 @@ def main(words: Sequence[str]) -> int:
     networks = sources(options)
     if len(networks) != 1:
         raise ValueError(f"suggest takes one backbone, got {len(networks)}; scan ranks several")
+    if networks[0].layers == [PENULTIMATE]:
+        raise ValueError(f"suggest tries blocks, got --layers {PENULTIMATE} alone")
     data = datamodule(options, parser)
     with _quiet():
-        bank = fill(quiet_trainer(options), networks, data, said(options), options.max_images)
-        images = read_images(quiet_trainer(options), data, options.max_images)
+        # Read once, since a datamodule may split or shuffle its images anew at each pass.
+        images, labels = read_images(quiet_trainer(options), data, options.max_images)
+        classes, batch_size = len(classes_of(data)), getattr(data, "batch_size", None) or _BATCH
+        held = Images(images, labels, torch.arange(len(labels)), classes, batch_size)
+        bank = fill(quiet_trainer(options), networks, held, said(options), len(labels))
         bench = Bench(
             networks[0].backbone,
             images,
-            bank.labels.cpu(),
-            bank.num_classes,
-            folds_of(bank.labels.cpu(), options.folds),
-            getattr(data, "batch_size", None) or _BATCH,
+            labels,
+            classes,
+            folds_of(labels, options.folds),
+            batch_size,
             options.lr,
             options.epochs,
             lambda epochs: quiet_trainer(options, max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0),

@@ -61,11 +61,11 @@ class Trial:
         """A trial of nothing yet."""
         return cls(torch.full((samples,), torch.nan), torch.full((samples,), torch.nan))
 
-    def add(self, rows: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-        """Add what became of a fold's images, at the ``rows`` ``(n,)``: probabilities ``(n, K)``."""
+    def add(self, rows: Tensor, decided: Tensor, probabilities: Tensor, labels: Tensor) -> None:
+        """Add what became of a fold's images, at the ``rows`` ``(n,)``: their classes and probabilities ``(n, K)``."""
         targets = F.one_hot(labels, probabilities.shape[1])
-        self.right[rows] = (probabilities.argmax(1) == labels).float()
-        self.loss[rows] = (probabilities - targets).square().sum(1).float()
+        self.right[rows] = (decided == labels).float()
+        self.loss[rows] = (probabilities.double() - targets).square().sum(1).float()
 
     def gain(self, other: Trial, name: str) -> tuple[float, float]:
         """Mean of another trial's number less this one's over the images that both had, and its standard error."""
@@ -80,7 +80,7 @@ def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
     Raises:
         ValueError: No class has two images, so that nothing could be decided of any left out.
     """
-    if int(labels.bincount().max()) < 2:
+    if int(labels.unique(return_counts=True)[1].max()) < 2:
         raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
@@ -112,7 +112,9 @@ def closed_trial(
         head = ridge(features[train], labels[train], num_classes)
         weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
         trial.seconds.append(time.perf_counter() - start)
-        trial.add(rows, (features[rows].double() @ weight.T + bias).softmax(1), labels[rows])
+        # The scores decide: at an infinite temperature, that of scores which say nothing, all probabilities are equal.
+        decided = head.scores(features[rows]).argmax(1)
+        trial.add(rows, decided, (features[rows].double() @ weight.T + bias).softmax(1), labels[rows])
     return trial
 
 
@@ -145,7 +147,8 @@ class Bench:
     def run(self, method: Method, trial: Trial, fold: int) -> None:
         """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
         rows = (self.folds == fold).nonzero().squeeze(1)
-        data = _Rows(self.images, self.labels, (self.folds != fold).nonzero().squeeze(1), self.batch_size)
+        train = (self.folds != fold).nonzero().squeeze(1)
+        data = Images(self.images, self.labels, train, self.num_classes, self.batch_size)
         start = time.perf_counter()
         with isolate_rng():
             torch.manual_seed(fold)
@@ -163,16 +166,25 @@ class Bench:
             held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
             predicted: Any = self.trainer(1).predict(model, held_out)
         trial.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trial.add(rows, torch.cat(predicted).cpu(), self.labels[rows])
+        probabilities = torch.cat(predicted).cpu()
+        trial.add(rows, probabilities.argmax(1), probabilities, self.labels[rows])
 
 
-class _Rows(LightningDataModule):
-    """Some of the images in memory, to train on."""
+class Images(LightningDataModule):
+    """Some images in memory, as they are evaluated, to train on.
 
-    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor, batch_size: int) -> None:
+    Args:
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``.
+        rows: Which of them, ``(n,)``.
+        num_classes: Number of classes ``K``.
+        batch_size: Images a step; all of them, if there are fewer.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor, num_classes: int, batch_size: int) -> None:
         super().__init__()
         self.samples = Subset(TensorDataset(images, labels), rows.tolist())
-        self.batch_size = min(batch_size, len(rows))
+        self.num_classes, self.batch_size = num_classes, min(batch_size, len(rows))
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.samples, batch_size=self.batch_size, shuffle=True, drop_last=True)

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import SMALL as WITH_EQUAL_BLOCKS
 from tiny import trainer_in
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, random_split
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source, fill, merge
@@ -206,6 +207,83 @@ class Own(LightningDataModule):
         return DataLoader(self.samples, batch_size=4)
 
 
+class Given(Own):
+    """A datamodule of a user's own whose loader is given."""
+
+    def __init__(self, loader):
+        super().__init__(torch.arange(8) % 2, num_classes=2)
+        self.loader = loader
+
+    def train_plain_dataloader(self):
+        return self.loader
+
+
+class Stream(IterableDataset):
+    """Batches without end."""
+
+    def __iter__(self):
+        while True:
+            yield IMAGES[:4], CLASSES[:4]
+
+
+class Halved(LightningDataModule):
+    """Splits its images at random at each setup; takes no arguments."""
+
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+
+    def setup(self, stage):
+        self.train, _ = random_split(TensorDataset(IMAGES, CLASSES), [8, 4])
+
+    def train_plain_dataloader(self):
+        return DataLoader(self.train, batch_size=2)
+
+
+IMAGES, CLASSES = torch.arange(12.0)[:, None, None, None].expand(12, 1, 8, 8).contiguous(), torch.arange(12) % 2
+PAIRS = TensorDataset(IMAGES, CLASSES)
+
+
+def labels_read(tmp_path, loader, most=100, part=(1, 1)):
+    source = Source.of("net", Backbone(**SMALL), ["layer1.0"])
+    return fill(trainer_in(tmp_path), [source], Given(loader), {}, most, part).labels.tolist()
+
+
+def test_a_sampler_says_which_images_are_training_images(tmp_path):
+    assert labels_read(tmp_path, DataLoader(PAIRS, batch_size=2, sampler=SubsetRandomSampler([2, 4, 7]))) == [0, 0, 1]
+    batches = BatchSampler(SubsetRandomSampler([2, 4, 7]), 2, drop_last=False)
+    assert labels_read(tmp_path, DataLoader(PAIRS, batch_sampler=batches)) == [0, 0, 1]
+
+
+def test_streams_end_at_so_many_images(tmp_path):
+    stream = DataLoader(Stream(), batch_size=None)
+    assert labels_read(tmp_path, stream, most=8) == [0, 1, 0, 1] * 2
+    assert labels_read(tmp_path, stream, most=9) == [0, 1, 0, 1] * 3
+    assert labels_read(tmp_path, stream, most=9, part=(2, 2)) == [0, 1, 0, 1]
+    assert labels_read(tmp_path, [(IMAGES[:3], CLASSES[:3]), (IMAGES[3:], CLASSES[3:])]) == CLASSES.tolist()
+
+
+def test_parts_of_data_that_are_split_at_random_are_of_one_split(weights, tmp_path):
+    words = ["--backbone", SPEC, "--checkpoint", weights, "--layers", "layer1.0", "--data", "test_scan.Halved"]
+    parts = [str(tmp_path / f"{index}.safetensors") for index in (1, 2)]
+    for index, path in enumerate(parts, 1):
+        assert scan(*words, "--part", f"{index}/2", "--out", path) == 0
+    features = merge({path: Bank.load(path) for path in parts}).features["resnet18/layer1.0"]
+    assert len(features.unique(dim=0)) == 8
+
+
+def test_a_part_in_half_precision_is_known_again(weights, tmp_path, capsys):
+    path = str(tmp_path / "part.safetensors")
+    words = ["--backbone", SPEC, "--checkpoint", weights, *DATA, "--precision", "bf16-true", "--layers", "penultimate"]
+    assert scan(*words, "--part", "1/2", "--out", path) == 0
+    assert list(Bank.load(path).features) == ["resnet18/penultimate"]
+    assert scan(*words, "--part", "1/2", "--out", path) == 0
+    assert capsys.readouterr().out.endswith(f"{path} is there\n")
+    assert scan("--backbone", SPEC, "--checkpoint", weights, "--part", "1/2", "--out", path) == 2
+    assert "error: expected --data CLASS, or an overlay" in capsys.readouterr().err
+
+
 def measured(tmp_path, data, most=100, **spec):
     bank = fill(trainer_in(tmp_path), [Source.of("net", Backbone(**{**SMALL, **spec}), ["layer1.0"])], data, {}, most)
     return layer_scores(bank)
@@ -234,7 +312,14 @@ def test_images_at_most_are_spread_over_the_classes(tmp_path):
         ),
         (Own(torch.arange(6) % 3, num_classes=2), "layer layer1.0 of net: expected labels"),
         (Own(torch.arange(6) % 2), "expected Own to say its num_classes or class_names, and it has neither"),
-        (Own(torch.rand(6), num_classes=2), r"scan takes batches of images \(N, C, H, W\) and whole-number labels"),
+        (
+            Own(torch.rand(6), num_classes=2),
+            r"scan takes batches of .*, got torch.float32 \(4, 1, 8, 8\), torch.float32 \(4,\); give a datamodule",
+        ),
+        (
+            Own(torch.arange(6) % 2, torch.zeros(6, 1, 8, 8, dtype=torch.uint8), num_classes=2),
+            r"scan takes batches of floating-point images .*, got torch.uint8 \(4, 1, 8, 8\), torch.int64 \(4,\)",
+        ),
         (
             Own(torch.arange(6) % 2, torch.full((6, 1, 8, 8), torch.nan), num_classes=2),
             "layer layer1.0 of net: expected finite",
@@ -302,6 +387,7 @@ def test_damaged_and_foreign_files_are_refused(bank, weights, tmp_path):
         (["--backbone", SPEC, *DATA, "--part", "1/3"], "--part writes one file; expected --out FILE.safetensors"),
         (["--backbone", SPEC, *DATA, "--out", "scan.xlsx"], "expected --out of .csv, .json, .png files, or a folder"),
         (["--backbone", SPEC, *DATA, "--max_images", "0"], "expected --max_images of at least 1, got 0"),
+        (["--backbone", "{name: resnet10t}", *DATA], "the backbone takes images (N, 3, H, W)"),
         (["--merge", "none.safetensors"], "no part 'none.safetensors'"),
     ],
 )
@@ -310,6 +396,16 @@ def test_bad_words_are_refused_in_a_line(words, message, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ")
     assert message in said
+
+
+@pytest.mark.parametrize("error", [MisconfigurationException, ModuleNotFoundError])
+def test_an_accelerator_that_is_not_here_is_refused_in_a_line(error, weights, monkeypatch, capsys):
+    def none(**arguments):
+        raise error("no such device")
+
+    monkeypatch.setattr("ncfinetune.lab.Trainer", none)
+    assert scan("--backbone", SPEC, "--checkpoint", weights, *DATA) == 2
+    assert capsys.readouterr().err == "error: --accelerator cpu: no such device\n"
 
 
 def test_misspelt_option_is_refused(capsys):

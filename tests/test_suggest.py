@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from tiny import SMALL as WITH_EQUAL_BLOCKS
 from tiny import trainer_in
+from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone
 from ncfinetune.calibration import fit_temperature
@@ -32,6 +33,9 @@ def weights(tmp_path):
 
 def row(method, gain=None, error=0.1, trained=100, accuracy=0.5):
     return Row(method, accuracy, 0.05, gain, None if gain is None else error, trained, 1.0, {"train": method})
+
+
+ROWS = [row("ridge"), row("layer FT", 0.05)]
 
 
 def trial_of(loss, right=None):
@@ -78,6 +82,21 @@ def test_closed_form_is_fitted_without_the_fold():
         loss = (probabilities - torch.eye(3)[labels[rows]]).square().sum(1)
         torch.testing.assert_close(trial.loss[rows], loss.float())
         assert torch.equal(trial.right[rows], (probabilities.argmax(1) == labels[rows]).float())
+
+
+def test_scores_decide_where_their_temperature_is_infinite():
+    labels = torch.arange(12) % 3
+    penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    folds = folds_of(labels, 2)
+    trial = closed_trial(penultimate, {}, labels, 3, folds, 1)
+    for fold in range(2):
+        train, rows = folds != fold, folds == fold
+        head = ridge(penultimate[train], labels[train], 3)
+        assert fit_temperature(head.loo_scores, labels[train]).isinf()
+        decided = head.scores(penultimate[rows]).argmax(1)
+        assert len(decided.unique()) > 1
+        assert torch.equal(trial.right[rows], (decided == labels[rows]).float())
+        torch.testing.assert_close(trial.loss[rows], torch.full((6,), 2 / 3))
 
 
 def bench_in(folder, folds=None):
@@ -186,9 +205,34 @@ def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys
     assert all(0 <= found["accuracy"] <= 1 for found in content["rows"])
 
 
+class Shuffled(LightningDataModule):
+    """Draws the order of its images anew at each setup; each has its label in its pixels."""
+
+    num_classes = 3
+
+    def setup(self, stage):
+        labels = torch.randperm(24) % 3
+        images = labels[:, None, None, None].expand(24, 1, 8, 8).float()
+        self.samples = TensorDataset(images + torch.rand(24, 1, 8, 8) / 2, labels)
+
+    def train_plain_dataloader(self):
+        return DataLoader(self.samples, batch_size=8)
+
+
+def test_images_and_labels_are_of_one_pass(weights, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ncfinetune.suggest.suggest", lambda *given: seen.append(given) or ROWS)
+    words = ["--backbone", SPEC, "--checkpoint", weights, "--accelerator", "cpu", "--data", "test_suggest.Shuffled"]
+    assert main(["suggest", *words]) == 0
+    ((_, bank, bench, *_),) = seen
+    assert torch.equal(bench.images[:, 0, 0, 0].long(), bench.labels)
+    assert torch.equal(bank.labels, bench.labels)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--layers", "penultimate", "--allow_random", "true"], "suggest tries blocks, got --layers penultimate alone"),
         (["--folds", "1"], "expected --folds of at least 2, got 1"),
         (["--lr", "0"], "expected --lr above 0, got 0.0"),
         (["--out", "a.csv"], "expected --out of a .json file, got 'a.csv'"),

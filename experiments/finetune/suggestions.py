@@ -91,7 +91,7 @@ def attempt(options: argparse.Namespace, shots: int, seed: int) -> list[dict[str
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
     start = time.perf_counter()
     bank = fill(trainer(), [source], data, {}, 10**6)
-    images = read_images(trainer(), data, 10**6)
+    images, _ = read_images(trainer(), data, 10**6)
     size = data.batch_size
     kind = (bank.num_classes, folds_of(bank.labels, 3), size, options.lr, options.epochs, trainer)
     rows = suggest(source, bank, Bench(backbone, images, bank.labels, *kind), options.blocks, full=options.full)
