@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported when first used, so that the command line answers --help at once.
+# The module of each public name. Modules are imported on first use, so that the command line answers --help at once.
 _HOME = {
     "Backbone": "backbone",
     "FineTuner": "finetune",
@@ -32,8 +32,8 @@ __all__ = ["Backbone", "FineTuner", "Learner", "SimCLR", "SupCon", "Supervised"]
 class _OuterFolders(MetaPathFinder):
     """Finds the folders ``callbacks`` and ``datamodules`` of a checkout, which lie beside this one, and nothing else.
 
-    The root in ``__path__`` would find them too, and ``ncfinetune.ncfinetune`` and ``ncfinetune.tests`` as well: second
-    copies of modules, whose classes are not those of the first.
+    The root in ``__path__`` would find them too, but ``ncfinetune.ncfinetune`` and ``ncfinetune.tests`` as well: second
+    copies of modules, whose classes differ from those of the first copies.
     """
 
     root = Path(__file__).resolve().parent.parent
@@ -43,8 +43,8 @@ class _OuterFolders(MetaPathFinder):
         return PathFinder.find_spec(fullname, [str(self.root)]) if outer else None
 
 
-# An installation has the two folders inside this one. First in line, since an editable installation of another checkout
-# would have its finder answer before.
+# An installation has the two folders inside this one. The finder is inserted first, since otherwise the finder of an
+# editable installation of another checkout would be asked before it.
 if (_OuterFolders.root / "setup.cfg").exists():
     sys.meta_path.insert(0, _OuterFolders())
 

@@ -1,4 +1,4 @@
-"""Backbone: a timm network without its classifier, its layers by name.
+"""Backbone: a timm network without its classifier, with its layers by name.
 
 Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of layer ``l``.
 """
@@ -21,7 +21,8 @@ from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.pool_search import find_pools
 from ncfinetune.pooling import Pool, caught
 
-# So many values of a tensor are kept to tell whether it is still at its random start.
+# Values of a tensor that are kept to tell whether it is still at its random initialisation: eight random float32 values
+# that all agree are no coincidence.
 _SAMPLE = 8
 
 
@@ -39,27 +40,27 @@ class Backbone(nn.Module):
     Args:
         name: Name of a timm architecture, as in ``timm.list_models()``.
         pretrained: Load timm's weights for it (a download, or timm's local cache).
-        checkpoint: File with weights to start from: of this package, Lightning, timm, torchvision or whoever else has
-            such a network, as `weights.load` reads it. Of a file with several networks, ``{path: FILE, key: KEY,
-            prefix: PREFIX}`` says which: the path of the dictionary of tensors in the file, and what stands before
-            the names there.
+        checkpoint: File with weights to start from, saved by this package, Lightning, timm, torchvision or another
+            library with such a network; see `weights.load`. If the file holds several networks, ``{path: FILE,
+            key: KEY, prefix: PREFIX}`` selects one: the path of the dictionary of tensors in the file, and the prefix
+            of the parameter names in it.
         stem: ``cifar`` replaces the stem of a ResNet by a 3x3 convolution of stride 1 without max-pooling, for images
-            of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own.
-        lora: Arguments of `peft.LoraConfig` as plain data, such as ``{r: 8, target_modules: [qkv]}``: low-rank adapters
-            (Hu et al. 2021, arXiv 2106.09685), which peft puts into those layers with no effect at first. It freezes
-            what else there is, save for its ``bias`` and ``modules_to_save``. Needs the extra ``lora``.
+            of about 32 pixels and less (He et al. 2016, section 4.2); ``imagenet`` keeps the network's own stem.
+        lora: Arguments of `peft.LoraConfig`, such as ``{r: 8, target_modules: [qkv]}``: low-rank adapters (Hu et al.
+            2021, arXiv 2106.09685), which peft inserts into those layers and initialises to have no effect. peft
+            freezes all other parameters except its ``bias`` and ``modules_to_save``. Needs the extra ``lora``.
         channels_last: Keep images and weights in the memory format in which convolutions are fastest on most devices.
-        timm_kwargs: What else ``timm.create_model`` takes, such as ``in_chans`` or ``img_size``.
+        timm_kwargs: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
 
     Attributes:
         net: The timm network.
         dim: Width ``d`` of the penultimate features.
-        spec: The arguments that build the same architecture again, as plain data.
+        spec: The arguments that build the same architecture again, as a dictionary of built-in types.
 
     Raises:
         ValueError: Unknown architecture (with the nearest names) or tag of weights, a stem that the architecture does
             not have, adapters that peft cannot make, or a checkpoint that fits none of its parameters; in ``forward``
-            and ``stages``, what is no batch of images with its number of channels.
+            and ``stages``, an input that is not a batch of images with the network's number of channels.
         FileNotFoundError: No such checkpoint.
         ModuleNotFoundError: ``lora`` without the package peft.
     """
@@ -95,7 +96,7 @@ class Backbone(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
-        # Of peft, around the network; in a list, so that it is no module of this one.
+        # peft's wrapper of the network; in a list, so that it is not registered as a submodule.
         self._adapters: list[Any] = []
         if checkpoint is not None:
             self.load(checkpoint)
@@ -104,14 +105,14 @@ class Backbone(nn.Module):
     def _adapt(self) -> None:
         if lora := self.spec.get("lora"):
             self._adapters = [_adapted(self.net, lora)]
-            self.net.train(self.net.training)  # peft's layers are made in training mode
+            self.net.train(self.net.training)  # peft creates its layers in training mode
 
     @classmethod
     def build(cls, backbone: str | dict[str, Any] | Backbone) -> Backbone:
         """A backbone from its name, its arguments or itself.
 
         Raises:
-            ValueError: Arguments without a name.
+            ValueError: The arguments lack ``name``.
         """
         if isinstance(backbone, Backbone):
             return backbone
@@ -130,27 +131,27 @@ class Backbone(nn.Module):
     def stages(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Pooled outputs of named layers in one forward pass, ``{name: (N, d_l)}``.
 
-        ``"penultimate"`` is the name of what ``forward`` returns.
+        The name ``"penultimate"`` stands for the features that ``forward`` returns.
         """
         wanted = list(names)
         layers = {name: self.layer(name) for name in wanted if name != PENULTIMATE}
         with caught(layers, self._known_pools(layers)) as features:
-            penultimate = self._run(_features, x)
-        return {name: penultimate if name == PENULTIMATE else features[name] for name in wanted}
+            last = self._run(_features, x)
+        return {name: last if name == PENULTIMATE else features[name] for name in wanted}
 
     def pool(self, name: str) -> Pool:
-        """How the output of a layer, block or not, becomes one vector a sample; found by one pass of random images.
+        """The pooling of the output of a layer, block or not, to one vector per sample; found by one pass of noise.
 
         Raises:
-            ValueError: No such layer, one that the features do not come through, or one whose output can't be pooled.
+            ValueError: There is no such layer, the features do not depend on it, or its output can't be pooled.
         """
         return self._known_pools({name: self.layer(name)})[name]
 
     def layer(self, name: str) -> nn.Module:
-        """The layer of that dotted path.
+        """The layer with this dotted path.
 
         Raises:
-            ValueError: There is none (names the blocks that exist and the nearest paths), or a pattern fits several.
+            ValueError: No layer has it (the message names the blocks and the nearest paths), or a pattern fits several.
         """
         found = find_layers(self.net, [name])
         if len(found) > 1:
@@ -158,31 +159,39 @@ class Backbone(nn.Module):
         return next(iter(found.values()))
 
     def load(self, checkpoint: str | dict[str, Any]) -> None:
-        """Start from the weights in a file and say which of them fitted; see `weights.load`.
+        """Load the weights in a file and log which of them fitted; see `weights.load`.
 
-        Where the file says how its weights expect images to be normalised, so does the network's ``pretrained_cfg``.
-        Adapters start anew.
+        If the file states the normalisation of images, it is copied into the network's ``pretrained_cfg``. Adapters are
+        initialised anew.
+
+        Raises:
+            FileNotFoundError: No such checkpoint.
+            ValueError: The file holds no weights that fit.
         """
         adapted = bool(self._adapters)
-        if adapted:  # their layers have other names than those of files
+        if adapted:  # their layers have other names than the layers in files
             self.net = self._adapters.pop().unload()
         loaded, data = weights.load(self.net, checkpoint)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
-        preprocessing = data.get("preprocessing") or {}  # None in the file of a run whose data did not say
+        preprocessing = data.get("preprocessing") or {}  # None in the file of a run whose data did not state it
         seen = {name: preprocessing.get(name) for name in ("mean", "std")}
         self.net.pretrained_cfg = {**self.net.pretrained_cfg, **{name: v for name, v in seen.items() if v is not None}}
         if adapted:
             self._adapt()
 
     def save(self, path: str | Path) -> None:
-        """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weight_files`."""
+        """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weight_files`.
+
+        Raises:
+            ValueError: The file's name has another suffix.
+        """
         weight_files.save(self.merged().net.state_dict(), path)
 
     def merged(self) -> Backbone:
-        """A backbone whose weights hold what the adapters do, without them; itself where there are none."""
+        """A backbone with the adapters merged into its weights; the backbone itself if it has no adapters."""
         if not self._adapters:
             return self
-        with torch.random.fork_rng(devices=[]):  # so that a run which saves goes on as one that does not
+        with torch.random.fork_rng(devices=[]):  # so that saving does not change the run's random numbers
             twin = Backbone(**self.spec, channels_last=self.channels_last)
         twin.net.load_state_dict(self.net.state_dict())
         twin.net = twin._adapters.pop().merge_and_unload()
@@ -192,13 +201,13 @@ class Backbone(nn.Module):
 
     @property
     def adapters(self) -> list[str]:
-        """Paths in the network of the adapters that peft put there, whose start no file of weights has."""
+        """Paths in the network of peft's adapters, whose initial values no file of weights has."""
         added = (path for path, _ in self.net.named_modules() if path.rpartition(".")[2].startswith("lora_"))
         return list(added) if self._adapters else []
 
     @property
     def random(self) -> dict[str, nn.Parameter]:
-        """The parameters that are still at their random start, by name: neither loaded nor trained since."""
+        """The parameters that still have their random initial values, by name: neither loaded nor trained since."""
         now = {_before_adapters(name): parameter for name, parameter in self.net.named_parameters()}
         return {
             name: now[name]
@@ -210,12 +219,12 @@ class Backbone(nn.Module):
     def layers(self) -> dict[str, int]:
         """Blocks in the order in which they run, ``{name: d_l}``, by one pass of random images; see `block_names`."""
         pools = self._find_pools({name: self.layer(name) for name in block_names(self.net)}, strict=False)
-        # Behind the last pooling there may be rows of layers too, but those are a head.
+        # Blocks whose output has no positions come after the last pooling and belong to a head.
         maps = {name: pool.dim for name, pool in pools.items() if pool.ndim > 2}
         return maps or {name: pool.dim for name, pool in pools.items()}
 
     def layer_table(self) -> str:
-        """Name, width and parameters of each block and how it is pooled, then of the penultimate features."""
+        """A table of name, width, parameters and pooling of each block and, in its last row, of the whole network."""
         rows = [(name, dim, _size(self.layer(name)), self.pool(name).describe()) for name, dim in self.layers.items()]
         rows.append((PENULTIMATE, self.dim, _size(self.net), "all of the network"))
         wide = max(len(row[0]) for row in rows)
@@ -223,7 +232,7 @@ class Backbone(nn.Module):
         return "\n".join([head, *(f"{name:<{wide}}  {dim:>6}  {size:>12,}  {how}" for name, dim, size, how in rows)])
 
     def _known_pools(self, layers: dict[str, nn.Module]) -> dict[str, Pool]:
-        """The pools of layers, all that are missing by one pass."""
+        """The pools of layers; those not known yet are found in one pass."""
         if missing := {name: layer for name, layer in layers.items() if name not in self._pools}:
             self._find_pools(missing)
         for name in missing:
@@ -241,12 +250,12 @@ class Backbone(nn.Module):
         return found
 
     def noise(self, number: int) -> Tensor:
-        """Images of noise ``(number, C, H, W)``, always the same, of the size that the network is made for."""
+        """Images of noise ``(number, C, H, W)`` from a fixed seed, of the network's input size."""
         like = next(self.net.parameters())
         return torch.rand(number, *self.input_size(), generator=torch.Generator().manual_seed(0)).to(like)
 
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the network is made for."""
+        """Channels, height and width of the network's input images."""
         patches = getattr(self.net, "patch_embed", None)
         size = self.spec.get("img_size") or getattr(patches, "img_size", None)
         height, width = (size, size) if isinstance(size, int) else size or self.net.pretrained_cfg["input_size"][1:]
@@ -254,7 +263,7 @@ class Backbone(nn.Module):
 
 
 def _adapted(net: nn.Module, lora: Mapping[str, Any]) -> Any:
-    """Put adapters into the layers of a network; returns peft's module, which can merge them or take them out."""
+    """Insert adapters into the layers of a network; returns peft's module, which can merge or remove them."""
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -266,7 +275,7 @@ def _adapted(net: nn.Module, lora: Mapping[str, Any]) -> Any:
 
 
 def _before_adapters(name: str) -> str:
-    """What the network calls a parameter that peft wraps."""
+    """The name that a parameter wrapped by peft had before."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
@@ -275,7 +284,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _samples(net: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """A few values of each parameter of those names that starts at random, rather than at zero or one."""
+    """A few values of each named parameter whose initial values are random, rather than all zero or one."""
     samples = {name: _sample(p) for name, p in net.named_parameters() if name in names}
     return {name: sample for name, sample in samples.items() if (sample != sample[:1]).any()}
 

@@ -1,4 +1,4 @@
-"""What of a backbone trains: whole layers, and single parameters by the patterns of their names."""
+"""The trained part of a backbone: whole layers, and single parameters by patterns of their names."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from torch import nn
 from ncfinetune.layers import find_layers, fitting_paths
 
 _WILD = frozenset("*?[")
-# Layers that a table names one by one.
+# Up to this many layers a table lists one by one: a screen has room for them.
 _MOST_ROWS = 12
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Layers and parameters of a backbone's network that train.
+    """The trained layers and parameters of a backbone's network.
 
     Args:
-        layers: Layers that train as a whole, by name. They are in training mode while the model is, so that their
-            statistics of normalisation follow the data and their dropout drops.
-        parameters: Paths in the network of parameters that train by themselves, by the pattern that names them. The
-            layers that hold them stay in eval mode.
+        layers: Layers that are trained as a whole, by name. They follow the model's training mode, so that batch-norm
+            statistics and dropout are active.
+        parameters: Paths in the network of single trained parameters, by the pattern that names them. The layers that
+            hold them stay in eval mode.
     """
 
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     parameters: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def tensors(self, network: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Parameters that train, by the name or pattern that chose them."""
+        """Trained parameters, by the name or pattern that chose them."""
         rows = {name: list(layer.parameters()) for name, layer in self.layers.items()}
         return rows | {name: [network.get_parameter(path) for path in paths] for name, paths in self.parameters.items()}
 
     def check(self, network: nn.Module) -> None:
-        """See that the chosen parameters require a gradient, and no others.
+        """Check that the chosen parameters require a gradient, and no others.
 
         Raises:
-            ValueError: Other parameters require a gradient than those that were chosen.
+            ValueError: Another set of parameters requires a gradient.
         """
         trained = {id(p) for tensors in self.tensors(network).values() for p in tensors}
         if other := [path for path, p in network.named_parameters() if p.requires_grad != (id(p) in trained)]:
             raise ValueError(
-                f"something changed since whether {other[0]!r} trains, such as another FineTuner on the same Backbone: "
-                "give each a Backbone of its own, and name its layers by train=..."
+                f"requires_grad of {other[0]!r} was changed since, as by another FineTuner on the same Backbone: "
+                "give each its own Backbone, and name its layers by train=..."
             )
 
     def rows(self, network: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """`tensors` for a table, in which many layers are one row."""
+        """`tensors` for a table, with one row for all layers if there are many."""
         tensors = self.tensors(network)
         if len(tensors) <= _MOST_ROWS:
             return tensors
         return {f"{len(tensors)} layers": [parameter for row in tensors.values() for parameter in row]}
 
     def places(self) -> list[str]:
-        """Names of the modules that train or hold what does; the network's own is the empty name."""
+        """Names of the modules that are trained or hold trained parameters; the network's name is empty."""
         holders = (path.rpartition(".")[0] for paths in self.parameters.values() for path in paths)
         return list(dict.fromkeys([*self.layers, *holders]))
 
     def paths(self, module: nn.Module, network: nn.Module) -> set[str]:
-        """Paths in ``module``, which contains the network, of all that is chosen: layers and parameters."""
+        """Paths in ``module``, which contains the network, of all chosen layers and parameters."""
         wanted = set(map(id, self.layers.values()))
         found = {path for path, part in module.named_modules() if id(part) in wanted}
         prefix = next(path for path, part in module.named_modules() if part is network)
@@ -67,16 +67,16 @@ class Chosen:
 
 
 def choose(backbone: nn.Module, network: nn.Module, train: str | Sequence[str]) -> Chosen:
-    """What ``train`` names in a backbone's network.
+    """The layers and parameters that ``train`` names in a backbone's network.
 
-    A name or pattern that fits layers chooses these whole; a pattern chooses all that it fits, but for layers without
-    parameters. Of those dropout is chosen too, since it drops in training alone: ``*lora_*`` means that of adapters as
-    well. What fits no layer is held against the ends of the parameters' paths in the same way: ``*.bias`` or
-    ``*.bn*.weight``.
+    A name or pattern that fits layers chooses whole layers; a pattern chooses all layers that it fits, without layers
+    that have no parameters. Dropout is an exception, since its training mode matters: ``*lora_*`` includes the dropout
+    of adapters. A name or pattern that fits no layer is matched with the ends of the parameters' paths in the same way:
+    ``*.bias`` or ``*.bn*.weight``.
 
     Raises:
-        ValueError: It names nothing, everything in other words than ``all``, a layer without parameters, or a parameter
-            that others share.
+        ValueError: It names nothing, every layer without being ``all``, a layer without parameters, or a parameter
+            that is shared with parts that it does not name.
     """
     if train == "none":
         return Chosen()
@@ -89,7 +89,7 @@ def choose(backbone: nn.Module, network: nn.Module, train: str | Sequence[str]) 
         if paths := () if found else _parameters(network, pattern):
             parameters[pattern] = paths
         else:
-            layers |= found or find_layers(network, [pattern])  # which says what it expected
+            layers |= found or find_layers(network, [pattern])  # the latter raises and names the layers
     order = {id(module): number for number, module in enumerate(network.modules())}
     layers = dict(sorted(layers.items(), key=lambda item: order[id(item[1])]))
     chosen = Chosen(layers, parameters)
@@ -112,7 +112,7 @@ def _patterns(train: str | Sequence[str]) -> list[str]:
 
 
 def _layers(network: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The layers that a name or pattern fits, by the shortest name that tells them apart."""
+    """The layers that a name or pattern fits, by the shortest unambiguous names."""
     modules = {path: layer for path, layer in network.named_modules() if path}
     if not _WILD & set(pattern):
         found = find_layers(network, [pattern]) if pattern in modules or fitting_paths(modules, pattern) else {}
@@ -141,7 +141,7 @@ def _drops(layer: nn.Module) -> bool:
 
 
 def _check_shared(network: nn.Module, chosen: Chosen, trained: Iterable[int]) -> None:
-    """Refuse parameters that others of the network share, which would train with them."""
+    """Refuse parameters that are shared with layers which were not chosen and would be trained too."""
     ids, wanted = set(trained), set(map(id, chosen.layers.values()))
     inside = tuple(f"{path}." for path, m in network.named_modules(remove_duplicate=False) if id(m) in wanted)
     named = {path for paths in chosen.parameters.values() for path in paths}
@@ -150,13 +150,13 @@ def _check_shared(network: nn.Module, chosen: Chosen, trained: Iterable[int]) ->
             rows = chosen.tensors(network).items()
             own = next(name for name, tensors in rows if any(p is parameter for p in tensors))
             raise ValueError(
-                f"layer {own!r} shares a parameter with others of the network, {path!r} among them, which would train "
-                "too; name all that share it, or another layer"
+                f"layer {own!r} shares a parameter with other layers, {path!r} among them, which would be trained too; "
+                "name all layers that share it, or another layer"
             )
 
 
 def parameter_table(rows: Mapping[str, Iterable[nn.Parameter]]) -> str:
-    """Counts of trained and of all parameters in each row, of those that no row above has, and together."""
+    """Numbers of trained and of all parameters per row, shared ones counted in the first row only, and the total."""
     seen: set[int] = set()
     counts = []
     for name, parameters in rows.items():

@@ -1,4 +1,4 @@
-"""What every classifier shares: the steps of batches with labels, and what labels and datamodules may be.
+"""The base class of classifiers: steps on labelled batches, and checks of labels and datamodules.
 
 Legend: ``N`` samples, ``K`` classes.
 """
@@ -25,55 +25,54 @@ from ncfinetune.schedule import depths, layer_groups, two_groups
 ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
-# Of what a datamodule says of its images, what makes the same pixel another number.
+# Entries of the preprocessing that change the value of a pixel.
 _NORMALISED_BY = ("mean", "std", "value_range")
 
 
 class Classifier(Learner):
-    """A learner of batches ``(images, labels)`` whose output are class logits. Abstract.
+    """A learner of batches ``(images, labels)`` that outputs class logits. Abstract.
 
-    Labels are classes ``(N,)`` or, as mixing images makes them, probabilities of classes ``(N, K)``, for which accuracy
-    takes the most probable class.
+    Labels are classes ``(N,)`` or, as mixup produces them, class probabilities ``(N, K)``, whose most probable class
+    counts for the accuracy.
 
-    Logs ``train/loss`` and ``train/acc``, and the same under ``val/`` and ``test/``. `predict_step` gives class
+    Logs ``train/loss`` and ``train/acc``, and the same under ``val/`` and ``test/``. `predict_step` returns class
     probabilities.
 
     Args:
         num_classes: Number of classes ``K``.
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
-        optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
+        optimizer: Makes an optimiser of the trained parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
-        lr_batch: Images a step for which the learning rate is meant; see `Learner`.
+        lr_batch: Batch size (images per step) that the learning rate is meant for; see `Learner`.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
         label_smoothing: Share of the target that cross-entropy spreads over all classes in training (Szegedy et al.
             2016, arXiv 1512.00567, section 7), from 0 to below 1.
         class_weight: Weights of the classes in the training loss, which becomes a weighted mean over the batch as in
-            `torch.nn.CrossEntropyLoss`: normalised in each batch of a process by itself, and those means averaged over
-            processes and accumulated batches. ``balanced`` gives a class of ``n`` of the ``N`` training images the
-            weight ``N / (K n)``, K the classes that have images (King and Zeng 2001, as in scikit-learn); a class
-            without images 0. It is refused where images are drawn by weights, which balances the classes already.
-            Labels that are shares of classes are weighted as torch does it, by a mean that is not normalised. Loss and
-            accuracy of validation and test are neither weighted nor smoothed.
-        layer_decay: Layer-wise learning-rate decay: the learning rate of each layer of the backbone is that of the next
-            one, the last one's that of the head, times this number, in (0, 1]. Layers are timm's, as
-            `timm.optim.param_groups_layer_decay` has them; weight decay stays that of the optimiser. None is the
-            optimiser's rate for all.
+            `torch.nn.CrossEntropyLoss`: normalised within each batch of each process; these means are averaged over
+            processes and accumulated batches. ``balanced`` gives a class with ``n`` of the ``N`` training images the
+            weight ``N / (K n)``, K the number of classes with images (King and Zeng 2001, as in scikit-learn), and a
+            class without images 0. It is refused if images are sampled by weights, which balances the classes already.
+            With class probabilities as labels the mean is not normalised, as in torch. Loss and accuracy of validation
+            and test are neither weighted nor smoothed.
+        layer_decay: Layer-wise learning-rate decay: the learning rate of each layer of the backbone is this factor, in
+            (0, 1], times the rate of the following layer; the last layer follows the head. Layers are those of
+            `timm.optim.param_groups_layer_decay`; weight decay is the optimiser's for all. None is the optimiser's
+            rate for all layers.
 
     Attributes:
-        class_weights: The weights ``(K,)``; None without. They are in no checkpoint; ``balanced`` ones are 1 until
-            a fit counts, as one that goes on does again.
+        class_weights: The weights ``(K,)``; None without ``class_weight``. They are not saved in checkpoints; with
+            ``balanced`` they are 1 until a fit, new or resumed, counts the training images.
 
     Raises:
-        ValueError: ``num_classes`` is below 2, or contradicts the datamodule or a label; labels ``(N, K)`` are no
-            probabilities, as those of images that show several classes. Off the CPU only the first batch of an epoch
-            is looked at when it comes, and the others when the epoch ends. Also ``label_smoothing``, ``layer_decay`` or
-            weights out of their range, ``balanced`` where the data do not say their labels or even out the classes
-            themselves, ``layer_decay`` for a network whose layers timm does not tell apart, and a run that goes on with
-            other factors of the learning rate.
+        ValueError: ``num_classes`` is below 2, or contradicts the datamodule or a label; labels ``(N, K)`` whose rows
+            are not probabilities, as in multi-label data. On an accelerator labels are checked in the first batch of an
+            epoch and, for the other batches, at the end of the epoch. Also ``label_smoothing``, ``layer_decay`` or
+            weights out of their range, ``balanced`` without known labels or with balanced sampling, ``layer_decay`` for
+            a network that timm cannot divide into layers, and resuming with other factors of the learning rate.
     """
 
     logged = ("loss", "acc")
-    # Arguments that multiply the learning rates of an optimiser's groups from the start of a run to its end.
+    # Arguments that multiply the learning rates of parameter groups throughout a run.
     rate_factors: ClassVar[tuple[str, ...]] = ("layer_decay",)
     class_weights: Tensor | None
 
@@ -103,11 +102,11 @@ class Classifier(Learner):
         self.label_smoothing = label_smoothing
         self._balances = class_weight == "balanced"
         self.register_buffer("class_weights", _start_of_weights(class_weight, num_classes), persistent=False)
-        # Rows of probabilities that do not sum to 1, of this epoch and process; counted on the device, unread.
+        # Number of this epoch's label rows that do not sum to 1, on this process; read when the epoch ends.
         self._wrong_rows: Tensor | None = None
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimiser is made of; with ``layer_decay`` a group for each layer of the backbone and the head's."""
+        """The optimiser's parameters; with ``layer_decay`` a group for each backbone layer and one for the head."""
         trained = super().parameter_groups()
         if self.layer_decay is None:
             return trained
@@ -115,7 +114,7 @@ class Classifier(Learner):
         return [*layer_groups(self.backbone.net, self.layer_decay), *head]
 
     def lr_factor(self, group: dict[str, Any]) -> float:
-        """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
+        """The factor of the learning rate of one of the optimiser's parameter groups."""
         return super().lr_factor(group) * group.get("lr_factor", 1.0)
 
     @abstractmethod
@@ -123,7 +122,7 @@ class Classifier(Learner):
         """Class logits ``(N, K)`` of images."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, smoothed and weighted only in training."""
+        """Cross-entropy; label smoothing and class weights apply only in training."""
         if not self.training:
             return nn.functional.cross_entropy(logits, labels)
         weight = self.class_weights
@@ -133,7 +132,11 @@ class Classifier(Learner):
         return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=self.label_smoothing)
 
     def setup(self, stage: str) -> None:
-        """Refuse a datamodule with another number of classes, or with other classes; weigh the classes of a fit."""
+        """Refuse a datamodule with other classes; compute the balanced class weights of a fit.
+
+        Raises:
+            ValueError: The datamodule has another number of classes, or ``balanced`` cannot be computed.
+        """
         super().setup(stage)
         offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if offered != self.num_classes:
@@ -143,14 +146,14 @@ class Classifier(Learner):
             )
         if stage == "fit" and self._balances:
             assert self.class_weights is not None
-            # In place, so that it keeps its device and type.
+            # In place, so that the buffer keeps its device and dtype.
             self.class_weights.copy_(_balanced(_training_counts(self.trainer, self.num_classes)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with no run but one of the same factors of the learning rate, since its optimiser keeps its rates.
+        """Refuse to resume a run with other factors of the learning rate, since its optimiser's state holds the rates.
 
         Raises:
-            ValueError: They are others.
+            ValueError: The factors differ.
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("hyper_parameters", {})
@@ -159,28 +162,28 @@ class Classifier(Learner):
         for name in self.rate_factors:
             if name in saved and saved[name] != self.hparams.get(name):
                 raise ValueError(
-                    f"cannot go on with a run of {name}={saved[name]} as one of {name}={self.hparams[name]}, since its "
-                    f"optimiser keeps the rates that it had; leave {name} as it was, or start anew from its weights"
+                    f"cannot resume a run of {name}={saved[name]} with {name}={self.hparams[name]}, since the saved "
+                    f"optimiser keeps its learning rates; leave {name} as it was, or start a new run from its weights"
                 )
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
-        """Refuse a datamodule whose labels mean other classes, and warn of one that normalises images otherwise.
+        """Refuse a datamodule with other classes, and warn of one with another normalisation of images.
 
         Raises:
-            ValueError: It has other classes, or the same in another order.
+            ValueError: The datamodule has other classes, or the same classes in another order.
         """
         if names and self.class_names and names != self.class_names:
             raise ValueError(
-                f"the model was trained on the classes {_listed(self.class_names)}, and the data has {_listed(names)}: "
-                "its labels mean others; expected the same classes in the same order"
+                f"the model was trained on the classes {_listed(self.class_names)}, but the datamodule has "
+                f"{_listed(names)}; expected the same classes in the same order"
             )
         ours, theirs = self.preprocessing or {}, images or {}
         other = [key for key in _NORMALISED_BY if ours and theirs and ours.get(key) != theirs.get(key)]
         if other:
             trained, given = (", ".join(f"{key}={seen.get(key)}" for key in other) for seen in (ours, theirs))
             rank_zero_warn(
-                f"the model was trained on images normalised by {trained}, and the data are by {given}; "
-                f"give the datamodule that {' and '.join(other)}"
+                f"the model was trained on images normalised with {trained}, but the datamodule normalises with "
+                f"{given}; give the datamodule the model's {' and '.join(other)}"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -204,16 +207,16 @@ class Classifier(Learner):
         return self.probabilities(self(batch[0]))
 
     def on_train_epoch_end(self) -> None:
-        """Refuse labels that were only counted when they came."""
+        """Raise for wrong label rows that were counted on the device during the epoch."""
         super().on_train_epoch_end()
         self._refuse_counted()
 
     def on_validation_epoch_end(self) -> None:
-        """Refuse labels that were only counted when they came."""
+        """Raise for wrong label rows that were counted on the device during the epoch."""
         self._refuse_counted()
 
     def on_test_epoch_end(self) -> None:
-        """Refuse labels that were only counted when they came."""
+        """Raise for wrong label rows that were counted on the device during the epoch."""
         self._refuse_counted()
 
     def _classify(self, batch: Batch, batch_idx: int, split: str) -> Tensor:
@@ -231,7 +234,7 @@ class Classifier(Learner):
         return loss
 
     def _refuse_counted(self) -> None:
-        """Refuse the epoch's wrong rows, on all processes together so that none of them waits for the others."""
+        """Raise for the epoch's wrong label rows, on all processes, so that none hangs in a collective."""
         own, self._wrong_rows = self._wrong_rows, None
         if may_look(torch.empty(0, device=self.device)):
             return
@@ -241,7 +244,7 @@ class Classifier(Learner):
 
 
 def _start_of_weights(class_weight: ClassWeight | None, num_classes: int) -> Tensor | None:
-    """The weights that are given; ones where those of the data come in their place."""
+    """The given weights; for ``balanced`` ones, which are replaced when a fit counts the training images."""
     if class_weight is None:
         return None
     if isinstance(class_weight, str):
@@ -255,16 +258,16 @@ def _start_of_weights(class_weight: ClassWeight | None, num_classes: int) -> Ten
 
 
 def _training_counts(trainer: Trainer, num_classes: int) -> Tensor:
-    """Training images of each class, ``(K,)``, as datamodule or data set know them without reading one."""
+    """Training images per class, ``(K,)``, known to the datamodule or its data set without reading an image."""
     data: Any = getattr(trainer, "datamodule", None)
     counts, balanced = getattr(data, "class_counts", None), getattr(data, "sampling", None) == "balanced"
     if counts is None and not balanced:
-        trainer.fit_loop.setup_data()  # has the loader made, which it is not yet
+        trainer.fit_loop.setup_data()  # creates the loader
         balanced = draws_by_weights(trainer.train_dataloader)
     if balanced:
         raise ValueError(
-            'class_weight="balanced" and data that draw images by weights, as sampling="balanced" does, would make up '
-            "for uneven classes twice; leave one of them out"
+            'class_weight="balanced" with images sampled by weights, as sampling="balanced" does, would balance the '
+            "classes twice; leave one of them out"
         )
     if counts is None:
         labels = _labels_of(trainer.train_dataloader)
@@ -273,7 +276,7 @@ def _training_counts(trainer: Trainer, num_classes: int) -> Tensor:
     counts = torch.as_tensor(counts, device=trainer.strategy.root_device)
     if counts.shape != (num_classes,):
         raise ValueError(f"expected class_counts of {num_classes} classes, got shape {tuple(counts.shape)}")
-    # Processes that all have the whole set make every count larger by the same factor, which cancels.
+    # If every process has the whole set, all counts are multiplied by the world size, which cancels in the weights.
     return trainer.strategy.reduce(counts, reduce_op="sum")
 
 
@@ -287,14 +290,14 @@ def _labels_of(loader: Any) -> Tensor:
         ) from error
     if labels is None:
         raise ValueError(
-            'class_weight="balanced" needs the labels of all training images, and the data do not say them: '
-            "expected class_counts of the datamodule, or targets of its data set; or give the weights as numbers"
+            'class_weight="balanced" needs the labels of all training images: expected class_counts of the datamodule, '
+            "or targets of its data set; or give the weights as numbers"
         )
     return torch.as_tensor(labels.astype("int64"))
 
 
 def _balanced(counts: Tensor) -> Tensor:
-    """Weights with which every class that has samples counts as much, and the samples 1 on average."""
+    """Weights that give every class with samples the same total weight, and the samples 1 on average."""
     present = counts > 0
     return torch.where(present, counts.sum() / present.sum() / counts, 0.0)
 
@@ -304,14 +307,14 @@ def _listed(names: list[str]) -> str:
 
 
 def _off_one(shares: Tensor) -> Tensor:
-    """Which rows do not sum to 1; those with a nan are among them."""
+    """Which rows do not sum to 1; a row with a nan does not."""
     return ~((shares.sum(1, dtype=torch.float32) - 1).abs() <= _ROW_SUM_TOLERANCE)
 
 
 def _not_probabilities(found: str) -> str:
     return (
-        f"expected labels (N, K) to be probabilities of classes, whose rows sum to 1, got {found}; each image "
-        "is of one class here, and labels of several classes at once (multi-label data) are not supported"
+        f"expected labels (N, K) to be class probabilities whose rows sum to 1, got {found}; multi-label data, in "
+        "which an image has several classes, are not supported"
     )
 
 

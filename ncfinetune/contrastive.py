@@ -1,4 +1,4 @@
-"""Contrastive pre-training: SupCon with labels, SimCLR without; one loss.
+"""Contrastive pre-training with one loss: SupCon with labels, SimCLR without.
 
 Legend: ``N`` samples, ``V`` views of each, ``C`` channels, ``H W`` height and width, ``d`` width of the features.
 """
@@ -22,24 +22,24 @@ from ncfinetune.losses import contrastive_loss
 class Contrastive(Learner):
     """Trains a backbone to tell positives from the rest of the batch. Abstract.
 
-    Batches are ``(images (N, V, C, H, W), labels (N,))`` with two views or more; all of them go through the network in
+    Batches are ``(images (N, V, C, H, W), labels (N,))`` with two views or more; all views go through the network in
     one forward pass. Logs ``train/loss``, and ``val/loss`` and ``test/loss`` where those batches have views; plain
-    images go through the backbone, so that callbacks see their features.
+    images only pass through the backbone, so that callbacks see their features.
 
     Args:
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
-        temperature: What cosine similarities are divided by; for CIFAR-10 Khosla et al. take 0.1, Chen et al. 0.5.
+        temperature: Divisor of the cosine similarities; for CIFAR-10 Khosla et al. take 0.1, Chen et al. 0.5.
         projection: Head between backbone and loss: ``none``, ``linear`` or ``mlp``.
-        projection_dim: Its width; None is 128, or with ``none`` that of the features.
+        projection_dim: Width of the projection; None is 128, or with ``none`` the width of the features.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
-        lr_batch: Images a step, views not counted, for which the learning rate is meant; it is scaled linearly to those
-            that a step has. None takes it as it is.
+        lr_batch: Batch size (images per step, not views) that the learning rate is meant for; the rate is scaled
+            linearly to the actual batch size. None does not scale it.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
-        ValueError: A temperature that is not positive, or a width with the projection ``none``; in training, batches
-            of one view or one sample.
+        ValueError: A temperature that is not positive, or a ``projection_dim`` with the projection ``none``; in
+            training, batches of one view or one sample.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Contrastive(Learner):
 
     @abstractmethod
     def classes(self, labels: Tensor) -> Tensor:
-        """Whole numbers ``(N,)``, the same for samples that are each other's positives, on whatever process."""
+        """Integers ``(N,)`` that are equal for samples that are each other's positives, across all processes."""
 
     @property
     def penultimate(self) -> Backbone:
-        """The module whose output are the features that collapse is measured on, whatever the projection."""
+        """The module whose output collapse is measured on, whatever the projection."""
         return self.backbone
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Contrastive(Learner):
         self._watch(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Refuse: there are no classes to predict."""
+        """Raise ValueError: there is no classifier."""
         raise ValueError(f"{type(self).__name__} has no classifier to predict with; its features are model(images)")
 
     def _watch(self, batch: Batch, split: str) -> None:
@@ -109,9 +109,9 @@ class Contrastive(Learner):
         return loss
 
     def _share(self, samples: int, split: str) -> int | Tensor:
-        """Samples that this process's loss stands for, of those whose mean over the processes is the global loss.
+        """The number of samples that this process's loss counts for in the mean over all processes.
 
-        They are as many on each process, which in training they are by themselves.
+        It must be the same on each process; training batches have the same size on all of them anyway.
         """
         if split == "train":
             return samples
@@ -121,8 +121,8 @@ class Contrastive(Learner):
 class SupCon(Contrastive):
     """Supervised contrastive learning: images of one class are positives (Khosla et al. 2020, arXiv 2004.11362, L_out).
 
-    A sample whose class is in the batch only once has its own other views for positives. Arguments, batches and what
-    is logged are those of `Contrastive`.
+    The only positives of a sample without others of its class in the batch are its own other views. Arguments, batches
+    and log names are those of `Contrastive`.
 
         >>> model = SupCon({"name": "resnet18", "stem": "cifar"}, projection="mlp", projection_dim=64)
         >>> images = torch.rand(4, 2, 3, 32, 32)  # two views of four samples
@@ -139,9 +139,9 @@ class SupCon(Contrastive):
 class SimCLR(Contrastive):
     """Contrastive learning without labels: views of one image are positives (Chen et al. 2020, arXiv 2002.05709).
 
-    Labels are not used. Arguments, batches and what is logged are those of `Contrastive`.
+    Labels are not used. Arguments, batches and log names are those of `Contrastive`.
     """
 
     def classes(self, labels: Tensor) -> Tensor:
-        """A number of its own for each sample of any process."""
+        """A different number for each sample of all processes."""
         return torch.arange(len(labels), device=labels.device) + (self.global_rank << 32)

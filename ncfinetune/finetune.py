@@ -1,4 +1,4 @@
-"""Fine-tuning: which layers train, and which features reach the classifier.
+"""Fine-tuning: which layers are trained, and which features reach the classifier.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, ``d_l`` of a skipped layer's.
 """
@@ -34,7 +34,7 @@ from ncfinetune.store import Stored
 class FineTuner(PartlyFrozen):
     """Trains a new classifier and chosen layers of a pre-trained backbone; the rest is frozen.
 
-    The methods of Li et al. (arXiv 2212.12206) are points of two knobs:
+    The methods of Li et al. (arXiv 2212.12206) are settings of two options:
 
     ================  =========  =============
     method            ``train``  ``skip_from``
@@ -45,15 +45,16 @@ class FineTuner(PartlyFrozen):
     full FT           all        (null)
     ================  =========  =============
 
-    Bias tuning, norm tuning and other choices among the parameters are patterns in ``train``, such as ``*.bias``. The
-    classifier can start from, or be, a closed form of the frozen features; with ``max_epochs: 0`` nothing else happens.
+    Bias tuning, norm tuning and other selections of parameters are patterns in ``train``, such as ``*.bias``. The
+    classifier can be initialised in closed form from the frozen features; with ``max_epochs: 0`` that is all that is
+    trained.
 
-    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode, and no callback
-    that averages weights changes it. At the start of a run a table says how many parameters train. A run on a backbone
-    that nothing pre-trained, or of which frozen parameters are still random, is refused.
+    Frozen layers get no gradients and do not update their running statistics: they stay in eval mode, and callbacks
+    that average weights leave them unchanged. At the start of a run a table of trained and frozen parameters is logged.
+    A run is refused if the backbone is not pre-trained or frozen parameters still have random values.
 
         >>> from ncfinetune import Backbone
-        >>> base = Backbone("resnet18", stem="cifar")  # with pretrained=True or a checkpoint in earnest
+        >>> base = Backbone("resnet18", stem="cifar")  # in practice with pretrained=True or a checkpoint
         >>> model = FineTuner(10, base, train="layer4.0", skip_from="layer4.0")  # SCL FT
         >>> {name[:12] for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
         {'net.layer4.0'}
@@ -63,47 +64,47 @@ class FineTuner(PartlyFrozen):
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
         checkpoint: File with the pre-trained weights of the backbone, or ``{path: FILE, key: KEY, prefix: PREFIX}`` for
             one of several networks in it; see `Backbone`.
-        train: ``none``, ``all``, or what to train: a name or pattern of layers such as ``layer3.1``, ``blocks.1?`` or
-            ``*norm*``, or several. What fits no layer is a pattern of parameters, such as ``*.bias`` or
-            ``*.bn*.weight``: they train by themselves, while statistics of batch normalisation stay as they are.
-        skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier. ``auto`` takes
-            those that lower the leave-one-out error of ridge regression, if any clearly does, when a fit starts; see
-            `skips.choose_skips`. It is for features side by side, ``concat`` or ``only``.
-        skip_join: How they join them: ``pad`` adds all, the narrower padded with zeros; ``linear`` adds them after
-            learned linear maps to the width of the features; ``concat`` puts them side by side; ``only`` does so and
-            leaves the penultimate features out.
+        train: ``none``, ``all``, or one or several names or patterns: layers such as ``layer3.1``, ``blocks.1?`` or
+            ``*norm*``; a pattern that fits no layer selects parameters, such as ``*.bias`` or ``*.bn*.weight``. If only
+            parameters of a layer are trained, the layer stays in eval mode and keeps its batch-norm statistics.
+        skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier. ``auto`` chooses
+            at the start of a fit the layers that clearly lower the leave-one-out error of ridge regression; see
+            `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.
+        skip_join: How the pooled outputs join the penultimate features: ``pad`` adds them, narrower ones padded with
+            zeros; ``linear`` adds them after learned linear maps to the width of the features; ``concat`` concatenates
+            them; ``only`` concatenates the pooled outputs and leaves the penultimate features out.
         skip_gradient: ``both`` lets the gradient reach the tuned layer through the skip connection and through the
-            network behind it; ``skip`` through the skip connection alone, which spares the backward pass of the
-            network behind and its memory.
-        max_skips: Number of layers that ``auto`` takes at most.
-        head_init: How the classifier starts: ``default`` at random as `torch.nn.Linear` does, ``zero``, or in closed
-            form from the training images without augmentation, by one pass over them or over what the cache has of
-            them: ``mean`` is the nearest class mean, ``ridge`` ridge regression and ``lda`` a linear discriminant
-            analysis, each with its strength chosen by leaving one out, ``etf`` the simplex that is nearest to the class
-            means. See `heads.classifier_of`, also for the scale of the logits.
-        refit: A closed form that the classifier is set to again before each validation and at the end of each epoch
-            without one, so that what is validated, saved and tested is the closed form on the tuned features.
-        head_lr_factor: Learning rate of the head, as a multiple of the optimiser's, which the backbone's layers have.
-            With 0 the head stays as it started, such as a fixed simplex.
-        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
-            of the head is the optimiser's own. See `Classifier`.
+            following layers; ``skip`` through the skip connection alone, which saves the time and the memory of the
+            backward pass through the following layers.
+        max_skips: Largest number of layers that ``auto`` chooses.
+        head_init: Initialisation of the classifier: ``default`` is random as in `torch.nn.Linear`, ``zero`` is zero,
+            and the others are closed forms, fitted in one pass over the training images without augmentation (over
+            their cached values if there is a cache): ``mean`` is the nearest class mean, ``ridge`` ridge regression and
+            ``lda`` linear discriminant analysis, both with a regularisation chosen by leave-one-out error, ``etf`` the
+            simplex nearest to the class means. See `heads.classifier_of`, also for the scale of the logits.
+        refit: A closed form to which the classifier is fitted again before each validation, and at the end of each
+            epoch without validation, so that the closed form on the tuned features is validated, saved and tested.
+        head_lr_factor: Learning rate of the head as a multiple of the optimiser's, which the backbone's layers have.
+            With 0 the head keeps its initial values, such as a fixed simplex.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the layer before it, in (0, 1]; the
+            head has the optimiser's learning rate. See `Classifier`.
         label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
         class_weight: Weights of the classes in the training loss and in ``ridge`` and ``lda``, or ``balanced``; see
             `Classifier`.
-        cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and train on
-            what the first tuned layer gets of each (without tuned layers: on the features), which spares their forward
-            pass from then on. For training without random augmentation.
-        cache_dir: Folder of the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
+        cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and then train
+            on the stored inputs of the first tuned layer (without tuned layers: on the stored features), which saves
+            the forward pass of the frozen layers. For training without random augmentation.
+        cache_dir: Folder for the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
             so that another run finds it; any may be deleted while no run uses it.
-        allow_random: Run on a backbone that is not pre-trained, or frozen parameters that no file gave.
-        optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
+        allow_random: Allow a backbone that is not pre-trained, and frozen parameters that no file provided.
+        optimizer: Makes an optimiser of the trained parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
-        ValueError: No layer or parameter of that name, a layer without parameters to train, or all of them by name; a
-            layer to skip from that does not run; an option that the others leave without effect; a checkpoint that
-            fits nothing. When the run starts: a closed form that the training images do not allow.
+        ValueError: No layer or parameter of that name, a layer without parameters to train, or every layer by name; a
+            layer in ``skip_from`` that does not run; an option that has no effect with the other options; a checkpoint
+            that fits nothing. When the run starts: a closed form that the training images do not allow.
         FileNotFoundError: No such checkpoint.
     """
 
@@ -153,17 +154,17 @@ class FineTuner(PartlyFrozen):
         )
         self.head_init = head_init
         self.refit = refit
-        # Whether the head is what it starts as, and the number of the batch after which it was refitted last.
+        # Whether the head has been initialised, and the number of the batch after which it was refitted last.
         self._head_ready = head_init not in get_args(ClosedForm)
         self._refitted: int | None = None
         self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
-        # Where layers are still to be chosen there are none yet, and `setup` builds the head anew.
+        # With skip_from="auto" no layers are chosen yet; `setup` chooses them and builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
         self.head = new_head(self._split.widths, num_classes, None if skip_from is None else join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
         self.head_lr_factor = head_lr_factor
         if "etf" in (head_init, refit) and skip_from != "auto":
-            simplex_etf(num_classes, self.classifier.in_features)  # which refuses what has no room for it
+            simplex_etf(num_classes, self.classifier.in_features)  # raises where the width is too small for a simplex
         self._start_head()
         self.train()
 
@@ -173,7 +174,7 @@ class FineTuner(PartlyFrozen):
         return self.head.fc if isinstance(self.head, SkipHead) else self.head
 
     def features(self, x: Tensor | Stored) -> tuple[Tensor, ...]:
-        """What the head gets of images: penultimate features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
+        """The head's inputs: penultimate features ``(N, d)`` and, for each skipped layer, ``(N, d_l)``."""
         return self._split(x)
 
     def forward(self, x: Tensor | Stored) -> Tensor:
@@ -181,7 +182,7 @@ class FineTuner(PartlyFrozen):
         return self.head(*self.features(x))
 
     def setup(self, stage: str) -> None:
-        """Choose layers to skip from if asked to, and refuse averages of refitted classifiers."""
+        """Choose the layers of ``skip_from="auto"``, and refuse callbacks that average a refitted classifier."""
         super().setup(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
@@ -189,16 +190,16 @@ class FineTuner(PartlyFrozen):
             refuse_averages(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Fill the cache, and start the classifier in closed form if asked to."""
+        """Fill the cache, and initialise the classifier in closed form if ``head_init`` names one."""
         super().on_fit_start()
         self._cache.fill(self.trainer, self, self._tuned_and_frozen()[1])
         if not self._head_ready:
-            rank_zero_info(f"classifier: starts as {self.head_init} of the training images without augmentation")
+            rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
             self._head_ready = True
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimiser is made of; where the head has a learning rate of its own, groups that set it apart."""
+        """The optimiser's parameters; where the head has its own learning rate, groups of backbone and head."""
         groups = super().parameter_groups()
         if self.layer_decay is not None or self.head_lr_factor in (0, 1):
             return groups
@@ -209,7 +210,7 @@ class FineTuner(PartlyFrozen):
         return super().lr_factor(group) * (self.head_lr_factor if group.get("name") == "head" else 1)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The cache, which has to know when a run breaks off, unless the trainer has it from an earlier run."""
+        """The cache, whose `on_exception` must run, unless the trainer has it from an earlier run."""
         trainer: Any = self._trainer
         return [] if trainer is not None and self._cache in trainer.callbacks else [self._cache]
 
@@ -219,30 +220,30 @@ class FineTuner(PartlyFrozen):
         self._cache.drop()
 
     def on_train_start(self) -> None:
-        """Forget the batch of the last refit, which may be one of another run."""
+        """Forget the batch of the last refit, which may belong to another run."""
         super().on_train_start()
         self._refitted = None
 
     def on_train_epoch_end(self) -> None:
-        """Refit the classifier, unless a validation has had it done."""
+        """Refit the classifier, unless it was refitted for the epoch's validation."""
         super().on_train_epoch_end()
         self._refit()
 
     def on_validation_start(self) -> None:
-        """Refit the classifier in a run, so that what is validated is what is saved."""
+        """Refit the classifier during a fit, so that the validated model is the saved one."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._refit()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whether the classifier has started: tuners save and restore it before it has."""
+        """Record whether the classifier has been initialised: tuners save and restore it before it has."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the classifier that is loaded, and go on with no run but one of the same layers.
+        """Keep the loaded classifier, and refuse to resume a run with other layers.
 
         Raises:
-            ValueError: A run that tuned or skipped from other layers would go on, whose optimiser does not know these.
+            ValueError: The run tuned, or skipped from, other layers, which its optimiser's state belongs to.
         """
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
@@ -250,7 +251,7 @@ class FineTuner(PartlyFrozen):
             knobs.check_same_run(checkpoint.get("hyper_parameters", {}), self.hparams, self.tunes_the_same)
 
     def load_delta(self, path: str | Path) -> None:
-        """Put tuned layers and classifier in place; see `PartlyFrozen.load_delta`."""
+        """Load tuned layers and classifier; see `PartlyFrozen.load_delta`."""
         super().load_delta(path)
         self._head_ready = True
 
@@ -261,15 +262,15 @@ class FineTuner(PartlyFrozen):
         self.head.requires_grad_(self.head_lr_factor > 0)
 
     def _choose_skips(self, stage: str) -> None:
-        """Take the layers that lower the error of a closed form on the training images, and build the head for them."""
+        """Choose the layers that lower the closed form's error on the training images, and build the head for them."""
         if stage != "fit":
             raise ValueError(
                 'skip_from="auto" chooses layers when a fit starts; load what a fit has saved by '
                 "FineTuner.load_from_checkpoint"
             )
         join = self.hparams["skip_join"]
-        penultimate, layers, labels = layer_features(self.trainer, self, self.backbone)
-        start = penultimate if join == "concat" else None
+        features, layers, labels = layer_features(self.trainer, self, self.backbone)
+        start = features if join == "concat" else None
         skips = choose_skips(start, layers, labels, self.hparams["max_skips"])
         skips = self.trainer.strategy.broadcast(skips)
         rank_zero_info(f"skip connections: from {', '.join(skips) or 'no layer, since none lowers the error clearly'}")
@@ -282,19 +283,19 @@ class FineTuner(PartlyFrozen):
         average_anew(self.trainer, self)
 
     def _refit(self) -> None:
-        """Set the classifier to its closed form, unless it is as of this batch."""
-        batches = self.trainer.fit_loop.total_batch_idx  # and not steps, between which statistics move
+        """Fit the classifier in closed form, unless that was done after this batch."""
+        batches = self.trainer.fit_loop.total_batch_idx  # not steps: statistics change between steps
         if self.refit != "none" and self._refitted != batches:
             self._fit_head("refit", self.refit)
             self._refitted = batches
 
     def _fit_head(self, option: str, kind: Any) -> None:
-        """Set the classifier to a closed form of the training images without augmentation, as the option says."""
+        """Fit the classifier in closed form to the training images without augmentation."""
         rows = self._cache.train_rows(self.trainer, f'{option}="{kind}"')
         with evaluation(self.trainer, self):
             chunks = ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows))
             fitted = classifier_of(kind, chunks, self.num_classes, self.hparams["class_weight"])
-        # From the CPU, since a tensor that is sent as an object would come to lie on its sender's device.
+        # From the CPU, since a broadcast object's tensors are loaded onto the sender's device.
         weight, bias = (self.trainer.strategy.broadcast(tensor.cpu()) for tensor in fitted)
         with torch.no_grad():
             self.classifier.weight.copy_(weight)

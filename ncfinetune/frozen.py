@@ -1,4 +1,4 @@
-"""What a run of fine-tuning must not change: noted at its start, put back where callbacks average, compared after."""
+"""The tensors that fine-tuning must not change: recorded first, restored under averaging, compared at the end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ncfinetune.checksums import fingerprint
 
-# Share of random values from which on a network is not pre-trained.
+# Share of random values from which on a network counts as not pre-trained: a new stem or head has far fewer.
 _RANDOM = 0.5
-# They average or replace weights, frozen ones too. Older versions of Lightning have only the first.
+# Callbacks that average or replace weights, frozen ones too. Older versions of Lightning have only the first.
 _AVERAGING = tuple(
     getattr(callbacks, name)
     for name in ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
@@ -23,9 +23,9 @@ _AVERAGING = tuple(
 class Frozen:
     """The frozen tensors of a run, by name.
 
-    Callbacks that average weights do not know that some are frozen: they are off by the rounding error of a mean of
-    equal numbers, or their statistics of normalisation are reset. Under such a callback a copy is kept on the CPU and
-    put back. Whatever else changes them is found out when the run ends.
+    Callbacks that average weights change frozen ones too: by the rounding error of a mean of equal numbers, or by
+    resetting batch-norm statistics. Under such a callback a copy is kept on the CPU and restored. Any other change is
+    detected when the run ends.
     """
 
     def __init__(self) -> None:
@@ -34,24 +34,24 @@ class Frozen:
         self._trained: dict[str, bool] = {}
 
     def remember(self, frozen: Mapping[str, Tensor], module: nn.Module, trainer: Any) -> None:
-        """Record the frozen tensors, which parameters train, and whether a callback of the trainer averages weights."""
+        """Record the frozen tensors, the trained parameters, and whether a callback of the trainer averages weights."""
         self._digests = _digests(frozen)
         self._trained = _trained(module)
         if any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):
             self._kept = {name: tensor.detach().cpu().clone() for name, tensor in frozen.items()}
 
     def restore(self, module: nn.Module) -> None:
-        """Put the frozen tensors back, if some callback may have changed them.
+        """Restore the frozen tensors if a callback may have changed them.
 
         Raises:
             ValueError: Other parameters require a gradient than at the start of the run.
         """
         now = _trained(module)
-        # A pruned parameter gets another name.
+        # Pruning renames a parameter.
         if other := [name for name, trains in self._trained.items() if now.get(name, trains) != trains]:
             raise ValueError(
-                f"something changed in the run whether {_some(other)} train, which a FineTuner's optimiser and "
-                "delta know nothing of; say it by train=..., in a run of its own"
+                f"requires_grad of {_some(other)} was changed during the run, which a FineTuner's optimiser and delta "
+                "do not follow; name the layers to train by train=..., in a separate run"
             )
         if self._kept:
             state = module.state_dict()
@@ -59,11 +59,11 @@ class Frozen:
                 state[name].copy_(tensor)
 
     def restore_in(self, state: dict[str, Tensor]) -> None:
-        """Put the frozen tensors into a state that is about to be saved."""
+        """Restore the frozen tensors in a state that is about to be saved."""
         state |= {name: tensor.to(state[name].device) for name, tensor in self._kept.items()}
 
     def check(self, frozen: Mapping[str, Tensor]) -> None:
-        """See that the tensors are those of the start.
+        """Compare the tensors with those at the start of the run.
 
         Raises:
             ValueError: Some have changed.
@@ -71,64 +71,64 @@ class Frozen:
         now = _digests(frozen)
         if changed := [name for name, digest in self._digests.items() if now.get(name) != digest]:
             raise ValueError(
-                f"something changed frozen tensors in the run: {_some(changed)}; a delta would not give this model "
-                "again, so none is written. Leave out the callback that changes them, or train those layers"
+                f"frozen tensors were changed during the run: {_some(changed)}; a delta could not reproduce this "
+                "model, so none is written. Leave out the callback that changes them, or train those layers"
             )
 
 
 def refuse_tuners(module: nn.Module, trainer: Any) -> None:
-    """Refuse callbacks that decide by themselves which layers train, or that change what is frozen.
+    """Refuse callbacks that change which layers are trained, or that change frozen tensors.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such a callback.
     """
     frozen = {id(p) for p in module.parameters() if not p.requires_grad}
     for callback in trainer.callbacks:
         name = type(callback).__name__
         if isinstance(callback, callbacks.BaseFinetuning):
             raise ValueError(
-                f"{name} unfreezes layers in the run, and a FineTuner's train says which layers train from start to "
-                "end; leave it out, or start a second run with other layers from the first one's checkpoint"
+                f"{name} unfreezes layers during the run, but a FineTuner trains the layers of train=... from start to "
+                "end; leave it out, or start a second run with other layers from the first run's checkpoint"
             )
         pruned = getattr(callback, "_parameters_to_prune", None) if isinstance(callback, callbacks.ModelPruning) else ()
         if any(id(getattr(layer, weight)) in frozen for layer, weight in pruned or ()):
-            raise ValueError(f"{name} would prune frozen layers; give it parameters_to_prune that train")
+            raise ValueError(f"{name} would prune frozen layers; give it parameters_to_prune of trained layers")
 
 
 def refuse_averages(trainer: Any) -> None:
-    """Refuse callbacks that average weights, where the classifier is a closed form of the features.
+    """Refuse callbacks that average weights where the classifier is a closed form of the features.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such a callback.
     """
     if averaging := [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _AVERAGING)]:
         raise ValueError(
             f"{averaging[0]} averages weights, and an average of refitted classifiers is not the closed form on "
-            'averaged features; leave it out, or say refit="none"'
+            'averaged features; leave it out, or give refit="none"'
         )
 
 
 def average_anew(trainer: Any, module: LightningModule) -> None:
-    """Have callbacks that average weights copy the module again, which they do before it is set up."""
+    """Make callbacks that average weights copy the module again: they copy it before it is set up."""
     for callback in trainer.callbacks:
         if isinstance(callback, _AVERAGING):
             callback.setup(trainer, module, "fit")
 
 
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a network that nothing pre-trained, or with frozen parameters that are still ``random``.
+    """Refuse a network that is not pre-trained, or with frozen parameters that are still ``random``.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It is not pre-trained, or frozen parameters are random.
     """
     if sum(p.numel() for p in random.values()) > _RANDOM * sum(p.numel() for p in network.parameters()):
         raise ValueError(
-            "the backbone is at its random start, with nothing to fine-tune; give a checkpoint, or pretrained=true "
+            "the backbone has random weights, so there is nothing to fine-tune; give a checkpoint, or pretrained=true "
             "among the backbone's arguments (allow_random=true runs all the same)"
         )
     if frozen := [name for name, p in random.items() if not p.requires_grad]:
         raise ValueError(
-            f"frozen layers are at their random start, since no file gave {_some(frozen)}; name them in train, or give "
+            f"frozen layers have random weights, since no file has {_some(frozen)}; name them in train, or give "
             "weights that have them (allow_random=true runs all the same)"
         )
 

@@ -1,7 +1,7 @@
-"""What sits on the backbone's features.
+"""Heads on the backbone's features: projections, and linear classifiers with their closed forms.
 
-Legend: ``N`` samples, ``K`` classes, ``d`` width of the features, ``d_l`` of the skipped layer's, ``p`` of a
-projection; ``mu_k`` class means, ``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances
+Legend: ``N`` samples, ``K`` classes; ``d``, ``d_l`` and ``p`` widths of the features, of a skipped layer's features and of
+a projection; ``mu_k`` class means, ``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances
 within and between classes.
 """
 
@@ -20,25 +20,26 @@ from ncfinetune.probes import lda, nearest_mean, nearest_simplex, ridge
 
 SkipJoin = Literal["pad", "linear", "concat", "only"]
 ClosedForm = Literal["mean", "ridge", "lda", "etf"]
-# Least standard deviation of the logits of a classifier in closed form; softmax differs from chance by about as much.
+# Least standard deviation of the logits of a classifier in closed form; its softmax then differs from chance by about
+# this share, so that the decisions remain.
 _LEAST_SPREAD = 1e-2
 Projection = Literal["none", "linear", "mlp"]
 
 
 def projection_head(kind: Projection, dim: int, projection_dim: int) -> nn.Module:
-    """What stands between the backbone's features and the loss while pre-training, and is thrown away after.
+    """The module between the backbone's features and the loss in pre-training; it is discarded afterwards.
 
     ``mlp`` is Linear, ReLU, Linear with a hidden layer as wide as the features, as in Khosla et al. (2020, arXiv
     2004.11362, section 3) and Chen et al. (2020, arXiv 2002.05709, section 2.1); ``linear`` is one Linear, ``none``
-    hands the features on.
+    the identity.
 
     Args:
-        kind: Which.
+        kind: Kind of head.
         dim: Width ``d`` of the features.
         projection_dim: Width ``p`` of the projection; with ``none`` it is ``d``.
 
     Raises:
-        ValueError: An unknown kind, a width below 1, or with ``none`` one that is not ``d``.
+        ValueError: An unknown kind, a width below 1, or with ``none`` a width other than ``d``.
     """
     if projection_dim < 1:
         raise ValueError(f"expected projection_dim of at least 1, got {projection_dim}")
@@ -50,14 +51,14 @@ def projection_head(kind: Projection, dim: int, projection_dim: int) -> nn.Modul
         raise ValueError(f"expected projection none, linear or mlp, got {kind!r}")
     if projection_dim != dim:
         raise ValueError(
-            f'projection="none" passes on the {dim} features as they are, but projection_dim={projection_dim}; '
+            f'projection="none" keeps the {dim} features, but projection_dim={projection_dim}; '
             "leave projection_dim out, or choose linear or mlp"
         )
     return nn.Identity()
 
 
 class SkipHead(nn.Module):
-    """A linear classifier on penultimate features joined with those of skipped layers.
+    """A linear classifier on penultimate features joined with the pooled outputs of skipped layers.
 
     This is the head of skip-connection-layer fine-tuning (Li et al., arXiv 2212.12206).
 
@@ -65,9 +66,9 @@ class SkipHead(nn.Module):
         dim: Width ``d`` of the penultimate features.
         skip_dims: Width ``d_l`` of each skipped layer's features.
         num_classes: Number of classes ``K``.
-        join: ``pad`` adds all of them, the narrower padded with zeros, so that skip connections have no parameters of
-            their own; ``linear`` adds them after a learned linear map from each ``d_l`` to ``d``; ``concat`` puts them
-            side by side; ``only`` puts those of the skipped layers side by side and leaves the penultimate ones out.
+        join: ``pad`` adds all features, narrower ones padded with zeros, so that skip connections have no parameters;
+            ``linear`` adds them after a learned linear map from each ``d_l`` to ``d``; ``concat`` concatenates them;
+            ``only`` concatenates the features of the skipped layers and leaves the penultimate ones out.
     """
 
     def __init__(self, dim: int, skip_dims: Sequence[int], num_classes: int, join: SkipJoin = "pad") -> None:
@@ -79,14 +80,14 @@ class SkipHead(nn.Module):
         self.fc = nn.Linear(self.dim, num_classes)
 
     def rebuild(self, dim: int, skip_dims: Sequence[int], join: Literal["concat", "only"]) -> None:
-        """Make the classifier anew for other features; it stays the same module, to which callbacks may listen."""
+        """Make the classifier anew for other features, in place: callbacks may have hooks on the module."""
         self.join = join
         self.dim = self.fc.in_features = _joined_width(dim, skip_dims, join)
         self.fc.weight = nn.Parameter(self.fc.weight.new_empty(self.fc.out_features, self.dim))
         self.fc.reset_parameters()
 
     def joined(self, features: Tensor, *skipped: Tensor) -> Tensor:
-        """Input of the linear classifier, of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
+        """Input of the linear classifier, from features ``(N, d)`` and, for each skipped layer, ``(N, d_l)``."""
         if self.join == "concat":
             return torch.cat([features, *skipped], 1)
         if self.join == "only":
@@ -97,12 +98,12 @@ class SkipHead(nn.Module):
         return sum((_widen(part, self.dim) for part in added), _widen(features, self.dim))
 
     def forward(self, features: Tensor, *skipped: Tensor) -> Tensor:
-        """Class logits ``(N, K)`` of features ``(N, d)`` and, of each skipped layer, ``(N, d_l)``."""
+        """Class logits ``(N, K)`` of features ``(N, d)`` and, for each skipped layer, ``(N, d_l)``."""
         return self.fc(self.joined(features, *skipped))
 
 
 def new_head(widths: Sequence[int], num_classes: int, join: SkipJoin | None) -> nn.Linear | SkipHead:
-    """A linear classifier on features of these widths, the penultimate ones first; None joins no others to them."""
+    """A linear classifier on features of these widths, the penultimate first; without ``join`` on these alone."""
     width, *skipped = widths
     return nn.Linear(width, num_classes) if join is None else SkipHead(width, skipped, num_classes, join)
 
@@ -123,16 +124,17 @@ def classifier_of(
     num_classes: int,
     class_weight: Literal["balanced"] | Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight ``(K, d)`` and bias ``(K,)`` of a linear classifier in closed form, of features and labels in batches.
+    """Weight ``(K, d)`` and bias ``(K,)`` of a linear classifier in closed form, from features and labels in batches.
 
-    ``mean`` is `nearest_mean_classifier` and keeps class moments only. The others keep all features. ``ridge`` and
-    ``lda`` are those of `probes`. ``etf`` is the simplex that is nearest to the class means, with equal norms and
-    angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at their mean.
+    ``mean`` is `nearest_mean_classifier` and keeps class moments only; the other kinds keep all features. ``ridge`` and
+    ``lda`` are `probes.ridge` and `probes.lda`. ``etf`` is the simplex nearest to the class means, with equal norms and
+    angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at the mean of the means.
 
-    The scale of ``ridge``, ``lda`` and ``etf`` is that of calibrated probabilities: scores are divided by the
-    temperature that `fit_temperature` finds on the leave-one-out scores (for ``etf`` those of `probes.nearest_mean`).
-    Where leaving one out leaves nothing better than chance, as with one image a class, the logits are small and not 0,
-    so that the decisions stay. Weights of classes enter ``ridge`` and ``lda``; in the other two each class counts once.
+    The scale of ``ridge``, ``lda`` and ``etf`` calibrates the probabilities: scores are divided by the temperature that
+    `fit_temperature` finds on the leave-one-out scores (for ``etf`` on those of `probes.nearest_mean`). If the
+    leave-one-out scores are no better than chance, as with one image per class, the logits are scaled to be small but
+    not 0, so that the decisions remain. ``ridge`` and ``lda`` use the class weights; ``mean`` and ``etf`` weigh all
+    classes equally.
 
     Raises:
         ValueError: There are no features, some are not finite, or the closed form does not exist for them; see
@@ -152,15 +154,15 @@ def classifier_of(
     if kind != "etf":
         return head.logits(temperature)
     weight = nearest_simplex(head.weight) / temperature
-    centre = features.double().mean(0) + head.weight.mean(0)  # the weight of nearest_mean is the means less the mean
+    centre = features.double().mean(0) + head.weight.mean(0)  # nearest_mean's weight holds the means less the mean
     return weight, -weight @ centre
 
 
 def _temperature(scores: Tensor, labels: Tensor) -> Tensor:
-    """The calibrating temperature, but none at which the spread of the logits is below `_LEAST_SPREAD`."""
+    """The calibrating temperature, limited so that the standard deviation of the logits is at least `_LEAST_SPREAD`."""
     spread = scores[scores.isfinite()].std()
     most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
-    told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()  # not with one sample in each class
+    told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()  # false with one sample in each class
     return torch.minimum(fit_temperature(scores, labels), most) if told else most
 
 
@@ -191,7 +193,7 @@ def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int) 
     """Class moments of features that come in batches.
 
     Raises:
-        ValueError: There are none, or some are bad.
+        ValueError: There are no features, labels are out of range, or features are not finite.
     """
     accumulator = MomentAccumulator(num_classes)
     for features, labels in chunks:

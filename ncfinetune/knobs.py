@@ -1,4 +1,4 @@
-"""What the options of a `FineTuner` may be, and which of them go together."""
+"""The allowed values of a `FineTuner`'s options, and which options exclude each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HeadInit = Literal["default", "zero", "mean", "ridge", "lda", "etf"]
 Refit = Literal["none", "mean", "ridge", "lda", "etf"]
 CACHE_DIR = "runs/cache"
 _REMEDY = "to start from its weights, give the file as the FineTuner's checkpoint instead"
-# Arguments that a delta keeps apart, or that say how a run went about it.
+# Arguments that a delta stores elsewhere, or that describe the run and not the model.
 _NOT_THE_MODEL = (
     "backbone",
     "checkpoint",
@@ -34,10 +34,10 @@ _NOT_THE_MODEL = (
 
 
 def check_choices(skip_join: str, skip_gradient: str, head_init: str, refit: str, cache: str) -> None:
-    """Refuse words that are none of the choices.
+    """Refuse values that are not among the choices.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A value is not among them.
     """
     choices = {
         "skip_join": (skip_join, SkipJoin),
@@ -52,22 +52,22 @@ def check_choices(skip_join: str, skip_gradient: str, head_init: str, refit: str
 
 
 def check_cache(train: Any, cache: str, cache_dir: str) -> None:
-    """Refuse a cache that has nothing to keep, and a folder that is not used.
+    """Refuse a cache without frozen layers, and a folder that is not used.
 
     Raises:
-        ValueError: It is so.
+        ValueError: There are no frozen layers, or the folder is not used.
     """
     if cache != "none" and train == "all":
-        raise ValueError(f'cache={cache!r} keeps the outputs of frozen layers, and with train="all" there are none')
+        raise ValueError(f'cache={cache!r} stores the outputs of frozen layers, and with train="all" there are none')
     if cache != "disk" and cache_dir != CACHE_DIR:
         raise ValueError(f'cache_dir={cache_dir!r} is for cache="disk", and cache={cache!r} writes no files')
 
 
 def check_skips(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, max_skips: int) -> None:
-    """Refuse options that would do nothing, and say so where a skip connection has nothing to tune.
+    """Refuse options of skip connections that would have no effect; log that a skip connection tunes no layer.
 
     Raises:
-        ValueError: One would.
+        ValueError: An option would have no effect, or is out of its range.
     """
     if skip_from is None and (skip_join != "pad" or skip_gradient != "both"):
         raise ValueError(f"skip_join={skip_join!r} and skip_gradient={skip_gradient!r} need a layer in skip_from")
@@ -75,7 +75,7 @@ def check_skips(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, 
         raise ValueError('skip_gradient="skip" needs a layer in train: without one the backbone gets no gradient')
     if skip_from == "auto" and skip_join not in ("concat", "only"):
         raise ValueError(
-            f'skip_from="auto" chooses layers by features side by side, and skip_join={skip_join!r} adds them; say '
+            f'skip_from="auto" chooses layers by concatenated features, and skip_join={skip_join!r} adds them; give '
             'skip_join="concat" or "only"'
         )
     if max_skips < 1:
@@ -83,12 +83,12 @@ def check_skips(train: Any, skip_from: Any, skip_join: str, skip_gradient: str, 
     if skip_from != "auto" and max_skips != 1:
         raise ValueError(f'max_skips={max_skips} is for skip_from="auto"; leave it out, or name that many layers')
     if train == "none" and skip_from:
-        features = "features" if skip_join == "only" else "penultimate features joined with those"
+        features = "features" if skip_join == "only" else "penultimate features joined with the features"
         rank_zero_info(f'train="none": a linear probe on the {features} of {_listed(skip_from)}')
 
 
 def listed_skips(skip_from: Any) -> list[str]:
-    """The layers that ``skip_from`` names; none where they are still to be chosen."""
+    """The layers that ``skip_from`` names; none while ``auto`` has not chosen them."""
     if skip_from is None or skip_from == "auto":
         return []
     return [skip_from] if isinstance(skip_from, str) else list(skip_from)
@@ -99,70 +99,72 @@ def _listed(skip_from: Any) -> str:
 
 
 def check_decay(train: Any, layer_decay: float | None) -> None:
-    """Refuse a learning rate by depth where nothing has a depth.
+    """Refuse layer-wise learning rates without trained layers.
 
     Raises:
-        ValueError: It is so.
+        ValueError: No layer of the backbone is trained.
     """
     if train == "none" and layer_decay is not None:
         raise ValueError(
-            f'layer_decay={layer_decay} is for layers that train, and with train="none" only the head does'
+            f'layer_decay={layer_decay} is for trained layers of the backbone, and with train="none" there are none'
         )
 
 
 def check_adapters(train: Any, adapters: Iterable[str], network: nn.Module) -> None:
-    """Warn of adapters in a network of which none trains."""
+    """Warn if the network has adapters and none of them is trained."""
     parameters = [parameter for path in adapters for parameter in network.get_submodule(path).parameters()]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         rank_zero_warn(
-            f'the adapters of lora do not train, since train={train!r} names none of them; train="*lora_*" does'
+            f'the adapters of lora are frozen, since train={train!r} names none of them; train="*lora_*" trains them'
         )
 
 
 def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, skip_join: str) -> None:
-    """Refuse options of the head that would do nothing, and with which nothing would train.
+    """Refuse options of the head that would have no effect, or with which nothing would be trained.
 
     Raises:
-        ValueError: There is one.
+        ValueError: An option would have no effect, or nothing would be trained.
     """
     if not 0 <= head_lr_factor < float("inf"):
         raise ValueError(f"expected head_lr_factor of at least 0, got {head_lr_factor}")
     if head_lr_factor == 0 and train == "none":
         raise ValueError(
-            'with train="none" and head_lr_factor=0 nothing would train; for a classifier in closed form alone leave '
-            "head_lr_factor out and fit with max_epochs=0"
+            'with train="none" and head_lr_factor=0 nothing would be trained; for a classifier in closed form alone '
+            "leave head_lr_factor out and fit with max_epochs=0"
         )
     if head_lr_factor == 0 and head_init == "zero":
-        raise ValueError('head_init="zero" with head_lr_factor=0 gives no gradient; take another start for it')
+        raise ValueError('head_init="zero" with head_lr_factor=0 gives no gradient; take another head_init')
     if head_lr_factor == 0 and skip_join == "linear":
-        raise ValueError('skip_join="linear" learns maps, and head_lr_factor=0 keeps them as they are; take another')
+        raise ValueError(
+            'skip_join="linear" learns maps, and head_lr_factor=0 keeps their random values; take another skip_join'
+        )
     if refit != "none" and train == "none" and skip_join != "linear":
         raise ValueError(
-            f'refit="{refit}" has nothing to follow, since with train="none" the features stay as they are; fit with '
+            f'refit="{refit}" has no effect with train="none", since the features do not change; fit with '
             f'head_init="{refit}" and max_epochs=0 instead'
         )
 
 
 def kept_by_deltas(kind: type) -> set[str]:
-    """The arguments of a `FineTuner` that a delta keeps."""
+    """The arguments of a `FineTuner` that a delta stores as its options."""
     return set(inspect.signature(kind).parameters) - set(_NOT_THE_MODEL)
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], tunes_the_same: Callable[[Any], bool]) -> None:
-    """Refuse to go on with the run of another learner, or of other layers, which the saved optimiser does not know.
+    """Refuse to resume the run of another learner or of other layers, which the saved optimiser state belongs to.
 
     Args:
         saved: Hyper-parameters of the checkpoint.
-        now: Those of the model.
+        now: Hyper-parameters of the model.
         tunes_the_same: Whether a value of ``train`` names the layers that the model tunes.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The run is of another learner or of other layers.
     """
     if "train" not in saved:
-        raise ValueError(f"a FineTuner cannot go on with the run of another learner; {_REMEDY}")
+        raise ValueError(f"a FineTuner cannot resume the run of another learner; {_REMEDY}")
     if not tunes_the_same(saved["train"]) or listed_skips(saved["skip_from"]) != listed_skips(now["skip_from"]):
         before, after = (
             ", ".join(f"{name}={knobs[name]!r}" for name in ("train", "skip_from")) for knobs in (saved, now)
         )
-        raise ValueError(f"cannot go on with a run of {before} as one of {after}; {_REMEDY}")
+        raise ValueError(f"cannot resume a run of {before} with {after}; {_REMEDY}")

@@ -1,4 +1,4 @@
-"""What every learner shares: a backbone, an optimiser and its rates, and exact means.
+"""The base class of learners: a backbone, an optimiser and its learning rates, exact means and resuming.
 
 Legend: ``N`` samples.
 """
@@ -42,9 +42,9 @@ Interval = Literal["epoch", "step"]
 class SampleMean(Metric):
     """Mean of a number over the samples of all batches and all processes, each of which counts once.
 
-    Lightning's own mean of logged tensors averages the processes' sample counts as whole numbers, which is wrong where
-    their shares differ. Here the two sums are added over the processes when the mean is asked for. They stay in
-    double precision (single on MPS, which has no other) whatever precision the module is cast to.
+    Lightning's own mean of logged tensors averages the processes' sample counts as integers, which is wrong if the
+    processes have different numbers of samples. Here the sums of values and of samples are added over the processes
+    when the mean is computed. They stay in float64 (float32 on MPS, which has no float64) when the module is cast.
     """
 
     full_state_update = False
@@ -61,13 +61,13 @@ class SampleMean(Metric):
 
         Args:
             values: A number for each sample, ``(N,)``, or their mean.
-            samples: How many samples the batch has.
+            samples: Number of samples in the batch.
         """
         self.total = self.total + values.detach().to(self.total.dtype).mean() * samples
         self.samples = self.samples + samples
 
     def compute(self) -> Tensor:
-        """The mean, in single precision."""
+        """The mean, in float32."""
         return (self.total / self.samples).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -81,36 +81,37 @@ class SampleMean(Metric):
 
 
 class Learner(LightningModule, ABC):
-    """A backbone that trains. Abstract.
+    """A LightningModule that trains a backbone. Abstract.
 
-    Hyper-parameters are kept as plain data, so that a checkpoint loads with ``weights_only=True``, and without the file
-    that a warm start came from.
+    Hyper-parameters are saved as built-in types, so that a checkpoint loads with ``weights_only=True``, and without
+    needing the file of pre-trained weights that the run started from.
 
-    A scheduler that sets the rates itself, as `OneCycleLR` does from its ``max_lr``, has its rates scaled as those of
-    the optimiser are.
+    The rates of a scheduler that sets them itself, as `OneCycleLR` does from its ``max_lr``, are scaled like the
+    optimiser's.
 
     Args:
         backbone: A timm name, the arguments of a `Backbone`, or a `Backbone`.
-        optimizer: Makes an optimiser of the parameters that train; None is AdamW with learning rate 1e-3.
+        optimizer: Makes an optimiser of the trained parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
-        lr_batch: Images a step for which the optimiser's learning rate is meant. The rate is scaled linearly to those
-            that a step has, over all processes and accumulated batches (Goyal et al. 2017, arXiv 1706.02677, section
-            2.1), and the factor is logged. None takes it as it is.
+        lr_batch: Batch size (images per step) that the optimiser's learning rate is meant for. The rate is scaled
+            linearly to the actual number of images per step, over all processes and accumulated batches (Goyal et al.
+            2017, arXiv 1706.02677, section 2.1), and the factor is logged. None does not scale it.
         lr_interval: ``epoch`` steps the scheduler once an epoch, ``step`` after each step of the optimiser.
 
     Attributes:
-        lr: The learning rate in place of the optimiser's own, and of its scaling by ``lr_batch``; None is neither.
-            Lightning's learning rate finder sets it.
-        class_names: What the datamodule that the learner was trained on calls its classes; None as long as unknown.
-        preprocessing: How it makes images ready: ``mean``, ``std``, ``input_size`` and more, in timm's words.
+        lr: A learning rate that replaces the optimiser's own and its scaling by ``lr_batch``, as set by Lightning's
+            learning-rate finder; None keeps them.
+        class_names: Class names of the datamodule that the learner was trained on; None while unknown.
+        preprocessing: Image preprocessing of that datamodule: ``mean``, ``std``, ``input_size`` and more, under timm's
+            names.
 
     Raises:
         ValueError: ``lr_batch`` is below 1; ``lr_interval`` is unknown, or there is no scheduler for it; a scheduler
-            undoes what the other options make of the learning rate.
+            would undo the factors of the learning rate.
         FloatingPointError: In training, when the loss is not finite.
     """
 
-    # What `log_mean` logs, each under train/, val/ and test/.
+    # The numbers that `log_mean` logs, each under train/, val/ and test/.
     logged: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(
@@ -145,14 +146,14 @@ class Learner(LightningModule, ABC):
         self._numbers_before: dict[str, Any] = {}
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
-        """Compare what a datamodule says of classes and images with what the learner was trained on."""
+        """Compare a datamodule's class names and preprocessing with those that the learner was trained on."""
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as Lightning does, but a file from another machine as data alone unless ``weights_only=False`` is given.
+        """Load as Lightning does, but a file from another machine as data only unless ``weights_only=False`` is given.
 
         Raises:
-            ValueError: A file is damaged; or this version of Lightning would run what is in one from another machine.
+            ValueError: The file is damaged, or is on another machine and this version of Lightning would run its code.
         """
         if "://" in str(checkpoint_path):
             if "weights_only" not in inspect.signature(super().load_from_checkpoint).parameters:
@@ -166,16 +167,16 @@ class Learner(LightningModule, ABC):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what classes and images are like, and what a run needs to go on within an epoch."""
+        """Save class names, preprocessing, and the state that resuming within an epoch needs."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        if "loops" in checkpoint:  # and not weights alone
+        if "loops" in checkpoint:  # absent when only weights are saved
             means = {name: mean.metric_state for name, mean in self._means_of("train")}
             checkpoint[_PROCESSES] = states_of_processes(self.trainer, {"means": means})
             checkpoint[_TRAINED] = trained(self)
             checkpoint[_NUMBERS] = last_numbers(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what the checkpoint says of classes and images, and compare the datamodule with it."""
+        """Load class names and preprocessing from the checkpoint, and compare the datamodule with them."""
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -196,18 +197,18 @@ class Learner(LightningModule, ABC):
         Args:
             name: One of ``logged``, after ``train/``, ``val/`` or ``test/``.
             values: A number for each sample of this batch, ``(N,)``, or their mean.
-            samples: How many samples this batch has.
+            samples: Number of samples in this batch.
         """
         mean: Any = self.means[name]
         mean.update(values, samples)
         self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True)
 
     def lr_factor(self, group: dict[str, Any]) -> float:
-        """What the learning rate of one of the optimiser's groups of parameters is multiplied by."""
+        """The factor of the learning rate of one of the optimiser's parameter groups."""
         return self._lr_factor
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimiser is made of: the parameters that require a gradient, or groups of them."""
+        """The optimiser's parameters, or parameter groups: all that require a gradient."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
@@ -229,7 +230,7 @@ class Learner(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _check_scheduler(self, optimizer: torch.optim.Optimizer, factors: list[float]) -> None:
-        """Refuse a scheduler that would undo what this module makes of the learning rate."""
+        """Refuse a scheduler that would undo the factors of the learning rate."""
         assert self._lr_scheduler is not None
         if self.lr is not None and not follows_rates(self._lr_scheduler, optimizer):
             raise ValueError(
@@ -244,11 +245,11 @@ class Learner(LightningModule, ABC):
             )
 
     def _tuned(self) -> tuple[Any, ...]:
-        """What callbacks may change at the start of a run, and the optimiser depends on."""
+        """The values that callbacks may change at the start of a run and that the optimiser depends on."""
         return self.lr, self._lr_batch and _images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse to be one of several trainings that were meant to be one, and learn what the data are like."""
+        """Refuse processes that would train independently, and read class names and preprocessing of the data."""
         check_launched(self.trainer)
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
@@ -256,9 +257,9 @@ class Learner(LightningModule, ABC):
             self.class_names, self.preprocessing = names or self.class_names, images or self.preprocessing
 
     def on_fit_start(self) -> None:
-        """Log how many parameters train, of how many, and by how much the learning rate was scaled.
+        """Log the numbers of trained and of all parameters, and the factor of the learning rate.
 
-        Callbacks have their turn before, and those that look for a learning rate or a batch size leave a new one: the
+        Callbacks run before this hook, and Lightning's finders of learning rate and batch size set a new value: the
         optimiser is then made anew.
         """
         if self._configured_for != self._tuned():
@@ -276,12 +277,12 @@ class Learner(LightningModule, ABC):
         restore_numbers(self.trainer, self._numbers_before)
 
     def on_fit_end(self) -> None:
-        """Forget the run that was resumed, which may have had nothing left to train."""
+        """Forget the state of the resumed run, which remains if there was nothing left to train."""
         self._numbers_before = {}
 
     def on_train_start(self) -> None:
-        """Go on with what a run which is resumed had stopped before, with what it trained and its random numbers."""
-        # Once more: a sanity check has them forgotten, and some strategies load a checkpoint after the fit has started.
+        """Restore the progress, the trained parameters and the random state of a resumed run."""
+        # Once more: the sanity check resets them, and some strategies load a checkpoint after the fit has started.
         restore_numbers(self.trainer, self._numbers_before)
         take_up_before_validation(self.trainer)
         train_as_before(self, self._trained_before)
@@ -290,11 +291,11 @@ class Learner(LightningModule, ABC):
             self._processes = [state_of_process(self.trainer, self._processes)]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Go on with the means of the epoch, where it is resumed within one."""
+        """Restore the epoch's means in a run that is resumed within the epoch."""
         self._resume_means(batch_idx > 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of an epoch that is resumed after its last batch."""
+        """Log the means of an epoch in a run that is resumed after its last batch."""
         if self._processes:
             self._resume_means(True)
             for name, mean in self._means_of("train"):
@@ -312,19 +313,19 @@ class Learner(LightningModule, ABC):
         return [(name, self.means[f"{split}/{name}"]) for name in self.logged]
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Stop at a loss that is not finite; off the CPU look only where a step is logged, since looking waits."""
+        """Raise if the loss is not finite; on an accelerator only at logged steps, since reading it synchronises."""
         logs_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (may_look(loss) or self.global_step % logs_every == 0) and not torch.isfinite(loss):
             raise FloatingPointError(_not_finite(self.trainer, loss))
 
 
-# Under which a checkpoint has what each process needs to go on.
+# Key of the checkpoint for the state that each process needs to resume.
 _PROCESSES = "processes"
-# Under which it has whether each parameter trained.
+# Key for whether each parameter was trained.
 _TRAINED = "trained"
-# Under which it has what was logged last.
+# Key for the last logged values.
 _NUMBERS = "numbers"
-# Hyper-parameters of a run, which a checkpoint's model does not depend on.
+# Hyper-parameters of the run that the model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 
 
@@ -336,10 +337,10 @@ def _check_interval(interval: str, scheduler: LRSchedulerCallable | None) -> Non
 
 
 def check_launched(trainer: Trainer) -> None:
-    """Refuse a Trainer that knows of fewer processes than were launched: each of them would train by itself.
+    """Refuse a Trainer whose world size is below the number of launched processes: they would train independently.
 
     Raises:
-        ValueError: It does.
+        ValueError: The world size is smaller.
     """
     by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     launched = int(os.environ["WORLD_SIZE"]) if by_torchrun else trainer.world_size
@@ -351,7 +352,7 @@ def check_launched(trainer: Trainer) -> None:
 
 
 def _described(data: Any) -> tuple[list[str] | None, dict[str, Any] | None]:
-    """What a datamodule calls its classes, unless those are mere numbers, and how it makes images ready."""
+    """A datamodule's class names, unless they are only numbers, and its image preprocessing."""
     names, images = getattr(data, "class_names", None), getattr(data, "preprocessing", None)
     named = [str(name) for name in names or ()]
     numbered = named == [str(label) for label in range(len(named))]
@@ -359,7 +360,7 @@ def _described(data: Any) -> tuple[list[str] | None, dict[str, Any] | None]:
 
 
 def _images_a_step(trainer: Trainer) -> int:
-    _ = trainer.estimated_stepping_batches  # has the loader made, which it is not before the first epoch
+    _ = trainer.estimated_stepping_batches  # creates the loader, which does not exist before the first epoch
     size = getattr(trainer.train_dataloader, "batch_size", None)
     if size is None:
         raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")

@@ -1,4 +1,4 @@
-"""A classifier whose backbone trains in part: frozen tensors stay as they are, tuned ones are saved as a delta."""
+"""A classifier whose backbone is trained in part: frozen tensors do not change, tuned tensors are saved as a delta."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 class PartlyFrozen(Classifier):
-    """A classifier whose head and chosen layers of the backbone train, while the rest is frozen. Abstract.
+    """A classifier of which the head and chosen layers of the backbone are trained, the rest frozen. Abstract.
 
-    What is frozen neither gets gradients nor updates its running statistics: it stays in eval mode, and no callback
-    that averages weights changes it. At the start of a run a table says how many parameters train.
+    Frozen layers get no gradients and do not update their running statistics: they stay in eval mode, and callbacks
+    that average weights leave them unchanged. At the start of a run a table of trained and frozen parameters is logged.
 
     Args:
         checkpoint: File with the pre-trained weights of the backbone; see `Backbone.load`.
         train: ``none``, ``all``, or names and patterns; see `choose`.
-        allow_random: Run on a backbone that is not pre-trained, or frozen parameters that no file gave.
-        **options: Those of `Classifier`.
+        allow_random: Allow a backbone that is not pre-trained, and frozen parameters that no file provided.
+        **options: Arguments of `Classifier`.
 
     Attributes:
-        chosen: What of the backbone trains.
-        head: What maps its features to logits.
+        chosen: Layers and parameters of the backbone that are trained.
+        head: Maps the backbone's features to logits.
 
     Raises:
-        ValueError: As `choose`; in ``fit``: a random backbone, callbacks that decide which layers train, or frozen
-            tensors that something changed.
+        ValueError: As `choose`; in ``fit``: a random backbone, callbacks that change which layers are trained, or
+            frozen tensors that were changed.
     """
 
     head: nn.Module
@@ -60,9 +60,9 @@ class PartlyFrozen(Classifier):
         check_adapters(train, self.backbone.adapters, self.backbone.net)
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would decide which layers train.
+        """Refuse callbacks that change which layers are trained.
 
-        Lightning's warning of modules in eval mode is silenced, since they are to be.
+        Lightning's warning about modules in eval mode is silenced, since frozen layers belong there.
         """
         super().setup(stage)
         if stage == "fit":
@@ -70,7 +70,7 @@ class PartlyFrozen(Classifier):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_fit_start(self) -> None:
-        """Record the frozen tensors, and show and log how many parameters train."""
+        """Record the frozen tensors, and log how many parameters are trained."""
         super().on_fit_start()
         self.chosen.check(self.backbone.net)
         if not self.allow_random:
@@ -85,34 +85,34 @@ class PartlyFrozen(Classifier):
         self._frozen = Frozen()
 
     def on_train_epoch_start(self) -> None:
-        """See that what is frozen still is; a callback may have averaged it or reset its statistics."""
+        """Restore the frozen tensors: a callback may have averaged them or reset their statistics."""
         self._frozen.restore(self)
 
     def on_validation_epoch_start(self) -> None:
-        """See that what is frozen still is; a callback may have put an average in its place."""
+        """Restore the frozen tensors: a callback may have replaced them by an average."""
         self._frozen.restore(self)
 
     def on_train_end(self) -> None:
-        """See that what is frozen still is, in the weights that a callback leaves at the end too."""
+        """Restore the frozen tensors in the weights that a callback sets at the end of training."""
         self._frozen.restore(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is frozen as it was loaded, whatever a callback made of it."""
+        """Save the frozen tensors as they were loaded, even if a callback changed them."""
         super().on_save_checkpoint(checkpoint)
         self._frozen.restore_in(checkpoint["state_dict"])
 
     def on_fit_end(self) -> None:
-        """Leave ``delta.safetensors`` beside the checkpoints; of a run without a step ``last.ckpt`` too.
+        """Write ``delta.safetensors`` beside the checkpoints; after a run without a step ``last.ckpt`` too.
 
         Raises:
-            ValueError: Something changed what is frozen.
+            ValueError: Frozen tensors have changed.
         """
         super().on_fit_end()
         trainer: Any = self.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         state = trainer.strategy.lightning_module_state_dict()
         self._frozen.check(self._tuned_and_frozen(state)[1])
-        if folder and trainer.global_step == 0:  # of which Lightning saves nothing
+        if folder and trainer.global_step == 0:  # Lightning saves no checkpoint of such a run
             trainer.save_checkpoint(Path(folder) / "last.ckpt")
         if folder and trainer.is_global_zero and not trainer.fast_dev_run:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -127,36 +127,36 @@ class PartlyFrozen(Classifier):
         return self
 
     def parameter_table(self) -> str:
-        """Counts of trained and of all parameters: of the head, of each tuned layer, of the rest, and together."""
+        """A table of trained and of all parameters: head, each tuned layer, rest of the backbone, total."""
         head, rest = list(self.head.parameters()), list(self.backbone.parameters())
         return parameter_table({"head": head, **self.chosen.rows(self.backbone.net), "rest of the backbone": rest})
 
     def save_delta(
         self, path: str | Path, class_names: list[str] | None = None, state: dict[str, Tensor] | None = None
     ) -> None:
-        """Save what was tuned, the classifier included, with the base's name and fingerprint.
+        """Save the tuned tensors, the classifier included, with the base's name and fingerprint.
 
-        The fingerprint is that of the frozen tensors, since the delta replaces the others. Adapters are in the delta
-        whether they train or not, since no file of the base has them.
+        The fingerprint is computed from the frozen tensors, since the delta replaces all others. Adapters are always in
+        the delta, trained or frozen, since no file of the base has them.
 
         Args:
             path: File to write, ``.safetensors``.
-            class_names: Names of the classes, in the order of their labels; None is as it is known of the data.
-            state: The state of this module, where its own is spread over processes.
+            class_names: Names of the classes, in the order of their labels; None takes the datamodule's names.
+            state: The state of this module, where its own is sharded over processes.
 
         Raises:
-            ValueError: The file's name ends in something else.
+            ValueError: The file's name has another suffix.
         """
         tensors, frozen = self._of_delta(state)
         names = self.class_names if class_names is None else class_names
         delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
 
     def load_delta(self, path: str | Path) -> None:
-        """Put tuned layers and classifier in place.
+        """Load tuned layers and classifier from a delta.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: The file is no delta, a damaged one, or one of other knobs or another base.
+            ValueError: The file is no delta, a damaged one, or a delta of other options or of another base.
         """
         facts = delta.facts(path)
         self.load_state_dict(delta.load(path, *self._of_delta(), self._facts()), strict=False)
@@ -170,20 +170,20 @@ class PartlyFrozen(Classifier):
         pretrained: bool = False,
         strength: float = 1.0,
     ) -> Self:
-        """The fine-tuned model of a delta and of the weights it was tuned on, in ``checkpoint`` or timm's own.
+        """The fine-tuned model made of a delta and of its base weights, from ``checkpoint`` or timm.
 
         Args:
             path: The delta.
             checkpoint: File of the base; see `Backbone`.
-            pretrained: Take the base from timm.
-            strength: How far the tuned layers go from the base's weights to the delta's: ``base + strength * (delta -
-                base)``, which between 0 and 1 often keeps more of what the base knows (Wortsman et al. 2022, arXiv
-                2109.01903, section 3). The head is the delta's.
+            pretrained: Take the base weights from timm.
+            strength: Interpolates the tuned layers between base and delta: ``base + strength * (delta - base)``. Values
+                between 0 and 1 are often more robust to distribution shift (Wortsman et al. 2022, arXiv 2109.01903,
+                section 3). The head is always the delta's.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: The file is no delta, a damaged one, or the base is another one; ``strength`` is not from 0 to
-                1, or below 1 for adapters.
+            ValueError: The file is no delta, a damaged one, or a delta of another base; ``strength`` is outside 0..1,
+                or below 1 for adapters.
         """
         facts = delta.facts(path)
         delta.check_strength(strength, facts)
@@ -196,11 +196,11 @@ class PartlyFrozen(Classifier):
         return model.eval()
 
     def save_for_timm(self, path: str | Path) -> tuple[str, dict[str, Any]]:
-        """Merge base and tuned layers into one file, and return what `timm.create_model` takes to load it.
+        """Merge base and tuned layers into one file, and return the arguments of `timm.create_model` that load it.
 
-        After training, or of a delta, those arguments say how images are made ready, so that
-        `timm.data.resolve_model_data_config` of the network does as the datamodule did, and what the classes are. With
-        ``skip_from`` the classifier is left out, since timm's networks have no skip connection to it.
+        After training, or from a delta, these arguments include the class names and the image preprocessing, so that
+        `timm.data.resolve_model_data_config` of the network returns the datamodule's preprocessing. With ``skip_from``
+        the classifier is left out, since timm's networks have no skip connection to it.
 
         Raises:
             ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;
@@ -217,18 +217,18 @@ class PartlyFrozen(Classifier):
         return choose(self.backbone, net, train).paths(self, net) == self.chosen.paths(self, net)
 
     def _tuned_and_frozen(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The state's tensors that are tuned, and those that are frozen."""
+        """The tuned and the frozen tensors of the state."""
         tuned = {"head", *self.chosen.paths(self, self.backbone.net)}
         return delta.split(self.state_dict() if state is None else state, tuned)
 
     def _of_delta(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The state's tensors that a delta keeps, adapters that do not train included, and those of its base."""
+        """The state's tensors that a delta keeps, frozen adapters included, and the tensors of its base."""
         tuned, frozen = self._tuned_and_frozen(state)
         adapters, base = delta.split(frozen, (f"backbone.net.{path}" for path in self.backbone.adapters))
         return tuned | adapters, base
 
     def _facts(self) -> dict[str, Any]:
-        # The command line has Lightning keep more than these in the hyper-parameters.
+        # Under the command line Lightning keeps further entries in the hyper-parameters.
         kept = {name: self.hparams[name] for name in sorted(kept_by_deltas(type(self))) if name in self.hparams}
         data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
         return {"base": self.backbone.spec, "knobs": kept, **data}

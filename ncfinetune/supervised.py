@@ -1,4 +1,4 @@
-"""Supervised pre-training: a backbone, a projection and a linear classifier, all of it trained."""
+"""Supervised pre-training of a backbone, a projection and a linear classifier."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class Supervised(Classifier):
             2006.07322, section 2), which weighs the true class by ``mse_weight`` and aims it at ``mse_target``.
         label_smoothing: Share of the target that cross-entropy spreads over all classes in training; see `Classifier`.
         class_weight: Weights of the classes in the training loss, or ``balanced``; see `Classifier`.
-        mse_weight: Their k.
-        mse_target: Their M; they take k = M = 1 for few classes, 15 and 30 for the thousand of ImageNet.
+        mse_weight: k of Hui and Belkin.
+        mse_target: M of Hui and Belkin, who take k = M = 1 for few classes, and 15 and 30 for ImageNet's 1,000.
         projection: Head between backbone and classifier: ``none``, ``linear`` or ``mlp``.
-        projection_dim: Its width; None is that of the features.
-        adversary: Trains on adversarial examples instead of the images. Without a ``mean`` and ``std`` of its own it
-            takes those of the data.
-        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1]; that
-            of the head is the optimiser's own. See `Classifier`.
+        projection_dim: Width of the projection; None is the width of the features.
+        adversary: Trains on adversarial examples instead of the images. Without ``mean`` and ``std`` it takes those of
+            the datamodule.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the layer before it, in (0, 1]; the
+            head has the optimiser's learning rate. See `Classifier`.
         optimizer: Makes an optimiser of all parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
-        lr_batch: Images a step for which the learning rate is meant; it is scaled linearly to those that a step has.
-            None takes it as it is.
+        lr_batch: Batch size (images per step) that the learning rate is meant for; the rate is scaled linearly to the
+            actual batch size. None does not scale it.
         lr_interval: Whether the scheduler is stepped once an ``epoch`` or after each ``step``.
 
     Raises:
-        ValueError: An option out of its range, options that exclude each other, or data that do not say how they
-            are normalised although ``adversary`` needs it.
+        ValueError: An option out of its range, options that exclude each other, or a datamodule without ``mean`` and
+            ``std`` where ``adversary`` needs them.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Supervised(Classifier):
 
     @property
     def penultimate(self) -> Backbone:
-        """The module whose output are the features that collapse is measured on, whatever the projection."""
+        """The module whose output collapse is measured on, whatever the projection."""
         return self.backbone
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +108,10 @@ class Supervised(Classifier):
         return one_hot_mse(logits, labels, self.mse_weight, self.mse_target, weight)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the outputs above 0 over their sum.
+        """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the positive outputs divided by their sum.
 
-        Squared error makes the outputs themselves estimates of the probabilities, times ``mse_target``. Where none is
-        above 0, the largest has it all.
+        With squared error the outputs themselves estimate the probabilities times ``mse_target``. If no output is
+        positive, the largest one gets probability 1.
         """
         if self.loss_name == "ce":
             return super().probabilities(logits)
@@ -121,14 +121,14 @@ class Supervised(Classifier):
         return torch.where(total > 0, kept / total, largest)
 
     def setup(self, stage: str) -> None:
-        """Refuse data with another number of classes, and ask it how it is normalised."""
+        """Refuse data with another number of classes, and read its normalisation."""
         super().setup(stage)
         if self.adversary is not None and self.adversary.std is None:
             mean, std = _normalisation(getattr(self.trainer, "datamodule", None))
             self._attack = dataclasses.replace(self.adversary, mean=mean, std=std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of the batch, or of what the adversary makes of it."""
+        """The loss of the batch, or of its adversarial examples."""
         if self._attack is not None:
             images, labels = batch[0], whole(batch[1])
             batch = self._attack(self, images, labels), labels
@@ -147,11 +147,11 @@ def _check_loss(loss: str, label_smoothing: float, mse_weight: float, mse_target
 
 
 def _normalisation(data: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, by which a datamodule normalises pixels in 0..1."""
+    """Mean and standard deviation of each channel with which a datamodule normalises pixels in 0..1."""
     mean, std = getattr(data, "mean", None), getattr(data, "std", None)
     if mean is None or std is None:
         raise ValueError(
-            "the adversary works in units of pixels, and the data do not say by which mean and std they are "
-            "normalised; give PGD(mean=..., std=...), [0] and [1] where they are not"
+            "the adversary works in units of pixels in 0..1, but the datamodule has no mean and std of the "
+            "normalisation; give PGD(mean=..., std=...), with [0] and [1] for images that are not normalised"
         )
     return [float(v) for v in mean], [float(v) for v in std]

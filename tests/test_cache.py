@@ -320,7 +320,7 @@ def test_run_after_a_cached_one_has_nothing_to_say_of_the_cache(
 
 def test_all_layers_trained_leave_nothing_to_cache() -> None:
     with pytest.raises(
-        ValueError, match="cache='disk' keeps the outputs of frozen layers, and with train=\"all\" there are"
+        ValueError, match="cache='disk' stores the outputs of frozen layers, and with train=\"all\" there are"
     ):
         _model(train="all", cache="disk")
 

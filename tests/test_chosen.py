@@ -110,7 +110,7 @@ class Tied(nn.Module):
 
 def test_a_shared_parameter_trains_only_where_all_its_paths_are_named() -> None:
     network = Tied()
-    with pytest.raises(ValueError, match=r"layer 'one.weight' shares a parameter with others of the network, 'two.w"):
+    with pytest.raises(ValueError, match=r"layer 'one.weight' shares a parameter with other layers, 'two.w"):
         choose(network, network, "one.weight")
     chosen = choose(network, network, ["one.weight", "two.weight"])
     assert [list(map(id, tensors)) for tensors in chosen.tensors(network).values()] == [[id(network.one.weight)]] * 2

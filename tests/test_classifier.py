@@ -155,11 +155,8 @@ def test_a_datamodule_may_say_the_counts_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Counted(None), r'class_weight="balanced" needs the labels of all training images, and the data do not say'),
-        (
-            Digits([0, 1, 2], sampling="balanced"),
-            'class_weight="balanced" and data that draw images by weights, as sampling',
-        ),
+        (Counted(None), r'class_weight="balanced" needs the labels of all training images: expected class_counts'),
+        (Digits([0, 1, 2], sampling="balanced"), 'class_weight="balanced" with images sampled by weights, as sampling'),
         (Counted([1, 2]), r"expected class_counts of 3 classes, got shape \(2,\)"),
         (DataLoader(TensorDataset(torch.zeros(2, 1, 16, 16), torch.tensor([0, 3]))), r"labels in 0..2 .*got \[3\]"),
     ],
@@ -219,7 +216,7 @@ def test_counting_takes_no_random_numbers_from_the_run(tmp_path: Path) -> None:
     ids=["datamodule", "sampler"],
 )
 def test_uneven_classes_are_made_up_for_once(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='class_weight="balanced" and data that draw images by weights, as sampling='):
+    with pytest.raises(ValueError, match='class_weight="balanced" with images sampled by weights, as sampling='):
         _trainer(tmp_path).fit(Supervised(3, VIT, class_weight="balanced"), data)
     given = Supervised(3, VIT, class_weight=WEIGHTS)
     _trainer(tmp_path, max_steps=1).fit(given, data)
@@ -404,7 +401,9 @@ def test_rates_of_a_fine_tuner_are_of_what_trains_and_times_that_of_the_head(
 
 
 def test_depth_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match='layer_decay=0.5 is for layers that train, and with train="none" only the'):
+    with pytest.raises(
+        ValueError, match='layer_decay=0.5 is for trained layers of the backbone, and with train="none" th'
+    ):
         FineTuner(3, VIT, layer_decay=0.5)
 
 
@@ -475,6 +474,6 @@ def test_a_run_goes_on_with_the_factors_that_its_optimiser_has(name: str, tmp_pa
         return trainer
 
     fit(0.5, 1).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=f"cannot go on with a run of {name}=0.5 as one of {name}=0.8, since its opt"):
+    with pytest.raises(ValueError, match=f"cannot resume a run of {name}=0.5 with {name}=0.8, since the saved opt"):
         fit(0.8, 2, ckpt_path=tmp_path / "a.ckpt")
     assert fit(0.5, 2, ckpt_path=tmp_path / "a.ckpt").optimizers[0].param_groups[-1]["name"] == "head"

@@ -171,7 +171,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytes
     assert "--ckpt_path is a checkpoint of another model: Error(s) in loading state_dict for Supervised" in error
     words = ["--model", "FineTuner", *PIECES[2:], "--trainer.max_epochs", "2"]
     error = _refusal(capsys, "fit", *QUIET, *words, "--ckpt_path", checkpoint)
-    assert "a FineTuner cannot go on with the run of another learner; to start from its weights, give the file" in error
+    assert "a FineTuner cannot resume the run of another learner; to start from its weights, give the file" in error
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

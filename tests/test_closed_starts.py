@@ -140,7 +140,7 @@ def test_start_is_made_of_plain_images_and_said(tmp_path: Path, caplog: pytest.L
             trainer_in(tmp_path, max_epochs=0).fit(model, _data(augmentation=augmentation))
         heads.append(model.head.weight)
     assert torch.equal(*heads)
-    assert "classifier: starts as ridge of the training images without augmentation" in caplog.text
+    assert "classifier: initialised as ridge of the training images without augmentation" in caplog.text
 
 
 class Compared(Callback):

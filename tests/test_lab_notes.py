@@ -15,9 +15,9 @@ NOTES = {
     "bitfit": ("layer", "*.bias"),
     "norm": ("layer", "17 layers"),
     "film": ("layer", "*bn*.weight"),
-    "ridge": ("linear_probe", "classifier: starts as ridge"),
-    "ridge_start": ("scl", "classifier: starts as ridge"),
-    "etf": ("layer", "classifier: starts as etf"),
+    "ridge": ("linear_probe", "classifier: initialised as ridge"),
+    "ridge_start": ("scl", "classifier: initialised as ridge"),
+    "etf": ("layer", "classifier: initialised as etf"),
     "lora": ("layer", "16 layers"),
 }
 

@@ -76,7 +76,7 @@ def test_a_network_that_no_file_gave_is_refused_whatever_peft_calls_its_layers(t
     for network in (saved, NETWORKS["all linear layers"]):
         plain = Backbone(**VIT)
         assert Backbone(**network).random.keys() == plain.random.keys()
-        with pytest.raises(ValueError, match="the backbone is at its random start, with nothing to fine-tune"):
+        with pytest.raises(ValueError, match="the backbone has random weights, so there is nothing to fine-tune"):
             trainer_in(tmp_path).fit(FineTuner(3, network, train="*lora_*"), data)
 
 
@@ -139,7 +139,7 @@ def test_a_run_goes_on_and_its_delta_gives_the_model_again(tmp_path: Path, data:
         other.load_delta(tmp_path / "delta.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:the adapters of lora do not train")
+@pytest.mark.filterwarnings("ignore:the adapters of lora are frozen")
 @pytest.mark.parametrize("train", ["none", "blocks.3", "*lora_B*"])
 def test_deltas_have_adapters_that_do_not_train(train: str, tmp_path: Path) -> None:
     model = _adapted(NETWORKS["ViT"], tmp_path, train)
@@ -150,9 +150,7 @@ def test_deltas_have_adapters_that_do_not_train(train: str, tmp_path: Path) -> N
 
 
 def test_adapters_that_no_layer_trains_are_told_of() -> None:
-    with pytest.warns(
-        UserWarning, match="the adapters of lora do not train, since train=.none. names none of them; tr"
-    ):
+    with pytest.warns(UserWarning, match="the adapters of lora are frozen, since train=.none. names none of them; tr"):
         FineTuner(3, NETWORKS["ViT"])
 
 

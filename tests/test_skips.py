@@ -147,7 +147,7 @@ def test_without_a_clear_gain_there_is_no_skip_connection(
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"skip_join": "pad"}, "chooses layers by features side by side, and skip_join='pad' adds them; say"),
+        ({"skip_join": "pad"}, "chooses layers by concatenated features, and skip_join='pad' adds them; give"),
         ({"max_skips": 0}, "expected max_skips of at least 1, got 0"),
         ({"skip_from": "layer3.0", "max_skips": 2}, 'max_skips=2 is for skip_from="auto"; leave it out, or name that'),
     ],

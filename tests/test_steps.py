@@ -187,8 +187,8 @@ MULTI_HOT = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]])
 
 def test_multi_hot_labels_are_refused() -> None:
     message = (
-        r"expected labels \(N, K\) to be probabilities of classes, whose rows sum to 1, got a row that sums to 2; each "
-        r"image is of one class here, and labels of several classes at once \(multi-label data\) are not supported"
+        r"expected labels \(N, K\) to be class probabilities whose rows sum to 1, got a row that sums to 2; "
+        r"multi-label data, in which an image has several classes, are not supported"
     )
     with pytest.raises(ValueError, match=message):
         _trainer().fit(_frozen(FineTuner), _labelled(MULTI_HOT))
