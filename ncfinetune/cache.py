@@ -1,4 +1,4 @@
-"""The frozen layers' part of training, done once: what they make of each image stands for the image from then on."""
+"""A cache of the frozen layers' outputs, which then replace the images in training and validation batches."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 
 Place = Literal["none", "memory", "disk"]
-# Images that are drawn again and again to see whether they change, and that are run to try a cut.
+# Images that are loaded several times to see whether they change, and images that are run to test a cut.
 _SAMPLES, _TRIED = 8, 4
 _RANDOM = (
-    "the cache stores what the frozen layers make of each training image once, but these differ each time they are "
-    "drawn (random augmentation); train without augmentation, or without the cache"
+    "the cache stores the frozen layers' output for each training image once, but the images differ each time they are "
+    "loaded (random augmentation); train without augmentation, or without the cache"
 )
 
 
 class PrefixCache(Callback):
-    """Runs what precedes the tuned layers over the images of a datamodule once, and lets training start from there.
+    """Runs the frozen layers over the images of a datamodule once, and stores their outputs for training.
 
-    While a run lasts the datamodule's loaders of training and validation images give `Stored` values in place of
-    images, in the same order and batches: the prefix of a `Split`. Validation keeps its images if a frozen layer has a
-    hook, as of a callback that measures it. This is a callback itself for the sake of runs that break off.
+    During a run the datamodule's training and validation loaders yield `Stored` values, outputs of the prefix of a
+    `Split`, in place of images, in the same order and batches. Validation keeps its images if a frozen layer has a
+    hook, such as the hook of a callback that measures it. It is a callback so that `on_exception` restores the loaders.
 
     Args:
-        place: ``memory`` or ``disk``; with ``none`` images stay images.
-        folder: Where files go.
-        split: The network, which is cut while a run lasts.
+        place: ``memory`` or ``disk``; ``none`` stores nothing.
+        folder: Folder for the files of ``disk``.
+        split: The network, which is cut during a run.
     """
 
     def __init__(self, place: Place, folder: str, split: Split) -> None:
@@ -52,10 +52,10 @@ class PrefixCache(Callback):
         self._train_rows: DataLoader[Any] | None = None
 
     def fill(self, trainer: Trainer, module: LightningModule, frozen: Mapping[str, Tensor]) -> None:
-        """Store what the frozen layers make of the images, and let the datamodule give that.
+        """Store the frozen layers' outputs for all images, and replace the datamodule's loaders.
 
         Raises:
-            ValueError: The training images are random, or the network can't go on from its tuned layers alone.
+            ValueError: The training images are random, or the network cannot be run from its first tuned layer on.
             OSError: The disk is full.
         """
         if self.place == "none":
@@ -79,11 +79,11 @@ class PrefixCache(Callback):
         _forget_loaders(trainer)
 
     def _validation(self, loader: Any) -> dict[str, DataLoader[Any]]:
-        """The loader of validation images, where what is stored can stand for them; says so where it cannot."""
+        """The loader of validation images if stored values can replace them; otherwise logs why they cannot."""
         if not isinstance(loader, DataLoader):
             reason = "come from several loaders or from none"
-        elif self._split.is_heard():
-            reason = "run through all layers, since a hook listens to a frozen one"
+        elif self._split.has_foreign_hook():
+            reason = "run through all layers, since a frozen layer has a hook"
         else:
             return {"val": in_order(loader)}
         if loader != []:
@@ -91,22 +91,22 @@ class PrefixCache(Callback):
         return {}
 
     def train_rows(self, trainer: Trainer, purpose: str) -> DataLoader[Any]:
-        """Training images as they are evaluated, or while a run lasts what is stored of them, in a fixed order.
+        """Training images without augmentation in a fixed order; during a run the stored values of them.
 
         Raises:
-            ValueError: The trainer has no datamodule that offers them.
+            ValueError: The trainer has no datamodule with a ``train_plain_dataloader``.
         """
         return plain_loader(trainer, purpose) if self._train_rows is None else self._train_rows
 
     def drop(self) -> None:
-        """Give the datamodule its images back, and forget what was stored."""
+        """Restore the datamodule's loaders of images, and free the stored values."""
         if self._undo is not None:
             self._undo()
         self._undo = self._train_rows = None
         self._split.join()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the datamodule its images back."""
+        """Restore the datamodule's loaders of images."""
         self.drop()
 
     def _cut(self, images: Tensor) -> str:
@@ -143,11 +143,11 @@ class PrefixCache(Callback):
 def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: DataLoader[Any]) -> None:
     """Refuse training images that differ from the plain ones, or from one epoch to the next.
 
-    The datamodule is asked whether it ``augments``, if it can tell. Whatever it says, some images, spread over the data
-    set, are drawn three times as training sees them and once as evaluation does.
+    The datamodule's attribute ``augments`` is read if it has one. Whatever it says, some images, spread over the data
+    set, are loaded three times with the preprocessing of training and once with that of evaluation.
 
     Raises:
-        ValueError: They differ, and so one stored value cannot stand for an image.
+        ValueError: They differ, so that one stored value cannot replace an image.
     """
     if not isinstance(train, DataLoader) or _samples(train) != _samples(plain):
         raise ValueError("the cache needs a train_dataloader() over the same images as train_plain_dataloader()")
@@ -180,10 +180,11 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
-    """Fingerprint of a data set and of what is done to its images.
+    """Fingerprint of a data set and of its preprocessing.
 
-    Of image files the paths, labels, sizes and times of change count (as in the ``samples`` of torchvision's folders),
-    of anything else every sample; and in both cases some images as evaluation sees them.
+    For image files (a data set with ``samples``, as torchvision's folders have) it is computed from paths, labels,
+    sizes and modification times, for other data sets from every sample; in both cases also from some preprocessed
+    images.
     """
     digest = hashlib.sha256(str(_samples(loader)).encode())
     files = _files(loader.dataset)
@@ -208,9 +209,9 @@ def _files(dataset: Any) -> list[tuple[str, int]] | None:
 
 
 def replace_loaders(data: Any, stored: Mapping[str, StoredSet]) -> Callable[[], None]:
-    """Let the datamodule give what is stored of ``train`` and ``val`` images; returns what undoes it.
+    """Make the datamodule's loaders yield stored values of ``train`` and ``val``; returns a function that undoes it.
 
-    Its treatment of batches on the device is for images only.
+    The datamodule's batch-transfer hooks then leave stored values unchanged.
     """
     new: dict[str, Any] = {
         f"{split}_dataloader": _constant(split_set.loader_like(getattr(data, f"{split}_dataloader")()))
@@ -229,7 +230,7 @@ def replace_loaders(data: Any, stored: Mapping[str, StoredSet]) -> Callable[[], 
 
 
 def _forget_loaders(trainer: Trainer) -> None:
-    """Let a run that has asked for its loaders already, for the number of its steps say, ask again (as tuners do)."""
+    """Make a run that has its loaders already, to count its steps for instance, request them again."""
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
         loop._combined_loader = None
 

@@ -1,4 +1,4 @@
-"""Deltas: the tensors that fine-tuning changed, in a file that names the base they belong to."""
+"""Deltas: the tensors that fine-tuning changed, in a file that identifies their base."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ncfinetune.weight_files import save as save_weights
 from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune delta 3"
-# What a delta has to say of itself.
+# Required metadata of a delta.
 _FACTS = ("base", "base_fingerprint", "fingerprint", "knobs", "class_names", "preprocessing")
-# What timm calls the ways of making images ready for a network, in its ``pretrained_cfg``.
+# Names of the preprocessing in timm's ``pretrained_cfg``.
 _TIMMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-# Part of the largest logit by which float32 may round otherwise in one network than in the other.
+# Relative to the largest logit: the difference that float32 rounding may cause between the two networks.
 _ROUNDING = 1e-3
-# What to do where timm's network cannot hold ours.
+# The remedy where timm's network cannot hold ours.
 _INSTEAD = "keep the delta, or write the network without its classifier: model.backbone.save(path)"
 
 
 def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a state that are ``tuned`` or lie in tuned modules, by their paths, and the others."""
+    """The tensors of a state whose paths are ``tuned`` or lie in tuned modules, and all other tensors."""
     paths = set(tuned)
     prefixes = tuple(f"{path}." for path in paths)
     inside = {name: tensor for name, tensor in state.items() if name in paths or name.startswith(prefixes)}
@@ -53,7 +53,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str,
 
 
 def facts(path: str | Path) -> dict[str, Any]:
-    """What a delta says of itself: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
+    """The metadata of a delta: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
 
     Raises:
         FileNotFoundError: No such file.
@@ -71,7 +71,7 @@ def _parsed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _metadata(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no delta {str(path)!r}; fit leaves delta.safetensors beside the checkpoints")
+        raise FileNotFoundError(f"no delta {str(path)!r}; fit writes delta.safetensors beside the checkpoints")
     metadata: dict[str, str] = {}
     if Path(path).suffix == ".safetensors":
         try:
@@ -80,45 +80,47 @@ def _metadata(path: str | Path) -> dict[str, str]:
         except SafetensorError as error:
             raise ValueError(f"delta {str(path)!r} is damaged or cut off: {error}") from error
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{str(path)!r} is no delta; expected the delta.safetensors that fit leaves")
+        raise ValueError(f"{str(path)!r} is no delta; expected the delta.safetensors that fit writes")
     if missing := [name for name in _FACTS if name not in metadata]:
-        raise ValueError(f"delta {str(path)!r} does not say its {', '.join(missing)}; expected a file as fit leaves it")
+        raise ValueError(
+            f"delta {str(path)!r} lacks {', '.join(missing)} in its metadata; expected a file that fit wrote"
+        )
     return metadata
 
 
 def load(
     path: str | Path, tuned: Mapping[str, Tensor], frozen: Mapping[str, Tensor], here: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors of a delta for a model with these tuned and frozen tensors and, ``here``, this base and these knobs.
+    """The tensors of a delta for a model with these tuned and frozen tensors; ``here`` has its base and options.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is no delta, one of other knobs or another base, or its tensors are not those of the tuned
-            layers as they were saved.
+        ValueError: The file is no delta, a delta of other options or another base, or its tensors are not the tuned
+            ones or not as they were saved.
     """
     metadata, here = _metadata(path), json.loads(json.dumps(here, default=repr))
     there = _parsed(path, metadata)
     for name in ("num_classes", "train", "skip_from", "skip_join"):
         ours, theirs = here["knobs"].get(name), there["knobs"].get(name)
         if ours != theirs:
-            raise ValueError(f"delta {str(path)!r} was tuned with {name}={theirs!r}, and the model has {ours!r}")
+            raise ValueError(f"delta {str(path)!r} was tuned with {name}={theirs!r}, but the model has {ours!r}")
     own = fingerprint(frozen)
     if there["base"] != here["base"] or there["base_fingerprint"] != own:
         raise ValueError(
             f"delta {str(path)!r} belongs to another base: it was tuned on {there['base']} whose frozen weights have "
-            f"the fingerprint {there['base_fingerprint']}, and this is {here['base']} with {own}; "
+            f"the fingerprint {there['base_fingerprint']}, but this base is {here['base']} with {own}; "
             "start from the checkpoint that it was tuned on"
         )
     tensors = load_file(path)
     if wrong := _wrong(tensors, tuned):
         raise ValueError(f"delta {str(path)!r} {wrong}; expected the tensors of the tuned layers and no others")
     if metadata.pop("fingerprint") != fingerprint(tensors, metadata):
-        raise ValueError(f"delta {str(path)!r} is damaged: it is not what was saved; copy it anew, or fit again")
+        raise ValueError(f"delta {str(path)!r} is damaged: its checksum is wrong; copy it anew, or fit again")
     return tensors
 
 
 def _wrong(tensors: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> str | None:
-    """What keeps the tensors from being values of the tuned ones."""
+    """Why the tensors cannot be values of the tuned tensors; None if they can."""
     if missing := [name for name in tuned if name not in tensors]:
         return f"lacks {', '.join(missing[:3])}"
     if further := [name for name in tensors if name not in tuned]:
@@ -130,19 +132,21 @@ def _wrong(tensors: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> str | 
 
 
 def check_strength(strength: float, facts: Mapping[str, Any]) -> None:
-    """Refuse a strength that a delta with these facts cannot have.
+    """Refuse a strength that is not allowed for a delta with these facts.
 
     Raises:
-        ValueError: It is not from 0 to 1, or below 1 for adapters.
+        ValueError: The strength is outside 0..1, or below 1 for adapters.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"expected a strength from 0, the base, to 1, the delta, got {strength}")
     if strength != 1 and "lora" in facts["base"]:
-        raise ValueError(f"strength={strength} averages weights, and the factors of adapters have no average; take 1")
+        raise ValueError(
+            f"strength={strength} averages weights, but the factors of adapters cannot be averaged; take 1"
+        )
 
 
 def average(base: Mapping[str, Tensor], state: Mapping[str, Tensor], strength: float) -> None:
-    """Set the tensors of a state to ``base + strength * (state - base)``, whole numbers aside."""
+    """Set the floating-point tensors of a state to ``base + strength * (state - base)``."""
     for name, before in base.items():
         if before.is_floating_point():
             state[name].copy_(torch.lerp(before, state[name], strength))
@@ -151,11 +155,11 @@ def average(base: Mapping[str, Tensor], state: Mapping[str, Tensor], strength: f
 def save_for_timm(
     path: str | Path, backbone: Backbone, classifier: nn.Linear | None, data: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Write a backbone and its classifier under timm's names; returns what `timm.create_model` takes to load them.
+    """Write a backbone and its classifier for timm; returns the arguments of `timm.create_model` that load them.
 
-    What timm's network has in front of or beside its classifier is made to do nothing. Before anything is written its
-    logits of a few images, or without a classifier its features, are compared with ours. What the ``data`` say of
-    images and classes is in those arguments and in the file's metadata.
+    Modules in timm's head other than the classifier are set to the identity or to 0. Before the file is written, the
+    logits (without a classifier the features) of timm's network for a few images are compared with ours. The
+    preprocessing and the class names in ``data`` are part of those arguments and of the file's metadata.
 
     Raises:
         ValueError: timm has no such network; its head cannot hold the classifier; or the file's name does not end in
@@ -166,11 +170,11 @@ def save_for_timm(
     base = backbone.spec
     arguments = {key: value for key, value in base.items() if key not in ("name", "stem")}
     if base["stem"] != "imagenet":
-        raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which has")
+        raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which supports it")
     arguments["num_classes"] = 0 if classifier is None else classifier.out_features
     made_for = getattr(getattr(backbone.net, "patch_embed", None), "img_size", None)
     if made_for and backbone.net.pretrained_cfg.get("fixed_input_size"):
-        # timm would make the network for the size of the images, and ours may be one that takes any.
+        # timm would build the network for the image size, while ours may accept any size.
         arguments.setdefault("img_size", made_for)
     if overlay := _in_timms_words(data):
         arguments["pretrained_cfg_overlay"] = overlay
@@ -186,8 +190,8 @@ def save_for_timm(
             error = _put_into(other, set(backbone.net.state_dict()), classifier, images, expected, base["name"])
     if not error < _ROUNDING:
         raise ValueError(
-            f"timm's {base['name']} makes something else of the same weights ({error:.2g} of the largest logit apart), "
-            f"since its head is more than the classifier; {_INSTEAD}"
+            f"timm's {base['name']} gives other logits with the same weights (by {error:.2g} of the largest logit), "
+            f"since its head has more than the classifier; {_INSTEAD}"
         )
     save_weights(other.state_dict(), path, data)
     return base["name"], {**arguments, "checkpoint_path": str(path)}
@@ -208,10 +212,11 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _put_into(net: Any, known: set[str], classifier: nn.Linear, images: Tensor, expected: Tensor, name: str) -> float:
-    """Put a linear classifier where timm's network has its own, and say by how much its logits differ then.
+    """Copy a linear classifier into timm's own, and return by how much the logits differ then.
 
-    Where it has several, either the mean of their logits counts (DeiT, and CrossViT, where each takes a part of the
-    features), or the others only add to those of the first and are set to 0 (VOLO).
+    If timm's network has several classifiers, either their logits are averaged (DeiT, and CrossViT, where each
+    classifier takes a part of the features), or the others add to the first classifier's logits and are set to 0
+    (VOLO).
     """
     names = net.pretrained_cfg["classifier"]
     heads = [net.get_submodule(head) for head in ([names] if isinstance(names, str) else names)]
@@ -238,14 +243,14 @@ def _put_into(net: Any, known: set[str], classifier: nn.Linear, images: Tensor, 
 
 
 def _inputs(head: nn.Module) -> int:
-    """Features that a linear layer or a 1x1 convolution takes; 0 of anything else."""
+    """Input width of a linear layer or a 1x1 convolution; 0 for other modules."""
     if not isinstance(head, nn.Linear | nn.Conv2d) or head.bias is None:
         return 0
     return head.weight.shape[1] if head.weight[0, 0].numel() == 1 else 0
 
 
 def _make_neutral(net: nn.Module, known: set[str]) -> None:
-    """Let layers that the backbone does not have do nothing: normalisations the identity, extra classifiers 0."""
+    """Neutralise layers that the backbone does not have: normalisations to the identity, extra classifiers to 0."""
     for name, module in net.named_modules():
         if any(f"{name}.{key}" in known for key, _ in module.named_parameters(recurse=False)):
             continue
@@ -259,7 +264,7 @@ def _make_neutral(net: nn.Module, known: set[str]) -> None:
 
 
 def _parts(widths: list[int], width: int) -> list[slice] | None:
-    """Which of the features each classifier takes: all of them, or the next ones; None if that does not come out."""
+    """The features that each classifier takes: all, or consecutive parts; None if the widths do not add up."""
     parts, start = [], 0
     for own in widths:
         parts.append(slice(start, start + own))

@@ -1,6 +1,6 @@
 """Heads on the backbone's features: projections, and linear classifiers with their closed forms.
 
-Legend: ``N`` samples, ``K`` classes; ``d``, ``d_l`` and ``p`` widths of the features, of a skipped layer's features and of
+Legend: ``N`` samples, ``K`` classes; ``d``, ``d_l`` and ``p`` widths of features, of a skipped layer and of
 a projection; ``mu_k`` class means, ``mu_G`` the mean of the class means, ``Sigma_W`` and ``Sigma_B`` the covariances
 within and between classes.
 """

@@ -1,4 +1,4 @@
-"""Which layers a skip connection should lead from, by what a closed-form classifier gains from them.
+"""The choice of the layers that skip connections lead from, by the gain of a closed-form classifier.
 
 Legend: ``N`` samples, ``K`` classes, ``d_l`` width of a layer's features.
 """
@@ -17,22 +17,23 @@ from ncfinetune.layers import PENULTIMATE
 from ncfinetune.passes import evaluation, evenly, plain_loader, ready_batches
 from ncfinetune.probes import ridge
 
-# Standard errors by which a layer has to lower the left-out error: among some 20 layers that do nothing the best comes
-# to about two.
+# Standard errors by which a layer has to lower the leave-one-out error: the best of about 20 useless layers reaches two
+# by chance.
 _CLEAR = 2.0
-# Images that tell layers apart well enough; the cost of the choice grows with their third power.
+# Images that suffice to tell layers apart; the cost of the choice grows with their third power.
 _CHOOSING = 2000
 
 
 def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Tensor, most: int = 1) -> list[str]:
-    """Layers whose features, put beside those so far, lower the leave-one-out error of ridge regression most.
+    """Layers whose features, concatenated with those chosen so far, most lower ridge regression's leave-one-out error.
 
-    Greedy forward selection: of all layers that lower the mean squared error of the left-out scores by more than two
-    standard errors of the paired differences, the one that lowers it most, until there is none or there are ``most``.
+    Greedy forward selection: of all layers that lower the mean squared error of the leave-one-out scores by more than
+    two standard errors of the paired differences, take the layer that lowers it most; stop when there is no such layer
+    or ``most`` layers are chosen.
     The error is exact: with the Gram matrix ``G`` of centred features, ``C = (G + lam I)^-1``, ``c = C 1`` and
     ``alpha = C (Y - 1 b^T)``, the errors are ``alpha_i / (C_ii - c_i^2 / sum(c))`` (see `probes.ridge`), and a
     layer's features ``Z`` change ``C`` by ``-C Z (I + Z^T C Z)^-1 Z^T C`` (Woodbury). The strength ``lam`` is the one
-    that ridge regression chooses for the features so far.
+    that ridge regression chooses for the current features.
 
         >>> labels, noise = torch.arange(90) % 3, torch.Generator().manual_seed(0)
         >>> useful = torch.eye(3)[labels] + 0.1 * torch.randn(90, 3, generator=noise)
@@ -41,11 +42,11 @@ def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Ten
         ['b']
 
     Args:
-        start: Features that the classifier has anyway, ``(N, d)``; None is none, and the first layer is then taken
-            whatever it gains.
+        start: Features that the classifier always has, ``(N, d)``; with None the first layer is taken whatever its
+            gain.
         layers: Features of each layer, ``(N, d_l)``.
         labels: Classes, ``(N,)``. Memory grows with ``N^2`` and time with ``N^3``; 2,000 samples tell layers apart.
-        most: Number of layers at most.
+        most: Largest number of layers.
 
     Returns:
         Names of layers, the most useful first.
@@ -54,7 +55,7 @@ def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Ten
         ValueError: As `probes.ridge`; also ``most`` below 1.
     """
     if most < 1:
-        raise ValueError(f"expected at least one skip connection at most, got {most}")
+        raise ValueError(f"expected most of at least 1, got {most}")
     labels = labels.cpu()
     if broken := [name for name, features in layers.items() if not features.isfinite().all()]:
         raise ValueError(f"expected finite features, got nan or inf in those of {', '.join(broken)}")
@@ -75,19 +76,19 @@ def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Ten
 def layer_features(
     trainer: Trainer, module: LightningModule, backbone: Backbone
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Penultimate features ``(N, d)``, those of each block ``(N, d_l)`` and labels ``(N,)`` of training images.
+    """Penultimate features ``(N, d)``, features ``(N, d_l)`` of each block and labels ``(N,)`` of training images.
 
-    They are as they are evaluated, and of more than 2,000 images so many, evenly spread. For `setup`, in which the
+    The images are not augmented; of more than 2,000 images, 2,000 are taken, evenly spread. For `setup`, in which the
     strategy has not moved the module yet.
 
     Raises:
-        ValueError: The trainer has no datamodule that offers them, or trains in copies of this process, which give back
-            weights alone.
+        ValueError: The trainer has no datamodule with a ``train_plain_dataloader``, or a strategy that trains in forked
+            or spawned processes, which return weights only.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            'skip_from="auto" needs a strategy such as ddp, since those that fork or spawn processes give back weights '
-            "without the layers that were chosen; or name the layers that a fit in one process chooses"
+            'skip_from="auto" needs a strategy such as ddp, since strategies that fork or spawn processes return only '
+            "weights and not the chosen layers; or name the layers that a fit in one process chooses"
         )
     trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
     rows = plain_loader(trainer, 'skip_from="auto"')
@@ -107,10 +108,10 @@ def _centred(features: Tensor) -> Tensor:
 def _left_out_errors(
     taken: Sequence[Tensor], blocks: Mapping[str, Tensor], labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared left-out errors ``(N,)`` by the features taken so far, and with each of the blocks beside them."""
+    """Squared leave-one-out errors ``(N,)`` with the current features, and with each block's features added."""
     classes = int(labels.max()) + 1
     targets = torch.nn.functional.one_hot(labels, classes).double()
-    if not taken:  # without features scores are the classes' shares among the others
+    if not taken:  # without features the scores are the shares of the classes among the other samples
         return (len(labels) / (len(labels) - 1) * (targets - targets.mean(0))).square().sum(1), {
             name: _errors(_inverse(features, labels, classes), targets) for name, features in blocks.items()
         }
@@ -127,7 +128,7 @@ def _inverse(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def _errors(inverse: Tensor, targets: Tensor, block: Tensor | None = None) -> Tensor:
-    """Squared left-out errors ``(N,)``, with the features of a block beside those of the inverse."""
+    """Squared leave-one-out errors ``(N,)``, with the features of a block added to those of the inverse."""
     ones_and_targets = torch.cat([torch.ones_like(targets[:, :1]), targets], 1)
     product, diagonal = inverse @ ones_and_targets, inverse.diagonal()
     if block is not None:

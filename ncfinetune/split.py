@@ -1,6 +1,6 @@
 """A backbone in two parts: a frozen prefix, whose outputs a cache can store, and a suffix in which layers train.
 
-Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` of a skipped layer's.
+Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of a skipped layer.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ SkipGradient = Literal["both", "skip"]
 
 
 class Split:
-    """Features for a head: the penultimate ones of a backbone, and the pooled outputs of skipped layers.
+    """The inputs of a head: the penultimate features of a backbone, and the pooled outputs of skipped layers.
 
-    Called on images it runs the whole network. After `cut`, ``prefix`` runs the frozen layers alone and ``suffix`` the
-    rest on what they gave, with the same result. Where no layer trains, ``prefix`` gives the features themselves.
+    Called on images it runs the whole network. After `cut`, ``prefix`` runs the frozen layers alone and ``suffix`` runs
+    the other layers on their outputs, with the same result. Without tuned layers ``prefix`` returns the features.
 
     Args:
         backbone: The network.
         tuned: Names of its tuned layers.
         skips: Names of the layers that skip connections lead from.
-        gradient: ``both`` lets the gradient reach a skipped layer through the network behind it as well, ``skip``
+        gradient: ``both`` lets the gradient reach a skipped layer through the following layers as well, ``skip``
             through its skip connection alone.
 
     Attributes:
         widths: Widths of the features, ``d`` first and then each ``d_l``.
 
     Raises:
-        ValueError: A layer to skip from that does not run, or is named twice; the backbone has the hooks of another
-            `Split`.
+        ValueError: A layer in ``skips`` does not run, or is named twice; the backbone has the hooks of another `Split`.
     """
 
     def __init__(
@@ -46,7 +45,9 @@ class Split:
     ) -> None:
         hooks = [hook for part in backbone.modules() for hook in part._forward_hooks.values()]
         if any(getattr(hook, "__func__", None) is Split._catch for hook in hooks):
-            raise ValueError("this Backbone serves another FineTuner, with a skip connection of its own; build another")
+            raise ValueError(
+                "this Backbone already serves another FineTuner with a skip connection; build another Backbone"
+            )
         self.backbone = backbone
         self._tuned = tuple(tuned)
         self._gradient = gradient
@@ -55,42 +56,42 @@ class Split:
         self.skip_from(skips)
 
     def skip_from(self, skips: Sequence[str]) -> None:
-        """Give the pooled outputs of these layers, of which there were none so far."""
+        """Add skip connections from these layers; there must be none yet."""
         self.skips = tuple(skips)
         self._pools = {self.backbone.layer(name): self.backbone.pool(name) for name in skips}
         if len(self._pools) < len(self.skips):
             raise ValueError(f"skip_from={list(self.skips)} names a layer twice; name each layer once")
         self.widths = (self.backbone.dim, *(pool.dim for pool in self._pools.values()))
         for layer in self._pools:
-            # For good, since a compiled network does not see hooks that come after its first call.
+            # Never removed: a compiled network ignores hooks that are added after its first call.
             layer.register_forward_hook(self._catch)
 
     def __call__(self, x: Tensor | Stored) -> tuple[Tensor, ...]:
-        """Penultimate features ``(N, d)`` and those of each skipped layer ``(N, d_l)``, of images or stored values."""
+        """Penultimate features ``(N, d)`` and each skipped layer's ``(N, d_l)``, from images or stored values."""
         return self.suffix(x.value) if isinstance(x, Stored) else self._with_skips(self.backbone(x))
 
     def prefix(self, images: Tensor) -> Tensor:
-        """What the frozen layers make of images: the input of the first tuned layer, or all features side by side."""
+        """The frozen layers' outputs for images: the input of the first tuned layer, or all features concatenated."""
         return torch.cat(self(images), 1) if self._tail is None else self._tail.capture(images)
 
     def suffix(self, value: Tensor) -> tuple[Tensor, ...]:
-        """The features, of what ``prefix`` gave."""
+        """The features, from an output of ``prefix``."""
         if self._tail is None:
             return torch.split(value, list(self.widths), 1)
         return self._with_skips(self._tail(value))
 
     def cut(self, images: Tensor) -> str:
-        """Cut the network before its first tuned layer, try on a few images that this is exact, and name the place.
+        """Cut the network before its first tuned layer, check on a few images that this is exact, and return its name.
 
         Raises:
-            ValueError: It is not exact.
+            ValueError: Running the network in two parts is not exact.
         """
         place = " and ".join(["features", *self.skips])
         try:
             if self._tuned:
                 place = "its first tuned layer"
                 if "" in self._tuned:
-                    raise ValueError("that is the network, which has tuned parameters of its own")
+                    raise ValueError("that is the network itself, which directly holds tuned parameters")
                 blocks = [enclosing_block(self.backbone.net, name) for name in (*self._tuned, *self.skips)]
                 self._tail = Tail(self.backbone, map(self.backbone.layer, blocks), images)
                 place = next(path for path, m in self.backbone.net.named_modules() if m is self._tail.layer)
@@ -99,26 +100,26 @@ class Split:
                 raise ValueError("the layers from there on depend on more than its input")
         except ValueError as error:
             self.join()
-            raise ValueError(f"cannot go on from {place} of {self.backbone.spec['name']}: {error}") from error
+            raise ValueError(f"cannot run from {place} on in {self.backbone.spec['name']}: {error}") from error
         return place
 
     def join(self) -> None:
         """Undo the cut."""
         self._tail = None
 
-    def is_heard(self) -> bool:
-        """Whether a layer that ``suffix`` leaves out has a forward hook of somebody else's."""
+    def has_foreign_hook(self) -> bool:
+        """Whether a layer that ``suffix`` leaves out has a forward hook that is not of this class."""
         silent = list(self.backbone.modules()) if self._tail is None else self._tail.left_out()
         hooks = [hook for part in silent for hook in part._forward_hooks.values()]
         return any(getattr(hook, "__self__", None) is not self for hook in hooks)
 
     def _catch(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Keep a skipped layer's pooled output; with ``gradient="skip"`` the network behind it gets it detached."""
+        """Keep a skipped layer's pooled output; with ``gradient="skip"`` the following layers get it detached."""
         self._caught[layer] = self._pools[layer](output)
         return output if self._gradient == "both" else detached(output)
 
-    def _with_skips(self, penultimate: Tensor) -> tuple[Tensor, ...]:
-        return penultimate, *(self._caught.pop(layer) for layer in self._pools)
+    def _with_skips(self, features: Tensor) -> tuple[Tensor, ...]:
+        return features, *(self._caught.pop(layer) for layer in self._pools)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Values of images, kept in memory or in memory-mapped files.
+"""Stored values of images, in memory or in memory-mapped files.
 
 Legend: ``N`` samples.
 """
@@ -24,13 +24,13 @@ from ncfinetune.atomic import sync
 from ncfinetune.checksums import raw
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Bytes read at a time, and seconds after which nobody writes to a half-written cache any more.
+# Bytes read at a time, and seconds after which an unfinished cache counts as abandoned: a day.
 _PIECE, _ABANDONED = 2**24, 24 * 3600
-_MEND = "free some space, name a cache_dir on another disk, or use cache='memory' or 'none'"
+_REMEDY = "free some space, name a cache_dir on another disk, or use cache='memory' or 'none'"
 
 
 class Stored(NamedTuple):
-    """In a batch in place of images: what the first layer that is run gets of them."""
+    """Stands in a batch in place of images: the input of the first layer that is run."""
 
     value: Tensor
 
@@ -38,7 +38,7 @@ class Stored(NamedTuple):
 class StoredSet(Dataset[tuple[Stored, Tensor]]):
     """Stored values ``(N, ...)`` and labels ``(N,)``, fetched a batch at a time.
 
-    Keys count on beyond ``N``, as those of a sampler that tells epochs apart: key ``e N + i`` is sample ``i``.
+    Keys may exceed ``N``, for samplers whose keys include the epoch: key ``e N + i`` is sample ``i``.
     """
 
     def __init__(self, values: Tensor, labels: Tensor) -> None:
@@ -55,9 +55,10 @@ class StoredSet(Dataset[tuple[Stored, Tensor]]):
         return Stored(self.values[rows]), self.labels[rows]
 
     def loader_like(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """A loader of these samples in the batches that ``loader`` would give of its own, of its kind if it can be."""
+        """A loader of these samples in the same batches as ``loader``, of the same class if that is possible."""
         kind = type(loader) if type(loader).__init__ is DataLoader.__init__ else DataLoader
-        # A generator of its own, since each pass takes a seed for workers, there are none, from the model's stream.
+        # A separate generator: each pass draws a seed for workers, though there are none, and would draw it from the
+        # global generator that the model uses.
         options: dict[str, Any] = {"collate_fn": _as_is, "generator": torch.Generator()}
         if loader.batch_size is None:
             return kind(self, batch_sampler=loader.batch_sampler, **options)
@@ -70,7 +71,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def in_memory(rows: Iterable[tuple[Tensor, Tensor]], samples: int) -> StoredSet:
-    """Keep values and labels that come in batches, ``samples`` in all."""
+    """Keep ``samples`` values and labels, which come in batches, in memory."""
     stored: StoredSet | None = None
     start = 0
     for values, labels in rows:
@@ -86,20 +87,19 @@ def in_memory(rows: Iterable[tuple[Tensor, Tensor]], samples: int) -> StoredSet:
 def on_disk(
     rows: Callable[[], Iterable[tuple[Tensor, Tensor]]], shape: tuple[int, ...], folder: Path, strategy: Any
 ) -> StoredSet:
-    """Values and labels in memory-mapped files of ``folder``; ``rows`` is called where they are not there already.
+    """Values and labels in memory-mapped files of ``folder``; ``rows`` is called if they are not there yet.
 
-    They are written to a folder beside it that is renamed when all is there; if another run was faster, its files are
-    taken. Of several processes the first one writes.
+    They are written to a temporary folder that is renamed when complete; if another run was faster, its files are used.
+    Of several processes, rank 0 writes.
 
     Args:
         rows: Gives values and labels in batches.
-        shape: Shape of all values ``(N, ...)``; files of another one, or of other content than was written, are made
-            anew.
-        folder: Where they go.
-        strategy: The trainer's.
+        shape: Shape of all values ``(N, ...)``; files of another shape, or with a wrong checksum, are written again.
+        folder: Folder of the files.
+        strategy: The trainer's strategy.
 
     Raises:
-        OSError: The disk is full; nothing is left of what was written.
+        OSError: The disk is full; the files written so far are removed.
     """
     if strategy.is_global_zero and not _complete(folder, shape):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def on_disk(
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            raise OSError(error.errno, f"disk full while caching: {error.strerror}; {_MEND}", str(folder)) from error
+            raise OSError(error.errno, f"disk full while caching: {error.strerror}; {_REMEDY}", str(folder)) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
     strategy.barrier("cache")
@@ -120,7 +120,7 @@ def on_disk(
 
 
 def _put(part: Path, folder: Path, shape: tuple[int, ...]) -> None:
-    """Give a finished folder its name, in place of a damaged one, unless another run has finished it meanwhile."""
+    """Rename a finished folder, replacing a damaged one, unless another run has finished it meanwhile."""
     try:
         part.rename(folder)
     except OSError:
@@ -186,7 +186,7 @@ def _crc32(path: Path) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left; one that still writes has written within the last day."""
+    """Remove the temporary folders of killed writers: a live writer has written within the last day."""
     for part in folder.glob("*.part-*"):
         if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > _ABANDONED:
             shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The part of a network from one of its layers on, to be run on that layer's stored input.
+"""The part of a network from one of its layers on, which runs on that layer's stored input.
 
 Legend: ``N`` samples.
 """
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 
 
 class Tail:
-    """A network from the first of some layers on: the same modules, without those that run before that layer.
+    """A network from the first of some layers on: the same modules, without the modules that run before that layer.
 
-    The modules on the way to the layer are copied without their parts, so that the network's own code runs: parts that
-    have run before it give tensors of zeros that occupy one number, and the layer takes its stored input instead of
-    them. Parameters, modes and hooks of everything else are the network's. This is exact wherever whatever runs after
-    the layer depends on the images through the layer alone, which is for the caller to try.
+    The modules that contain the layer are copied without their children, so that the network's own code runs: children
+    that ran before the layer return zeros that occupy the memory of one number, and the layer takes its stored input
+    instead. All other modules, with parameters, modes and hooks, are the network's own. The result is exact if
+    everything after the layer depends on the images through the layer alone, which the caller has to check.
 
     Args:
-        network: What maps images to features.
+        network: The module that maps images to features.
         layers: Modules inside it.
-        images: A few images ``(N, C, H, W)``, to see the order in which its modules run.
+        images: A few images ``(N, C, H, W)``, run once to record the order of the modules.
 
     Attributes:
         layer: The first of the layers to run.
 
     Raises:
-        ValueError: The layer does not run once a pass.
+        ValueError: The layer does not run exactly once in a forward pass.
     """
 
     def __init__(self, network: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> None:
@@ -62,10 +62,10 @@ class Tail:
         return [module for part in parts for module in part.modules()]
 
     def capture(self, images: Tensor) -> Tensor:
-        """What the layer gets of images; nothing after it is run.
+        """The layer's input for images; nothing after it is run.
 
         Raises:
-            ValueError: Its first argument is no tensor with one entry an image.
+            ValueError: Its first argument is not a tensor with one entry per image.
         """
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -77,17 +77,17 @@ class Tail:
         except _ArrivalError as reached:
             value = next(iter(reached.args), None)
             if not isinstance(value, Tensor):
-                raise ValueError("its first argument is no tensor") from None
+                raise ValueError("its first argument is not a tensor") from None
             if len(value) != len(images):
                 found = f"{tuple(value.shape)} for {len(images)} images"
-                raise ValueError(f"its first argument has not one entry an image, but is {found}") from None
+                raise ValueError(f"its first argument needs one entry per image, but is {found}") from None
             return value
         finally:
             handle.remove()
         raise ValueError("it does not run")
 
     def __call__(self, value: Tensor) -> Tensor:
-        """What the network returns when the layer gets ``value``, of ``N`` samples."""
+        """The network's output if the layer's input is ``value``, of ``N`` samples."""
         self._entry.value = value
         try:
             return self._rest(self._images.expand(len(value), *self._images.shape[1:]))
@@ -96,12 +96,12 @@ class Tail:
 
 
 class _ArrivalError(Exception):
-    """Ends a pass at a layer; carries the layer's arguments."""
+    """Stops a forward pass at a layer; carries the layer's arguments."""
 
 
 @dataclass
 class _Calls:
-    """When a module ran, on a clock that counts starts and ends, and the shapes of its last output."""
+    """Start and end times of a module's calls, counted in module starts and ends, and shapes of its last output."""
 
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -138,7 +138,7 @@ def _record(network: nn.Module, images: Tensor) -> defaultdict[nn.Module, _Calls
 
 
 def _all_led_by(output: Any, samples: int) -> bool:
-    """Whether every tensor of an output has one entry a sample; others may be needed as they are."""
+    """Whether every tensor of an output has one entry per sample; others must not be replaced by zeros."""
     shapes: list[torch.Size] = []
     apply_to_collection(output, _Like, lambda like: shapes.append(like.shape))
     return bool(shapes) and all(shape[:1] == (samples,) for shape in shapes)
@@ -156,8 +156,8 @@ class _Entry(nn.Module):
         return self.layer(self.value, *args, **kwargs)
 
 
-def _skipped(part: nn.Module, output: Any, entry: _Entry) -> nn.Module:
-    """A copy of a module that has run already, without hooks: it gives zeros of its output's shape."""
+def _bypassed(part: nn.Module, output: Any, entry: _Entry) -> nn.Module:
+    """A copy of a module that runs before the layer, without hooks: it returns zeros of its output's shape."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         value = entry.value
@@ -174,12 +174,12 @@ def _skipped(part: nn.Module, output: Any, entry: _Entry) -> nn.Module:
 
 
 def _without(module: nn.Module, path: Sequence[str], before: dict[nn.Module, Any], entry: _Entry) -> nn.Module:
-    """A copy of ``module`` whose part at ``path`` is the entry, and whose parts ``before`` it are skipped."""
+    """A copy of ``module`` whose part at ``path`` is the entry, and whose parts ``before`` it are bypassed."""
     if not path:
         return entry
     clone = copy.copy(module)
     parts = {
-        name: _skipped(part, before[part], entry) if part is not None and part in before else part
+        name: _bypassed(part, before[part], entry) if part is not None and part in before else part
         for name, part in module._modules.items()
     }
     parts[path[0]] = _without(module.get_submodule(path[0]), path[1:], before, entry)

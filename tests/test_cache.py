@@ -273,7 +273,7 @@ def test_random_augmentation_is_refused(data: type[Digits], tmp_path: Path) -> N
 def test_augmentation_that_a_few_images_do_not_show_is_refused(options: dict, tmp_path: Path) -> None:
     data = Digits([0, 1, 2], shots=8, batch_size=7, **options)
     assert data.augments
-    with pytest.raises(ValueError, match="these differ each time they are drawn"):
+    with pytest.raises(ValueError, match="the images differ each time they are loaded"):
         _fit(tmp_path, _model(cache="memory"), data)
 
 
@@ -336,7 +336,7 @@ def test_a_layer_whose_input_has_no_entry_an_image_is_refused(tmp_path: Path) ->
         "in_chans": 1,
     }
     model = FineTuner(10, {"name": "tnt_s_patch16_224", **small}, train="blocks.2", cache="memory", allow_random=True)
-    message = r"cannot go on from blocks.2 of tnt_s_patch16_224: its first argument has not one entry an"
+    message = r"cannot run from blocks.2 on in tnt_s_patch16_224: its first argument needs one entry per"
     with pytest.raises(ValueError, match=message):
         trainer_in(tmp_path).fit(model, Digits(shots=2, image_size=32, augmentation="plain"))
 
@@ -345,7 +345,7 @@ def test_network_that_needs_more_than_the_layers_input_is_refused(tmp_path: Path
     model = _model(train="layer3.0", cache="memory")
     net, original = model.backbone.net, model.backbone.net.forward_features
     net.forward_features = lambda x: original(x) + x.mean()
-    with pytest.raises(ValueError, match="cannot go on from layer3.0 of resnet18: the layers from there on depend on"):
+    with pytest.raises(ValueError, match="cannot run from layer3.0 on in resnet18: the layers from there on depend on"):
         _fit(tmp_path, model)
 
 

@@ -81,7 +81,7 @@ def test_cached_run_of_single_parameters_is_the_run_without(tmp_path: Path) -> N
 def test_cache_does_not_start_from_a_parameter_of_the_network_itself(tmp_path: Path) -> None:
     model = FineTuner(3, VIT, train="*_token", cache="memory", allow_random=True)
     data = Digits([0, 1, 2], shots=4, image_size=32)
-    with pytest.raises(ValueError, match="cannot go on from its first tuned layer of test_vit: that is the network"):
+    with pytest.raises(ValueError, match="cannot run from its first tuned layer on in test_vit: that is the network"):
         trainer_in(tmp_path).fit(model, data)
 
 

@@ -430,7 +430,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", *_colour("cut"), "--data.num_workers", "0"], "error: cannot read cut/train/a/"),
         (["fit", *_colour("empty")], "no images of a in 'empty/train'; add some, or remove the class"),
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
-        (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are drawn"),
+        (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are loaded"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run leaves its own in RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),

@@ -109,8 +109,8 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"tuned on .*'resnet18'.* {theirs}, and this is .*'resnet34'"):
         FineTuner(3, {**SMALL, "name": "resnet34"}, train="layer3.0").load_delta(path)
     for knobs, message in [
-        ({"train": "layer3.1"}, "was tuned with train='layer3.0', and the model has 'layer3.1'"),
-        ({"train": "layer3.0", "skip_from": "layer1.0"}, "was tuned with skip_from=None, and the model has 'layer1.0'"),
+        ({"train": "layer3.1"}, "was tuned with train='layer3.0', but the model has 'layer3.1'"),
+        ({"train": "layer3.0", "skip_from": "layer1.0"}, "was tuned with skip_from=None, but the model has 'layer1.0'"),
     ]:
         with pytest.raises(ValueError, match=message):
             FineTuner(3, SMALL, checkpoint=str(tmp_path / "base.pt"), **knobs).load_delta(path)
@@ -125,11 +125,11 @@ def test_fingerprint_does_not_depend_on_what_was_tuned(tmp_path: Path) -> None:
 
 
 def test_what_is_no_delta_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no delta '.*none.safetensors'; fit leaves delta.safetensors beside"):
+    with pytest.raises(FileNotFoundError, match="no delta '.*none.safetensors'; fit writes delta.safetensors beside"):
         FineTuner.from_delta(tmp_path / "none.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     for path in (tmp_path / "weights.safetensors", Path(_base(tmp_path))):
-        with pytest.raises(ValueError, match="is no delta; expected the delta.safetensors that fit leaves"):
+        with pytest.raises(ValueError, match="is no delta; expected the delta.safetensors that fit writes"):
             FineTuner.from_delta(path)
 
 
@@ -147,7 +147,7 @@ def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> N
         ({**tensors, frozen: model.state_dict()[frozen]}, f"holds {frozen}, which was not tuned; expected"),
         ({**tensors, conv: tensors[conv][:1].clone()}, r"has .*conv2.weight as \(1, 8, 3, 3\) for \(8, 8, 3, 3\)"),
         ({**tensors, conv: tensors[conv] * torch.nan}, f"has values in {conv} that are not finite"),
-        ({**tensors, conv: tensors[conv] + 1}, "is damaged: it is not what was saved; copy it anew"),
+        ({**tensors, conv: tensors[conv] + 1}, "is damaged: its checksum is wrong; copy it anew"),
     ]:
         save_file(changed, path, said)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -156,14 +156,14 @@ def test_deltas_that_are_not_as_they_were_saved_are_refused(tmp_path: Path) -> N
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     for missing in ("base", "knobs", "class_names", "base_fingerprint"):
         save_file(tensors, path, {name: fact for name, fact in said.items() if name != missing})
-        with pytest.raises(ValueError, match=f"does not say its {missing}; expected a file as fit leaves it"):
+        with pytest.raises(ValueError, match=f"lacks {missing} in its metadata; expected a file that fit wrote"):
             FineTuner.from_delta(path, checkpoint=base)
     save_file(tensors, path, {**said, "knobs": json.dumps({**json.loads(said["knobs"]), "rank": 4})})
     with pytest.raises(ValueError, match="is of another version: a FineTuner has no rank"):
         FineTuner.from_delta(path, checkpoint=base)
     for name, fact in (("class_names", '["x", "y", "z"]'), ("preprocessing", '{"mean": [0.25]}')):
         save_file(tensors, path, {**said, name: fact})
-        with pytest.raises(ValueError, match="is damaged: it is not what was saved; copy it anew"):
+        with pytest.raises(ValueError, match="is damaged: its checksum is wrong; copy it anew"):
             FineTuner.from_delta(path, checkpoint=base)
     save_file(tensors, path, {**said, "knobs": "{"})
     with pytest.raises(ValueError, match=r"is damaged: .*; copy it anew"):
@@ -246,7 +246,7 @@ def test_merged_vision_transformer_has_its_size(tmp_path: Path) -> None:
 
 
 def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, which has"):
+    with pytest.raises(ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, which supports it"):
         FineTuner(3, SMALL).save_for_timm(tmp_path / "merged.safetensors")
 
 

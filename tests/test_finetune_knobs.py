@@ -178,7 +178,7 @@ def test_what_is_refused(knobs: dict, message: str) -> None:
 def test_backbone_has_one_skip_connection() -> None:
     backbone = Backbone(**SMALL)
     FineTuner(3, backbone, skip_from="layer3.0")
-    with pytest.raises(ValueError, match="this Backbone serves another FineTuner, with a skip connection of its own"):
+    with pytest.raises(ValueError, match="this Backbone already serves another FineTuner with a skip connection; bu"):
         FineTuner(3, backbone, skip_from="layer3.1")
 
 

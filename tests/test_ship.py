@@ -94,7 +94,7 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         )
     # Nor what is refused later: by the cache, when there are loaders, and by the first batch of training.
     cache = ["--model.train", "layer4.1", "--model.cache", "memory"]
-    for options, reason in ((cache, "these differ each time they are drawn"), (["--data.views", "2"], "views=1")):
+    for options, reason in ((cache, "the images differ each time they are loaded"), (["--data.views", "2"], "views=1")):
         assert reason in _refusal(capsys, "fit", *trained[:2], *options)
     assert {path: path.read_bytes() for path in before if path.is_file()} == before
     tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")  # nothing is frozen: needs no base

@@ -68,7 +68,7 @@ def test_without_features_to_start_from_the_best_layer_is_taken_in_any_case() ->
 
 
 def test_less_than_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected at least one skip connection at most, got 0"):
+    with pytest.raises(ValueError, match="expected most of at least 1, got 0"):
         choose_skips(None, {}, LABELS, most=0)
 
 
