@@ -1,7 +1,9 @@
-"""Callbacks: they watch a training run of any LightningModule."""
+"""Callbacks that measure a training run of any LightningModule."""
 
 if __name__ != "ncfinetune.callbacks":
-    raise ImportError("this is ncfinetune.callbacks; by another name it would be a second copy of its classes")
+    raise ImportError(
+        "import this folder as ncfinetune.callbacks; another name would make a second copy of its classes"
+    )
 
 from .probe import OnlineProbe as OnlineProbe
 from .tracker import NeuralCollapseTracker as NeuralCollapseTracker

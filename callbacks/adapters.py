@@ -1,4 +1,4 @@
-"""What a stranger's batch and module mean: the labels and inputs of a batch, the number of classes, the classifier.
+"""Reading any project's batch and module: labels and inputs of a batch, number of classes, classifier.
 
 Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` feature width.
 """
@@ -19,21 +19,21 @@ from ncfinetune.pooling import NoTensorError, PoolError
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = f"(inputs, labels), or a mapping with one of the keys {', '.join(_LABEL_KEYS)}"
-# Parts of a module's path that lead into an adapter's inner layers, none of which outputs the logits (peft's names).
+# Parts of a module's path inside adapters (peft's names); layers there do not output the logits.
 _INSIDE_ADAPTERS = {"base_layer", "lora_A", "lora_B", "original_module"}
-# Stands for labels that name no class, so that they count as out of range.
+# Replaces labels that are no single class, so that they count as out of range.
 NO_CLASS = -(2**31)
 
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads labels and inputs off any project's batches, and runs its module on them.
+    """Reads labels and inputs of any project's batches, and runs its module on them.
 
     Args:
-        asker: Name of the callback that reads, for messages.
-        num_classes: Number of classes ``K``, if it is known; one-hot labels are told from inputs by it.
-        labels_of: The user's way to take labels from a batch.
-        run: The user's way to run a module on a batch.
+        asker: Name of the callback, for messages.
+        num_classes: Number of classes ``K`` if known; needed to distinguish one-hot labels from inputs.
+        labels_of: The user's function that takes labels from a batch.
+        run: The user's function that runs a module on a batch.
     """
 
     asker: str
@@ -42,13 +42,13 @@ class BatchReader:
     run: Callable[[Any, Any], Any] | None = None
 
     def labels(self, batch: Any) -> Tensor:
-        """Whole-number labels ``(N,)``, or shares of the classes ``(N, K)``, of a batch.
+        """Integer labels ``(N,)``, or class probabilities ``(N, K)``, of a batch.
 
-        Known are ``(inputs, labels, ...)`` and mappings with a usual key. In a sequence the labels are the one vector
-        of whole numbers behind or before the inputs.
+        Recognised are ``(inputs, labels, ...)`` and mappings with a usual key. In a sequence the labels are the only
+        vector of integers besides the inputs.
 
         Raises:
-            ValueError: There are none, or more than one vector could be them; says what the batch looks like.
+            ValueError: There are no labels, or several vectors of integers; the message describes the batch.
         """
         found = self._candidates(batch) if self.labels_of is None else [self.labels_of(batch)]
         if len(found) == 1 and self._are_labels(found[0]):
@@ -57,7 +57,7 @@ class BatchReader:
             return labels.long().reshape(-1) if whole and labels.numel() == len(labels) else labels
         if len(found) > 1:
             raise ValueError(
-                f"{self.asker} found {len(found)} vectors of whole numbers in a batch, each of which could be the "
+                f"{self.asker} found {len(found)} vectors of integers in a batch, each of which could be the "
                 f"labels: {sketch(batch)}; give it {self.asker}(batch_to_labels=lambda batch: batch[...])"
             )
         raise ValueError(
@@ -74,19 +74,19 @@ class BatchReader:
         return vectors or [part for part in batch[1:] if self._are_labels(part)]
 
     def _are_labels(self, part: Any) -> bool:
-        """Whether these are whole numbers, or shares of the classes."""
+        """Whether these are integers, or class probabilities."""
         if _is_vector(part):
             return True
         shares = isinstance(part, Tensor) and part.ndim == 2 and part.dtype != torch.bool
         return shares and part.shape[1] > 1 and part.shape[1] == (self.num_classes or part.shape[1])
 
     def views(self, batch: Any, samples: int, rows: int) -> tuple[int, bool]:
-        """How many rows of features a sample has, and whether they come view by view rather than sample by sample.
+        """The number of rows of features per sample, and whether they are ordered by view instead of by sample.
 
-        Inputs ``(N, V, ...)`` have the views of a sample beside each other; a list of views has one behind the other.
+        With inputs ``(N, V, ...)`` the views of a sample are adjacent; with a list of views whole views follow another.
 
         Raises:
-            ValueError: The inputs do not say where so many rows come from.
+            ValueError: The inputs do not explain the number of rows.
         """
         if samples == 0 or rows % samples or rows < samples:
             raise ValueError(f"{rows} rows of features for {samples} labels")
@@ -99,13 +99,13 @@ class BatchReader:
         return views, listed
 
     def forward(self, module: nn.Module, batch: Any) -> Any:
-        """Run a module on the inputs of a batch: those of its ``forward``, or of its only child if it has none.
+        """Run a module, or its only child if it has no ``forward``, on the inputs of a batch.
 
-        Inputs are the first item of a sequence that is no vector of whole numbers, several views joined one behind the
-        other; the mapping's items that ``forward`` takes, labels left out; or a tensor.
+        Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated;
+        the items of a mapping that ``forward`` accepts, without labels; or a tensor.
 
         Raises:
-            ValueError: The module has no ``forward``, and not one child; or it does not take such inputs.
+            ValueError: The module has no ``forward`` and not exactly one child, or it does not accept the inputs.
         """
         if self.run is not None:
             return self.run(module, batch)
@@ -130,13 +130,13 @@ class BatchReader:
             ) from error
 
     def classes(self, labels: Tensor) -> Tensor:
-        """Whole-number labels ``(N,)`` of such or of one-hot ones.
+        """Integer labels ``(N,)``, from integer or from one-hot labels.
 
-        Shares of several classes are none: on an accelerator, where a look would make the host wait, they become a
-        number that is no class's.
+        Probabilities of several classes are refused; on an accelerator, where a check would synchronise, they become a
+        label out of range instead.
 
         Raises:
-            ValueError: They are shares of several classes, and lie on the CPU.
+            ValueError: The labels are probabilities of several classes, and on the CPU.
         """
         if labels.ndim == 1:
             return labels
@@ -144,14 +144,14 @@ class BatchReader:
         hard = (largest == 1) & (labels.sum(1) == 1)
         if may_look(labels) and not bool(hard.all()):
             raise ValueError(
-                f"{self.asker} needs one class a sample, got labels {sketch(labels)} that are shares of several "
+                f"{self.asker} needs one class per sample, got labels {sketch(labels)} with several classes per sample "
                 f"(mixup, soft labels); give it {self.asker}(batch_to_labels=lambda batch: ...)"
             )
         return torch.where(hard, index, NO_CLASS)
 
 
 def _is_vector(part: Any) -> bool:
-    """Whether it is one whole number a sample."""
+    """Whether it is one integer per sample."""
     if not isinstance(part, Tensor) or part.is_floating_point() or part.is_complex() or part.dtype == torch.bool:
         return False
     return part.ndim == 1 or (part.ndim == 2 and part.shape[1] == 1)
@@ -169,14 +169,14 @@ def _joined(views: Sequence[Tensor]) -> Tensor:
 
 
 def inputs_of(batch: Any) -> Any:
-    """The first item of a sequence that is no vector of whole numbers; anything else as it is."""
+    """The first item of a sequence that is not a vector of integers; the batch itself if it is no sequence."""
     if not isinstance(batch, Sequence) or isinstance(batch, str):
         return batch
     return next((part for part in batch if not _is_vector(part)), batch[0])
 
 
 def sketch(value: Any) -> str:
-    """What a batch looks like: types, shapes and keys."""
+    """A description of a batch: types, shapes and keys."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -191,19 +191,19 @@ def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     inputs = {k: v for k, v in batch.items() if k not in _LABEL_KEYS}
     taken = {k: v for k, v in inputs.items() if takes_all or k in known}
-    if not taken and len(inputs) == 1 and known:  # there is no choice, whatever the two call it
+    if not taken and len(inputs) == 1 and known:  # a single input and a single parameter: their names need not agree
         return dict(zip(known, inputs.values(), strict=False))
     return taken
 
 
 def defines(module: nn.Module, method: str) -> bool:
-    """Whether a module's author wrote the method, rather than torch or Lightning (either of its two packages)."""
+    """Whether a module overrides a method of torch and Lightning (either of its two packages)."""
     home = getattr(type(module), method).__module__.split(".")[0]
     return home not in ("torch", "lightning", "pytorch_lightning")
 
 
 def network_of(module: nn.Module) -> nn.Module | None:
-    """What to run: the module if it has a forward of its own, else its only child with parameters; None if neither."""
+    """The module if it has its own forward, else its only child with parameters; None if there is neither."""
     if defines(module, "forward"):
         return module
     children = _with_parameters(module)
@@ -215,12 +215,12 @@ def _with_parameters(module: nn.Module) -> list[nn.Module]:
 
 
 def known_num_classes(trainer: Any, module: nn.Module, asker: str, classifier: str = "auto") -> int:
-    """The number of classes that datamodule, module or its hyper-parameters have as ``num_classes``, for ``asker``.
+    """The ``num_classes`` of the datamodule, the module or its hyper-parameters; ``asker`` is named in messages.
 
-    A classifier that is named knows it better: it is the number of its outputs.
+    If a classifier is named, it is the number of its outputs.
 
     Raises:
-        ValueError: None of them knows it.
+        ValueError: None of them has it.
         TypeError: The layer named as the classifier is not linear.
     """
     if classifier != "auto":
@@ -238,10 +238,10 @@ def known_num_classes(trainer: Any, module: nn.Module, asker: str, classifier: s
 def classifiers(module: nn.Module, num_classes: int | None, name: str = "auto") -> dict[str, nn.Module]:
     """The layer of that name, or, for ``auto``, all linear layers with ``num_classes`` outputs, by path.
 
-    A layer that adapters have been added to counts as one: its inner layers and the copies from before are left out.
+    A layer with adapters counts as one layer: its inner layers and peft's copies of it are left out.
 
     Raises:
-        ValueError: There is none; names the linear layers that exist.
+        ValueError: There is no such layer; the message names the linear layers.
         TypeError: The layer of that name is not linear.
     """
     if name != "auto":
@@ -264,22 +264,22 @@ def classifiers(module: nn.Module, num_classes: int | None, name: str = "auto") 
 
 
 def width(layer: nn.Module) -> int | None:
-    """Number of outputs of a linear layer, or of one with adapters; None if it is none."""
+    """Number of outputs of a linear layer, with or without adapters; None for other modules."""
     linear = getattr(layer, "base_layer", layer)
     return linear.out_features if isinstance(linear, nn.Linear) else None
 
 
 def penultimate_of(module: nn.Module) -> nn.Module | None:
-    """The submodule whose output a module declares to be its penultimate features, by calling it ``penultimate``."""
+    """The module's submodule named ``penultimate``, whose output is then measured; None if it has none."""
     owner = getattr(module, PENULTIMATE, None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """Weight ``(K, d)`` and bias ``(K,)`` that a classifier acts with, as plain tensors; None if they can't be had.
+    """Effective weight ``(K, d)`` and bias ``(K,)`` of a classifier as dense tensors; None if they can't be read.
 
-    Quantised and adapted weights are what the classifier does to the unit vectors. Those that are sharded over
-    processes are whole only while the classifier runs.
+    Quantised and adapted weights are computed from the classifier's outputs for unit vectors. Weights that are sharded
+    over processes are whole only while the classifier runs.
     """
     if is_sharded(classifier):
         return None
@@ -297,7 +297,7 @@ def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor
 
 
 def is_sharded(classifier: nn.Module) -> bool:
-    """Whether a process has no more than a part of the weight: a DTensor, or a piece of FSDP's flat parameter."""
+    """Whether a process holds only a part of the weight: a DTensor, or a piece of FSDP's flat parameter."""
     weight = getattr(getattr(classifier, "base_layer", classifier), "weight", None)
     return isinstance(weight, Tensor) and (hasattr(weight, "placements") or weight.ndim != 2)
 

@@ -1,6 +1,6 @@
-"""Classifiers of features beside a run, and how often they are right: linear ones, trained or in closed form, and kNN.
+"""Classifiers of a run's features and their accuracy: linear ones, trained or in closed form, and kNN.
 
-All of them give scores ``(N, K)``, the highest of which decides. One that has nothing to decide by gives nan.
+All of them return scores ``(N, K)``, the highest of which decides; a classifier without data returns nan.
 
 Legend: ``N`` samples, ``M`` samples of a bank, ``K`` classes, ``d`` feature width.
 """
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from ncfinetune.inputs import check_labels, may_look
 from ncfinetune.probes import ridge
 
-# What gives scores (N, K) of features (N, d).
+# Maps features (N, d) to scores (N, K).
 Scores = Callable[[Tensor], Tensor]
-# What makes that of features (M, d), labels (M,) and the number of classes.
+# Makes a classifier from features (M, d), labels (M,) and the number of classes.
 Fit = Callable[[Tensor, Tensor, int], Scores]
-# Queries compared with the bank at a time, which bounds the memory that kNN takes.
+# Queries compared with the bank at a time, which bounds the memory of kNN.
 _QUERIES = 256
 # Temperature of the votes in kNN, of Wu et al. (2018), section 3.4.
 _TEMPERATURE = 0.07
 
 
 class LinearProbe(nn.Module):
-    """A linear classifier of features brought to mean 0 and variance 1.
+    """A linear classifier of features that are standardised to mean 0 and variance 1.
 
-    It starts from zero, so that making one draws no random numbers.
+    It is initialised to zero, so that making one draws no random numbers.
 
     Args:
         dim: Width ``d`` of the features.
@@ -50,9 +50,9 @@ class LinearProbe(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor, used: Tensor) -> Tensor:
-        """A batch brought to mean 0 and variance 1 of the rows that are used, which the running statistics take in.
+        """A batch standardised by mean and variance of its used rows, which also update the running statistics.
 
-        What `BatchNorm1d` does in training, but for rows ``(N,)`` that are left out, which become 0.
+        Does what `BatchNorm1d` does in training, except that rows not ``used`` ``(N,)`` are left out and become 0.
         """
         norm: Any = self.normalise
         rows, weights = torch.where(used[:, None], features, 0), used[:, None].to(features.dtype)
@@ -71,12 +71,12 @@ class LinearProbe(nn.Module):
 
 @dataclass(frozen=True)
 class _Progress:
-    """What an `OnlineClassifier` has once the width of the features is known.
+    """The state of an `OnlineClassifier` once the width of the features is known.
 
     Args:
         probe: The classifier, in eval mode.
         optimizer: Its optimiser.
-        left_out: Samples of the present epoch left out for their labels and for their features, ``(2,)``.
+        left_out: Samples of the current epoch left out for their labels and for their features, ``(2,)``.
         losses: Sum of the losses of the epoch's samples, and their number, ``(2,)``.
     """
 
@@ -89,7 +89,7 @@ class _Progress:
     def begin(
         cls, features: Tensor, num_classes: int, optimizer: OptimizerCallable, stored: dict[str, Any]
     ) -> _Progress:
-        """A new classifier of such features ``(N, d)``, or where ``stored`` has one, that."""
+        """A new classifier of such features ``(N, d)``, or the one in ``stored`` if there is one."""
         probe = LinearProbe(features.shape[1], num_classes).to(features).eval()
         left_out = torch.zeros(2, dtype=torch.int64, device=features.device)
         losses = torch.zeros(2, dtype=torch.float32, device=features.device)
@@ -108,7 +108,7 @@ class _Progress:
 
 
 class OnlineClassifier:
-    """A `LinearProbe` that takes a step on each batch, with an optimiser of its own.
+    """A `LinearProbe` that is trained by one step per batch, with a separate optimiser.
 
     Args:
         optimizer: Makes that optimiser.
@@ -123,7 +123,7 @@ class OnlineClassifier:
 
     @property
     def probe(self) -> LinearProbe | None:
-        """The classifier, in eval mode; None until the first features, or what is restored, tell how wide it is."""
+        """The classifier, in eval mode; None while the width of the features is unknown."""
         return None if self._progress is None else self._progress.probe
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,11 +131,11 @@ class OnlineClassifier:
         return self._stored if self._progress is None else self._progress.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts, and the device is known."""
+        """Keep the state until training starts and the device is known."""
         self._stored, self._progress = state_dict, None
 
     def restore(self, num_classes: int, device: torch.device) -> None:
-        """Go on with the state that was loaded, if one was."""
+        """Restore the loaded state, if there is one."""
         if self._stored and self._progress is None:
             self._begun(self._stored["probe"]["linear.weight"].to(device), num_classes)
 
@@ -150,7 +150,7 @@ class OnlineClassifier:
 
         Args:
             features: ``(N, d)``; samples with nan or inf are left out.
-            labels: Classes ``(N,)``, those out of range left out, or shares of the classes ``(N, K)``.
+            labels: Classes ``(N,)``, of which those out of range are left out, or class probabilities ``(N, K)``.
             num_classes: Number of classes ``K``.
 
         Raises:
@@ -176,12 +176,12 @@ class OnlineClassifier:
         own.losses[1] += len(labels)
 
     def mean_loss(self) -> float | None:
-        """The mean loss of the epoch's samples, None if there are none; reads the device."""
+        """The mean loss of the epoch's samples, None without samples; reads the device."""
         total, samples = (0, 0) if self._progress is None else self._progress.losses.tolist()
         return total / samples if samples else None
 
     def report_left_out(self, asker: str, num_classes: int) -> None:
-        """Say which of the epoch's samples were left out; reads the device.
+        """Report the epoch's samples that were left out; reads the device.
 
         Args:
             asker: Name of the callback, for messages.
@@ -194,7 +194,7 @@ class OnlineClassifier:
         if labels:
             raise ValueError(
                 f"{asker}: expected labels in 0..{num_classes - 1} (num_classes={num_classes}), got {labels} "
-                "training samples with others in this epoch"
+                "training samples with labels out of range in this epoch"
             )
         if features:
             rank_zero_warn(f"{asker} left out {features} training samples of this epoch with nan or inf in features")
@@ -206,13 +206,13 @@ class OnlineClassifier:
 
 
 class Neighbours:
-    """The ``k`` nearest of a bank vote for their classes: Wu et al. (2018, arXiv 1805.01978), section 3.4.
+    """Weighted kNN: the ``k`` nearest of a bank vote for their classes (Wu et al. 2018, arXiv 1805.01978, section 3.4).
 
     Args:
         features: The bank, ``(M, d)``.
         labels: Its labels, ``(M,)``.
         num_classes: Number of classes ``K``.
-        k: Neighbours; all of the bank where it has fewer.
+        k: Number of neighbours; all of the bank if it has fewer.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int, k: int) -> None:
@@ -220,7 +220,7 @@ class Neighbours:
         self._num_classes, self._k = num_classes, min(k, len(features))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Sums of the votes for each class, ``(N, K)``, by features ``(N, d)``."""
+        """Sums of the votes for each class, ``(N, K)``, for features ``(N, d)``."""
         votes = features.new_full((len(features), self._num_classes), 0.0 if self._k else torch.nan)
         for own, part in zip(torch.split(votes, _QUERIES), torch.split(features, _QUERIES), strict=True):
             similarity, nearest = (F.normalize(part, dim=1) @ self._bank.T).topk(self._k, dim=1)
@@ -229,7 +229,7 @@ class Neighbours:
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
-    """Multinomial logistic regression on features of mean 0 and variance 1, to convergence.
+    """Multinomial logistic regression on standardised features, to convergence.
 
     Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's ``C=1``, by L-BFGS.
 
@@ -267,7 +267,7 @@ class RidgeProbe:
     Args:
         weight: ``(K, d)``, in float64 where the device has it.
         bias: ``(K,)``.
-        loo_acc: Share of the samples fitted to that it decides rightly when fitted without them; a tie is wrong.
+        loo_acc: Leave-one-out accuracy on the samples it is fitted to; a tie is wrong.
     """
 
     weight: Tensor
@@ -282,7 +282,7 @@ class RidgeProbe:
 def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
     """`ncfinetune.probes.ridge`: regression on one-hot targets, its strength chosen by exact leave-one-out error.
 
-    Of fewer than two classes there is nothing to tell apart: a warning says so, and scores and ``loo_acc`` are nan.
+    With fewer than two classes a warning is given, and scores and ``loo_acc`` are nan.
 
     Args:
         features: ``(N, d)``, finite.
@@ -300,9 +300,10 @@ def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
 
 
 def count(scores: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """How many samples are decided rightly, how many there are, and how many of these cannot be judged, ``(3,)``.
+    """Numbers of correctly classified, of all, and of unusable samples, ``(3,)``.
 
-    Those are samples whose label is no class, or whose scores are not finite. No value is read from an accelerator.
+    Unusable are samples whose label is out of range, or whose scores are not finite. No value is read from an
+    accelerator.
 
     Args:
         scores: ``(N, K)``.
@@ -317,11 +318,11 @@ def count(scores: Tensor, labels: Tensor, num_classes: int, ignore_index: int | 
 
 
 def accuracy(counts: Tensor, name: str, num_classes: int) -> float:
-    """The share of samples that are decided rightly; nan, and a warning by name, unless all can be judged.
+    """The accuracy; nan, with a warning, if some samples are unusable.
 
     Args:
-        counts: What `count` gives, ``(3,)``, or a sum of it.
-        name: What the accuracy is logged as.
+        counts: Result of `count`, ``(3,)``, or a sum of results.
+        name: Log name of the accuracy.
         num_classes: Number of classes ``K``.
     """
     right, total, unsound = counts.tolist()
@@ -341,14 +342,14 @@ def transferred(
     k: int,
     name: Callable[[str, int, int], str],
 ) -> dict[str, float]:
-    """How well a second data set's validation images are classified by its training images: accuracies by log name.
+    """Accuracies by log name on a second data set's validation images, of classifiers fitted to its training images.
 
     Args:
         bank: Features ``(M, d)`` and labels ``(M,)`` of the training images.
-        tested: Those of the validation images, a pair a loader.
+        tested: Features and labels of the validation images, a pair for each loader.
         fit: Makes the classifier of ``downstream_acc``.
         k: Neighbours of ``downstream_knn``; 0 is no kNN.
-        name: Makes a log name of a number, of the index of its loader, and of how many loaders there are.
+        name: Makes a log name from a number's name, the index of its loader, and the number of loaders.
     """
     num_classes = 1 + max((int(labels.max()) for _, labels in (bank, *tested) if len(labels)), default=0)
     classifiers = {"downstream_acc": fit(*bank, num_classes)}

@@ -1,4 +1,4 @@
-"""Features of one layer with their labels: of the batch that ran last, of a pass, and of a second data set.
+"""Features of one layer with their labels: of the last batch, of a pass, and of a second data set.
 
 Legend: ``N`` samples of a batch, ``M`` rows of features, ``K`` classes, ``d`` feature width.
 """
@@ -22,7 +22,7 @@ from .observer import LayerObserver
 
 
 class FeatureSet(NamedTuple):
-    """Features ``(M, d)`` and labels: classes ``(M,)``, or shares of them ``(M, K)``."""
+    """Features ``(M, d)`` and labels: classes ``(M,)``, or class probabilities ``(M, K)``."""
 
     features: Tensor
     labels: Tensor
@@ -31,7 +31,7 @@ class FeatureSet(NamedTuple):
 def take(
     observer: LayerObserver, reader: BatchReader, batch: Any, loader: Any = None, index: int = 0, shares: bool = False
 ) -> FeatureSet:
-    """What the one layer of an observer gave for the batch that ran last; arguments as of `LayerObserver.take`.
+    """Features of an observer's only layer for the last batch; arguments as in `LayerObserver.take`.
 
     Raises:
         ValueError: The layer did not run.
@@ -45,7 +45,7 @@ def take(
 
 
 def gathered(part: FeatureSet, world_size: int) -> FeatureSet:
-    """What all processes have, each as many rows, one behind the other and the same on each."""
+    """The rows of all processes in the order of the ranks, on every process; all must have as many rows."""
     if world_size == 1:
         return part
 
@@ -60,7 +60,7 @@ def gathered(part: FeatureSet, world_size: int) -> FeatureSet:
 def read(
     observer: LayerObserver, reader: BatchReader, batches: Iterable[Any], ignore_index: int | None = None
 ) -> FeatureSet:
-    """Run batches that are ready to run, and keep all samples but those without a label and those with nan or inf.
+    """Run batches that are on the device, and keep all samples except unlabelled ones and those with nan or inf.
 
     Raises:
         ValueError: There are no batches.
@@ -80,7 +80,7 @@ def read(
 
 
 def prepare(data: LightningDataModule, trainer: Trainer) -> None:
-    """Make a second data set ready to be read beside a run."""
+    """Prepare and set up a second data set for a run."""
     if trainer.local_rank == 0:
         data.prepare_data()
     trainer.strategy.barrier()
@@ -96,18 +96,18 @@ def read_second(
     max_samples: int,
     ignore_index: int | None = None,
 ) -> tuple[FeatureSet, list[FeatureSet]]:
-    """The training images of a second data set, which has classes of its own, and those of each validation loader.
+    """Features of the training images of a second data set, with other classes, and of each validation loader.
 
     Args:
-        observer: Of one layer.
-        data: The datamodule, whose hook makes batches ready to run.
-        reader: Reads labels, and says who asks.
-        device: Where they run.
-        max_samples: Images of each part at most, evenly spread over it.
+        observer: An observer of one layer.
+        data: The datamodule, whose hook preprocesses batches.
+        reader: Reads labels; has the callback's name for messages.
+        device: Device of the module.
+        max_samples: Largest number of images of each split, evenly spread over it.
         ignore_index: Samples with this label are left out.
 
     Raises:
-        ValueError: A part has no batches.
+        ValueError: A split has no batches.
     """
 
     def ready(loader: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The pictures that the tracker draws: pure functions from numbers to matplotlib figures on white.
+"""The tracker's figures: pure functions from numbers to matplotlib figures on white.
 
 Legend: ``M`` samples, ``P`` classes that have samples, ``d`` feature width.
 """
@@ -22,7 +22,7 @@ def of_pass(
     moments: Mapping[str, ClassMoments],
     sample: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Figure]:
-    """All pictures of a pass, by name: nc1 over depth where there is any, and the classes in the last layer.
+    """All figures of a pass, by name: nc1 over depth if it was measured, and the classes in the last layer.
 
     Args:
         history: ``{epoch: {layer: nc1}}``, layers in depth order.
@@ -61,7 +61,7 @@ def depth(history: Mapping[int, Mapping[str, float]], metric: str) -> Figure:
 
 
 def cosines(moments: ClassMoments) -> Figure:
-    """Cosines between the centred class means, as differences from -1/(P-1), where full collapse has them all."""
+    """Cosines between the centred class means, as differences from -1/(P-1), their value at full collapse."""
     figure, axes = _axes(5.2, 4.4)
     matrix = cosine_matrix(moments)
     ideal = -1 / (len(matrix) - 1)
@@ -77,7 +77,7 @@ def cosines(moments: ClassMoments) -> Figure:
 
 
 def spread(moments: ClassMoments) -> Figure:
-    """Each class's spread around its mean against the distance of that mean from the others' centre."""
+    """Standard deviation within each class against the distance of its mean from the global mean."""
     figure, axes = _axes(5.2, 4.4)
     present = moments.present
     within = moments.variance[present].sqrt().cpu().numpy()

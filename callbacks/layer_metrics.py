@@ -1,6 +1,6 @@
 """Collapse of several layers over one pass of one data set.
 
-Legend: ``N`` samples of a batch, ``K`` classes, ``P`` of them present, ``d`` feature width, ``M`` samples of a picture.
+Legend: ``N`` samples of a batch, ``K`` classes, ``P`` of them present, ``d`` feature width, ``M`` samples of a figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ncfinetune.moments import (
     UnresolvedCollapseError,
 )
 
-# What is measured in front of the classifier only.
+# Metrics of the classifier's input only.
 _OF_CLASSIFIER = ("nc3", "nc4")
 _OF_MOMENTS = tuple(name for name in FAMILY if name != "nc3")
 METRICS = (*_OF_MOMENTS, "nc3", "numerical_rank", "nc4")
@@ -37,13 +37,13 @@ Weight = tuple[Tensor, Tensor | None]
 
 @dataclass
 class Result:
-    """What a pass found.
+    """The results of a pass.
 
     Attributes:
         values: ``{metric: {layer: value}}``; nan where the features do not define it.
-        rounding: By how much rounding may have moved a layer's nc1, in words, where it is more than 1e-6 of it.
+        rounding: The possible rounding error of a layer's nc1, in words, if it is relatively above 1e-6.
         moments: The class moments of each layer that has them.
-        sample: Some features ``(M, d)`` and labels ``(M,)`` of this process, of the last layer if it has moments.
+        sample: Some features ``(M, d)`` and labels ``(M,)`` of the last layer on this process, if it has moments.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Result:
     sample: tuple[Tensor, Tensor] | None = None
 
     def by_log_name(self, split: str, suffix: str = "") -> dict[str, float]:
-        """The values as ``<metric>/<split>/<layer>``, with a suffix to tell several data sets apart."""
+        """The values as ``<metric>/<split>/<layer>``, with a suffix that distinguishes several data sets."""
         return {
             f"{metric}/{split}/{layer}{suffix}": value
             for metric, layers in self.values.items()
@@ -66,11 +66,11 @@ class LayerMetrics:
     Args:
         layers: The layers' names in depth order.
         num_classes: Number of classes ``K``.
-        metrics: Names among `METRICS`; ``nc3`` and ``nc4`` are of the layer ``penultimate`` alone.
+        metrics: Names among `METRICS`; ``nc3`` and ``nc4`` are computed for the layer ``penultimate`` alone.
         ignore_index: Samples with this label are left out.
-        means: Moments whose class means decide for ``nc4``; None leaves it out.
-        sample: Keep a sample of the last layer's features for a picture.
-        shared: Other processes measure other parts of the set: a mistake of this one waits until all can raise it.
+        means: Moments with the class means for ``nc4``; None leaves it out.
+        sample: Keep a sample of the last layer's features for a figure.
+        shared: Other processes measure other parts of the set: an error is raised on all of them, in `compute`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class LayerMetrics:
         Args:
             features: ``{layer: (N, d)}``.
             labels: ``(N,)``.
-            weight: The classifier's, where it is known.
+            weight: Weight and bias of the classifier, if known.
 
         Raises:
             ValueError: Labels out of range, unless they lie on an accelerator or processes share the set.
@@ -138,25 +138,25 @@ class LayerMetrics:
                 self._decisions = _Decisions(self._means, weight)
             self._decisions.add(rows, labels)
 
-    def compute(self, split: str, strategy: Any, weight: Weight | None = None, judged: bool = False) -> Result:
+    def compute(self, split: str, strategy: Any, weight: Weight | None = None, has_classifier: bool = False) -> Result:
         """The metrics over all samples of all processes; all of them must call it.
 
         Args:
             split: Name of the data set, for messages.
-            strategy: The trainer's, which adds up numbers over the processes.
-            weight: The classifier's, where this process can have it.
-            judged: There is a classifier.
+            strategy: The trainer's strategy, which sums numbers over the processes.
+            weight: Weight and bias of the classifier, if this process can read them.
+            has_classifier: Whether there is a classifier.
 
         Raises:
             ValueError: A layer never ran; labels out of range in any of the processes.
         """
         total = _summing(strategy) if self._shared else lambda tensor: tensor
         mistaken = self._mistake is not None
-        flags = [[layer in self._broken, layer in self._ran, mistaken, judged] for layer in self.layers]
+        flags = [[layer in self._broken, layer in self._ran, mistaken, has_classifier] for layer in self.layers]
         counts = total(torch.tensor(flags, dtype=torch.float32)).tolist()
-        judged = bool(counts[0][3])
+        has_classifier = bool(counts[0][3])
         if counts[0][2]:
-            raise self._mistake or ValueError(f"another process found a mistake in the {split} set: see its message")
+            raise self._mistake or ValueError(f"another process found an error in the {split} set: see its message")
         broken = {layer: bool(row[0]) for layer, row in zip(self.layers, counts, strict=True)}
         silent = [layer for layer, row in zip(self.layers, counts, strict=True) if not row[1]]
         if silent:
@@ -173,11 +173,11 @@ class LayerMetrics:
             device = strategy.root_device if self._shared else None
             try:
                 moments = self._measure(result, layer, split, total, device)
-                if layer == PENULTIMATE and judged:
-                    self._judge(result, moments, weight, total)
+                if layer == PENULTIMATE and has_classifier:
+                    self._compare_classifier(result, moments, weight, total)
             except (UndefinedCollapseError, NonFiniteFeaturesError) as error:
                 undefined[layer] = str(error)
-        self._set_nan(result, undefined, split, judged)
+        self._set_nan(result, undefined, split, has_classifier)
         return result
 
     def _measure(
@@ -201,10 +201,10 @@ class LayerMetrics:
         result.moments[layer] = moments
         return moments
 
-    def _judge(
+    def _compare_classifier(
         self, result: Result, moments: ClassMoments, weight: Weight | None, total: Callable[[Tensor], Tensor]
     ) -> None:
-        """What compares the classifier with the class means; a process without batches may not know its weight."""
+        """Compute ``nc3`` and ``nc4``; a process without batches may not know the classifier's weight."""
         fits = weight is not None and _fits(weight, moments)
         differs = weight is not None and not fits
         if "nc3" in self._metrics:
@@ -212,7 +212,7 @@ class LayerMetrics:
             value, known, left_out = total(torch.tensor([own, fits, differs], dtype=torch.float64)).tolist()
             if not known and not left_out:
                 warnings.warn(
-                    "nc3 is logged as nan: the weight of the classifier, which is quantised or shared out among "
+                    "nc3 is logged as nan: the weight of the classifier, which is quantised or sharded over "
                     "processes, cannot be read",
                     stacklevel=2,
                 )
@@ -224,12 +224,12 @@ class LayerMetrics:
             if samples or not left_out:
                 _set(result, "nc4", PENULTIMATE, different / samples if samples else float("nan"))
 
-    def _set_nan(self, result: Result, undefined: Mapping[str, str], split: str, judged: bool) -> None:
-        """Make every metric of these layers nan, with one warning for all of them."""
+    def _set_nan(self, result: Result, undefined: Mapping[str, str], split: str, has_classifier: bool) -> None:
+        """Set every metric of these layers to nan, with one warning for all of them."""
         for layer in undefined:
             result.moments.pop(layer, None)
             for name in self._metrics:
-                of_classifier = layer == PENULTIMATE and judged and (name != "nc4" or self._means is not None)
+                of_classifier = layer == PENULTIMATE and has_classifier and (name != "nc4" or self._means is not None)
                 if name not in _OF_CLASSIFIER or of_classifier:
                     _set(result, name, layer, float("nan"))
         if undefined:
@@ -258,7 +258,7 @@ def _fits(weight: Weight, moments: ClassMoments) -> bool:
 
 
 def _summing(strategy: Any) -> Callable[[Tensor], Tensor]:
-    """Adds up a tensor over the processes, on the device where they can."""
+    """A function that sums a tensor over the processes, on the strategy's device."""
     return lambda tensor: strategy.reduce(tensor.to(strategy.root_device), reduce_op="sum")
 
 
@@ -266,11 +266,11 @@ class _Decisions:
     """How often the classifier and the nearest class mean decide differently: NC4 of Papyan et al. (2020), fig. 7.
 
     Args:
-        means: Class moments, whose means decide.
-        weight: The classifier's.
+        means: Class moments with the means.
+        weight: Weight and bias of the classifier.
 
     Attributes:
-        counts: Samples on which they differ, and samples, ``(2,)``.
+        counts: Numbers of samples with different decisions and of all samples, ``(2,)``.
     """
 
     def __init__(self, means: ClassMoments, weight: Weight) -> None:
@@ -282,10 +282,10 @@ class _Decisions:
         self._bias = 0 if weight[1] is None else weight[1].to(device, torch.float64)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add samples; those whose label or features are none do not count."""
+        """Add samples; samples with a label out of range or with nan or inf do not count."""
         features = features.to(self._centre.device).double()
         labels = labels.to(self._centre.device)
-        # Centred first: with an offset of 1e3, distances decide at random.
+        # Centred first: at an offset of 1e3 rounding makes float32 distances useless.
         distances = torch.cdist(features - self._centre, self._means)
         nearest = self._present[distances.argmin(1)]
         differ = nearest != (features @ self._weight.T + self._bias).argmax(1)
@@ -294,10 +294,10 @@ class _Decisions:
 
 
 class _Sample:
-    """A uniform sample of rows, kept where they lie (Vitter 1985, algorithm R, with numbers drawn on the host).
+    """A uniform sample of rows, kept on their device (Vitter 1985, algorithm R, with numbers drawn on the host).
 
     Args:
-        size: Rows at most.
+        size: Largest number of rows.
     """
 
     def __init__(self, size: int) -> None:
@@ -307,7 +307,7 @@ class _Sample:
         self._labels: Tensor | None = None
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Let each row take the place of another with the probability that keeps the sample uniform."""
+        """Replace rows by new ones with the probability that keeps the sample uniform."""
         if self._features is None or self._labels is None:
             self._features = features.new_zeros(self._size, features.shape[1], dtype=torch.float32)
             self._labels = labels.new_full((self._size,), -1)

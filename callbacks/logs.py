@@ -1,4 +1,4 @@
-"""How numbers and pictures of the tracker reach progress bar, monitors, loggers and TensorBoard's pages."""
+"""Logging of the tracker's numbers and figures: progress bar, monitored values, loggers, TensorBoard's pages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .layer_metrics import Result
 
 
 def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
-    """Log numbers of an epoch, which all processes must do together.
+    """Log numbers of an epoch; all processes must call it.
 
     Args:
-        module: The module that trains.
+        module: The module in training.
         values: Numbers by log name.
-        prog_bar: Show those of ``nc1`` in the progress bar.
+        prog_bar: Show ``nc1`` in the progress bar.
     """
     for name, value in values.items():
         shown = prog_bar and name.startswith("nc1/")
@@ -26,12 +26,12 @@ def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bo
 
 
 def log_before_training(trainer: Trainer, values: Mapping[str, float], device: torch.device) -> None:
-    """Give numbers to whoever monitors them until there are new ones and, before the first step, to the loggers.
+    """Put numbers into ``callback_metrics`` for monitors and, before the first step, into the loggers.
 
     Args:
         trainer: The trainer.
         values: Numbers by log name.
-        device: The module's.
+        device: The module's device.
     """
     for name, value in values.items():
         trainer.callback_metrics[name] = torch.tensor(value, device=device)
@@ -41,28 +41,28 @@ def log_before_training(trainer: Trainer, values: Mapping[str, float], device: t
 
 
 def log_last_values(trainer: Trainer, values: Mapping[str, float], layer: str) -> None:
-    """Put the last values beside the hyper-parameters: those of one layer, and what else the run has logged.
+    """Log the last values as metrics of the hyper-parameters: those of one layer, and the run's other logged numbers.
 
     Args:
         trainer: The trainer.
-        values: What the callback has logged, of all layers.
+        values: The callback's logged numbers, of all layers.
         layer: The layer to show.
     """
     own = {name: v for name, v in values.items() if name.split("/", 2)[2].split("/dataloader_idx")[0] == layer}
     others = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in values}
     first = {name: value for name, value in own.items() if name.startswith("nc1/")}
-    metrics = first | others | own  # the page shows the first few unless told otherwise
+    metrics = first | others | own  # by default the page shows the first few
     for logger in boards(trainer):
         logger.log_hyperparams(dict(logger.hparams), metrics, step=trainer.global_step)
 
 
 def draw_pass(trainer: Trainer, history: Mapping[int, Mapping[str, float]], result: Result) -> None:
-    """Draw a pass over the training set into the loggers that take pictures.
+    """Draw a pass over the training set into the loggers that accept figures.
 
     Args:
         trainer: The trainer.
         history: ``{epochs trained: {layer: nc1}}`` of all passes.
-        result: What this pass found.
+        result: Results of this pass.
     """
     if loggers := boards(trainer):
         for name, figure in figures.of_pass(history, result.moments, result.sample).items():
@@ -71,7 +71,7 @@ def draw_pass(trainer: Trainer, history: Mapping[int, Mapping[str, float]], resu
 
 
 def boards(trainer: Trainer) -> list[Any]:
-    """The loggers that take pictures and hyper-parameters, TensorBoard's way; none but on the first process."""
+    """The loggers that accept figures and hyper-parameters as TensorBoard's does; empty except on rank 0."""
     loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
     return [
         logger

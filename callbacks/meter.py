@@ -1,4 +1,4 @@
-"""CollapseMeter: the collapse of a module's layers, in one pass over data sets after another."""
+"""CollapseMeter: measures the collapse of a module's layers in successive passes over data sets."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .observer import LayerObserver
 
 
 class CollapseMeter:
-    """Measures the layers that an observer watches, in passes over one or several data sets each.
+    """Measures an observer's layers in passes over one or several data sets.
 
     Args:
-        observer: Catches the layers' features and the labels of a batch.
+        observer: Captures the layers' features and the labels of a batch.
         num_classes: Number of classes ``K``.
         metrics: Names among `METRICS`.
         ignore_index: Samples with this label are left out.
         shared: Other processes measure other parts of the sets.
 
     Attributes:
-        observer: As given.
-        num_classes: As given.
+        observer: The observer.
+        num_classes: The number of classes.
     """
 
     def __init__(
@@ -42,40 +42,40 @@ class CollapseMeter:
         self._weight: Weight | None = None
 
     def begin(self, loaders: Sequence[Any], means: ClassMoments | None = None, sample: bool = False) -> None:
-        """Begin a pass, and forget the one before.
+        """Begin a pass, and discard the previous one.
 
         Args:
-            loaders: Where the batches of each data set come from, in the order of their ``dataloader_idx``.
-            means: Moments whose class means decide for ``nc4``; None leaves it out.
-            sample: Keep a sample of the last layer's features for a picture.
+            loaders: The loader of each data set, in the order of their ``dataloader_idx``.
+            means: Moments with the class means for ``nc4``; None leaves it out.
+            sample: Keep a sample of the last layer's features for a figure.
         """
         self.observer.restart()
         self._loaders, self._weight = loaders, None
         self._metrics = [self._of_set(means=means, sample=sample) for _ in loaders]
 
     def update(self, batch: Any, index: int = 0) -> None:
-        """Add the batch that ran last, of the pass's ``index``-th data set."""
+        """Add the last batch, which is of the pass's ``index``-th data set."""
         features, labels = self.observer.take(batch, self._loaders[index], index)
         self._weight = self._weight or self.observer.weight()
         self._metrics[index].update(features, labels, self._weight)
 
     def run(self, batches: Iterable[Any]) -> None:
-        """Run the module on batches of the first data set that are ready to run, and add them."""
+        """Run the module on batches of the first data set, which are on the device, and add them."""
         for batch in batches:
             self.observer.run(batch)
             self.update(batch)
 
     def finish(self, split: str, strategy: Any) -> list[Result]:
-        """What the pass found on each data set; all processes must call it.
+        """The results of the pass on each data set; all processes must call it.
 
         Args:
             split: Name of the data sets, for messages.
-            strategy: The trainer's, which adds up numbers over the processes.
+            strategy: The trainer's strategy, which sums numbers over the processes.
 
         Raises:
             ValueError: A layer never ran; labels out of range in any of the processes.
         """
-        judged = self.observer.classifier is not None
-        results = [metrics.compute(split, strategy, self._weight, judged) for metrics in self._metrics]
+        has_classifier = self.observer.classifier is not None
+        results = [metrics.compute(split, strategy, self._weight, has_classifier) for metrics in self._metrics]
         self.observer.close()
         return results

@@ -1,4 +1,4 @@
-"""LayerObserver: pooled features of named layers and their labels, caught as any module runs.
+"""LayerObserver: captures pooled features of named layers, and their labels, while any module runs.
 
 Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` feature width.
 """
@@ -26,24 +26,24 @@ Pooling = Callable[[Tensor], Tensor]
 
 
 class LayerObserver:
-    """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while it listens.
+    """Hooks on named layers of a module that keep each layer's last output, pooled to ``(N, d)``, while observing.
 
-    The name ``penultimate`` stands for the output of the submodule that the module has under this name, and where it
-    has none for the input of the classifier: the linear layer with ``K`` outputs. Where several have as many, the one
-    whose output the module returns is found as they run.
+    The name ``penultimate`` stands for the output of the module's submodule of that name or, if there is none, for the
+    input of the classifier: the linear layer with ``K`` outputs. If several layers have ``K`` outputs, the classifier
+    is the one whose output the module returns, which is found as they run.
 
     Args:
-        module: The module to listen to.
+        module: The module to observe.
         layers: Names or patterns of its layers, as `find_layers` reads them, and ``penultimate``.
-        reader: Reads labels off batches.
+        reader: Reads the labels of batches.
         classifier: The classifier's name, or ``auto``.
-        judged: Look for the classifier even where the module says itself what its penultimate features are.
-        pool: Makes ``(N, d)`` of a layer's output; None pools as the network pools its last features, which a second
-            run of the first batch's first two samples tells.
+        needs_classifier: Find the classifier even if the module has a submodule ``penultimate``.
+        pool: Maps a layer's output to ``(N, d)``; None pools in the way the network pools its last features, found by a
+            second run on the first two samples of the first batch.
 
     Attributes:
         names: The layers' names in depth order, ``penultimate`` last.
-        classifier: The classifier, as soon as it is known.
+        classifier: The classifier, once it is known.
 
     Raises:
         ValueError: No such layer, or no classifier where one is needed.
@@ -55,7 +55,7 @@ class LayerObserver:
         layers: Sequence[str],
         reader: BatchReader,
         classifier: str = "auto",
-        judged: bool = False,
+        needs_classifier: bool = False,
         pool: Pooling | None = None,
     ) -> None:
         self.classifier: nn.Module | None = None
@@ -84,14 +84,14 @@ class LayerObserver:
         self._whole: Any = None
         if PENULTIMATE in layers:
             self.names.append(PENULTIMATE)
-            self._hook_penultimate(classifier, judged)
+            self._hook_penultimate(classifier, needs_classifier)
 
     def listen(self, step: str | None = None) -> None:
         """Keep the layers' outputs from now on.
 
         Args:
-            step: What counts is the step of the module that has this name: other callbacks may run the module on
-                other images before or after it. None is whatever runs.
+            step: Name of the module's step whose outputs are kept: other callbacks may run the module on other images
+                before or after it. None keeps the outputs of any run.
         """
         self._open, self._step = True, step
         self._forget()
@@ -110,26 +110,26 @@ class LayerObserver:
             self._outputs.setdefault("", []).append(output)
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Stop observing, and free the outputs."""
         self._open = False
         self._forget()
 
     def take(
         self, batch: Any, loader: Any = None, index: int = 0, shares: bool = False, reader: BatchReader | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Features ``{name: (M, d)}`` of the batch that ran last, and their labels ``(M,)``, a row a sample and view.
+        """Features ``{name: (M, d)}`` of the last batch and their labels ``(M,)``, one row per sample and view.
 
-        Samples that ``loader``, the pass's ``index``-th, has given to another process too are left out.
+        Samples that the sampler of ``loader`` repeats on another process are left out.
 
         Args:
             batch: The batch.
-            loader: Where it comes from.
+            loader: Its loader.
             index: Its ``dataloader_idx``.
-            shares: Leave labels that are shares of the classes ``(M, K)`` as they are.
-            reader: Reads the labels in place of the observer's.
+            shares: Keep labels that are class probabilities ``(M, K)``.
+            reader: Reads the labels in place of the observer's reader.
 
         Raises:
-            ValueError: The features are not those of all samples of the batch.
+            ValueError: The features do not have rows for all samples of the batch.
         """
         self._open = False
         features = self._features()
@@ -151,13 +151,13 @@ class LayerObserver:
         return features, labels.to(device, non_blocking=True)
 
     def weight(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight ``(K, d)`` and bias ``(K,)`` of the classifier; None if there is none, or they can't be had."""
+        """Weight ``(K, d)`` and bias ``(K,)`` of the classifier; None if there is none or they can't be read."""
         if self.classifier is None:
             return None
         return self._whole if self._sharded else adapters.weight_of(self.classifier)
 
     def describe(self) -> str:
-        """A line on each layer that ran: its output, and how that was pooled."""
+        """Output and pooling of each layer that ran, in words."""
         return "; ".join(f"{name} {how}" for name, how in self._how.items())
 
     def remove(self) -> None:
@@ -183,9 +183,9 @@ class LayerObserver:
 
         self._handles.append(layer.register_forward_hook(catch))
 
-    def _hook_penultimate(self, classifier: str, judged: bool) -> None:
+    def _hook_penultimate(self, classifier: str, needs_classifier: bool) -> None:
         declared = self._declared
-        if declared is None or judged:
+        if declared is None or needs_classifier:
             try:
                 self._rivals = adapters.classifiers(self._module, self._reader.num_classes, classifier)
             except ValueError:
@@ -217,7 +217,7 @@ class LayerObserver:
             self._handles.append(layer.register_forward_hook(catch_output))
 
     def _hook_networks(self) -> None:
-        """Keep what the module returns, to see which classifier's output it is."""
+        """Keep the module's output, to find the classifier that made it."""
         network = adapters.network_of(self._module)
 
         def catch(m: nn.Module, args: Any, output: Any) -> None:
@@ -228,11 +228,11 @@ class LayerObserver:
             self._handles.append(network.register_forward_hook(catch))
 
     def _features(self) -> dict[str, Tensor]:
-        """What was caught, with the input of the classifier, which is looked for if it is not known yet."""
+        """The captured features, with the input of the classifier, which is searched for if it is not known yet."""
         if self.classifier is None and set(self._outputs) - {""}:
             path = self._find_classifier()
             self.classifier = self._rivals[path]
-            rank_zero_info(f"{self._reader.asker} takes {path!r} for the classifier, of {', '.join(self._rivals)}")
+            rank_zero_info(f"{self._reader.asker} takes {path!r} as the classifier, among {', '.join(self._rivals)}")
         features = {name: self._caught[name] for name in self.names if name in self._caught}
         for path, rows in self._inputs.items():
             if self._rivals[path] is self.classifier:
@@ -240,7 +240,7 @@ class LayerObserver:
         return features
 
     def _find_classifier(self) -> str:
-        """The classifier whose output is what the network returns, or the only one that ran."""
+        """The candidate whose output the network returns, or the only candidate that ran."""
         returned = {id(tensor) for tensor in tensors(self._outputs.pop("", []))}
         fitting = [path for path, outputs in self._outputs.items() if any(id(output) in returned for output in outputs)]
         ran = list(self._outputs)
@@ -257,7 +257,7 @@ class LayerObserver:
         return self._declared, self.classifier
 
     def _pooled(self, name: str, output: Any, pooling: Pooling | Pool) -> Tensor:
-        """An output pooled to ``(N, d)`` in float32 or wider, as a copy: what comes next may write over the output."""
+        """A pooled copy ``(N, d)`` of an output in float32 or wider: later layers may overwrite the output in place."""
         if isinstance(pooling, Pool):
             chosen = list(tensors(output))[pooling.index].detach()
             self._how[name] = f"{tuple(chosen.shape)} {pooling.describe()}"
@@ -270,7 +270,7 @@ class LayerObserver:
         return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
     def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:
-        """Rows a sample, the same for every layer, and whether they come view by view."""
+        """Rows per sample, the same for every layer, and whether they are ordered by view."""
         sizes = {len(value): name for name, value in features.items()}
         try:
             if len(sizes) > 1:
@@ -279,8 +279,8 @@ class LayerObserver:
         except ValueError as error:
             asker = self._reader.asker
             raise ValueError(
-                f"{asker} found {error} in layer {' and '.join(map(repr, sizes.values()))}; it sees the "
-                "last forward pass of a step, which must be that of all samples of the batch: name other layers, or "
+                f"{asker} found {error} in layer {' and '.join(map(repr, sizes.values()))}; it measures the "
+                "last forward pass of a step, which must run all samples of the batch: name other layers, or "
                 f"give it {asker}(batch_to_labels=...) with a label for each row"
             ) from error
 
@@ -293,7 +293,7 @@ def _first(rows: Tensor, samples: int, views: int, listed: bool) -> Tensor:
 
 
 def _as_it_is(path: str, rows: Tensor) -> Pool:
-    """The pooling of a classifier's input, which has one vector a sample."""
+    """The pooling of a classifier's input, which must have one vector per sample."""
     if rows.ndim != 2:
         raise PoolError(
             f"expected features (N, d) as the input of the classifier {path!r}, got {tuple(rows.shape)}; name the "

@@ -1,4 +1,4 @@
-"""PoolFinder: how the outputs of any module's layers are pooled, found as they run for the first time."""
+"""PoolFinder: finds the pooling of any module's layers when they run for the first time."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ncfinetune.pool_search import find_pools, guess_pool
 from ncfinetune.pooling import Pool, tensors
 from ncfinetune.tracing import few
 
-# What a stranger's forward raises on two samples of a batch if it was written for whole ones, or for its own step.
+# Errors of a forward that was written for whole batches, or for the module's own step, on two samples of a batch.
 _MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 class PoolFinder:
     """Pools of named layers, found by a second run of the outermost module that runs them, on its first two samples.
 
-    Layers that this does not reach are pooled by what they are themselves: where nothing runs them but the module's own
-    step, where weights are spread over processes, inside compiled code, or where the module cannot be run on two
-    samples. Each layer is asked for once; the batches after the first cost a comparison of shapes.
+    Some layers cannot be reached by a second run: layers that only the module's own step runs, layers with sharded
+    weights, layers in compiled code, and layers of a module that fails on two samples. Their pooling is derived from
+    their own submodules. Each layer is examined once; later batches cost a comparison of shapes.
 
     Args:
-        module: The module whose layers these are.
+        module: The module with the layers.
         layers: The layers, by name.
-        wanted: Whether what runs now is measured.
-        ends: What tells the features that reach the classifier as it runs: the layer whose output they are, and the one
-            whose input they are; None where there is none, or it is not known yet.
+        wanted: Returns whether the current run is measured.
+        ends: Returns the layer whose output, and the layer whose input, are the features that reach the classifier;
+            None for a layer that does not exist or is not known yet.
 
     Attributes:
-        looking: A module runs for the second time, which no observer may take for a batch.
-        handles: The hooks, to be removed by whoever asked for them.
+        looking: Whether a module runs for the second time, which observers must not count as a batch.
+        handles: The hooks, which the owner of this object removes.
     """
 
     looking: ClassVar[bool] = False
@@ -55,7 +55,7 @@ class PoolFinder:
         self._pools: dict[str, Pool] = {}
         self._seen: set[nn.Module] = set()
         self._guess = guess_pool
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes seconds
             self._guess = torch.compiler.disable(guess_pool)  # type: ignore[no-untyped-call]  # it has no types
         self.handles: list[RemovableHandle] = []
         for part in _not_compiled(module):
@@ -64,10 +64,10 @@ class PoolFinder:
                 self._hook(part, names)
 
     def of(self, name: str, output: Any) -> Pool:
-        """How this output of a layer is pooled.
+        """The pooling of this output of a layer.
 
         Raises:
-            PoolError: That cannot be told.
+            PoolError: The pooling cannot be determined.
             NoTensorError: The output holds no tensor.
         """
         pool = self._pools.get(name)
@@ -77,7 +77,7 @@ class PoolFinder:
 
     def _hook(self, part: nn.Module, names: list[str]) -> None:
         def look(network: nn.Module, args: Any, kwargs: Any) -> None:
-            # In code that is being compiled the first condition is a constant, and so all of this is nothing.
+            # Under torch.compile the first condition is a constant, so that the whole hook is compiled away.
             if torch.compiler.is_compiling() or part in self._seen or _runs_a_step(part):
                 return
             if self._wanted():
@@ -104,13 +104,13 @@ class PoolFinder:
         except _MISFITS as error:
             rank_zero_debug(f"cannot run {type(network).__name__} on two samples ({type(error).__name__}: {error})")
             return
-        # Of a network that ends in tokens it is not known which of them its user takes.
+        # If a network returns tokens, the token that its user takes is unknown.
         whole = features[0].ndim == 2
         self._pools |= {name: pool for name, pool in pools.items() if whole or not pool.of_tokens}
 
     @contextmanager
     def _features_caught(self, network: nn.Module) -> Iterator[list[Any]]:
-        """What the classifier gets while the context lasts, as far as ``network`` holds what makes or takes it."""
+        """A context that collects the classifier's input, if a layer in ``network`` outputs or takes it."""
         caught: list[Any] = []
         maker, reader = self._ends()
         inside = set(network.modules()) - {network}
@@ -127,20 +127,20 @@ class PoolFinder:
 
 
 def _not_compiled(module: nn.Module) -> Iterator[nn.Module]:
-    """Its parts and itself, but what runs inside of compiled code: hooks there would become a part of the graphs."""
+    """The module and its submodules outside compiled code, where hooks would become a part of the graphs."""
     compiled = [part for part in module.modules() if hasattr(part, "_orig_mod")]
     inside = {part for wrapper in compiled for part in wrapper.modules() if part is not wrapper}
     return (part for part in module.modules() if part not in inside)
 
 
 def _runs_a_step(part: nn.Module) -> bool:
-    """Whether its forward is replaced, as by Lightning where a strategy wraps the module; a step must run only once."""
+    """Whether Lightning replaced its forward by a step, as under a wrapping strategy; a step must run only once."""
     return "forward" in vars(part) and not hasattr(part, "_orig_mod")
 
 
 @contextmanager
 def _second_run(network: nn.Module) -> Iterator[None]:
-    """While the context lasts nothing is measured, logged or compiled."""
+    """A context in which nothing is measured, logged or compiled."""
     loggers = [part for part in network.modules() if hasattr(part, "log_dict") and "log" not in vars(part)]
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
@@ -157,10 +157,10 @@ def _second_run(network: nn.Module) -> Iterator[None]:
 
 
 def _may_run_again(part: nn.Module) -> bool:
-    """Whether a run outside of a step leaves all as it is.
+    """Whether a run outside of a step has no side effects.
 
-    Not if a strategy has spread the weights over processes: they are DTensors, pieces of FSDP's flat parameters, or
-    DeepSpeed's. Nor in versions of torch that cannot be told to run compiled parts as they are.
+    It has if a strategy has sharded the weights over processes (DTensors, pieces of FSDP's flat parameters, or
+    DeepSpeed's), and in versions of torch that cannot run compiled parts uncompiled.
     """
     kinds = {type(inner).__name__ for inner in part.modules()}
     compiled = "OptimizedModule" in kinds and not hasattr(torch.compiler, "set_stance")

@@ -1,4 +1,4 @@
-"""OnlineProbe: how well the features of a run classify, while it trains and without a say in it.
+"""OnlineProbe: how well the features of a run classify, measured while it trains, without influence on it.
 
 Legend: ``N`` samples, ``M`` samples of a bank, ``V`` views, ``K`` classes, ``d`` feature width.
 """
@@ -32,28 +32,29 @@ _FITS: dict[Kind, Fit] = {"linear": fit_probe, "ridge": fit_ridge}
 
 
 class OnlineProbe(Callback):
-    """Shows how good the features of any LightningModule are while it trains: how well simple classifiers do on them.
+    """Measures how good the features of any LightningModule are during training, by the accuracy of simple classifiers.
 
-    Nothing of it enters the module, its loss or its optimiser; the run ends in the same weights with it and without.
-    Images with views give a feature a view. A linear classifier ``(K, d)`` is tested on the validation batches as they
-    pass, on the features of averaged weights where validation runs with those:
+    The probe does not enter the module, its loss or its optimiser; the run ends with the same weights as without it.
+    Images with several views give one feature per view. A linear classifier ``(K, d)`` is tested on the validation
+    batches during their steps, on the features of averaged weights if validation uses those:
 
-    - ``linear`` learns from the training batches as they pass, one step each with an optimiser of its own, on features
-      of the weights that train, first brought to mean 0 and variance 1.
+    - ``linear`` is trained on the training batches during their steps, one step per batch with a separate optimiser, on
+      features of the training weights, standardised to mean 0 and variance 1.
     - ``ridge`` is the closed form of `ncfinetune.probes.ridge`, fitted to the bank in float64. It has no learning rate
       and no state, and adds nothing to a training step.
 
-    Passes of their own, in eval mode and with the weights of the validation, give a bank ``(M, d)`` of training images
-    as they are without augmentation, for ridge and kNN (Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine
-    similarity, votes weighted by exp(s/0.07)), and the features of a second data set. It logs
+    Separate passes, in eval mode and with the weights of the validation, compute a bank ``(M, d)`` of features of
+    training images without augmentation, for ridge and kNN (Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine
+    similarity, votes weighted by exp(s/0.07)), and the features of a second data set. The probe logs
 
     - ``probe/loss`` of the training batches, if linear;
-    - ``probe/acc`` and ``probe/knn`` of the validation images, a number a loader, those of the bank when it is made;
-    - ``probe/loo_acc`` when the bank is made, if ridge: the share of the bank that is decided rightly by the classifier
-      fitted without the one feature (exact; Allen 1974). It needs no validation images. Other views of an image stay
-      in the fit, and raise it;
-    - ``probe/downstream_acc`` and ``probe/downstream_knn`` of the second data set's validation images, the first by a
-      classifier fitted to its training images, to convergence if linear.
+    - ``probe/acc`` and ``probe/knn`` of the validation images, one number per loader; those that need the bank are
+      logged when it is made;
+    - ``probe/loo_acc`` when the bank is made, if ridge: the share of the bank that the classifier fitted without the
+      one feature classifies correctly (exact; Allen 1974). It needs no validation images. Other views of the same image
+      stay in the fit and increase it;
+    - ``probe/downstream_acc`` and ``probe/downstream_knn`` of the second data set's validation images; the first is
+      that of a classifier fitted to its training images, to convergence if linear.
 
         >>> from lightning import Trainer
         >>> probe = OnlineProbe(num_classes=10, layer="layer3.1", kind="ridge", knn=20)
@@ -62,25 +63,25 @@ class OnlineProbe(Callback):
         True
 
     Args:
-        num_classes: Number of classes ``K``; None asks the datamodule, then the module, for their ``num_classes``.
-        layer: A layer's name, which then ends the log names (``probe/acc/layer3.1``), or ``penultimate``.
-        kind: The classifier: ``linear``, trained beside the run, or ``ridge``, in closed form.
+        num_classes: Number of classes ``K``; None takes the ``num_classes`` of the datamodule or of the module.
+        layer: A layer's name, which is appended to the log names (``probe/acc/layer3.1``), or ``penultimate``.
+        kind: The classifier: ``linear``, trained during the run, or ``ridge``, in closed form.
         optimizer: Makes the optimiser of the linear classifier; None is Adam with learning rate 1e-3.
-        knn: Neighbours that vote in kNN, at most those that the bank has; 0 is no kNN.
+        knn: Number of neighbours in kNN, limited to the size of the bank; 0 is no kNN.
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
         every_n_epochs: Epochs between the passes for the bank and the second data set.
-        max_samples: Images of each part that a pass takes at most, evenly spread over it.
+        max_samples: Largest number of images of each split in a pass, evenly spread over it.
         classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
-        batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. Labels that are
-            shares of the classes ``(N, K)`` teach the linear classifier as they are.
+        batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. The linear
+            classifier is also trained on class probabilities ``(N, K)``.
         forward: Runs a module on a batch in a pass, called ``forward(module, batch)``; None as in
             `NeuralCollapseTracker`.
-        ignore_index: Samples with this label, such as -1 for none, are left out.
+        ignore_index: Samples with this label, such as -1 for unlabelled ones, are left out.
 
     Raises:
         ValueError: A number out of its range, no such kind, or an optimiser for ridge; in ``setup``: no such layer or
-            several, or nobody knows the number of classes; in training: labels out of range, or a second data set
-            without training or validation images.
+            several, or an unknown number of classes; in training: labels out of range, or a second data set without
+            training or validation images.
     """
 
     def __init__(
@@ -111,14 +112,14 @@ class OnlineProbe(Callback):
         self.batch_to_labels = batch_to_labels
         self.forward = forward
         self.ignore_index = ignore_index
-        # Epochs without a validation have no use for kNN.
+        # kNN is evaluated in validation only.
         self._schedule = PassSchedule(_NAME, every_n_epochs if kind == "ridge" or downstream is not None else 0)
         self._training_set = _unread(kind, knn)
         self._observer: LayerObserver | None = None
         self._reader = BatchReader(_NAME)
         self._classes = 0
-        self._linear = OnlineClassifier(self.optimizer, ignore_index)  # of kind ridge it never begins
-        # Of the present validation: what classifies, its counts for each loader, what passes found by log name.
+        self._linear = OnlineClassifier(self.optimizer, ignore_index)  # never used by kind="ridge"
+        # State of the current validation: classifiers, their counts for each loader, results of passes by log name.
         self._loaders: list[Any] = []
         self._bank_due = False
         self._scores: dict[str, Scores] = {}
@@ -127,11 +128,11 @@ class OnlineProbe(Callback):
 
     @property
     def state_key(self) -> str:
-        """A name of its own in checkpoints for the probe of each layer."""
+        """A key in checkpoints that differs between the probes of different layers."""
         return self._generate_state_key(layer=self.layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the linear classifier, state of its optimiser, and sums of the epoch; of ridge, nothing."""
+        """Weights of the linear classifier, state of its optimiser, and sums of the epoch; empty for ridge."""
         return self._linear.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,27 +150,27 @@ class OnlineProbe(Callback):
             prepare(self.downstream, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unhook the layer, and let go of data and features."""
+        """Remove the hooks, and free data and features."""
         if self._observer is not None:
             self._observer.remove()
         self._observer, self._training_set = None, _unread(self.kind, self.knn)
         self._loaders, self._scores, self._counts, self._found = [], {}, {}, {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unhook the layer."""
+        """Remove the hooks."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the layer if it is not yet."""
+        """Hook the layer if that was not done in `setup`."""
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count epochs, and go on with the classifier of a run that is resumed."""
+        """Start counting epochs, and restore the classifier of a resumed run."""
         self._schedule.start(trainer)
         self._linear.restore(self._classes, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the step, and begin the epoch's sums with its first."""
+        """Observe the step, and reset the epoch's sums before its first."""
         if self.kind == "linear":
             if batch_idx == 0:
                 self._linear.begin_epoch()
@@ -178,15 +179,17 @@ class OnlineProbe(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take a step on the batch; among several processes, on the batches of all."""
+        """Train the classifier on the batch, gathered from all processes."""
         if self.kind == "linear":
             taken = take(self._seen_by, self._reader, batch, shares=True)
-            features, labels = gathered(taken, trainer.world_size)  # the same on all processes, and so is the step
+            features, labels = gathered(
+                taken, trainer.world_size
+            )  # the same on all processes, so that their classifiers stay equal
             if len(features) > 1:  # one feature has no variance
                 self._linear.learn(features, labels, self._classes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count, unless Lightning only checks that validation runs."""
+        """Reset the counts, unless this is the sanity check."""
         if not self._measures(trainer):
             return
         self._scores = {} if self._linear.probe is None else {"acc": self._linear.probe}
@@ -196,14 +199,14 @@ class OnlineProbe(Callback):
         self._loaders = flat(trainer.val_dataloaders)
         self._seen_by.restart()
         last = self._schedule.open_validation(trainer)
-        # All processes make a bank or none does, since they log what it gives together.
+        # All processes make a bank or none does, since they must log its results together.
         if last or (self._bank_due and not every_process_gets_a_batch(trainer)):
             self._make_passes(trainer, pl_module, last)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Make the passes that are due, with the weights that validation has now, and listen if there is a need."""
+        """Make the due passes with the weights of the validation, and observe the step if it is classified."""
         if not self._measures(trainer):
             return
         last = self._schedule.in_validation(trainer, pl_module)
@@ -221,7 +224,7 @@ class OnlineProbe(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Classify the batch, but for samples that another process has too."""
+        """Classify the batch, without samples that are repeated on another process."""
         if not self._scores:
             return
         loader = self._loaders[dataloader_idx]
@@ -231,7 +234,7 @@ class OnlineProbe(Callback):
             self._counts[number, dataloader_idx] = self._counts.get((number, dataloader_idx), 0) + counts
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracies over all processes, a number a validation loader, and what the passes found."""
+        """Log the accuracies over all processes, one per validation loader, and the results of the passes."""
         for number, index in product(self._scores, range(len(self._loaders))):
             counts = self._counts.get((number, index), torch.zeros(3, dtype=torch.int64))
             counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
@@ -240,8 +243,8 @@ class OnlineProbe(Callback):
         self._log_found(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the mean loss, and make the passes that are due and that no validation has made."""
-        # Not left to Lightning's mean over an epoch, of which a run that is resumed within it has the rest alone.
+        """Log the mean loss, and make the passes that are due and were not made in a validation."""
+        # Not by Lightning's mean over an epoch: a run resumed within the epoch would average the rest of it only.
         if (loss := self._linear.mean_loss()) is not None:
             log_epoch(pl_module, {self._name("loss"): loss})
         if self._schedule.after_epoch(trainer, pl_module):
@@ -265,21 +268,21 @@ class OnlineProbe(Callback):
             raise ValueError(f"expected one layer, but {self.layer!r} fits {', '.join(self._observer.names)}")
 
     def _measures(self, trainer: Trainer) -> bool:
-        """Whether the present validation counts: one of a fit, and no sanity check."""
+        """Whether the current validation is part of a fit and not the sanity check."""
         return self._observer is not None and not trainer.sanity_checking
 
     def _name(self, number: str, index: int = 0, loaders: int = 1) -> str:
-        """What a number of the ``index``-th of so many loaders is logged as."""
+        """The log name of a number of the ``index``-th loader."""
         name = f"probe/{number}" if self.layer == PENULTIMATE else f"probe/{number}/{self.layer}"
         return f"{name}/dataloader_idx_{index}" if loaders > 1 else name
 
     def _log_found(self, pl_module: LightningModule) -> None:
-        """Log what passes have found, and let go of all that they made."""
+        """Log the results of passes, and free the bank and the classifiers."""
         log_epoch(pl_module, self._found)
         self._scores, self._counts, self._found, self._bank_due = {}, {}, {}, False
 
     def _make_passes(self, trainer: Trainer, module: LightningModule, last: bool) -> None:
-        """Make the bank if it is due, and the pass over the second data set in an epoch's last validation or after."""
+        """Make the bank if it is due, and the pass over the second data set in an epoch's last validation or later."""
         if self._bank_due:
             self._make_bank(trainer, module)
         if last:
@@ -289,7 +292,7 @@ class OnlineProbe(Callback):
         self._seen_by.restart()
 
     def _make_bank(self, trainer: Trainer, module: LightningModule) -> None:
-        """Read features of training images, and what classifies by them."""
+        """Compute the features of training images, and fit the classifiers on them."""
         data = self._training_set.batches(trainer, max_samples=self.max_samples, shared=False)
         with evaluation(trainer, module):
             bank = read(self._seen_by, self._reader, ready_batches(trainer, data), self.ignore_index)
@@ -302,7 +305,7 @@ class OnlineProbe(Callback):
             self._scores["knn"] = Neighbours(*bank, self._classes, self.knn)
 
     def _transfer(self, trainer: Trainer, module: LightningModule) -> None:
-        """Measure how the features serve on the second data set."""
+        """Measure the accuracies of the features on the second data set."""
         how = self._reader, module.device, self.max_samples, self.ignore_index
         with evaluation(trainer, module):
             bank, tested = read_second(self._seen_by, self.downstream, *how)
@@ -310,7 +313,7 @@ class OnlineProbe(Callback):
 
 
 def _check(kind: str, optimizer: Any, **least: tuple[int, int]) -> None:
-    """Refuse arguments without sense; numbers come with the least that they may be."""
+    """Refuse arguments out of their range; each number comes with its least value."""
     for name, (value, lowest) in least.items():
         if value < lowest:
             raise ValueError(f"expected {name} of at least {lowest}, got {value}")
@@ -318,12 +321,12 @@ def _check(kind: str, optimizer: Any, **least: tuple[int, int]) -> None:
         raise ValueError(f"expected kind {' or '.join(map(repr, _FITS))}, got {kind!r}")
     if kind == "ridge" and optimizer is not None:
         raise ValueError(
-            f"{_NAME}(kind='ridge') is fitted in closed form, so that an optimizer would do nothing; leave it out, or "
+            f"{_NAME}(kind='ridge') is fitted in closed form, so that an optimizer has no effect; leave it out, or "
             "take kind='linear'"
         )
 
 
 def _unread(kind: Kind, knn: int) -> TrainingSet:
-    """The training set, not asked for yet."""
+    """The training set, before its loader is requested."""
     off = ["kind='linear'"] * (kind == "ridge") + ["knn=0"] * (knn > 0)
     return TrainingSet(_NAME, "max_samples", ", ".join(off))

@@ -1,4 +1,4 @@
-"""When a callback makes passes of its own, so that they see the weights that validation sees."""
+"""The schedule of a callback's own passes, so that they use the same weights as validation."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-# Values of each parameter by which weights are told apart: averages and raw weights differ in nearly all of them.
+# Values of each parameter that are compared to detect swapped weights: averages differ from raw weights in nearly all.
 _LOOKED_AT = 16
 
 
 class PassSchedule:
-    """Says when passes are due: every few epochs, in the epoch's validation if it has one.
+    """Determines when passes are due: every few epochs, in the epoch's validation if it has one.
 
-    Weight averaging and some optimisers swap weights for the time of a validation. So that a pass and the validation
-    measure the same ones, it is made right before the first batch of the validation, when whoever swaps has done so.
-    Epochs without a validation have a pass at their end, unless weights are swapped in this run: then they have none,
-    and the next validation makes up for it.
+    Weight averaging and some optimisers swap the weights during a validation. So that a pass and the validation measure
+    the same weights, the pass is made right before the first batch of the validation, after the swap. An epoch without
+    validation has a pass at its end, unless weights are swapped in this run: then the pass is made in the next
+    validation.
 
     Args:
         asker: Name of the callback, for messages.
@@ -38,12 +38,12 @@ class PassSchedule:
         self._pending, self._swapped, self._validated = False, False, None
         if self._every and _swaps(trainer) and not _validates(trainer):
             rank_zero_info(
-                f"{self._asker}: weights are averaged in this run, but it has no validation: what is measured are the "
-                "weights that train"
+                f"{self._asker}: weights are averaged in this run, but it has no validation: the training weights are "
+                "measured, not the averages"
             )
 
     def is_due(self, trainer: Any) -> bool:
-        """Whether the present epoch calls for a pass that has not been made."""
+        """Whether a pass is due in the current epoch and has not been made."""
         every = self._every
         return (
             bool(every)
@@ -52,13 +52,13 @@ class PassSchedule:
         )
 
     def open_validation(self, trainer: Any) -> bool:
-        """Whether to make a pass at the start of a validation already: a process may get no batch in it."""
+        """Whether to make the pass at the start of a validation, because a process may get no batch in it."""
         self._last = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch
         self._pending = self._last and self.is_due(trainer)
         return self._pending and not every_process_gets_a_batch(trainer)
 
     def in_validation(self, trainer: Any, module: nn.Module) -> bool:
-        """Whether to make a pass before the present batch of a validation."""
+        """Whether to make a pass before the current batch of a validation."""
         if self._last and self._validated is None:
             self._validated = _some_weights(module)
         return self._pending
@@ -69,19 +69,19 @@ class PassSchedule:
         if before is not None and not self._swapped and _differ(before, _some_weights(module)):
             self._swapped = True
             rank_zero_info(
-                f"{self._asker}: validation runs with other weights than training (an average, say); passes over the "
-                "training set measure those of the validation, in epochs that have one"
+                f"{self._asker}: validation uses other weights than training (an average, say); passes over the "
+                "training set measure the weights of the validation, in epochs with a validation"
             )
         waits = _validates(trainer) and (self._swapped or _swaps(trainer))
         return self.is_due(trainer) and not waits
 
     def done(self, trainer: Any) -> None:
-        """Note that a pass has been made."""
+        """Record that a pass has been made."""
         self._epochs_done, self._pending = trainer.current_epoch + 1, False
 
 
 def _swaps(trainer: Any) -> bool:
-    """Whether a callback averages weights, or an optimiser trains others than it means (schedule-free ones)."""
+    """Whether a callback averages weights, or a schedule-free optimiser evaluates other weights than it trains."""
     names = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
     both = [all(callable(getattr(o, mode, None)) for mode in ("train", "eval")) for o in trainer.optimizers]
     return "WeightAveraging" in names or any(both)
@@ -89,7 +89,7 @@ def _swaps(trainer: Any) -> bool:
 
 def _validates(trainer: Any) -> bool:
     """Whether some epochs end in a validation."""
-    some = trainer.val_dataloaders is None or sum(_lengths(trainer)) > 0  # it may not have asked for its loaders yet
+    some = trainer.val_dataloaders is None or sum(_lengths(trainer)) > 0  # None: the loaders are not created yet
     return bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and some
 
 
@@ -99,7 +99,7 @@ def _lengths(trainer: Any) -> list[float]:
 
 
 def every_process_gets_a_batch(trainer: Any) -> bool:
-    """Whether a validation reaches its batches on each of several processes; all of them must ask."""
+    """Whether each process gets a batch in a validation; all processes must call it."""
     if trainer.world_size == 1:
         return True
     some = 0 < sum(_lengths(trainer)) < float("inf")
@@ -108,7 +108,7 @@ def every_process_gets_a_batch(trainer: Any) -> bool:
 
 
 def _some_weights(module: nn.Module) -> Tensor:
-    """A few values of each parameter that trains."""
+    """A few values of each trained parameter."""
     parts = []
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.is_floating_point() and parameter.numel():
@@ -119,4 +119,4 @@ def _some_weights(module: nn.Module) -> Tensor:
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
-    return a.shape != b.shape or not torch.equal(a.view(torch.int32), b.view(torch.int32))  # nan is not itself
+    return a.shape != b.shape or not torch.equal(a.view(torch.int32), b.view(torch.int32))  # as bits, since nan != nan

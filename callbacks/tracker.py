@@ -26,27 +26,27 @@ _DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangular
 class NeuralCollapseTracker(Callback):
     """Logs the neural collapse of named layers of any LightningModule, as ``<metric>/<train|val|test>/<layer>``.
 
-    Two data sets are measured. Validation and test batches are caught as they pass, at no extra forward pass: of each
-    step the last run of a layer counts, whatever other callbacks run. The training set gets a pass of its own, in eval
-    mode, with fixed weights and without augmentation, once before the first epoch and then after every
-    ``train_every_n_epochs``; it costs what a validation over the training set costs.
+    Two data sets are measured. Validation and test batches are measured during their steps, without a further forward
+    pass; in each step the last call of a layer counts, whatever other callbacks run. The training set is measured in a
+    separate pass, in eval mode, with fixed weights and without augmentation, once before the first epoch and then after
+    every ``train_every_n_epochs``; it costs as much as a validation over the training set.
 
-    The pass is made in the epoch's validation, before its first batch, so that both measure the same weights. Where
-    these are swapped for validation (weight averaging, schedule-free optimisers), it measures the averages that
-    validation does, and epochs without a validation have no pass; in a run without validation it measures the weights
-    that train. In between, ``trainer.callback_metrics`` keeps the last value for whoever monitors it.
+    The pass is made in the epoch's validation, before its first batch, so that both measure the same weights. If
+    the weights are swapped for validation (weight averaging, schedule-free optimisers), the pass measures the same
+    averages as validation, and epochs without a validation have no pass; in a run without validation it measures the
+    training weights. Between passes ``trainer.callback_metrics`` keeps the last value, so that it can be monitored.
 
-    A run ends in the same weights, bit for bit, as without the tracker, unless a data set draws from a random generator
-    of its own.
+    A run ends with the same weights, bit for bit, as without the tracker, unless a data set has its own random
+    generator.
 
     ``nc1`` is the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and Donoho (2020); 0 is full
-    collapse. ``nc3`` and ``nc4`` compare the classifier with the class means in front of it, ``nc4/val`` the decisions
-    on the validation set with the nearest mean of the training set: it is logged when both were measured with the same
-    weights. The functions of `ncfinetune.collapse` say what the others are.
+    collapse. ``nc3`` and ``nc4`` compare the classifier with the class means of its input; ``nc4/val`` compares the
+    decisions on the validation set with the nearest class mean of the training set, and is logged when both sets were
+    measured with the same weights. `ncfinetune.collapse` defines the other metrics.
 
-    TensorBoard also gets pictures, after passes over the training set that grow rarer (1st, 2nd, 3rd, 5th, 9th, 17th,
-    ..., last), and at the end of ``fit`` the last values as metrics of its HPARAMS page, which shows them only if the
-    logger has ``default_hp_metric=False``.
+    TensorBoard also receives figures, after the 1st, 2nd, 3rd, 5th, 9th, 17th, ... and last pass over the training set,
+    and at the end of ``fit`` the last values as metrics of its HPARAMS page, which shows them only if the logger has
+    ``default_hp_metric=False``.
 
         >>> from lightning import Trainer
         >>> tracker = NeuralCollapseTracker(num_classes=10, layers=["layer*.*", "penultimate"], metrics=["nc1", "cdnv"])
@@ -55,39 +55,37 @@ class NeuralCollapseTracker(Callback):
         True
 
     Args:
-        num_classes: Number of classes; None asks the datamodule, then the module and its hyper-parameters, for
-            ``num_classes``, and then the classifier if it is named.
-        layers: Names or patterns of layers: the end of a module path (``layer3.1``), in which ``*`` stands for any part
-            between dots (``blocks.*``), or ``penultimate`` for the output of the submodule that the module calls so
-            or, where it has none, the input of the classifier. ``auto`` is ``penultimate``. Each layer costs the time
-            of a matrix product of its batch's features and, for ``nc1``, a matrix of its width squared in float64.
-        metrics: Which of the family, or ``all``. Without ``nc1`` nothing of the width squared is computed.
-            ``numerical_rank`` is the one that is not on unless asked for: it costs an eigendecomposition a class and
-            batch.
+        num_classes: Number of classes; None takes the ``num_classes`` of the datamodule, of the module or of its
+            hyper-parameters, or the outputs of the layer named by ``classifier``.
+        layers: Names or patterns of layers: the end of a module path (``layer3.1``), in which ``*`` matches any part
+            between dots (``blocks.*``), or ``penultimate`` for the output of the submodule of that name or, if there is
+            none, the input of the classifier. ``auto`` is ``penultimate``. Each layer costs the time of a matrix
+            product of its batch's features and, for ``nc1``, a float64 matrix of its width squared.
+        metrics: Names of metrics, or ``all``. Without ``nc1`` nothing of the width squared is computed. The default is
+            all but ``numerical_rank``, which costs an eigendecomposition per class and batch.
         train_every_n_epochs: Epochs between passes over the training set; 0 is never.
-        max_train_batches: Batches that a pass over the training set takes at most, on each process, evenly spread over
+        max_train_batches: Largest number of batches of a pass over the training set, per process, evenly spread over
             it; None is all.
-        classifier: The classifier's name; ``auto`` is the linear layer with ``num_classes`` outputs, and of several the
-            one whose output the module returns. Adapters' inner layers are none.
-        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None knows ``(inputs, labels, ...)`` with one
-            vector of whole numbers or one-hot labels, and mappings with a key such as ``labels``. Features of several
-            views of a sample get its label: those of inputs ``(N, V, ...)`` sample by sample, those of a list of inputs
-            view by view.
+        classifier: The classifier's name; ``auto`` is the linear layer with ``num_classes`` outputs, and if there are
+            several the one whose output the module returns. Inner layers of adapters do not count.
+        batch_to_labels: Takes the integer labels ``(N,)`` from a batch; None reads ``(inputs, labels, ...)`` with one
+            vector of integers or one-hot labels, and mappings with a key such as ``labels``. All views of a sample get
+            its label; inputs ``(N, V, ...)`` are read sample by sample, a list of views view by view.
         forward: Runs a module on a batch of the training set, called ``forward(module, batch)``; None calls the module,
             or its only child if it has no forward, on the inputs.
-        ignore_index: Samples with this label, such as -1 for none, are left out.
-        pool: Makes features ``(N, d)`` of a layer's output; None pools as the network pools its last features, which it
-            tells by running once more, in eval mode, on the first two samples of the first batch.
-        figures: Draw pictures. A set of four takes about a second.
+        ignore_index: Samples with this label, such as -1 for unlabelled ones, are left out.
+        pool: Maps a layer's output to features ``(N, d)``; None pools in the way the network pools its last features,
+            found by running it once more, in eval mode, on the first two samples of the first batch.
+        figures: Draw figures. A set of four takes about a second.
         prog_bar: Show ``nc1`` in the progress bar.
 
     Attributes:
-        values: The last value of everything logged, in float64.
+        values: The last value of each logged number, in float64.
         history: ``{split: {epochs trained: {layer: nc1}}}``; part of the checkpoint.
 
     Raises:
         ValueError: In the constructor: an argument out of range. Before the first step: no such layer, no classifier,
-            nobody knows the number of classes, no labels in a batch, a layer that never runs.
+            an unknown number of classes, no labels in a batch, a layer that never runs.
     """
 
     def __init__(
@@ -125,21 +123,21 @@ class NeuralCollapseTracker(Callback):
         self._training_set = _unread()
         self._attached: CollapseMeter | None = None
         self._train_result: Result | None = None
-        self._beside: dict[str, float] = {}  # what was found on the training set in the present validation
+        self._beside: dict[str, float] = {}  # results of the training set in the current validation
         self._passes_done = 0
         self._drawn_at: int | None = None
 
     @property
     def state_key(self) -> str:
-        """Tells several trackers of one run apart."""
+        """A key that differs between several trackers of one run."""
         return self._generate_state_key(layers=self.layers, metrics=list(self.metrics), classifier=self.classifier)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been measured, so that a resumed run continues its curves and pictures."""
+        """All results so far, so that a resumed run continues its curves and figures."""
         return {"values": self.values, "history": self.history, "passes": self._passes_done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what has been measured."""
+        """Restore the results so far."""
         self.values, self.history = state_dict["values"], state_dict["history"]
         self._passes_done = state_dict["passes"]
 
@@ -149,17 +147,17 @@ class NeuralCollapseTracker(Callback):
             self._attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unhook the layers, and let go of data and features."""
+        """Remove the hooks, and free data and features."""
         if self._attached is not None:
             self._attached.observer.remove()
         self._attached, self._train_result, self._training_set = None, None, _unread()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unhook the layers."""
+        """Remove the hooks."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the layers if they are not yet."""
+        """Hook the layers if that was not done in `setup`."""
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,16 +171,16 @@ class NeuralCollapseTracker(Callback):
         logs.log_before_training(trainer, before, pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set if that is due and was not done in the epoch's validation."""
+        """Measure the training set if it is due and was not measured in the epoch's validation."""
         if self._schedule.after_epoch(trainer, pl_module):
             logs.log_epoch(pl_module, self._measure_training_set(trainer, pl_module), self.prog_bar)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what was measured last."""
+        """Draw the last results."""
         self._draw(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the last values beside the hyper-parameters."""
+        """Log the last values as metrics of the hyper-parameters."""
         logs.log_last_values(trainer, self.values, layer=self._meter.observer.names[-1])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,7 +194,7 @@ class NeuralCollapseTracker(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure the training set if that is due, with the weights of the validation; then listen."""
+        """Measure the training set if it is due, with the weights of the validation; then observe the step."""
         if self._schedule.in_validation(trainer, pl_module):
             self._measure_for_validation(trainer, pl_module)
         self._meter.observer.listen("validation_step")
@@ -214,7 +212,7 @@ class NeuralCollapseTracker(Callback):
         self._meter.update(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the validation set, and the training set if it was measured beside it."""
+        """Log the results of the validation set, and of the training set if it was measured too."""
         if not trainer.sanity_checking:
             results = self._meter.finish("val", trainer.strategy)
             found = self._remember(trainer, "val", results, limited=trainer.limit_val_batches != 1.0)
@@ -228,7 +226,7 @@ class NeuralCollapseTracker(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Listen to the step."""
+        """Observe the step."""
         self._meter.observer.listen("test_step")
 
     def on_test_batch_end(
@@ -244,7 +242,7 @@ class NeuralCollapseTracker(Callback):
         self._meter.update(batch, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the test set."""
+        """Log the results of the test set."""
         results = self._meter.finish("test", trainer.strategy)
         found = self._remember(trainer, "test", results, limited=trainer.limit_test_batches != 1.0)
         logs.log_epoch(pl_module, found, self.prog_bar)
@@ -259,12 +257,12 @@ class NeuralCollapseTracker(Callback):
             return
         num_classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME, self.classifier)
         reader = BatchReader(_NAME, num_classes, self.batch_to_labels, self.forward)
-        judged = bool({"nc3", "nc4"} & set(self.metrics))
-        observer = LayerObserver(pl_module, self.layers, reader, self.classifier, judged, self.pool)
+        needs_classifier = bool({"nc3", "nc4"} & set(self.metrics))
+        observer = LayerObserver(pl_module, self.layers, reader, self.classifier, needs_classifier, self.pool)
         self._attached = CollapseMeter(observer, num_classes, self.metrics, self.ignore_index, trainer.world_size > 1)
 
     def _remember(self, trainer: Trainer, split: str, results: Sequence[Result], limited: bool) -> dict[str, float]:
-        """What a pass found on each of its data sets, by log name; kept in ``values`` and ``history``."""
+        """The results of a pass on each of its data sets, by log name; also kept in ``values`` and ``history``."""
         found: dict[str, float] = {}
         self._notices.layers(self._meter.observer.describe())
         for index, result in enumerate(results):
@@ -280,7 +278,7 @@ class NeuralCollapseTracker(Callback):
         return found
 
     def _measure_for_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training set beside a validation, whose `nc4` compares with its class means."""
+        """Measure the training set within a validation, whose `nc4` uses the class means of the training set."""
         self._beside = self._measure_training_set(trainer, pl_module)
         assert self._train_result is not None
         self._meter.begin(flat(trainer.val_dataloaders), self._train_result.moments.get(PENULTIMATE))
@@ -294,19 +292,19 @@ class NeuralCollapseTracker(Callback):
         values = self._remember(trainer, "train", [self._train_result], self._training_set.limited)
         self._schedule.done(trainer)
         self._passes_done += 1
-        if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # ever rarer: after 0, 1, 2, 4, 8, ... others
+        if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # after 0, 1, 2, 4, 8, ... earlier passes
             self._draw(trainer)
         return values
 
     def _draw(self, trainer: Trainer) -> None:
-        """Draw the last pass over the training set, once a step."""
+        """Draw the last pass over the training set, at most once per step."""
         if self.figures and self._train_result is not None and self._drawn_at != trainer.global_step:
             logs.draw_pass(trainer, self.history.get("train", {}), self._train_result)
             self._drawn_at = trainer.global_step
 
 
 def _check(train_every_n_epochs: int, max_train_batches: int | None) -> None:
-    """Refuse numbers without sense."""
+    """Refuse numbers out of their range."""
     if train_every_n_epochs < 0:
         raise ValueError(f"expected train_every_n_epochs of at least 0, got {train_every_n_epochs}")
     if max_train_batches is not None and max_train_batches < 1:
@@ -314,13 +312,13 @@ def _check(train_every_n_epochs: int, max_train_batches: int | None) -> None:
 
 
 def _chosen(metrics: str | Sequence[str] | None, layers: Sequence[str]) -> tuple[str, ...]:
-    """The metrics asked for, all of which some of the layers must have."""
+    """The names of the metrics, each of which must be defined for some layer."""
     names = _listed(_DEFAULT_METRICS if metrics is None else METRICS if metrics == "all" else metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise ValueError(f"expected metrics among {', '.join(METRICS)}, or 'all', got {', '.join(unknown) or 'none'}")
     if set(names) <= {"nc3", "nc4"} and PENULTIMATE not in layers:
-        raise ValueError(f"metrics {', '.join(names)} are of the layer 'penultimate', which layers lacks")
+        raise ValueError(f"metrics {', '.join(names)} need the layer 'penultimate', which is not among layers")
     return tuple(names)
 
 
@@ -329,5 +327,5 @@ def _listed(names: str | Sequence[str]) -> list[str]:
 
 
 def _unread() -> TrainingSet:
-    """The training set, not asked for yet."""
+    """The training set, before its loader is requested."""
     return TrainingSet(_NAME, "max_train_batches", "train_every_n_epochs=0")

@@ -1,7 +1,9 @@
-"""Datamodules: labelled images in splits that can be trusted."""
+"""Datamodules: labelled images in fixed, disjoint splits."""
 
 if __name__ != "ncfinetune.datamodules":
-    raise ImportError("this is ncfinetune.datamodules; by another name it would be a second copy of its classes")
+    raise ImportError(
+        "import this folder as ncfinetune.datamodules; another name would make a second copy of its classes"
+    )
 
 from .base import ImageDataModule as ImageDataModule
 from .digits import Digits as Digits

@@ -1,4 +1,4 @@
-"""What is done to a batch of images on the device that it is on: views, recipe, mixup and CutMix, normalisation.
+"""Augmentation and normalisation of a batch of images on its device: views, recipe, mixup and CutMix.
 
 Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S`` side of an image, ``K`` classes.
 """
@@ -17,27 +17,28 @@ from .recipes import Recipe, draw_boxes, draw_changes, render
 
 
 class BatchAugmentation:
-    """Makes batches of uint8 images ready for a model: augmented in training, and normalised always.
+    """Preprocesses batches of uint8 images: augments them in training, and always normalises them.
 
-    What is drawn depends on the training step alone, so that every device makes the same changes, and a run that is
-    resumed goes on as it would have.
+    The random numbers depend on the training step alone, so that every device makes the same changes, and a resumed run
+    continues as if it had not been interrupted.
 
     Args:
-        input_size: Shape ``(C, S, S)`` of an image that is ready.
+        input_size: Shape ``(C, S, S)`` of a preprocessed image.
         num_classes: Number of classes ``K``.
         mean: Mean of each channel, for pixels in 0..1; one channel gets the mean of three numbers.
         std: Standard deviation of each channel, for pixels in 0..1; likewise.
         recipe: Random changes of each view.
         views: Views ``V`` of each training image.
         mixup: Strength alpha of mixup (Zhang et al. 2018); 0 is none.
-        cutmix: Strength alpha of CutMix (Yun et al. 2019); with mixup too, each batch gets one or the other.
+        cutmix: Strength alpha of CutMix (Yun et al. 2019); together with mixup each batch gets one of the two.
 
     Attributes:
         mean: The means, ``(C,)``, on the CPU.
         std: The standard deviations, ``(C,)``, on the CPU.
 
     Raises:
-        ValueError: A number is out of its range, views are to be mixed, or ``mean`` or ``std`` does not fit.
+        ValueError: A number is out of its range, several views with mixup or CutMix, or a ``mean`` or ``std`` that does
+            not fit the channels.
     """
 
     def __init__(
@@ -68,29 +69,29 @@ class BatchAugmentation:
         self._step: tuple[int, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the generator, which spawned processes cannot be sent; it is made again when it is needed."""
+        """The state without the generator, which cannot be pickled; it is made again when it is needed."""
         return {**vars(self), "_generator": None, "_step": None}
 
     @property
     def augments(self) -> bool:
-        """Whether training images differ from those of evaluation, and from one epoch to the next."""
+        """Whether training images are augmented: they differ from evaluation, and from epoch to epoch."""
         return self.recipe.changes or self.views > 1 or bool(self._mixers)
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise by these means and standard deviations of the channels from now on.
+        """Set the means and standard deviations of the normalisation.
 
         Raises:
-            ValueError: They are not as many as there are channels, or a standard deviation is not positive.
+            ValueError: Their number is not that of the channels, or a standard deviation is not positive.
         """
         self.mean = _of_channels("mean", mean, self._channels)
         self.std = _of_channels("std", std, self._channels)
 
     def restart(self) -> None:
-        """Draw from the beginning of the step again, as for a loader that is made anew."""
+        """Draw the random numbers of the step from the beginning again, as for a new loader."""
         self._step = None
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` resized if need be, and normalised: ``(N, C, S, S)``."""
+        """Images ``(N, C, H, W)``, resized to ``S`` if they differ, and normalised: ``(N, C, S, S)``."""
         return render(images, self._size, self.mean, self.std)
 
     def train(self, images: Tensor, labels: Tensor, step: tuple[int, ...], cropped: bool) -> Batch:
@@ -98,17 +99,17 @@ class BatchAugmentation:
 
         Args:
             images: Images ``(N, C, H, W)``, or views of them ``(N, V, C, H, W)``.
-            labels: Labels ``(N,)``; mixed ones are shares ``(N, K)``.
-            step: Seed of the run, epoch, batch and process: what is drawn depends on them, and on how often this was
-                called for the step already.
-            cropped: Whether the images are the recipe's random crops already, cut out as their files were decoded.
+            labels: Labels ``(N,)``; mixed ones are class probabilities ``(N, K)``.
+            step: Seed of the run, epoch, batch and process: the random numbers depend on them, and on the number of
+                earlier calls for the step.
+            cropped: Whether the images are the recipe's random crops already, made when their files were decoded.
         """
         generator = self._at(step)
         images = self._augmented(images, cropped, generator)
         return self._mixed(images, labels, generator) if self._mixers else (images, labels)
 
     def _at(self, step: tuple[int, ...]) -> torch.Generator:
-        """The generator of a step; calls for the same one go on drawing from it."""
+        """The generator of a step; repeated calls for the same step return the same generator."""
         if self._generator is None or step != self._step:
             self._step = step
             self._generator = torch.Generator().manual_seed(mixed_seed(*step))
@@ -126,7 +127,7 @@ class BatchAugmentation:
         return images.view(-1, self.views, *images.shape[1:]) if self.views > 1 else images
 
     def _mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
-        # torchvision's mixers draw from the global generators alone.
+        # torchvision's mixers draw from the global generators, which are seeded here and restored.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
@@ -134,7 +135,7 @@ class BatchAugmentation:
 
 
 def _of_channels(name: str, values: Sequence[float], channels: int) -> Tensor:
-    """Values of the channels; one channel gets the mean of three."""
+    """One value per channel; a single channel gets the mean of three values."""
     if channels == 1 and len(values) == 3:
         values = [sum(values) / 3]
     if len(values) != channels or (name == "std" and min(values) <= 0):

@@ -1,4 +1,4 @@
-"""What every datamodule shares: options, loaders, and what is done to a batch on its device.
+"""The base class of datamodules: options, loaders, and preprocessing of a batch on its device.
 
 Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S`` side of an image, ``K`` classes.
 """
@@ -31,47 +31,48 @@ _MOST_WORKERS = 8
 
 
 def _of_batches(name: str) -> Any:
-    """An attribute that the datamodule shows, and that its `BatchAugmentation` has."""
+    """A property of the datamodule that forwards to its `BatchAugmentation`."""
     return property(
         lambda self: getattr(self._augmentation, name), lambda self, value: setattr(self._augmentation, name, value)
     )
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Labelled images, augmented and normalised batch by batch on whatever device the batch is on. Abstract.
+    """Labelled images, augmented and normalised batch by batch on the batch's device. Abstract.
 
-    While a Trainer trains, its batches are augmented; in every other stage images are as `train_plain_dataloader` and
-    the evaluation loaders give them: resized if need be, and normalised. `train_plain_dataloader` has the training
-    images in a fixed order: it is what neural collapse is measured on. Among several processes each image is evaluated
-    once, and training shards are equally long. Predictions come in the order of the data set.
+    Only the batches that a Trainer trains on are augmented; in every other stage images are resized if necessary and
+    normalised. `train_plain_dataloader` has the training images without augmentation in a fixed order, for measuring
+    neural collapse. With several processes each image is evaluated once, and all processes train on the same number of
+    images. Predictions are in the order of the data set.
 
     Args:
         num_classes: Number of classes ``K``.
         input_size: Shape ``(C, H, W)`` of an image as it is stored.
         data_mean: Mean of the data's channels, for pixels in 0..1.
         data_std: Standard deviation of the data's channels, for pixels in 0..1.
-        batch_size: Images a batch and process.
-        num_workers: Worker processes a loader; None is none for images in memory, and else the cores that this
-            process has to itself, up to 8.
-        augmentation: A recipe's name, or a Recipe. ``plain`` is none; ``standard`` a random resized crop and a flip;
-            ``trivial`` adds TrivialAugment; ``simclr`` adds SimCLR's changes of colour and, from 64 pixels on, blur.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes per loader; None is 0 for images in memory, and otherwise the number of cores per
+            process, at most 8: more rarely help, and each costs memory.
+        augmentation: A recipe's name, or a Recipe. ``plain`` is no augmentation; ``standard`` a random resized crop and
+            a flip; ``trivial`` adds TrivialAugment; ``simclr`` SimCLR's colour jitter and, from 64 pixels on, blur.
         strength: Strength of the recipe: 0 is no augmentation, 1 the published one.
         views: Views ``V`` of each training image; more than one make batches ``(N, V, C, S, S)``.
-        mixup: Strength alpha of mixup (Zhang et al. 2018) in training; 0 is none. Labels become shares, ``(N, K)``.
-        cutmix: Strength alpha of CutMix (Yun et al. 2019); with mixup too, each batch gets one or the other.
-        image_size: Side ``S`` of the images in batches; None is that of the stored images.
-        normalize: ``data`` is the data's mean and standard deviation, ``backbone`` those that the model's timm network
-            was pre-trained with.
-        mean: Mean of each channel, for pixels in 0..1, in place of that of ``normalize``.
-        std: Standard deviation of each channel, for pixels in 0..1, in place of that of ``normalize``.
+        mixup: Strength alpha of mixup (Zhang et al. 2018) in training; 0 is none. Labels become class probabilities,
+            ``(N, K)``.
+        cutmix: Strength alpha of CutMix (Yun et al. 2019); together with mixup each batch gets one of the two.
+        image_size: Side ``S`` of the images in batches; None is the side of the stored images.
+        normalize: ``data`` uses the data's mean and standard deviation, ``backbone`` those of the pre-training of the
+            model's timm network.
+        mean: Mean of each channel, for pixels in 0..1; replaces that of ``normalize``.
+        std: Standard deviation of each channel, for pixels in 0..1; replaces that of ``normalize``.
 
     Attributes:
         class_names: Names of the classes in the order of their labels; the data set's own once it is set up.
         input_size: Shape ``(C, S, S)`` of an image in a batch.
-        recipe: What ``augmentation`` is at its strength.
-        decoding: How image files are decoded.
-        mark_broken: Whether a prediction goes on where an image cannot be read: it comes as zeros labelled -1. The
-            command line sets it; otherwise the file is refused by name.
+        recipe: The recipe of ``augmentation`` at its ``strength``.
+        decoding: Options for decoding image files.
+        mark_broken: Whether a prediction continues if an image cannot be read, with zeros labelled -1 in its place. The
+            command line sets it; otherwise an error names the file.
 
     Raises:
         ValueError: An argument is out of its range, or contradicts another.
@@ -102,7 +103,7 @@ class ImageDataModule(LightningDataModule, ABC):
         check_choice("normalize", normalize, Normalize)
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
-        # Share of a stored image's shorter side that evaluation sees.
+        # Share of a stored image's shorter side that evaluation uses.
         self.centre = 1.0
         self._stored_size = input_size[1]
         size = image_size or self._stored_size
@@ -129,20 +130,20 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def augments(self) -> bool:
-        """Whether training images differ from those of evaluation, and from one epoch to the next."""
+        """Whether training images are augmented: they differ from evaluation, and from epoch to epoch."""
         return self._augmentation.augments
 
     @property
     def class_counts(self) -> np.ndarray | None:
-        """Training images of each class, ``(K,)``, after `setup`; None where that takes reading them."""
+        """Training images per class, ``(K,)``, after `setup`; None if counting requires reading all samples."""
         labels = getattr(self._parts.get("train"), "own_labels", None)
         return None if labels is None else np.bincount(labels, minlength=self.num_classes)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How evaluation makes images ready, as plain data and in timm's words, once the datamodule is set up.
+        """The preprocessing of evaluation, in built-in types under timm's names, once the datamodule is set up.
 
-        Two entries are ours: ``stored_size`` is the side to which a file is decoded before it is brought to
+        Two entries are not timm's: ``stored_size`` is the side to which a file is decoded before it is resized to
         ``input_size``, and ``value_range`` is that of `Decoding`.
         """
         return {
@@ -158,14 +159,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def parts(self) -> Mapping[str, Part]:
-        """The data set's own parts: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
+        """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
 
     @abstractmethod
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         """A loader of a part: for training, in the order of the data set, or in the fixed order of evaluation."""
 
     def setup(self, stage: str) -> None:
-        """Read the parts, once, and log how many images of a class they have."""
+        """Read the parts, once, and log their numbers of images per class."""
         if not self._parts:
             self._parts = self._read()
             counts = (f"{name} {part.describe(self.num_classes)}" for name, part in self._parts.items())
@@ -204,7 +205,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return loader
 
     def predict_files(self, folder: str | Path) -> list[str]:
-        """Predict the images below a folder from now on, seen as evaluation sees them; returns their paths in order.
+        """Set the images below a folder as those to predict, with evaluation's preprocessing; returns their paths.
 
         Raises:
             FileNotFoundError: No such folder, or no images in it.
@@ -215,7 +216,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return paths
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Make uint8 images ready for the model: augmented in training, then normalised."""
+        """Preprocess uint8 images: augmentation in training, then normalisation."""
         images, labels = batch
         trainer: Any = self.trainer
         if trainer is not None and trainer.training:
@@ -227,11 +228,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
 
     def _read(self) -> Mapping[str, Part]:
-        """The parts as they are used."""
+        """The parts in use, after all options are applied."""
         return self.parts()
 
     def _readable(self, paths: list[str]) -> list[str]:
-        """Those of the files that are predicted."""
+        """The files that are predicted, a subset of ``paths``."""
         return paths
 
     def _normalize_as_pretrained(self) -> None:
@@ -244,23 +245,23 @@ class ImageDataModule(LightningDataModule, ABC):
         self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])
 
     def _place(self) -> tuple[int, int]:
-        """How many processes there are, and which of them this one is."""
+        """World size and rank."""
         trainer: Any = self.trainer
         return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
 
     def _part(self, name: str) -> Any:
-        """A part that has images for each process."""
+        """A part, which must have at least one image per process."""
         if name not in self._parts:
             raise ValueError(f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}")
         part, (processes, _) = self._parts[name], self._place()
         if len(part) < processes:
-            raise ValueError(f"expected at least one {name} image a process, got {len(part)} for {processes}")
+            raise ValueError(f"expected at least one {name} image per process, got {len(part)} for {processes}")
         return part
 
     def _load(
         self, dataset: Dataset[Batch], training: bool = False, workers: int | None = None, **batching: Any
     ) -> DataLoader[Batch]:
-        """A loader of a data set; None is as many workers as the user asks for, or as are good."""
+        """A loader of a data set; None takes ``num_workers``, or its default."""
         trainer: Any = self.trainer
         if workers is None:
             workers = self.num_workers
@@ -276,29 +277,29 @@ class ImageDataModule(LightningDataModule, ABC):
             collate_fn=_as_it_is,
             pin_memory=to_gpu and not there,
             persistent_workers=workers > 0,
-            # Its own, so that the workers' seeds take no number from the stream that the model draws from.
+            # A separate generator, so that seeding workers draws no number from the global generator of the model.
             generator=torch.Generator(),
         )
 
     def _in_order(self, dataset: Any) -> dict[str, Any]:
-        """How a loader makes batches of a data set in its order, each sample once among the processes."""
+        """Loader options for batches in the order of the data set, each sample once over all processes."""
         world_size, rank = self._place()
         several = world_size > 1
         sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False) if several else None
         return {"batch_size": self.batch_size, "sampler": sampler}
 
     def _taken(self, size: int = 1) -> Callable[[Any], int]:
-        """Batches of ``size`` that a run which is resumed has trained on in its epoch, as `Taken` tells them."""
+        """The number of batches of ``size`` that a resumed run has already trained on in its epoch; see `Taken`."""
         return Taken(lambda source: size * _batch_of_epoch(self.trainer) if _trains_on(self.trainer, source) else 0)
 
 
 def _batch_of_epoch(trainer: Any) -> int:
-    """Training batches of this epoch that came before the one that is fetched or made ready now."""
+    """Index within the epoch of the training batch that is being fetched or preprocessed."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def _trains_on(trainer: Any, source: Any) -> bool:
-    """Whether it is from this sampler or stream that the trainer gets its batches, and not somebody else's loader."""
+    """Whether the trainer's training batches come from this sampler or stream."""
     loaders: Any = getattr(trainer and trainer.fit_loop._combined_loader, "flattened", [])
     return any(source is loader.dataset or source is getattr(loader, "sampler", None) for loader in loaders)
 
@@ -313,10 +314,10 @@ def _free_cores(trainer: Any) -> int:
 
 
 def check_numbers(**numbers: int | None) -> None:
-    """Refuse numbers below 1; None is no number.
+    """Refuse numbers below 1; None is allowed.
 
     Raises:
-        ValueError: One is.
+        ValueError: A number is below 1.
     """
     for name, number in numbers.items():
         if number is not None and number < 1:
@@ -324,10 +325,10 @@ def check_numbers(**numbers: int | None) -> None:
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Refuse a value that is none of those of a ``Literal``.
+    """Refuse a value that is not among those of a ``Literal``.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is not among them.
     """
     if value not in get_args(choices):
         raise ValueError(f"expected {name} to be one of {', '.join(get_args(choices))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Decoding: boxes of an image file as uint8 squares, upright and in eight bits, whatever the file holds.
+"""Decoding: crops of an image file as upright uint8 squares, whatever the format of the file.
 
 Legend: ``V`` views, ``C`` channels, ``S`` side of a decoded image.
 """
@@ -15,11 +15,11 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-# Of the shorter side of an image that is evaluated this share is seen, about the centre: 224 of 256 pixels.
+# Share of an image's shorter side that evaluation uses, around the centre: 224 of 256 pixels.
 CENTRE = 0.875
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
 _DECODED_SIDE = 2
-# What stored pixels go through to be upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
+# Operations that make stored pixels upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
 _ORIENTATIONS = {
     2: (False, False, True),
     3: (False, True, True),
@@ -30,7 +30,7 @@ _ORIENTATIONS = {
     8: (True, True, False),
 }
 _UPRIGHT = (False, False, False)
-# 16-bit pixels none of which reaches this come from a camera or a scanner of 10, 12 or 14 bits, and would be dark.
+# If no 16-bit pixel reaches this value, they come from a camera or scanner of 10, 12 or 14 bits, and would be dark.
 _DARK = 2**14
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _S_MIN, _S_MAX = 262, 258, 340, 341
 # Pillow's readers raise all of these on damaged files.
@@ -45,7 +45,7 @@ _DAMAGE = (
     Image.DecompressionBombError,
 )
 
-# Makes boxes (top, left, height, width) for an upright image of a height and a width.
+# Makes crop boxes (top, left, height, width) for an upright image of a height and a width.
 Boxes = Callable[[int, int], list[list[float]]]
 Box = list[float]
 
@@ -55,17 +55,17 @@ class UnreadableError(ValueError):
 
 
 class UnknownRangeError(ValueError):
-    """An image is whole, but which of its numbers are black and white is not known."""
+    """An image is intact, but its values of black and white are unknown."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What must be known of files to decode them.
+    """Options for decoding image files.
 
     Args:
         channels: 3 for colour, 1 for grey.
-        value_range: The numbers that are black and white in grey files of more than 8 bits a pixel. None is the range
-            that the file states: SMinSampleValue and SMaxSampleValue or fewer than 16 bits in a TIFF, and all 16 bits
+        value_range: The values of black and white in grey files of more than 8 bits per pixel. None is the range that
+            the file states: SMinSampleValue and SMaxSampleValue or fewer than 16 bits in a TIFF, and all 16 bits
             otherwise.
         banner: Rows of pixels at the bottom of each file that are not part of the picture.
 
@@ -88,7 +88,7 @@ COLOUR = Decoding()
 def read_image(
     path: str, size: int, boxes: Boxes | None = None, content: bytes | None = None, decoding: Decoding = COLOUR
 ) -> Tensor:
-    """Decode a file and cut boxes out of it, each brought to ``(S, S)``, bilinear and antialiased.
+    """Decode a file and cut crops out of it, each resized to ``(S, S)``, bilinear and antialiased.
 
     Args:
         path: The file. Grey, palette, CMYK and 16-bit images become RGB; transparency is ignored; the orientation
@@ -96,7 +96,7 @@ def read_image(
         size: Side ``S``.
         boxes: Makes boxes (top, left, height, width) for an upright image of a height and width. None is one box for
             evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
-        content: What is in the file, where that has been read already; the path is then only its name.
+        content: The file's bytes if they have been read already; the path is then used in messages only.
         decoding: Channels, range and banner.
 
     Returns:
@@ -104,7 +104,7 @@ def read_image(
 
     Raises:
         UnreadableError: The file cannot be read as an image.
-        UnknownRangeError: Nobody says which of its numbers are black and white.
+        UnknownRangeError: The values of black and white are unknown.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
@@ -145,10 +145,10 @@ def _centre(height: int, width: int, size: int) -> list[Box]:
 
 
 def centre_seen(paths: Sequence[str], size: int) -> float:
-    """Share of the shorter side that evaluation sees of such files: all of them that have the size already."""
+    """Share of these files' shorter side that evaluation uses: 1 if they have the size already."""
     try:
         sizes = set(map(_size, paths))
-    except _DAMAGE:  # said when it is decoded
+    except _DAMAGE:  # reported when the file is decoded
         return CENTRE
     return 1.0 if sizes == {(size, size)} else CENTRE
 
@@ -159,12 +159,12 @@ def _size(path: str) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """How the stored pixels become upright; all but JPEG files, whose size is still open, are loaded."""
+    """The operations that make stored pixels upright; loads the image, except a JPEG, which may be decoded smaller."""
     if image.format not in ("JPEG", "MPO"):
         image.load()  # some formats have their EXIF at the end, and Pillow turns TIFF files itself
     try:
         return _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), _UPRIGHT)
-    except _DAMAGE:  # of the EXIF data alone: the picture may be whole
+    except _DAMAGE:  # only the EXIF data are damaged; the picture may be intact
         return _UPRIGHT
 
 
@@ -186,7 +186,7 @@ def _turned(square: np.ndarray, swap: bool, upside_down: bool, mirror: bool) -> 
 
 
 def _eight_bits(image: Image.Image, decoding: Decoding, deep: bool) -> Image.Image:
-    """RGB or grey of eight bits a channel; deep are 16 bits a channel in the file."""
+    """RGB or grey of eight bits per channel; ``deep`` files have 16 bits per channel."""
     if image.mode == "RGB" and not deep:  # convert() would copy it
         image.load()
         pixels = image
@@ -203,17 +203,17 @@ def _scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Imag
     low, high = value_range or _stated_range(image)
     values = np.asarray(image, np.float32)
     if not np.isfinite(values).all():
-        raise ValueError("some of its pixels are no finite numbers")
+        raise ValueError("some of its pixels are not finite numbers")
     if _white_is_zero(image):
         low, high = high, low
     return Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8))
 
 
 def _stated_range(image: Image.Image) -> tuple[float, float]:
-    """Black and white as the file has them.
+    """The values of black and white that the file states.
 
-    PNG's sBIT chunk is left aside: it tells how many bits the camera had, while the specification (11.3.2.7) has
-    samples scaled to all bits of the file whatever it says.
+    PNG's sBIT chunk is ignored: it holds the bits of the camera, while by the specification (11.3.2.7) samples are
+    always scaled to all bits of the file.
     """
     tags = getattr(image, "tag_v2", {})
     if _S_MIN in tags and _S_MAX in tags:
@@ -240,12 +240,12 @@ def _stated_range(image: Image.Image) -> tuple[float, float]:
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Whether a TIFF counts from white to black, which Pillow heeds for eight bits alone."""
+    """Whether 0 is white in a TIFF, which Pillow handles for eight bits only."""
     return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
 
 def _check_upper_bits(pixels: Image.Image, value_range: tuple[float, float] | None) -> None:
-    """Of 16 bits a channel Pillow keeps the upper eight: enough if all 16 are used."""
+    """Refuse colours whose upper eight bits, which Pillow keeps of 16 per channel, do not cover their range."""
     brightest = int(np.asarray(pixels).max())
     if value_range is None and (brightest == 0 or brightest >= _DARK // 256):
         return

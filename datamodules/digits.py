@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: real images without a download."""
+"""Handwritten digits from scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PARTS = {"test": 0.3, "val": 0.1}
 class Digits(IndexedImages):
     """1,797 grey images of handwritten digits, 8x8 pixels (Alpaydin and Kaynak 1998; scikit-learn's ``load_digits``).
 
-    Of each class 30 % are for testing, 10 % for validation and the rest for training; the parts never change.
+    Of each class 30 % are test images, 10 % validation images and the rest training images; the split never changes.
 
     Args:
         classes: Digits to keep; they get the labels 0, 1, ... in this order. None is all ten.
-        augmentation: As for every data set, but none unless asked for: a mirrored digit is no digit.
+        augmentation: As for every data set, but ``plain`` by default: a mirrored digit is no digit.
 
     Raises:
         ValueError: ``classes`` names no digit, one twice, or fewer than two.

@@ -1,4 +1,4 @@
-"""Datamodules whose images are files, decoded by workers: of one's own folders, and of the sets torchvision reads."""
+"""Datamodules of image files that workers decode: the base class, and `ImageFolder` for your own images."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from .labels import Row, class_names, read_labels
 from .listing import Found, is_hidden, is_image, same_content, some
 from .splits import split_indices
 
-# Photographs are much alike in this, and ImageNet's statistics are what most pre-trained networks expect.
+# Photographs have similar statistics, and most pre-trained networks expect those of ImageNet.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Images up to which all are compared, in seconds; beyond, reading a little of each file takes minutes.
+# Largest number of images that are searched for duplicates, which takes seconds; for more it would take minutes.
 _MOST_COMPARED = 100_000
-# So many files of a part are looked at to see whether all have the size that is wanted already.
+# Number of files of a part that are examined to see whether all have the requested size already.
 _LOOKED_AT = 8
 
 
 class FileDataModule(IndexedImages, ABC):
     """Images in files of any size, decoded to RGB. Abstract.
 
-    For training a random crop is cut out of the whole image while it is decoded. For evaluation the middle 7/8 of its
-    shorter side are taken, as in the usual 224 of 256 pixels, or all of an image that has the size already. Images are
-    upright as their EXIF data says. The data's mean and standard deviation are taken to be ImageNet's.
+    Training cuts a random crop out of the whole image while decoding it. Evaluation takes the middle 7/8 of the shorter
+    side, as in the usual 224 of 256 pixels, or all of an image that has the size already. Images are turned upright by
+    their EXIF orientation. The data's mean and standard deviation are assumed to be ImageNet's.
 
     Args:
         num_classes: Number of classes ``K``.
         image_size: Side ``S`` of the images in batches.
-        in_memory: Decode every image once, for evaluation, and hold them as one uint8 tensor; random crops are then
-            cut out of those. ``device_cache`` does this too, on the device.
-        value_range: The numbers that are black and white in grey files of more than 8 bits a pixel: [0, 4095] for 12
-            bits in 16-bit files, [-1000, 3000] for some Hounsfield units. None is what each file states: a TIFF's
-            SMinSampleValue and SMaxSampleValue or its bits a sample, and else all 16 bits; images that would be nearly
-            black by that, 32-bit integers and floating-point numbers are refused.
+        in_memory: Decode every image once, as for evaluation, into one uint8 tensor; random crops are then cut out of
+            these. ``device_cache`` does this too, on the device.
+        value_range: The values of black and white in grey files of more than 8 bits per pixel: [0, 4095] for 12 bits in
+            16-bit files, [-1000, 3000] for some Hounsfield units. None is the range that each file states: a TIFF's
+            SMinSampleValue and SMaxSampleValue or its bits per sample, and otherwise all 16 bits; images that would be
+            nearly black then, 32-bit integers and floating-point numbers are refused.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FileDataModule(IndexedImages, ABC):
         self.centre = CENTRE
 
     def hold(self, part: Labelled) -> Labelled:
-        """The part's paths, or its images if they are to be in memory."""
+        """The part with its paths, or with decoded images if they are held in memory."""
         if len(part) and not part.in_memory:
             self.centre = centre_seen(part.take(np.arange(min(len(part), _LOOKED_AT))).paths, self.input_size[1])
         held = self.in_memory or self.device_cache
@@ -69,13 +69,15 @@ class FileDataModule(IndexedImages, ABC):
 class ImageFolder(FileDataModule):
     """Your own images: ``ROOT/train/CLASS/*.jpg``, ``ROOT/val/CLASS/*.jpg`` and, if there is one, ``ROOT/test/...``.
 
-    Without such folders, ``ROOT/CLASS/*.jpg`` are cut into parts, always the same: ``test_fraction``, and of the rest
-    ``val_fraction``. With ``labels`` a CSV file says which image is of which class, wherever below ROOT it lies.
+    Without such folders, ``ROOT/CLASS/*.jpg`` are split, always in the same way: ``test_fraction`` for testing, and
+    ``val_fraction`` of the rest for validation. With ``labels`` a CSV file gives the class of each image, which may lie
+    anywhere below ROOT.
 
-    Images are the files whose names end as Pillow's formats for pictures do (jpg, png, gif, webp, avif, tif and the
-    like), through links to folders too. Whatever is hidden below ROOT is passed over: names that start with a dot, and
-    folders such as ``__MACOSX``. How many files are left out is said, as are files of one content in two parts. A class
-    may be missing in val and test. A test part that cannot be used is said, and refused only by who asks for it.
+    Image files are recognised by the suffixes of Pillow's picture formats (jpg, png, gif, webp, avif, tif and others);
+    links to folders are followed. Hidden files and folders below ROOT are ignored: names that start with a dot, and
+    folders such as ``__MACOSX``. The numbers of files left out and of identical files in two splits are reported. A
+    class may be missing in val and test. A test split that cannot be used is reported, and refused only when it is
+    requested.
 
         >>> import tempfile
         >>> from PIL import Image
@@ -90,19 +92,20 @@ class ImageFolder(FileDataModule):
 
     Args:
         root: The folder.
-        folders: Which folder in ``root`` is which part; None is train, val and test, as far as they exist. ImageNet,
-            whose val is what everyone tests on, is ``{train: train, test: val}``, with validation cut off train.
-        labels: A CSV file in ``root`` or elsewhere, with commas between its columns: path, relative to ``root``, and
-            label, and if wanted the split (train, val or test). A first line may name them, in any order and beside
-            others: ``path`` (or file, filename, file_name, image), ``label`` (or class), ``split``. Each image has one
-            label. Without splits, parts are cut as from one folder.
-        test_fraction: Share of each class that is cut off for testing where no folder is the test part.
-        skip_broken: Leave out files that are named as images but cannot be decoded, after trying every one at the
-            start, of prediction too; otherwise they are refused by name when they are met. The command line's predict
-            gives them a row of their own either way.
+        folders: The folder in ``root`` of each split; None is train, val and test, as far as they exist. For ImageNet,
+            whose val is commonly used for testing, give ``{train: train, test: val}``; validation images are then split
+            off train.
+        labels: A CSV file in ``root`` or elsewhere, with comma-separated columns: path relative to ``root``, label, and
+            optionally the split (train, val or test). A first line may name the columns, in any order and among others:
+            ``path`` (or file, filename, file_name, image), ``label`` (or class), ``split``. Each image has one label.
+            Without a split column, images are split as from one folder.
+        test_fraction: Share of each class that is split off for testing if there is no test folder.
+        skip_broken: Leave out image files that cannot be decoded, after trying every file at the start, also for
+            prediction; otherwise an error names such a file when it is read. The command line's predict gives it a row
+            with its error either way.
 
     Raises:
-        ValueError: There are fewer than two classes, parts with further ones than train, or files that are no images.
+        ValueError: There are fewer than two classes, splits with other classes than train, or files that are no images.
         FileNotFoundError: A folder or a file is missing, or a class is empty.
     """
 
@@ -118,7 +121,7 @@ class ImageFolder(FileDataModule):
         if not 0 <= test_fraction < 1:
             raise ValueError(f"expected test_fraction in [0, 1), got {test_fraction}")
         if labels is not None and folders is not None:
-            raise ValueError("expected folders or labels, got both; labels names the parts in its column split")
+            raise ValueError("expected folders or labels, got both; labels gives the splits in its column split")
         self.root = Path(root)
         self._table: list[Row] = []
         self._folders: dict[str, Path] = {}
@@ -141,7 +144,7 @@ class ImageFolder(FileDataModule):
         self.class_names = names
 
     def parts(self) -> dict[str, Labelled]:
-        """The parts that have folders or splits, and the test part if it is cut off."""
+        """The parts that have folders or a split in the CSV file, and the test part if it is split off."""
         if self._table:
             self._check_paths()
         parts, self._refused = {}, {}
@@ -162,7 +165,7 @@ class ImageFolder(FileDataModule):
         return {row.part or "train" for row in self._table} or set(self._folders)
 
     def _labelled(self, name: str) -> Labelled:
-        """The files of a part and their labels, without those that are left out."""
+        """The files of a part and their labels, without files that are left out."""
         found = self._rows(name) if self._table else self._files_of(name)
         lacking = sorted(set(self.class_names) - {cls for _, cls in found})
         further = sorted({cls for _, cls in found} - set(self.class_names))
@@ -189,7 +192,7 @@ class ImageFolder(FileDataModule):
             found.add(folder / cls)
             rows += [(path, cls) for path in found.images[before:]]
             if len(found.images) == before and cls not in self.class_names:
-                rank_zero_info(f"left out the folder {cls} of {name}, which is empty and no class of train")
+                rank_zero_info(f"left out the folder {cls} of {name}, which is empty and not a class of train")
         found.report(repr(str(folder)), warn=True)
         if stray := [path.name for path in folder.iterdir() if is_image(path.name) and not is_hidden(path.name)]:
             rank_zero_warn(f"left out {len(stray)} images of {str(folder)!r} in no class folder: {some(stray)}")
@@ -200,7 +203,7 @@ class ImageFolder(FileDataModule):
         return [(str(self.root / row.path), row.label) for row in self._table if (row.part or "train") == name]
 
     def _check_paths(self) -> None:
-        """Refuse rows without a file, and say how many images have no row."""
+        """Refuse rows without a file, and report how many images have no row."""
         paths = [str(self.root / row.path) for row in self._table]
         missing = [] if self.skip_broken else [path for path in paths if not os.path.exists(path)]
         if missing:
@@ -222,7 +225,7 @@ class ImageFolder(FileDataModule):
         if (count := sum(map(len, parts.values()))) <= _MOST_COMPARED:
             _warn_of_repeated_images(parts, self.class_names)
         else:
-            rank_zero_info(f"did not look for the same image in two parts, since there are {count}")
+            rank_zero_info(f"did not search for identical images in two splits, since there are {count} images")
         return super()._held(parts)
 
     def _part(self, name: str) -> Labelled:
@@ -244,7 +247,7 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
             )
         return found or {"train": root}
     if "train" not in folders or not set(folders) <= set(PARTS):
-        raise ValueError(f"expected folders to name train, and val and test if wanted, got {', '.join(folders)}")
+        raise ValueError(f"expected folders to name train and optionally val and test, got {', '.join(folders)}")
     missing = [str(root / folder) for folder in folders.values() if not (root / folder).is_dir()]
     if missing:
         raise FileNotFoundError(f"no folder {', '.join(missing)}; correct folders={folders}")
@@ -256,14 +259,18 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _label_file(root: Path, labels: str) -> Path:
-    """The file in root, or where the path leads from here."""
+    """The file in root, or relative to the working directory."""
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; expected one with the images that {labels!r} names")
     there = [path for path in (root / labels, Path(labels)) if path.is_file()]
     if not there:
-        raise FileNotFoundError(f"no file {labels!r}, in {str(root)!r} or from here; expected a CSV file path,label")
+        raise FileNotFoundError(
+            f"no file {labels!r}, in {str(root)!r} or the working directory; expected a CSV file path,label"
+        )
     if len(there) == 2 and not there[0].samefile(there[1]):
-        raise ValueError(f"there are two files {labels!r}, in {str(root)!r} and from here; give an absolute path")
+        raise ValueError(
+            f"there are two files {labels!r}, in {str(root)!r} and in the working directory; give an absolute path"
+        )
     return there[0]
 
 
@@ -278,7 +285,7 @@ def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
 
 @rank_zero_only
 def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str]) -> None:
-    """Say which images of a part are those of another, or of another class, byte for byte."""
+    """Warn of images that occur in two parts, or in two classes, byte for byte."""
     labels = {
         path: int(label) for part in parts.values() for path, label in zip(part.paths, part.own_labels, strict=True)
     }
@@ -295,7 +302,7 @@ def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str])
             if pairs:
                 rank_zero_warn(
                     f"{len(pairs)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as "
-                    f"{pairs[0][0]} and {pairs[0][1]}: what {name} measures is too good; remove one of each two"
+                    f"{pairs[0][0]} and {pairs[0][1]}: results on {name} are too good; remove one of each pair"
                 )
     torn = [group for group in groups if len({labels[path] for path in group}) > 1]
     if torn:

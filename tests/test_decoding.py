@@ -193,7 +193,7 @@ def test_colours_of_16_bits(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     values = _ramp(0, 1, np.float32)
     values[3, 3] = np.nan
-    with pytest.raises(UnreadableError, match="cannot read .*: some of its pixels are no finite numbers"):
+    with pytest.raises(UnreadableError, match="cannot read .*: some of its pixels are not finite numbers"):
         read_image(_saved(values, tmp_path / "nan.tif"), 8, decoding=Decoding(value_range=(0, 1)))
 
 

@@ -343,7 +343,7 @@ def test_images_that_are_in_two_parts_are_counted(tmp_path: Path) -> None:
     said = [str(warning.message) for warning in caught]
     assert len(said) == 2
     assert said[0].startswith("2 of 8 val images are in train too, byte for byte, as ")
-    assert said[0].endswith("00.png: what val measures is too good; remove one of each two")
+    assert said[0].endswith("00.png: results on val are too good; remove one of each pair")
     assert said[1].startswith("1 of 5 test images are in val too, byte for byte, as ")
 
 
@@ -380,7 +380,7 @@ def test_a_class_may_be_missing_where_it_is_evaluated(tmp_path: Path, caplog: py
         data.setup("fit")
     assert "there are no val images of bee, cow" in caplog.text
     assert "there are no test images of ant, cow" in caplog.text
-    assert "left out the folder dog of val, which is empty and no class of train" in caplog.text
+    assert "left out the folder dog of val, which is empty and not a class of train" in caplog.text
     for split, label in (("val", 0), ("test", 1)):
         loader = data.val_dataloader() if split == "val" else data.test_dataloader()
         assert [labels.tolist() for _, labels in loader] == [[label]]

@@ -291,5 +291,7 @@ def test_the_outer_folders_are_those_beside_this_checkout() -> None:
 
 @pytest.mark.parametrize("name", sorted(OUTER))
 def test_outer_folders_cannot_be_imported_by_another_name(name: str) -> None:
-    with pytest.raises(ImportError, match=rf"this is ncfinetune\.{name}; by another name it would be a second copy"):
+    with pytest.raises(
+        ImportError, match=rf"import this folder as ncfinetune\.{name}; another name would make a second copy"
+    ):
         importlib.import_module(name)

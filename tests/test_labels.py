@@ -74,13 +74,13 @@ def test_the_file_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for labels in ("labels.csv", str(tmp_path / "labels.csv")):
         assert ImageFolder("images", labels=labels).num_classes == 2
     (tmp_path / "images" / "labels.csv").write_text("00.png,a\n")
-    with pytest.raises(ValueError, match="there are two files 'labels.csv', in 'images' and from here; give an abs"):
+    with pytest.raises(ValueError, match="there are two files 'labels.csv', in 'images' and in the working direc"):
         ImageFolder("images", labels="labels.csv")
-    with pytest.raises(FileNotFoundError, match="no file 'none.csv', in 'images' or from here; expected a CSV file"):
+    with pytest.raises(FileNotFoundError, match="no file 'none.csv', in 'images' or the working directory; expect"):
         ImageFolder("images", labels="none.csv")
     with pytest.raises(FileNotFoundError, match="no folder 'nowhere'; expected one with the images that 'labels.csv'"):
         ImageFolder("nowhere", labels="labels.csv")
-    with pytest.raises(ValueError, match="expected folders or labels, got both; labels names the parts in its column"):
+    with pytest.raises(ValueError, match="expected folders or labels, got both; labels gives the splits in its column"):
         ImageFolder("images", labels="labels.csv", folders={"train": "a"})
 
 

@@ -145,7 +145,7 @@ MIXED = {
 @pytest.mark.parametrize("kind", [NeuralCollapseTracker, OnlineProbe])
 def test_a_batch_with_two_vectors_of_whole_numbers_needs_the_option(kind: Any, form: str, tmp_path: Path) -> None:
     module = Net(pick=lambda batch: next(part for part in batch if part.ndim == 2))
-    message = rf"{kind.__name__} found 2 vectors of whole numbers .* give it {kind.__name__}\(batch_to_labels=lambda"
+    message = rf"{kind.__name__} found 2 vectors of integers .* give it {kind.__name__}\(batch_to_labels=lambda"
     with pytest.raises(ValueError, match=message):
         _fit(tmp_path, module, [kind(K)], _loader(MIXED[form]))
 
@@ -169,7 +169,7 @@ def test_soft_labels_teach_the_probe_and_are_refused_by_the_tracker(tmp_path: Pa
     soft = _loader(lambda x, y, i: (x, 0.9 * nn.functional.one_hot(y, K) + 0.1 / K))
     probe = OnlineProbe(K, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
     assert _fit(tmp_path, Net(), [probe], soft, max_epochs=5).callback_metrics["probe/acc"] > 0.8
-    with pytest.raises(ValueError, match=r"NeuralCollapseTracker needs one class a sample, .* shares of several"):
+    with pytest.raises(ValueError, match=r"NeuralCollapseTracker needs one class per sample, .* several classes per"):
         _fit(tmp_path, Net(), [NeuralCollapseTracker(K)], soft)
 
 
@@ -596,6 +596,6 @@ def test_a_mistake_of_one_process_ends_or_warns_all(tmp_path: Path) -> None:
     assert found["good"][0]["nc1/train/penultimate"] > 0
     assert found["nan"][0]["nc1/train/penultimate"] != found["nan"][0]["nc1/train/penultimate"]
     assert found["nan"][0]["nc1/val/penultimate"] > 0
-    assert found["tracker"][0] == "another process found a mistake in the train set: see its message"
+    assert found["tracker"][0] == "another process found an error in the train set: see its message"
     assert "expected labels in 0..2 (num_classes=3), got [3]" in found["tracker"][1]
     assert all("expected labels in 0..2 (num_classes=3), got [3]" in end for end in found["probe"])

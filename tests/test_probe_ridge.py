@@ -270,7 +270,7 @@ def test_of_one_class_there_is_nothing_to_tell_apart(tmp_path: Path) -> None:
     [
         (
             {"kind": "ridge", "optimizer": torch.optim.SGD},
-            r"OnlineProbe\(kind='ridge'\) is fitted in closed form, so that an optimizer would do nothing; leave it "
+            r"OnlineProbe\(kind='ridge'\) is fitted in closed form, so that an optimizer has no effect; leave it "
             "out, or take kind='linear'",
         ),
         ({"kind": "logistic"}, "expected kind 'linear' or 'ridge', got 'logistic'"),

@@ -538,7 +538,7 @@ def test_fewer_samples_than_processes(root: Path, monkeypatch: pytest.MonkeyPatc
     data.setup("fit")
     data.trainer = _trainer()
     monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match="expected at least one train image a process, got 1 for 2"):
+    with pytest.raises(ValueError, match="expected at least one train image per process, got 1 for 2"):
         data.train_dataloader()
 
 

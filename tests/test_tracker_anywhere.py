@@ -509,8 +509,8 @@ def test_rounding_of_nc1_is_said_once_and_the_number_given(tmp_path: Path, caplo
     (said,) = [record.message for record in caplog.records if "rounding" in record.message]
     assert re.fullmatch(
         r"NeuralCollapseTracker: rounding may have moved nc1 by up to \de-0\d of it: the features vary too unevenly "
-        "within classes, or the class means too little in some directions; of layer 'penultimate', here on the val "
-        "set, this is said once",
+        r"within classes, or the class means too little in some directions \(layer 'penultimate', val set; reported "
+        r"once\)",
         said,
     )
 
@@ -609,7 +609,9 @@ def test_a_forward_pass_of_a_part_of_the_batch_is_refused_in_the_sanity_check(tm
     module: Any = _training(pl, _small())
     module.validation_step = lambda batch, batch_idx: [module.model(part) for part in batch[0].split(6)]
     trainer = _trainer(tmp_path, NeuralCollapseTracker(K))
-    with pytest.raises(ValueError, match=r"found 4 rows of features for 16 labels in layer 'penultimate'; it sees the"):
+    with pytest.raises(
+        ValueError, match=r"found 4 rows of features for 16 labels in layer 'penultimate'; it measures the"
+    ):
         trainer.fit(module, _loader(), _loader())
     assert trainer.global_step == 0
 
@@ -701,7 +703,7 @@ def test_a_second_fit_starts_its_history_anew_and_validation_adds_to_the_last(tm
 
 @pytest.mark.slow
 def test_metrics_of_the_classifier_need_its_layer() -> None:
-    with pytest.raises(ValueError, match="metrics nc3, nc4 are of the layer 'penultimate', which layers lacks"):
+    with pytest.raises(ValueError, match="metrics nc3, nc4 need the layer 'penultimate', which is not among layers"):
         NeuralCollapseTracker(K, layers=["0"], metrics=["nc3", "nc4"])
 
 
