@@ -1,4 +1,4 @@
-"""Where images come from: one uint8 tensor, or files that are decoded when they are asked for.
+"""Sources of images: one uint8 tensor, or files that are decoded on access.
 
 Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S`` side of a decoded image.
 """
@@ -21,21 +21,21 @@ from .recipes import Recipe, draw_boxes
 from .splits import describe_counts, spread_classes
 
 Batch = tuple[Tensor, Tensor]
-# The label of an image that cannot be read, where that does not end a prediction.
+# The label of an image that cannot be read, if prediction continues without it.
 UNREADABLE = -1
 
 
 class Part(Protocol):
-    """What every datamodule needs to know of a part of its images."""
+    """The interface of one part (split) of a datamodule's images."""
 
     def __len__(self) -> int: ...
 
     @property
     def in_memory(self) -> bool:
-        """Whether they lie decoded in memory."""
+        """Whether the images are held decoded in memory."""
 
     def describe(self, num_classes: int) -> str:
-        """How many there are, for the log."""
+        """Number of images, for the log."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Labelled:
     Args:
         images: uint8 images ``(M, C, H, W)``, or the paths of M files.
         labels: Labels of the M, ``(M,)``.
-        chosen: Which of the M belong to the part, ``(N,)``.
+        chosen: Indices of the images that belong to the part, ``(N,)``.
     """
 
     images: Tensor | np.ndarray
@@ -54,8 +54,8 @@ class Labelled:
 
     @staticmethod
     def all(images: Tensor | Sequence[Any], labels: Sequence[int] | np.ndarray) -> Labelled:
-        """Images, or paths, all of which belong to the part."""
-        # Bytes in one array: a list of a million strings would be copied into every worker as it counts references.
+        """A part of all these images, or paths."""
+        # Bytes in one array: reference counting would copy a list of a million strings into the memory of every worker.
         kept = images if isinstance(images, Tensor) else np.array([os.fsencode(path) for path in images])
         return Labelled(kept, np.asarray(labels, dtype=np.int64), np.arange(len(labels)))
 
@@ -68,7 +68,7 @@ class Labelled:
         return isinstance(self.images, Tensor)
 
     def describe(self, num_classes: int) -> str:
-        """How many images there are, and how many of a class."""
+        """Number of images, and of images per class."""
         return describe_counts(self.own_labels, num_classes)
 
     @property
@@ -82,7 +82,7 @@ class Labelled:
         return [os.fsdecode(bytes(path)) for path in np.asarray(self.images)[self.chosen]]
 
     def balanced(self) -> Labelled:
-        """The same images in a fixed order of which every beginning has the classes in their shares."""
+        """The same images in a fixed order in which every prefix has the class proportions of the whole."""
         return self.take(spread_classes(self.own_labels))
 
     def as_stored(self) -> Labelled:
@@ -94,7 +94,7 @@ class Labelled:
         return Labelled(self.images, self.labels, self.chosen[indices])
 
     def join(self, other: Labelled) -> Labelled:
-        """The images of both parts, ours first."""
+        """The images of both parts, those of this part first."""
         labels = np.concatenate([self.own_labels, other.own_labels])
         if isinstance(self.images, Tensor) and isinstance(other.images, Tensor):
             return Labelled.all(torch.cat([part.images[part.chosen] for part in (self, other)]), labels)
@@ -102,7 +102,7 @@ class Labelled:
 
 
 class TensorImages(Dataset[Batch]):
-    """Images that are held as one tensor; a batch is taken out of it at once, on the tensor's device.
+    """Images that are held as one tensor; a batch is indexed out of it at once, on the tensor's device.
 
     Args:
         part: Images and labels.
@@ -128,26 +128,26 @@ class TensorImages(Dataset[Batch]):
     def __getitems__(self, keys: list[int]) -> Batch:
         rows = self.chosen[torch.tensor(keys) % len(self)]
         if self.images.is_cuda:
-            # Only from pinned memory does the copy not wait until the device is through with what came before.
+            # Copying from pageable memory would wait for the device's earlier work; from pinned memory it does not.
             rows = rows.pin_memory()
         rows = rows.to(self.images.device, non_blocking=True)
         return self.images.index_select(0, rows), self._labels.index_select(0, rows)
 
 
 class FileImages(Dataset[Batch]):
-    """Images that are decoded from files when they are asked for, ``(C, S, S)``.
+    """Images that are decoded from files on access, ``(C, S, S)``.
 
     Args:
         part: Paths and labels.
         size: Side ``S``.
-        recipe: Whose random crops are cut out of the whole image, for training; None is the centre.
-        views: Crops an image; more than one make an image ``(V, C, S, S)``.
-        seed: Seed of the crops. They depend on it and the key, which is another each time that an image is drawn for
-            training, but not on which worker decodes it; key ``k`` is image ``k mod N``.
+        recipe: The recipe of the random crops, for training; None is the centre crop.
+        views: Crops per image; more than one make an image ``(V, C, S, S)``.
+        seed: Seed of the crops. They depend on the seed and on the key, which differs each time an image is drawn for
+            training, but not on the worker that decodes it; key ``k`` is image ``k mod N``.
         decoding: Channels, range and banner of the files.
 
     Attributes:
-        mark_broken: Whether an image that cannot be read comes as zeros labelled `UNREADABLE` in place of an error.
+        mark_broken: Whether an image that cannot be read gives zeros labelled `UNREADABLE` instead of an error.
     """
 
     def __init__(
@@ -215,18 +215,18 @@ class FileImages(Dataset[Batch]):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed of 32 bits that depends on all the numbers, so that neighbours give unrelated streams."""
+    """A 32-bit seed that hashes all the numbers, so that neighbouring numbers give unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def crops(recipe: Recipe, views: int, seed: int) -> Boxes:
-    """Random crops for each of the views, as `read_image` takes them."""
+    """A function that makes the random crop boxes of each view, for `read_image`."""
     generator = torch.Generator().manual_seed(seed)
     return lambda height, width: draw_boxes(recipe, views, height, width, generator).tolist()
 
 
 def blank(channels: int, size: int) -> Tensor:
-    """What stands for an image that cannot be read, ``(C, S, S)``."""
+    """The zeros that replace an image that cannot be read, ``(C, S, S)``."""
     return torch.zeros(channels, size, size, dtype=torch.uint8)
 
 
@@ -245,10 +245,10 @@ def decode_all(part: Labelled, size: int, decoding: Decoding) -> Labelled:
 
 
 def broken_files(paths: list[str], decoding: Decoding) -> list[str]:
-    """Those of the files that cannot be read as images; every one is decoded.
+    """The files that cannot be read as images; every file is decoded.
 
     Raises:
-        UnknownRangeError: One is whole, but nobody says which of its numbers are black and white.
+        UnknownRangeError: A file is intact, but its values of black and white are unknown.
     """
 
     def is_broken(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Datamodules whose images can be asked for one by one: parts, few labels, and which images an epoch has.
+"""Datamodules with random access to images: splits, few labels, and the sampling of an epoch.
 
 Legend: ``N`` images, ``C`` channels, ``H W`` height and width, ``K`` classes.
 """
@@ -19,7 +19,7 @@ from .images import Batch, FileImages, Labelled, TensorImages
 from .loading import EpochSampler
 from .splits import absent_classes, split_indices, take_fraction, take_shots
 
-# Fixed, so that no choice a user makes can move an image from one part to another.
+# Fixed, so that no option can move an image from one split to another.
 SPLIT_SEED = 0
 PARTS = ("train", "val", "test")
 _VAL_FRACTION = 0.1
@@ -27,26 +27,26 @@ Sampling = Literal["uniform", "balanced"]
 
 
 class IndexedImages(ImageDataModule, ABC):
-    """Images whose labels are known before they are read, so that parts and few labels can be cut. Abstract.
+    """Images whose labels are known before they are read, so that they can be split and few labels drawn. Abstract.
 
-    Evaluation goes through a part in a fixed order in which the classes alternate, so that the first batches
-    (``limit_val_batches``, ``overfit_batches``, the sanity check, a pass that is cut short) have the classes in the
-    shares that all images have them.
+    Evaluation reads a split in a fixed order in which the classes alternate, so that the first batches
+    (``limit_val_batches``, ``overfit_batches``, the sanity check, a limited pass) have the class proportions of all
+    images.
 
     Args:
         num_classes: Number of classes ``K``.
         input_size: Shape ``(C, H, W)`` of an image as it is stored.
         data_mean: Mean of the data's channels, for pixels in 0..1.
         data_std: Standard deviation of the data's channels, for pixels in 0..1.
-        shots: Training images a class, drawn with ``seed``; None is all of them. Fewer shots are among more.
+        shots: Training images per class, drawn with ``seed``; None is all. Fewer shots are a subset of more shots.
         fraction: Share of each class's training images, drawn with ``seed``, in (0, 1]; None is all of them.
-        seed: Which training images ``shots`` or ``fraction`` draws.
-        val_fraction: Share of each class's training images that is cut off for validation, always the same images.
-            None is the data set's own validation part, or 0.1 if it has none. A number joins an own validation part
-            to the training images first, so that 0 trains on all of them and validates on none.
-        sampling: ``uniform`` trains on each image once an epoch. ``balanced`` draws as many with replacement, so that
-            each class that has training images is as likely as any other, and within it each image; evaluation and
-            `train_plain_dataloader` stay as they are. Not with a learner's ``class_weight="balanced"``.
+        seed: Seed of the images that ``shots`` or ``fraction`` draws.
+        val_fraction: Share of each class's training images that is split off for validation, always the same images.
+            None is the data set's own validation split, or 0.1 if it has none. A number first joins the data set's own
+            validation split to the training images, so that 0 trains on all of them without validation.
+        sampling: ``uniform`` trains on each image once per epoch. ``balanced`` draws the same number of images with
+            replacement, each class with training images with the same probability, and uniformly within a class;
+            evaluation and `train_plain_dataloader` do not change. Excludes a learner's ``class_weight="balanced"``.
         device_cache: Hold all images on the training device.
 
     Raises:
@@ -85,10 +85,10 @@ class IndexedImages(ImageDataModule, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:
-        """The data set's own parts: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
+        """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
 
     def hold(self, part: Labelled) -> Labelled:
-        """The part as it is kept; where files could be decoded once, this is the place."""
+        """The part in the form in which it is kept; a subclass may decode its files here."""
         return part
 
     def _read(self) -> Mapping[str, Labelled]:
@@ -102,7 +102,7 @@ class IndexedImages(ImageDataModule, ABC):
             cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
             parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
             if share and not len(parts["val"]):
-                rank_zero_info("there is no validation part: no class has more than one image to cut it from")
+                rank_zero_info("there is no validation split: no class has more than one image to take one from")
         parts["train"] = self._few_labels(parts["train"])
         for name in set(parts) - {"train"}:
             if len(parts[name]) and (absent := absent_classes(parts[name].own_labels, self.class_names)):
@@ -123,7 +123,7 @@ class IndexedImages(ImageDataModule, ABC):
             return held
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if device.type == "cpu":
-            rank_zero_info("device_cache: the training device is the CPU; images lie in memory, as in_memory has them")
+            rank_zero_info("device_cache: the training device is the CPU; images are held in memory, as with in_memory")
         moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
         return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
 
@@ -140,11 +140,11 @@ class IndexedImages(ImageDataModule, ABC):
         return FileImages(part, self.input_size[1], decoding=self.decoding)
 
     def _drawn(self, dataset: TensorImages | FileImages) -> dict[str, Any]:
-        """How the loader draws batches for training."""
+        """Loader options for training batches."""
         labels = dataset.targets if self.sampling == "balanced" else None
         taken = self._taken(self.batch_size)
         sampler = EpochSampler(dataset, *self._place(), self._run_seed, taken, labels)
-        # Batch normalisation cannot train on a single image: one that is left over is left out of the epoch.
+        # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
         drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
 

@@ -1,4 +1,4 @@
-"""Labels in a CSV file: which image is of which class, and of which part."""
+"""Labels in a CSV file: class and split of each image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _COLUMNS = {
     "split": ("split",),
 }
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# Characters between the labels of one image, as the usual multi-label files have them.
+# Separators between the labels of one image in common multi-label files.
 _BETWEEN_LABELS = "|;,"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the file: the path as it is written there, the name of the class, and the part or None."""
+    """A row of the file: the path as written there, the name of the class, and the split or None."""
 
     path: str
     label: str
@@ -32,12 +32,12 @@ class Row:
 
 
 def read_labels(file: Path) -> list[Row]:
-    """The rows of a CSV file with columns path, label and, if wanted, split.
+    """The rows of a CSV file with columns path, label and, optionally, split.
 
     The first line may name the columns, in any order and among others, which are ignored: ``path`` (or ``file``,
     ``filename``, ``file_name``, ``image``), ``label`` (or ``class``) and ``split``. Without such a line the columns are
     path and label, or path, label and split. Splits are ``train``, ``val`` (or ``valid``, ``validation``) and ``test``.
-    A row that is there twice counts once.
+    A duplicate row counts once.
 
     Raises:
         ValueError: The file is no such table, or an image has several labels.
@@ -52,13 +52,13 @@ def read_labels(file: Path) -> list[Row]:
         raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
     kept = list(dict.fromkeys(rows))
     if len(kept) < len(rows):
-        rank_zero_info(f"{len(rows) - len(kept)} rows of {str(file)!r} are there twice")
+        rank_zero_info(f"{len(rows) - len(kept)} rows of {str(file)!r} are duplicates")
     _check_one_row_an_image(file, kept)
     return kept
 
 
 def class_names(rows: list[Row]) -> list[str]:
-    """The classes in the order of their labels: as numbers if all are whole numbers, and else by name."""
+    """The classes in the order of their labels: sorted as numbers if all are integers, and otherwise by name."""
     names = {row.label for row in rows}
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -75,7 +75,7 @@ def _cells(file: Path) -> list[tuple[int, list[str]]]:
     try:
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} of {str(file)!r} is no CSV: {error}") from error
+        raise ValueError(f"line {reader.line_num} of {str(file)!r} is not CSV: {error}") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     if lines and len(lines[0][1]) == 1:
         other = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign in lines[0][1][0]), "none")
@@ -84,7 +84,7 @@ def _cells(file: Path) -> list[tuple[int, list[str]]]:
 
 
 def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, int], int]:
-    """Where each column is, and the first line that is a row."""
+    """The index of each column, and the first line that is a row."""
     if not lines:
         return {}, 0
     first = [cell.lower() for cell in lines[0][1]]
@@ -93,14 +93,14 @@ def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, 
         if len(first) > 3:
             raise ValueError(
                 f"expected a first line of {str(file)!r} that names path and label among its {len(first)} columns, "
-                f"got {some(lines[0][1])}; several labels an image (multi-label) are not supported"
+                f"got {some(lines[0][1])}; several labels per image (multi-label) are not supported"
             )
         return {column: place for place, column in enumerate(("path", "label", "split")[: len(first)])}, 0
     for column, places in named.items():
         if len(places) > 1 or (column == "label" and not places):
             raise ValueError(
                 f"expected one column {column} in {str(file)!r}, got {', '.join(lines[0][1])}; a column for each class "
-                "(multi-label, one-hot) is not supported: give one label an image"
+                "(multi-label, one-hot) is not supported: give one label per image"
             )
     return {column: places[0] for column, places in named.items() if places}, 1
 
@@ -109,7 +109,7 @@ def _row(where: str, cells: list[str], columns: dict[str, int], total: int) -> R
     given = ",".join(cells)
     if len(cells) > total:
         raise ValueError(
-            f"expected {total} columns in {where}, as in the first line, got {given!r}; several labels an image "
+            f"expected {total} columns in {where}, as in the first line, got {given!r}; several labels per image "
             "(multi-label) are not supported"
         )
     if len(cells) <= max(columns.values()):

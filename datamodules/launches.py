@@ -1,7 +1,7 @@
-"""Changes of a whole batch in few kernel launches, for accelerators, where a launch costs more than a change.
+"""Augmentation of a whole batch in few kernel launches, for accelerators, where launches cost more than arithmetic.
 
-`transforms` changes those images that a change was drawn for, which saves a CPU arithmetic; here every image undergoes
-every step, with numbers that leave it as it is where nothing was drawn. The images are the same up to rounding.
+`transforms` applies a change only to the images it was drawn for, which saves arithmetic on a CPU; here every image
+goes through every step, with neutral parameters if nothing was drawn for it. The results agree up to rounding.
 
 Legend: ``N`` images, ``C`` channels (1 or 3), ``H W`` height and width.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .transforms import blend, greyscale
 
-# Of the four changes of colour in an image's own order, those before its hue (the first, second and third at most) and
-# those behind it (the second, third and fourth at most): with six blends around one hue, every order comes about.
+# The four colour changes of an image have a random order. At most three precede the hue (the first, second and third)
+# and at most three follow it (the second, third and fourth), so that six blends around one hue shift cover every order.
 _BEFORE, _BEHIND = [0, 1, 2], [1, 2, 3]
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3
 
 
 def send(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Tensors of the CPU, in one type, on a device: in one copy, which the host does not wait for."""
+    """Copy CPU tensors, in one dtype, to a device: one transfer, which the host does not wait for."""
     packed = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
     if device.type == "cuda":
         packed = packed.pin_memory()
@@ -33,16 +33,16 @@ def send(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype = t
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel, ``(C, 1, 1)``; it goes to the device once."""
+    """A number for each channel, ``(C, 1, 1)``, copied to the device once and then cached."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def blends(chosen: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """The blends that stand for the changes of brightness, contrast and saturation drawn for each image.
+    """The blends that are equivalent to the changes of brightness, contrast and saturation drawn for each image.
 
     Args:
-        chosen: Whose colours change, bool, ``(N,)``.
+        chosen: Which images change, bool, ``(N,)``.
         order: The four changes in the order in which an image undergoes them, ``(N, 4)``.
         factors: Their factors, ``(N, 4)``.
 
@@ -61,7 +61,7 @@ def blends(chosen: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def jitter_all(images: Tensor, blends: Tensor, shift: Tensor) -> Tensor:
-    """What `transforms.jitter` does, on all images.
+    """`transforms.jitter` on all images.
 
     Args:
         images: Images, ``(N, C, H, W)``.
@@ -77,7 +77,7 @@ def jitter_all(images: Tensor, blends: Tensor, shift: Tensor) -> Tensor:
 
 
 def hue_all(images: Tensor, shift: Tensor) -> Tensor:
-    """What `transforms.hue` does, with all channels at a time: a third of its launches, and twice its time on a CPU."""
+    """`transforms.hue` with all channels at once: a third of its launches, but twice its time on a CPU."""
     if images.shape[1] == 1:
         return images
     value, largest = images.max(1, keepdim=True)
@@ -90,7 +90,7 @@ def hue_all(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def grey_all(images: Tensor, chosen: Tensor) -> Tensor:
-    """Take the colour away from the images whose entry of ``chosen``, ``(N,)``, is not 0."""
+    """Convert the images whose entry of ``chosen``, ``(N,)``, is not 0 to greyscale."""
     return torch.where(chosen.view(-1, 1, 1, 1) > 0, greyscale(images), images)
 
 

@@ -1,4 +1,4 @@
-"""Which files below a folder are images: one rule, for training and for prediction; and which hold the same bytes."""
+"""Image files below a folder, by one rule for training and prediction, and files with identical content."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-# What Pillow reads of still pictures, by the ends of files' names; .avif from Pillow 11.3 on.
+# File suffixes of Pillow's still-picture formats; .avif from Pillow 11.3 on.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".avif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
 )
-# Folders that file systems and archivers put beside a user's own: thumbnails, forks and deleted files lie in them.
+# Folders of file systems and archivers, with thumbnails, resource forks and deleted files.
 _NOT_THE_USERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-# Bytes in the middle of a file that tell most files of one size apart.
+# Bytes in the middle of a file: enough to distinguish most files of the same size.
 _GLIMPSE = 4096
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is taken for an image, by the end of its name."""
+    """Whether a file counts as an image, by its suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder below the root is passed over, with all that is in it."""
+    """Whether a file or folder below the root is ignored, with its contents."""
     return name.startswith(".") or name in _NOT_THE_USERS
 
 
 @dataclass
 class Found:
-    """What lies below a folder.
+    """The contents of a folder.
 
     Attributes:
         images: Paths of the image files, by folder and name.
-        others: How many files are no images, by the ends of their names.
-        hidden: How many hidden files and folders were passed over.
-        circles: Links to folders that they lie in.
+        others: Numbers of files that are not images, by suffix.
+        hidden: Number of hidden files and folders, which were ignored.
+        circles: Links to folders that contain the link.
     """
 
     images: list[str] = field(default_factory=list)
@@ -50,8 +50,8 @@ class Found:
     circles: list[str] = field(default_factory=list)
 
     def add(self, folder: str | Path) -> Found:
-        """Go through a folder, however deep, and through links to folders."""
-        # By the path of the folder, then by name, as torchvision has it: a seed cuts the parts by this order.
+        """Search a folder recursively, following links to folders."""
+        # Sorted by the path of the folder, then by name, as in torchvision: the seeded split depends on this order.
         for here, files in sorted(_walk(folder, self)):
             for name in sorted(files):
                 if is_hidden(name):
@@ -63,13 +63,13 @@ class Found:
         return self
 
     def report(self, where: str, warn: bool = False) -> None:
-        """Say in a line each what was passed over and what was left out, if anything was."""
+        """Report the files and folders that were ignored or left out, a line for each kind."""
         say = rank_zero_warn if warn else rank_zero_info
         if self.hidden:
-            rank_zero_info(f"passed over {self.hidden} hidden files and folders in {where}")
+            rank_zero_info(f"ignored {self.hidden} hidden files and folders in {where}")
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(5))
-            say(f"left out {self.others.total()} files in {where} that are no images by name: {kinds}")
+            say(f"left out {self.others.total()} files in {where} without an image suffix: {kinds}")
         if self.circles:
             say(f"left out {len(self.circles)} links in {where} that lead back: {some(self.circles)}")
 
@@ -90,7 +90,7 @@ def _leads_back(here: str, name: str) -> bool:
 
 
 def image_paths(folder: str | Path) -> list[str]:
-    """The image files below a folder, however deep; what is left out is said.
+    """The image files below a folder, searched recursively; files left out are reported.
 
     Raises:
         FileNotFoundError: No such folder, or no images in it.
@@ -110,7 +110,7 @@ def some(things: Sequence[object]) -> str:
 
 
 def same_content(paths: Iterable[str], matters: Callable[[list[str]], bool]) -> list[list[str]]:
-    """Groups of files with the same bytes that matter. Only files of one size are opened, and few are read whole."""
+    """Groups of identical files that satisfy ``matters``. Only files of equal size are opened, and few read whole."""
     groups = [list(paths)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for key in (_size, _glimpse, _digest):
@@ -128,7 +128,7 @@ def _alike(paths: list[str], key: Callable[[str], Hashable], threads: ThreadPool
 def _size(path: str) -> int | None:
     try:
         return os.path.getsize(path) or None
-    except OSError:  # whoever decodes it will say so
+    except OSError:  # decoding it will report the error
         return None
 
 

@@ -1,4 +1,4 @@
-"""The order of training images, and loaders of them that go on where a resumed run had stopped."""
+"""The order of training images, and loaders that resume within an epoch."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from .splits import draw_balanced
 
 
 class Taken:
-    """How much of its epoch a run has had already, told once: passes after the first one are of whole epochs."""
+    """The part of its epoch that a resumed run has already trained on; later passes are over whole epochs."""
 
     def __init__(self, count: Callable[[Any], int]) -> None:
         self._count: Callable[[Any], int] | None = count
 
     def __call__(self, source: Any) -> int:
-        """How much of this sampler's or stream's it was, and from now on 0."""
+        """The amount for this sampler or stream on the first call, and 0 on later calls."""
         count, self._count = self._count, None
         return count(source) if count else 0
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Drawn anew each epoch by seed and epoch alone, each sample once or the classes in equal shares.
+    """Shuffles by seed and epoch alone, with each sample once per epoch or balanced classes.
 
-    Drawn once an epoch, sample i of N has the key e N + i in epoch e. Drawn with replacement as the t-th of the epoch,
-    over all processes, it has (e N + t) N + i. So a data set knows in whatever process it runs which sample is meant,
-    and a number that no other draw of that sample has. The shards of several processes are equally long, which
-    contrastive losses need; of N samples an epoch leaves out up to one less than there are processes, others each time.
+    If each sample is drawn once per epoch, sample i of N has the key e N + i in epoch e. If sample i is the t-th draw
+    of the epoch with replacement, over all processes, its key is (e N + t) N + i. From the key a data set in any
+    process knows the sample and a number that is unique to the draw. All processes get equally many samples, which
+    contrastive losses need; an epoch drops up to world size - 1 of the N samples, different ones each time.
 
     Args:
         dataset: The data set.
         world_size: Number of processes.
         rank: Which of the processes this is.
         seed: Seed of the order.
-        taken: Tells, when a pass begins, how many samples of this process it leaves out at its beginning.
-        labels: Labels of the samples, ``(N,)``, whose classes are balanced by drawing with replacement; None draws each
-            sample once.
+        taken: Returns, when a pass begins, the number of this process's samples that it starts after.
+        labels: Labels ``(N,)`` for balancing the classes by drawing with replacement; None draws each sample once.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class EpochSampler(DistributedSampler[Any]):
         self.labels = labels
 
     def __iter__(self) -> Iterator[int]:
-        # A generator, so that it looks at the epoch only when the first key is asked for.
+        # A generator function, so that the epoch is read only when the first key is requested.
         keys = self._each_once() if self.labels is None else self._balanced(self.labels)
         yield from islice(keys, self.taken(self), None)
 
@@ -67,21 +66,20 @@ class EpochSampler(DistributedSampler[Any]):
             yield start + index
 
     def _balanced(self, labels: np.ndarray) -> Iterator[int]:
-        # As many as there are samples, so that the order does not depend on how many processes share it.
+        # N draws for all processes together, so that the order does not depend on their number.
         drawn = draw_balanced(labels, len(labels), mixed_seed(self.seed, self.epoch))
         for place in range(self.rank, self.total_size, self.num_replicas):
             yield (self.epoch * len(labels) + place) * len(labels) + int(drawn[place])
 
 
 class EpochLoader(DataLoader[Batch]):
-    """Training batches, fetched from when the first of an epoch is asked for.
+    """Training batches, fetched only once the first batch of an epoch is requested.
 
-    Lightning makes the iterator of a run that is resumed before it says which epoch that is; workers that started to
-    fetch then would fetch another. Data sets that are streams are told with ``begin``, while their copies have not gone
-    to the workers.
+    Lightning creates the iterator of a resumed run before it sets the epoch; workers that started to fetch then would
+    fetch another epoch's samples. The ``begin`` of iterable data sets is called before they are copied to the workers.
 
-    It has the methods by which Lightning knows that a loader can go on within an epoch. What is in the state is what
-    the trainer keeps anyway, the epoch and the number of its batches; sampler and stream ask for it.
+    It has the methods by which Lightning recognises a loader that can resume within an epoch. Their state is empty,
+    since the trainer keeps the epoch and its number of batches, which sampler and stream read from there.
     """
 
     def __iter__(self) -> Any:
@@ -90,8 +88,8 @@ class EpochLoader(DataLoader[Batch]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing that the trainer does not keep."""
+        """An empty state: the trainer keeps the progress."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """Nothing to load."""

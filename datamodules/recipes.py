@@ -1,4 +1,4 @@
-"""What is done to a training image at random: recipes, their strength, and the drawing of the parameters.
+"""Random augmentation of training images: recipes, their strength, and the drawing of parameters.
 
 Legend: ``N`` images, ``H W`` height and width, ``S`` side of the images after a crop.
 """
@@ -18,13 +18,13 @@ from .launches import blends, constant, flip_all, grey_all, jitter_all, send
 from .transforms import blur, crop_along, crop_lines, greyscale, jitter, on_some, resize, solarise, where
 from .trivial import apply_trivial, draw_trivial, make_trivial, plan_trivial
 
-# Tries at a crop that fits into the image, as in torchvision.
+# Attempts at a crop that fits into the image, as in torchvision.
 _CROP_TRIES = 10
-# Float pixels that are worked on at a time on a CPU: they stay in its cache.
+# Float pixels processed at a time on a CPU, so that they stay in its cache: 4 MB.
 _CPU_PIXELS = 2**20
-# The orders that four changes of colour can have.
+# The possible orders of four colour changes.
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
-# Below this side SimCLR leaves the blur out (appendix B.9).
+# Below this side SimCLR uses no blur (appendix B.9).
 _BLUR_SIDE = 64
 
 
@@ -34,16 +34,16 @@ class Recipe:
 
     Args:
         min_area: Least share of the image's area that a random crop keeps; 1 is no crop.
-        max_aspect: Greatest ratio of a random crop's longer side to its shorter one.
-        flip: Probability of mirroring left and right.
+        max_aspect: Largest ratio of a random crop's longer side to its shorter side.
+        flip: Probability of a horizontal flip.
         trivial: Probability of one change drawn by TrivialAugment (Mueller and Hutter 2021, wide space).
-        jitter: Probability of the four changes of colour that follow, in random order.
-        brightness: A factor is drawn from 1 - brightness to 1 + brightness, but not below 0.
+        jitter: Probability of the following four colour changes, in random order.
+        brightness: The factor is drawn from 1 - brightness to 1 + brightness, but not below 0.
         contrast: The same for the contrast.
         saturation: The same for the saturation.
-        hue: Most that the hue turns, in turns, 0..0.5.
-        grey: Probability of taking the colour away.
-        blur: Probability of a Gaussian blur, of 0.1 to 2 pixels.
+        hue: Largest shift of the hue, in turns, 0..0.5.
+        grey: Probability of conversion to greyscale.
+        blur: Probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
         solarise: Probability of inverting the brighter half of the pixel values.
 
     Raises:
@@ -79,10 +79,10 @@ class Recipe:
         return self.crops or any(getattr(self, name) > 0 for name in _PROBABILITIES)
 
     def scaled(self, strength: float) -> Recipe:
-        """The recipe at a strength: nothing is done at 0, what the recipe says at 1, and everything in proportion.
+        """The recipe at a strength: no augmentation at 0, the recipe itself at 1, and in proportion between.
 
-        Beyond 1 the changes of colour grow further, as Chen et al. (2020, SimCLR, appendix A) let them, and crops and
-        probabilities stay.
+        Above 1 the colour changes grow further, as in Chen et al. (2020, SimCLR, appendix A), while crops and
+        probabilities stay those of strength 1.
 
         Raises:
             ValueError: ``strength`` is negative.
@@ -118,7 +118,7 @@ Augmentation = Literal["plain", "standard", "trivial", "simclr"] | Recipe
 
 
 def recipe_for(recipe: Augmentation, strength: float, size: int) -> Recipe:
-    """A recipe by its name, or a given one, at a strength, for images of side ``size``.
+    """A recipe, given by name or as a `Recipe`, at a strength, for images of side ``size``.
 
     Raises:
         ValueError: There is no recipe of that name; ``strength`` is negative.
@@ -132,7 +132,7 @@ def recipe_for(recipe: Augmentation, strength: float, size: int) -> Recipe:
 
 
 class Changes(NamedTuple):
-    """What is done to each of ``N`` images: bools and floats ``(N,)``, ``order`` and ``factors`` ``(N, 4)``."""
+    """The changes of each of ``N`` images: bools and floats ``(N,)``, ``order`` and ``factors`` ``(N, 4)``."""
 
     flip: Tensor
     trivial: Tensor
@@ -149,8 +149,8 @@ class Changes(NamedTuple):
 def draw_boxes(recipe: Recipe, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Boxes of random crops of an image ``(H, W)``: top, left, height and width, ``(count, 4)``.
 
-    Area and the logarithm of the aspect are uniform; of ten tries the first that fits is taken, and if none does, the
-    largest box about the centre whose aspect is allowed. This is the rule of torchvision's ``RandomResizedCrop``.
+    Area and the logarithm of the aspect are uniform; the first of ten attempts that fits is taken, and if none fits,
+    the largest central box with an allowed aspect. This is the rule of torchvision's ``RandomResizedCrop``.
     """
     drawn = torch.rand(count, 2 * _CROP_TRIES + 2, generator=generator)
     area = (recipe.min_area + (1 - recipe.min_area) * drawn[:, :_CROP_TRIES]) * (height * width)
@@ -197,14 +197,14 @@ def draw_changes(recipe: Recipe, count: int, generator: torch.Generator) -> Chan
 def render(
     images: Tensor, size: int, mean: Tensor, std: Tensor, boxes: Tensor | None = None, changes: Changes | None = None
 ) -> Tensor:
-    """uint8 images as a model gets them: cropped or resized, changed, normalised. On a CPU a few are made at a time.
+    """uint8 images cropped or resized, changed and normalised for a model; on a CPU a few at a time.
 
     Args:
         images: Images, ``(N, C, H, W)``.
         size: Side ``S``.
         mean: Mean of each channel, for pixels in 0..1, on the CPU, ``(C,)``.
         std: Standard deviation of each channel, for pixels in 0..1, on the CPU, ``(C,)``.
-        boxes: Crops, on the CPU, ``(N, 4)``; None is all of each image.
+        boxes: Crop boxes, on the CPU, ``(N, 4)``; None is the whole image.
         changes: Changes, on the CPU; None is none.
 
     Returns:
@@ -238,15 +238,15 @@ def _changed(
         side = max(size, height, width)
         (lines,) = send([crop_lines(boxes, height, width, side)], images.device)
         floats = crop_along(floats, lines, side)
-    # A crop out of larger images is made at their size and shrunk with antialiasing.
+    # A crop of larger images is made at their size and then downsampled with antialiasing.
     floats = resize(floats, size)
     return floats if changes is None else change(floats, changes)
 
 
 def change_some(images: Tensor, changes: Changes) -> Tensor:
-    """Make the changes, in the order of `Recipe`, on float images ``(N, C, S, S)`` in 0..1 of the CPU.
+    """Make the changes, in the order of `Recipe`, on float images ``(N, C, S, S)`` in 0..1 on the CPU.
 
-    Those that a change was drawn for are changed where they lie.
+    Only the images that a change was drawn for are changed, in place.
     """
     kernel_size = _kernel_size(images)
     on_some(images, where(changes.flip), lambda some, _: some.flip(3))
@@ -259,16 +259,16 @@ def change_some(images: Tensor, changes: Changes) -> Tensor:
 
 
 def change_all(images: Tensor, changes: Changes) -> Tensor:
-    """What `change_some` does, in few kernel launches and without a wait, on any device.
+    """`change_some` in few kernel launches and without synchronisation, on any device.
 
-    Changes of few operations are made on all images at a time, blur and TrivialAugment's, which cost more, on theirs.
+    Cheap changes are made on all images at once; blur and TrivialAugment, which cost more, on the drawn images only.
     """
     index, numbers, counts = plan_trivial(changes.trivial, changes.trivial_strength, *images.shape[2:])
     blurred = where(changes.blur)
     shift = torch.where(changes.jitter, changes.factors[:, 3], 0.0)
     floats = [changes.flip, numbers, blends(changes.jitter, changes.order, changes.factors), shift, changes.grey]
     flip, numbers, shares, shift, grey, sigma, threshold = send(
-        # No pixel reaches a threshold of 2.
+        # A threshold of 2 changes no image: pixels are at most 1.
         [*floats, changes.sigma[blurred], torch.where(changes.solarise, 0.5, 2.0)],
         images.device,
     )

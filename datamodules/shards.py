@@ -1,4 +1,4 @@
-"""Images in tar shards, read from end to end by streams: for sets that do not fit one machine, near or far.
+"""Images in tar shards, local or remote, read as streams: for data sets that do not fit on one machine.
 
 Legend: ``N`` samples of a batch, ``V`` views, ``C`` channels, ``S`` side of a decoded image, ``K`` classes.
 """
@@ -38,39 +38,38 @@ _LABEL_KEY = "cls"
 class WebDataset(ImageDataModule):
     """Your own images in tar shards, the layout of the library webdataset: ``KEY.jpg`` beside ``KEY.cls``.
 
-    The image may be jpg, png, webp or whatever else `ImageFolder` takes for one; cls holds its label in digits, from 0
-    on. Images are decoded, cropped and augmented as `ImageFolder` does. The samples of all shards are one stream, of
-    which every process, and every worker in it, reads its own stretch: shards may be of any number and sizes. Each
-    sample is evaluated once. In training the shards come in another order each epoch, and all processes get equally
-    many samples and batches: of the last shard of the epoch up to one sample less than there are processes is left
-    out, and one a process if it would be a batch by itself. Batches depend on the seed and the numbers of workers and
-    processes. Predictions come in the order of the shards, so one worker decodes for them.
+    The image may be jpg, png, webp or any other format of `ImageFolder`; cls holds its label in digits, from 0 on.
+    Images are decoded, cropped and augmented as in `ImageFolder`. The samples of all shards form one sequence, of which
+    every worker of every process reads its own contiguous range: the number and the sizes of shards are arbitrary. Each
+    sample is evaluated once. In training the shards are shuffled each epoch, and all processes get equally many samples
+    and batches: up to world size - 1 samples of the epoch's last shard are dropped, and a last batch of a single sample
+    per process. Batches depend on the seed and on the numbers of workers and processes. Predictions are in the order of
+    the shards, so that one worker decodes for them.
 
-    Images and labels are not known before they are read: to train on few labels, or in other shares of the classes, and
-    for a part that is cut off for validation, write shards of the images that you want, or use `ImageFolder`.
+    Images and labels are not known before they are read: for few labels, other class proportions or a validation split
+    taken from the training images, write shards of the images that you want, or use `ImageFolder`.
 
-    A shard that is cut is refused, even between two samples: where its samples are counted, by its missing end of
-    archive, and where ``sizes`` are given, by their number when its end is read.
+    A truncated shard is refused, even if it ends between two samples: if its samples are counted, by its missing end of
+    archive, and if ``sizes`` are given, by their number when its end is read.
 
     Args:
         num_classes: Number of classes ``K``.
         train: The shards: paths or URLs that webdataset opens (``https://``, ``hf://``, ``pipe:``). ``{000..146}``
-            stands for a range, and, in paths, ``*`` for what is there.
+            expands to a range, and ``*`` in paths to the matching files.
         val: Shards for validation; None is no validation.
         test: Shards for testing; None is no test.
-        sizes: How many samples each shard has: a JSON file ``{"000.tar": 1000}``, an index of webdataset's widsindex
-            or an _info.json as timm's sets have it; or for each part the numbers in the order of its shards. None
-            counts them at the start, in every process; only files can be counted.
+        sizes: Number of samples in each shard: a JSON file ``{"000.tar": 1000}``, an index of webdataset's widsindex or
+            an _info.json of timm's data sets; or for each split the numbers in the order of its shards. None counts the
+            samples at the start, in every process; only local files can be counted.
         image_size: Side ``S`` of the images in batches.
-        shuffle: Samples that each worker holds, undecoded, to draw the next one from in training.
-        value_range: The numbers that are black and white in grey images of more than 8 bits a pixel, as `ImageFolder`
-            has it.
+        shuffle: Size of each worker's shuffle buffer in training, in samples, which are held undecoded.
+        value_range: The values of black and white in grey images of more than 8 bits per pixel; see `ImageFolder`.
 
     Raises:
         ImportError: webdataset is not installed.
         FileNotFoundError: A file of shards does not exist.
-        ValueError: A shard is named twice, cannot be read or is of another size; a sample lacks image or label, its
-            image cannot be decoded, or its label is not in 0..K-1.
+        ValueError: A shard is named twice, cannot be read or has another size; a sample lacks image or label, its image
+            cannot be decoded, or its label is not in 0..K-1.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class WebDataset(ImageDataModule):
         self.urls = {part: expand(given) for part, given in patterns.items() if given is not None}
         counts = Counter(url for urls in self.urls.values() for url in urls)
         if twice := [url for url, count in counts.items() if count > 1]:
-            raise ValueError(f"expected each shard once and in one part, got {twice[0]} more often")
+            raise ValueError(f"expected each shard once and in one split, got {twice[0]} more often")
         self.sizes = sizes
         self.shuffle = shuffle
         self.centre = CENTRE
@@ -103,13 +102,13 @@ class WebDataset(ImageDataModule):
         return {part: Shards(urls, np.array(sizes_of(part, urls, self.sizes))) for part, urls in self.urls.items()}
 
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
-        # Batches of several workers would come in turns, each from a stretch of its own.
+        # Batches of several workers would alternate, each from the worker's own range.
         workers = int(self.num_workers != 0) if as_stored else None
         return self._load(self._dataset(self._part(name), training), training, workers, batch_size=None)
 
     def _dataset(self, part: Shards, training: bool) -> ShardBatches:
         trainer: Any = self.trainer
-        # Lightning doubts the length of any iterable data set; here each worker has its own samples.
+        # Lightning warns of iterable data sets with a length; here it is right: each worker has its own samples.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         world_size, rank = self._place()
         batches = ShardBatches(
@@ -119,7 +118,7 @@ class WebDataset(ImageDataModule):
             self.input_size[1],
             world_size=world_size,
             rank=rank,
-            # Whoever overfits wants the same batches each epoch.
+            # overfit_batches needs the same batches each epoch.
             shuffle=self.shuffle if training and not (trainer and trainer.overfit_batches) else 0,
             recipe=self.recipe if training and self.recipe.crops else None,
             views=self.views,
@@ -134,7 +133,7 @@ class WebDataset(ImageDataModule):
 
 @dataclass(frozen=True)
 class Shards:
-    """Tar shards of one part.
+    """Tar shards of one split.
 
     Args:
         urls: Paths or URLs.
@@ -150,11 +149,11 @@ class Shards:
         return int(self.sizes.sum())
 
     def describe(self, num_classes: int) -> str:
-        """How many samples there are."""
+        """Numbers of samples and shards, for the log."""
         return f"{len(self)} in {len(self.urls)} shards"
 
-    def stretch(self, order: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Shards, and the first and last (excluded) sample of each, that samples start to stop of all in order are."""
+    def sections(self, order: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Samples ``start`` to ``stop`` of shards in ``order``, as shards with first and last (excluded) sample."""
         ends = np.cumsum(self.sizes[order])
         for shard, end, size in zip(order.tolist(), ends.tolist(), self.sizes[order].tolist(), strict=True):
             first, last = max(0, start - end + size), min(size, stop - end + size)
@@ -162,10 +161,10 @@ class Shards:
                 yield shard, first, last
 
     def read(self, shard: int, first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Samples ``first`` to ``last`` (excluded) of a shard with their positions; those before are passed over.
+        """Samples ``first`` to ``last`` (excluded) of a shard with their positions; earlier samples are discarded.
 
         Raises:
-            ValueError: The shard cannot be read, or its size is not what it should be.
+            ValueError: The shard cannot be read, or has another size than expected.
         """
         from webdataset.gopen import gopen, set_options
         from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -174,18 +173,18 @@ class Shards:
         stream = gopen(url)
         try:
             samples = group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
-            # Where the stretch goes to the shard's end, that must be its end.
+            # If the range reaches the shard's last sample, the shard must end there.
             for found, sample in enumerate(islice(samples, last + (last == size)), 1):
                 if first < found <= last:
                     yield found - 1, sample
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"cannot read shard {url}: {_reason(error)}") from error
         finally:
-            set_options(stream, ignore_errors=True)  # a command complains if its output is no longer wanted
+            set_options(stream, ignore_errors=True)  # a command fails if its output is closed early
             stream.close()
         if found != last:
             got = str(found) if found < last else "more"
-            raise ValueError(f"expected {size} samples in {url}, got {got}; the shard is cut, or sizes are wrong")
+            raise ValueError(f"expected {size} samples in {url}, got {got}; the shard is truncated, or sizes are wrong")
 
 
 @dataclass(eq=False)
@@ -194,20 +193,20 @@ class ShardBatches(IterableDataset[Batch]):
 
     Args:
         shards: The shards.
-        batch_size: Images a batch. Each worker makes whole batches, and only the last one may be smaller.
+        batch_size: Images per batch. Each worker makes whole batches, and only the last one may be smaller.
         num_classes: Number of classes ``K``.
         size: Side ``S``.
         world_size: Number of processes.
         rank: Which of the processes this is.
-        shuffle: Samples held to draw from, for training; 0 is evaluation, in the order of the shards.
-        recipe: Whose random crops are cut out of the whole image; None is the centre.
-        views: Crops an image.
-        seed: Seed of the order, and of the crops, which depend on it, the epoch and the sample alone.
+        shuffle: Size of the shuffle buffer, for training; 0 is evaluation, in the order of the shards.
+        recipe: The recipe of the random crops; None is the centre crop.
+        views: Crops per image.
+        seed: Seed of the order and of the crops; crops depend on the seed, the epoch and the sample alone.
         epoch: The epoch of the first pass.
-        taken: Batches that the first pass leaves out at its beginning.
-        decoding: Range of the images' values.
-        mark_broken: Whether an image that cannot be read comes as zeros labelled `UNREADABLE` in place of an error.
-        progress: Tells ``epoch`` and ``taken`` when a pass begins, in the process that the loader is in.
+        taken: Number of batches that the first pass starts after.
+        decoding: Options for decoding the images.
+        mark_broken: Whether an image that cannot be read gives zeros labelled `UNREADABLE` instead of an error.
+        progress: Returns ``epoch`` and ``taken`` when a pass begins, in the loader's process.
     """
 
     shards: Shards
@@ -231,7 +230,7 @@ class ShardBatches(IterableDataset[Batch]):
         if self.shuffle:
             total -= total % self.world_size
         self.start, self.stop = (total * place // self.world_size for place in places)
-        # Batch normalisation cannot train on a single image: one that is left over is left out of the epoch.
+        # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
         if self.shuffle and self.batch_size > 1 and (self.stop - self.start) % self.batch_size == 1:
             self.stop -= 1
 
@@ -239,23 +238,23 @@ class ShardBatches(IterableDataset[Batch]):
         return -(-(self.stop - self.start) // self.batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker needs; it cannot ask for the progress."""
+        """The state for a worker, which cannot call ``progress``."""
         return {**vars(self), "progress": None}
 
     def begin(self) -> None:
-        """Take over the epoch, and what the first pass leaves out, before workers get their copies."""
+        """Read the progress before the data set is copied to the workers."""
         if self.progress:
             self.epoch, self.taken = self.progress()
 
     def __iter__(self) -> Iterator[Batch]:
-        # Counted here, since a worker's copy is out of reach for whoever knows the epoch.
+        # Counted here, since the trainer, which knows the epoch, cannot reach a worker's copy.
         epoch, taken, self.epoch, self.taken = self.epoch, self.taken, self.epoch + 1, 0
         return self._batches(epoch, taken)
 
     def _batches(self, epoch: int, taken: int) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # The loader asks worker 0 first, which goes on with the batches of the one whose turn it would have been.
+        # The loader always starts with worker 0, which here takes the role of the worker whose turn it would have been.
         number = (number + taken) % workers
         samples = self._samples(epoch, *self._own(number, workers))
         if self.shuffle:
@@ -269,7 +268,7 @@ class ShardBatches(IterableDataset[Batch]):
             yield torch.stack(images), torch.tensor(labels)
 
     def _own(self, number: int, workers: int) -> tuple[int, int]:
-        """Start and stop of a worker's stretch: batches go round the workers, so whoever has the last makes it last."""
+        """Start and stop of a worker's range: batches are taken in turn, and a smaller last batch must be the last."""
         lengths = [self.batch_size * len(range(other, len(self), workers)) for other in range(workers)]
         lengths[(len(self) - 1) % workers] -= len(self) * self.batch_size - (self.stop - self.start)
         start = self.start + sum(lengths[:number])
@@ -279,7 +278,7 @@ class ShardBatches(IterableDataset[Batch]):
         order = np.arange(len(self.shards.urls))
         if self.shuffle:
             np.random.default_rng(mixed_seed(self.seed, epoch)).shuffle(order)
-        for shard, first, last in self.shards.stretch(order, start, stop):
+        for shard, first, last in self.shards.sections(order, start, stop):
             for position, sample in self.shards.read(shard, first, last):
                 yield shard, position, sample
 
@@ -305,12 +304,12 @@ def _label(text: bytes, num_classes: int, name: str) -> int:
     if re.fullmatch(rb"\s*\d+\s*", text) and int(text) < num_classes:
         return int(text)
     raise ValueError(
-        f"expected a label in 0..{num_classes - 1} for {name}, got {text[:20]!r}; correct num_classes or it"
+        f"expected a label in 0..{num_classes - 1} for {name}, got {text[:20]!r}; correct num_classes or the label"
     )
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Paths and URLs that patterns stand for, braces first, then, in paths, ``*``.
+    """Paths and URLs that patterns expand to, braces first, then ``*`` in paths.
 
     Raises:
         ImportError: webdataset is not installed.
@@ -330,7 +329,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 
 
 def sizes_of(part: str, urls: list[str], sizes: str | dict[str, list[int]] | None) -> list[int]:
-    """Samples in each shard of a part: as given, of an index file, or counted.
+    """Samples in each shard of a split: as given, from an index file, or counted.
 
     Raises:
         ValueError: A size is missing, or shards cannot be counted.
@@ -345,13 +344,13 @@ def sizes_of(part: str, urls: list[str], sizes: str | dict[str, list[int]] | Non
             raise ValueError(f"expected sizes of the {len(urls)} {part} shards, got {len(sizes.get(part, []))}")
         return sizes[part]
     if remote := [url for url in urls if _is_remote(url)]:
-        raise ValueError(f"cannot count the samples of {remote[0]}, which is no file here; give sizes")
+        raise ValueError(f"cannot count the samples of {remote[0]}, which is not a local file; give sizes")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(count_samples, urls))
 
 
 def read_index(url: str) -> dict[str, int]:
-    """Sizes by the names of the shards' files, of any of the three kinds of index.
+    """Sizes by the names of the shards' files, from any of the three kinds of index.
 
     Raises:
         ValueError: The file is no index, or two shards of one name have different sizes.
@@ -384,7 +383,7 @@ def _pairs(index: Any) -> list[tuple[str, Any]]:
 
 
 def count_samples(path: str) -> int:
-    """Samples in a tar file, by the names in it alone and webdataset's rule: neighbours of one key are a sample.
+    """Samples in a tar file, by its file names and webdataset's rule: adjacent files with the same key are a sample.
 
     Raises:
         ValueError: The file cannot be read.
@@ -402,22 +401,27 @@ def count_samples(path: str) -> int:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Refuse an archive that has been read to where tarfile stopped, and does not end there as archives do.
+    """Refuse an archive without an end-of-archive marker at the position where tarfile stopped reading.
 
-    tarfile takes anything that is no header for the end: a file cut between two members, within a header, or damaged.
+    tarfile takes anything that is not a header for the end: a file truncated between two members or within a header, or
+    a damaged one.
     """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    # The end is blocks of zeros up to a multiple of 20 blocks; what follows that would be a second archive.
+    # The marker is blocks of zeros up to a multiple of 20 blocks; anything after it would be a second archive.
     end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
     if end[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"it has no end of archive after {len(tar.getmembers())} files; it is cut or damaged")
+        raise tarfile.ReadError(
+            f"it has no end of archive after {len(tar.getmembers())} files; it is truncated or damaged"
+        )
     if any(end):
-        raise tarfile.ReadError(f"it goes on after its end of archive at byte {tar.offset}; extract and pack it again")
+        raise tarfile.ReadError(
+            f"it continues after its end of archive at byte {tar.offset}; extract and pack it again"
+        )
 
 
 def _reason(error: Exception) -> Any:
-    """What an error says, without the objects that webdataset adds to it."""
+    """The message of an error, without the objects that webdataset adds to it."""
     return next((said for said in error.args if isinstance(said, str)), repr(error))
 
 

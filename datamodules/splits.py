@@ -1,4 +1,4 @@
-"""Which image belongs to which part, and which are drawn: stratified cuts by a fixed seed, few labels, equal classes.
+"""Stratified splits by a fixed seed, few labels, and balanced sampling of image indices.
 
 Legend: ``N`` images, ``K`` classes.
 """
@@ -11,17 +11,17 @@ import numpy as np
 
 
 def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Stratified split of ``0..N-1``: each named part gets its fraction of every class, ``train`` what is left.
+    """Stratified split of ``0..N-1``: each named split gets its fraction of every class, ``train`` the rest.
 
-    A class of few images gives each part with a fraction at least one of them, in order, while one is left to train on.
+    Each split with a fraction gets at least one image of a class, in order, as long as one is left to train on.
 
     Args:
         labels: Labels, ``(N,)``.
-        fractions: Share of each part but ``train``.
+        fractions: Share of each split except ``train``.
         seed: Seed of the shuffling within classes.
 
     Returns:
-        ``{part: sorted indices}``, disjoint, together all of ``0..N-1``.
+        ``{split: sorted indices}``, disjoint, together all of ``0..N-1``.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
     for members in _shuffled_classes(labels, seed):
@@ -35,16 +35,16 @@ def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) ->
 
 
 def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
-    """Indices of ``shots`` images of every class; those of fewer shots are among those of more.
+    """Indices of ``shots`` images of every class; fewer shots give a subset of more shots.
 
     Args:
         labels: Labels, ``(N,)``.
-        shots: Images a class.
+        shots: Images per class.
         seed: Seed of the choice.
         class_names: Names of the classes, for the error.
 
     Raises:
-        ValueError: ``shots`` is above what a class has.
+        ValueError: ``shots`` exceeds the images of a class.
     """
     for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
         if count < shots:
@@ -53,9 +53,9 @@ def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[
 
 
 def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Indices of a share of every class, at least one image of each; those of less are among those of more.
+    """Indices of a share of every class, at least one image each; a smaller share gives a subset of a larger one.
 
-    With the same seed they contain, or are contained in, those of `take_shots`.
+    With the same seed, a class's indices and those of `take_shots` are subsets one of the other.
 
     Args:
         labels: Labels, ``(N,)``.
@@ -67,15 +67,15 @@ def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def draw_balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of ``count`` images drawn with replacement, from each class that has any with the same probability.
+    """Indices of ``count`` images drawn with replacement, each present class with the same probability.
 
-    A class is drawn, and then an image of it, which gives each image the weight ``1 / n`` of its class of n images, as
-    ``torch.utils.data.WeightedRandomSampler`` takes it, without rounding and for more than 2^24 images.
+    A class is drawn, and then an image of it, so that an image of a class with n images has the weight ``1 / n``, as in
+    ``torch.utils.data.WeightedRandomSampler``, but without rounding and for more than 2^24 images.
 
     Args:
         labels: Labels, ``(N,)``.
-        count: How many to draw.
-        seed: Seed of what is drawn.
+        count: Number of draws.
+        seed: Seed of the draws.
     """
     order = np.argsort(labels, kind="stable")
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -85,9 +85,9 @@ def draw_balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def spread_classes(labels: np.ndarray) -> np.ndarray:
-    """An order of ``0..N-1`` of which every beginning has the classes in their shares of all, as nearly as can be.
+    """An order of ``0..N-1`` in which every prefix has the class proportions of the whole, as nearly as possible.
 
-    The i-th of a class's n images, which are shuffled by a fixed seed, has the place ``(i + 1/2) / n`` from 0 to 1.
+    The i-th of a class's n images, shuffled by a fixed seed, is sorted to position ``(i + 1/2) / n`` between 0 and 1.
     """
     places = np.empty(len(labels))
     for members in _shuffled_classes(labels, 0):
@@ -96,14 +96,14 @@ def spread_classes(labels: np.ndarray) -> np.ndarray:
 
 
 def describe_counts(labels: np.ndarray, num_classes: int) -> str:
-    """How many images there are, and how many of a class: ``50 (10 a class)`` or ``53 (9 to 12 a class)``."""
+    """Number of images, in all and per class: ``50 (10 a class)`` or ``53 (9 to 12 a class)``."""
     counts = np.bincount(labels, minlength=num_classes)
     low, high = counts.min(), counts.max()
     return f"{len(labels)} ({low if low == high else f'{low} to {high}'} a class)"
 
 
 def absent_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """Names of the classes that have no label among these, the first three of them and how many more; or empty."""
+    """Names of the classes without a label, the first three and the number of the rest; empty if there are none."""
     counts = np.bincount(labels, minlength=len(class_names))
     absent = [name for name, count in zip(class_names, counts, strict=True) if not count]
     return ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")

@@ -1,7 +1,7 @@
-"""Changes of whole batches of images, with other parameters for each image; pure functions, on any device.
+"""Transforms of whole batches of images, with separate parameters for each image; pure functions, on any device.
 
-What is drawn at random is drawn elsewhere (`recipes`): here the same arguments give the same images. Pixels are
-floats in 0..1, and every function gives what the one of its name in torchvision gives for one image.
+Random parameters are drawn in `recipes`; here the same arguments give the same images. Pixels are floats in 0..1, and
+every function gives the same result as torchvision's function of that name for a single image.
 
 Legend: ``N`` images, ``C`` channels (1 or 3), ``H W`` height and width, ``S`` side of the images after a crop.
 """
@@ -19,27 +19,27 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 
 def on_some(images: Tensor, index: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Change some of the images where they lie.
+    """Change some of the images in place.
 
     Args:
         images: Images, ``(N, C, H, W)``.
-        index: Indices of those to change, on the images' device.
-        change: Gets these images and ``index``, and returns as many.
+        index: Indices of the images to change, on the images' device.
+        change: Maps these images and ``index`` to changed images.
     """
     if len(index):
         images.index_copy_(0, index, change(images.index_select(0, index), index))
 
 
 def where(chosen: Tensor) -> Tensor:
-    """Indices of the True entries of ``chosen``, ``(N,)``, which is on the CPU, so that no device is waited for."""
+    """Indices of the True entries of ``chosen``, ``(N,)``, which must be on the CPU, so that no device synchronises."""
     return chosen.nonzero().squeeze(1)
 
 
 def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut a box out of each image and enlarge it to ``(S, S)``, bilinearly.
+    """Crop a box of each image and enlarge it to ``(S, S)``, bilinearly.
 
-    Pixels outside the box have no influence, as if it had been cut out first. There is no antialiasing: a side of the
-    box should not be longer than ``S``, and `resize` shrinks well what came out too large.
+    Pixels outside the box have no influence, as if the box had been cut out first. There is no antialiasing: a side of
+    the box should not exceed ``S``; for larger boxes crop to a larger size and use `resize`.
 
     Args:
         images: Images, ``(N, C, H, W)``.
@@ -54,7 +54,7 @@ def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def crop_lines(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
-    """Where the ``S`` columns and the ``S`` rows of crops lie, as `crop_along` takes them.
+    """Positions of the ``S`` columns and the ``S`` rows of crops, for `crop_along`.
 
     Args:
         boxes: Top, left, height and width in pixels, ``(N, 4)``.
@@ -63,8 +63,8 @@ def crop_lines(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
         size: Side ``S``.
 
     Returns:
-        For columns and rows: the first one's place, where -1..1 are the image's edges, the step to the next, and least
-        and greatest place, which keep off the box's outer half pixels, ``(4, N, 2, 1)``.
+        For columns and rows: the first position, where -1..1 are the image's edges, the step, and the least and the
+        largest position, half a pixel inside the box, ``(4, N, 2, 1)``.
     """
     boxes = boxes.to(torch.float64)
     start, length = boxes[:, [1, 0]], boxes[:, [3, 2]]
@@ -85,7 +85,7 @@ def crop_along(images: Tensor, lines: Tensor, size: int) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bring images to ``(N, C, S, S)``, bilinear and antialiased."""
+    """Resize images to ``(N, C, S, S)``, bilinear and antialiased."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -100,7 +100,7 @@ def greyscale(images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, share: Tensor, luma: Tensor, mean: Tensor) -> Tensor:
-    """Blend each image with its luma and its mean luma; each has a share ``(N,)``, on the images' device."""
+    """Blend each image with its luma and its mean luma, with shares ``(N,)`` on the images' device."""
     share, luma, mean = (values.view(-1, 1, 1, 1) for values in (share, luma, mean))
     grey = greyscale(images)
     others = torch.addcmul(grey.mean((2, 3), keepdim=True) * mean, grey, luma)
@@ -113,17 +113,17 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend each image with its mean luma; its factor ``(N,)`` is its own share."""
+    """Blend each image with its mean luma; the factor ``(N,)`` is the share of the image."""
     return _blend(images, greyscale(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend each image with its greyscale version; its factor ``(N,)`` is its own share."""
+    """Blend each image with its greyscale version; the factor ``(N,)`` is the share of the image."""
     return _blend(images, greyscale(images), factor)
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of each image by its shift ``(N,)`` in turns, -0.5..0.5, in HSV space.
+    """Shift the hue of each image by ``(N,)`` turns, -0.5..0.5, in HSV space.
 
     With value V, chroma D = V - min and hue h in sixths of a turn, the channel n of R, G, B (n = 5, 3, 1) of the turned
     colour is V - D clamp(min(k, 4 - k), 0, 1) with k = (n + h + 6 shift) mod 6, which is the usual way from HSV to RGB
@@ -135,7 +135,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - low
-    # The largest of the three becomes exactly 1, so that its floor tells which it is: where() takes ten times longer.
+    # The largest of the three becomes exactly 1, so that floor() marks it: where() takes ten times longer.
     red, green, blue = ((c - low).div_(chroma.clamp(min=1e-12)) for c in (red, green, blue))
     is_red, is_green = red.floor(), green.floor()
     is_green *= 1 - is_red
@@ -152,11 +152,11 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, chosen: Tensor, order: Tensor, factors: Tensor) -> None:
-    """Change brightness, contrast, saturation and hue of some images where they lie, in another order for each.
+    """Change brightness, contrast, saturation and hue of some images in place, in a separate order for each.
 
     Args:
         images: Images, ``(N, C, H, W)``.
-        chosen: Which of them, bool, ``(N,)``.
+        chosen: Which images change, bool, ``(N,)``.
         order: The four changes 0..3 in the order in which an image undergoes them, ``(N, 4)``.
         factors: Factors of brightness, contrast and saturation, and shift of the hue, ``(N, 4)``.
     """
@@ -171,12 +171,12 @@ def jitter(images: Tensor, chosen: Tensor, order: Tensor, factors: Tensor) -> No
 
 
 def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Gaussian blur, one product with a banded matrix an axis; pixels beyond the border are those mirrored at it.
+    """Gaussian blur, one product with a banded matrix per axis; pixels beyond the border are reflected.
 
     Args:
         images: Images, ``(N, C, H, W)``.
         sigma: Standard deviation of each image's kernel, in pixels, ``(N,)``.
-        kernel_size: Pixels the kernel takes in, odd; at most twice the image's side less one.
+        kernel_size: Width of the kernel in pixels, odd; at most twice the image's side less one.
     """
     reach = kernel_size // 2
     padded = F.pad(images, [reach] * 4, mode="reflect")

@@ -1,7 +1,7 @@
-"""TrivialAugment (Mueller and Hutter 2021, arXiv 2103.10158) on batches: one change an image, of one strength.
+"""TrivialAugment (Mueller and Hutter 2021, arXiv 2103.10158) on batches: one change per image, of one strength.
 
-The changes and their ranges are those of the wide space, as torchvision's ``TrivialAugmentWide`` has them; tests hold
-each change against torchvision's.
+The changes and their ranges are those of the wide space, as in torchvision's ``TrivialAugmentWide``; tests compare each
+change with torchvision's.
 
 Legend: ``N`` images, ``C`` channels, ``H W`` height and width, ``m`` strength of a change.
 """
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from .transforms import blend, on_some, solarise, where
 
 _STEPS = 31
-# Images and a row of numbers for each, ``(N, C, H, W)`` and ``(N, 6)``, to changed images.
+# Maps images and a row of numbers for each, ``(N, C, H, W)`` and ``(N, 6)``, to changed images.
 _Change = Callable[[Tensor, Tensor], Tensor]
-# Strengths ``(N,)`` and the images' height and width to those numbers, up to six.
+# Maps strengths ``(N,)`` and the images' height and width to those numbers, up to six.
 _Numbers = Callable[[Tensor, int, int], Sequence[Tensor | float]]
 
 
@@ -40,13 +40,13 @@ def draw_trivial(count: int, probability: float, generator: torch.Generator) -> 
 
 
 def apply_trivial(images: Tensor, change: Tensor, strength: Tensor) -> None:
-    """Make the drawn changes on float images ``(N, C, H, W)`` in 0..1, where they lie."""
+    """Make the drawn changes on float images ``(N, C, H, W)`` in 0..1, in place."""
     index, numbers, counts = plan_trivial(change, strength, *images.shape[2:])
     make_trivial(images, index.to(images.device), numbers.to(images.device), counts)
 
 
 def plan_trivial(change: Tensor, strength: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, list[int]]:
-    """What `make_trivial` needs to make the drawn changes, on the CPU, so that no device is waited for.
+    """The arguments of `make_trivial` for the drawn changes, computed on the CPU, so that no device synchronises.
 
     Returns:
         Indices of the images that change, group by group, a row of six numbers for each, and the groups' sizes.
@@ -68,7 +68,7 @@ def plan_trivial(change: Tensor, strength: Tensor, height: int, width: int) -> t
 
 
 def make_trivial(images: Tensor, index: Tensor, numbers: Tensor, counts: list[int]) -> None:
-    """Make the changes that `plan_trivial` planned on images where they lie; all is on their device."""
+    """Make the changes of `plan_trivial` on images, in place; all tensors are on the images' device."""
     parts = zip(_GROUPS, torch.split(index, counts), torch.split(numbers, counts), strict=True)
     for (change, _), some, own in parts:
 
@@ -79,7 +79,7 @@ def make_trivial(images: Tensor, index: Tensor, numbers: Tensor, counts: list[in
 
 
 def _on_grid(matrix: _Numbers) -> _Numbers:
-    """The matrix, which makes pixels of pixels, as `_sample` takes it."""
+    """The matrix from pixels to pixels, in the coordinates of `_sample`."""
 
     def numbers(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
         a, b, c, d, e, f = matrix(m, height, width)
@@ -121,12 +121,12 @@ def _strength(m: Tensor, height: int, width: int) -> Sequence[Tensor | float]:
 
 
 def _sample(images: Tensor, source: Tensor) -> Tensor:
-    """The nearest pixel to where each pixel comes from, black if that is outside.
+    """Sample for each pixel the pixel nearest to its source point, black outside the image.
 
     Args:
         images: Images, ``(N, C, H, W)``.
-        source: Matrices of two rows and three columns, ``(N, 6)``: they make of (x, y, 1), pixels from the upper left
-            corner to a pixel's centre, the point (x, y) that it comes from, where -1..1 are the image's edges.
+        source: Matrices of two rows and three columns, ``(N, 6)``, that map (x, y, 1), a pixel's centre in pixels from
+            the upper left corner, to its source point (x, y), where -1..1 are the image's edges.
     """
     height, width = images.shape[2:]
     x = (torch.arange(width, device=images.device) + 0.5).view(-1, 1)
@@ -164,13 +164,13 @@ def _solarise(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to 0..1; a channel of one value stays."""
+    """Stretch each channel to 0..1; a channel with a single value is not changed."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-12), images)
 
 
 def _equalise(images: Tensor, _: Tensor) -> Tensor:
-    """Make each channel's histogram flat, as far as 256 levels allow; a channel of too few levels stays."""
+    """Equalise the histogram of each channel over 256 levels; a channel with too few levels is not changed."""
     levels = (images * 255).round_().long().flatten(2)
     counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
@@ -182,7 +182,7 @@ def _equalise(images: Tensor, _: Tensor) -> Tensor:
     return torch.where(step.unsqueeze(3) > 0, flat, images)
 
 
-# Weakest and greatest strength of each change, and whether it is drawn with either sign.
+# Smallest and largest strength of each change, and whether its sign is random.
 CHANGES = {
     "identity": (0.0, 0.0, 0.0),
     "shear_x": (0.0, 0.99, 1.0),
@@ -200,7 +200,7 @@ CHANGES = {
     "equalise": (0.0, 0.0, 0.0),
 }
 _NUMBERS = {name: number for number, name in enumerate(CHANGES)}
-# Changes that are one function of other numbers are made together.
+# Changes that are the same function with other numbers are made together.
 _GROUPS: tuple[tuple[_Change, Mapping[str, _Numbers]], ...] = (
     (
         _sample,

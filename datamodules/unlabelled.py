@@ -1,4 +1,4 @@
-"""Images to predict, made ready as a trained model's were, where its own data is not at hand.
+"""Images to predict with a trained model's preprocessing, without its data set.
 
 Legend: ``C`` channels, ``S`` side of an image in a batch.
 """
@@ -15,16 +15,16 @@ from .images import Batch, Part
 
 
 class Unlabelled(ImageDataModule):
-    """Images without labels, made ready as those were that a model was trained on; see `predict_files`.
+    """Images without labels, with the preprocessing of a trained model; see `predict_files`.
 
-    ``ncfinetune predict --ckpt_path CHECKPOINT --images FOLDER`` uses it by itself.
+    ``ncfinetune predict --ckpt_path CHECKPOINT --images FOLDER`` uses it automatically.
 
     Args:
         class_names: Names of the model's classes, in the order of its outputs.
-        preprocessing: How its images were made ready: the ``preprocessing`` of its datamodule, as checkpoints keep it.
+        preprocessing: The ``preprocessing`` of the model's datamodule, which checkpoints keep.
 
     Raises:
-        ValueError: ``preprocessing`` lacks an entry; or other images than those of `predict_files` are asked for.
+        ValueError: ``preprocessing`` lacks an entry; or other images than those of `predict_files` are requested.
     """
 
     def __init__(self, class_names: list[str], preprocessing: dict[str, Any], **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class Unlabelled(ImageDataModule):
             self.decoding = replace(self.decoding, value_range=tuple(value_range))
 
     def parts(self) -> dict[str, Part]:
-        """Nothing: there are no labels."""
+        """Empty: there are no labelled images."""
         return {}
 
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:

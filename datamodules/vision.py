@@ -1,4 +1,4 @@
-"""The public data sets of the paper and their like. torchvision reads and downloads them.
+"""The public data sets of the paper and similar ones, read and downloaded by torchvision.
 
 Legend: ``N`` images, ``C`` channels, ``H W`` height and width.
 """
@@ -21,17 +21,17 @@ from .indexed import IndexedImages
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as torchvision has it.
+    """A data set of torchvision.
 
     Args:
         reader: torchvision's class.
         root: Folder of data sets.
-        folder: The set's own folder in it.
-        parts: Arguments of the reader for each part.
+        folder: The data set's folder in it.
+        parts: Arguments of the reader for each split.
         download: Whether it may be downloaded.
 
     Raises:
-        FileNotFoundError: It is not there and may not be downloaded.
+        FileNotFoundError: The data set is missing and may not be downloaded.
     """
 
     reader: Callable[..., Any]
@@ -45,7 +45,7 @@ class Source:
             raise FileNotFoundError(f"no folder {str(Path(self.root) / self.folder)!r}; {self._remedy()}")
 
     def fetch(self) -> None:
-        """Download what is missing, if that is allowed."""
+        """Download missing files, if that is allowed."""
         if self.download:
             try:
                 for arguments in self.parts.values():
@@ -54,7 +54,7 @@ class Source:
                 raise OSError(f"cannot download {self.folder} to {self.root!r}: {error}") from error
 
     def read(self) -> dict[str, Any]:
-        """The data set of each part."""
+        """The data set of each split."""
         try:
             return {part: self.reader(self.root, **arguments) for part, arguments in self.parts.items()}
         except (RuntimeError, FileNotFoundError) as error:
@@ -67,7 +67,7 @@ class Source:
 
 
 class _InMemory(IndexedImages, ABC):
-    """CIFAR's kind: torchvision has all images of a part as one array."""
+    """Data sets of which torchvision reads all images of a split into one array, as of CIFAR."""
 
     def __init__(self, source: Source, **kwargs: Any) -> None:
         super().__init__(input_size=(3, 32, 32), **kwargs)
@@ -83,14 +83,14 @@ class _InMemory(IndexedImages, ABC):
         self.class_names = list(found["train"].classes)
         parts = {}
         for name in list(found):
-            dataset = found.pop(name)  # let go of one array before the next is copied
+            dataset = found.pop(name)  # frees one array before the next is copied
             images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
             parts[name] = Labelled.all(images, dataset.targets)
         return parts
 
 
 class _Files(FileDataModule, ABC):
-    """The others: torchvision has paths and labels."""
+    """Data sets of which torchvision has paths and labels."""
 
     def __init__(self, source: Source, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -108,7 +108,7 @@ class _Files(FileDataModule, ABC):
 
 
 def _paths_and_labels(dataset: Any) -> tuple[list[Any], list[int]]:
-    """What torchvision's file sets read from, without decoding; it has three names for it."""
+    """Paths and labels of torchvision's data sets of files, which it stores under three different names."""
     if hasattr(dataset, "_samples"):
         return [path for path, _ in dataset._samples], [label for _, label in dataset._samples]
     return dataset._images if hasattr(dataset, "_images") else dataset._image_files, dataset._labels

@@ -1,4 +1,4 @@
-"""What accumulates features batch by batch: rows wait in one buffer, and nothing is read from an accelerator.
+"""Accumulation of features batch by batch: rows are collected in a buffer, without reading from an accelerator.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``m`` rows in the buffer.
 """
@@ -16,32 +16,32 @@ from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look
 
 Self = TypeVar("Self", bound="Accumulator")
 
-# Numbers in the buffer, 16 MB in float32, and rows of it at least and at most: enough for a product at full speed, few
-# enough for float32 to add up. An accelerator takes more of both, since what an addition takes there are its launches.
+# Numbers in the buffer (2**22 are 16 MB in float32), and its least and largest number of rows: enough rows for a matrix
+# product at full speed, and few enough for float32 sums. An accelerator takes more, since launches dominate there.
 BUFFER, ROWS = 2**22, (256, 2048)
 ACCELERATOR = (2, 4)
 
 
 def capacity(width: int, device: torch.device) -> int:
-    """Rows that wait in the buffer until they are added, of features of this width."""
+    """Number of rows of the buffer for features of this width."""
     numbers, rows = (1, 1) if device.type == "cpu" else ACCELERATOR
     return max(ROWS[0], min(rows * ROWS[1], numbers * BUFFER // width))
 
 
 class Accumulator(ABC):
-    """Samples batch by batch, in memory that does not grow.
+    """Accumulates samples batch by batch in constant memory. Abstract.
 
-    Rows wait as they come in one buffer on the accumulator's device until there are enough of them for one addition,
-    so that the result does not depend on how samples are cut into batches. On an accelerator an update only launches:
-    no value is read back to the host. Samples with bad labels or features are then counted on the device and left out,
-    and `check` raises; on a CPU they are refused at once.
+    Rows are collected in one buffer on the accumulator's device, which is flushed when it is full, so that the result
+    does not depend on how samples are divided into batches. On an accelerator an update does not synchronise: invalid
+    samples (labels out of range, nan or inf) are counted on the device and left out, and `check` raises. On a CPU they
+    are refused at once.
 
     Args:
         num_classes: Number of classes ``K``.
         ignore_index: Samples with this label are left out.
     """
 
-    # The tensors that hold everything.
+    # Names of the tensors that hold the whole state.
     names: tuple[str, ...]
 
     count: Tensor
@@ -58,7 +58,7 @@ class Accumulator(ABC):
         with torch.inference_mode(False):
             device = self.count.device
             self.count = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
-            # Samples with labels out of range, and samples with features that are not finite.
+            # Numbers of samples with labels out of range, and of samples with nan or inf.
             self.flags = torch.zeros(2, dtype=torch.int64, device=device)
             self.rows, self.labels = torch.zeros(0, 0, device=device), self.flags.new_zeros(0)
             self._reset()
@@ -66,19 +66,19 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _reset(self) -> None:
-        """Make the states beside the counts; they have no width yet."""
+        """Initialise the states other than the counts, for an unknown width."""
 
     @abstractmethod
     def _widen(self, width: int) -> None:
-        """Give the state the width of the features, if it has none."""
+        """Allocate the state for the width of the features, if that has not been done."""
 
     @abstractmethod
     def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
-        """Add samples ``(m, d)``, in memory that may be written over; only those of ``keep``, if it is not None."""
+        """Add samples ``(m, d)``, whose memory may be overwritten; only those of ``keep``, if it is not None."""
 
     @property
     def device(self) -> torch.device:
-        """Where the state lies."""
+        """Device of the state."""
         return self.count.device
 
     @property
@@ -88,7 +88,7 @@ class Accumulator(ABC):
 
     @property
     def rows(self) -> Tensor:
-        """Features of the samples that wait in the buffer, ``(m, d)``."""
+        """Features in the buffer, ``(m, d)``."""
         return self._rows if self._waiting == len(self._rows) else self._rows[: self._waiting]
 
     @rows.setter
@@ -97,7 +97,7 @@ class Accumulator(ABC):
 
     @property
     def labels(self) -> Tensor:
-        """Labels of the samples that wait in the buffer, ``(m,)``."""
+        """Labels in the buffer, ``(m,)``."""
         return self._labels if self._waiting == len(self._labels) else self._labels[: self._waiting]
 
     @labels.setter
@@ -105,7 +105,7 @@ class Accumulator(ABC):
         self._labels = labels
 
     def to(self: Self, device: torch.device | str) -> Self:
-        """Move to a device. MPS has no float64, so that the state stays on the CPU there."""
+        """Move to a device. MPS has no float64, so that the state stays on the CPU for it."""
         device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
         with torch.inference_mode(False):  # a copy made in inference mode could not be added to outside it
             for name in self.names:
@@ -113,11 +113,11 @@ class Accumulator(ABC):
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """All samples so far as a dictionary of tensors, those that wait in the buffer included."""
+        """The state of all samples so far, buffered ones included, as a dictionary of tensors."""
         return {name: getattr(self, name).clone() for name in self.names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Load a result of `state`."""
         with torch.inference_mode(False):
             for name in self.names:
                 setattr(self, name, state[name].clone())
@@ -147,7 +147,7 @@ class Accumulator(ABC):
             self._wait(features, labels)
 
     def _wait(self, features: Tensor, labels: Tensor) -> None:
-        """Copy rows into the buffer, and flush it each time that it is full."""
+        """Copy rows into the buffer, and flush it whenever it is full."""
         width = features.shape[1]
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         full, number = capacity(width, self.device), features.shape[0]
@@ -169,14 +169,14 @@ class Accumulator(ABC):
                 self._add_waiting()
 
     def flush(self) -> None:
-        """Add the samples that wait to the sums, and free the buffer."""
+        """Add the buffered samples to the sums, and free the buffer."""
         with torch.inference_mode(False), torch.no_grad():
             self._add_waiting()
             if len(self._rows):
                 self._rows, self._labels = self._rows.new_zeros(0, 0), self._labels.new_zeros(0)
 
     def trim(self) -> None:
-        """Free the part of the buffer in which no samples wait."""
+        """Free the unused part of the buffer."""
         with torch.inference_mode(False):
             self._rows, self._labels = self.rows.clone(), self.labels.clone()
 
@@ -191,7 +191,7 @@ class Accumulator(ABC):
             self._add(rows, *self._kept(rows, labels))
 
     def _kept(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels that may index, ``(m,)``, and which samples count, or None if all do; raises the flags."""
+        """Labels in the range of indices, ``(m,)``, and a mask of valid samples, or None if all are; sets the flags."""
         if may_look(self.count) and self.ignore_index is None:
             return labels, None
         keep, flags = sound_samples(rows, labels, self.num_classes, self.ignore_index)
@@ -199,10 +199,10 @@ class Accumulator(ABC):
         return labels.where(keep, 0), keep
 
     def check(self, name: str) -> None:
-        """Raise if samples were left out for what they hold; reads the device.
+        """Raise if invalid samples were left out; reads the device.
 
         Args:
-            name: What is being measured, for the message.
+            name: Name of the measured features, for the message.
 
         Raises:
             ValueError: Labels outside ``0..K-1``.

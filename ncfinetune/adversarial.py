@@ -22,16 +22,16 @@ class PGD:
 
     Each step goes along the sign of the cross-entropy's gradient (``linf``) or along its direction (``l2``), back into
     the ball around the image, and back to pixels in 0..1. Radius and step are in units of pixels in 0..1, whatever
-    normalisation the images have gone through. The network is in eval mode meanwhile, so that BatchNorm takes its
-    running statistics and does not learn from half-made examples (Pang et al. 2021, arXiv 2010.00467, section 3.2);
-    gradients of the parameters are left alone.
+    the normalisation of the images. The network is in eval mode meanwhile, so that batch normalisation uses its running
+    statistics and does not update them with intermediate examples (Pang et al. 2021, arXiv 2010.00467, section 3.2);
+    gradients of the parameters are not touched.
 
     Args:
         radius: Radius of the ball, such as 8/255 for ``linf``, 0.5 for ``l2``; 0 leaves the images as they are.
         steps: Gradient steps.
         step_size: Length of a step; None is 2.5 ``radius`` / ``steps``, which reaches the ball's far side.
         norm: Norm of the ball: ``linf`` is the largest pixel, ``l2`` the Euclidean norm of the image.
-        mean: Mean of each channel by which the images were normalised, for pixels in 0..1; None is not normalised.
+        mean: Mean of each channel of the images' normalisation, for pixels in 0..1; None if they are not normalised.
         std: Standard deviation of each channel, likewise.
 
     Raises:
@@ -81,7 +81,7 @@ class PGD:
         return x.detach() + change / std
 
     def _start(self, pixels: Tensor) -> Tensor:
-        """Uniform in the ball."""
+        """A uniformly random point of the ball."""
         if self.norm == "linf":
             return torch.empty_like(pixels).uniform_(-self.radius, self.radius)
         noise = torch.randn_like(pixels)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process that writes them is killed."""
+"""Atomic files: complete or absent, even if the process that writes them is killed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ncfinetune.checksums import check_zip
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place once it is written, on the disk, and whole.
+    """A temporary file beside ``path`` to write to, which replaces it once it is complete and synchronised to disk.
 
-    Until then the old file stays as it was. What a killed process leaves is overwritten by the next one that writes
-    the same file.
+    Until then the old file does not change. The temporary file of a killed process is overwritten by the next process
+    that writes the same file.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written; nothing half-written stays.
+        OSError: The disk is full, or the folder cannot be written; the temporary file is removed.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield part
         sync(part)
         part.replace(path)
-    # torch and safetensors have errors of their own for a disk that is full.
+    # torch and safetensors raise errors of other classes if the disk is full.
     except (OSError, RuntimeError, SafetensorError) as error:
         _remove(part)
         raise unwritten(path, error) from error
@@ -43,17 +43,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def unwritten(path: Path, error: Exception) -> OSError:
-    """What to raise where a file could not be written, in words that say what to do."""
+    """The error for a file that could not be written, with the remedy."""
     return OSError(f"cannot write {str(path)!r}: {error}; make room there, or choose another folder")
 
 
 def _remove(part: Path) -> None:
-    with suppress(OSError):  # of a folder that cannot be written
+    with suppress(OSError):  # the folder may not be writable
         part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Synchronise a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,18 +62,18 @@ def sync(path: Path) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints in local files that are replaced as a whole.
+    """Writes checkpoints to local files atomically.
 
     Lightning writes to the system's folder for temporary files first. If that is on another disk, the checkpoint is
-    copied from there over the last one, and a process that is killed meanwhile leaves neither. The command line uses
-    this class; elsewhere give it to the Trainer as one of its ``plugins``.
+    then copied over the last one, and a process killed during the copy loses both. The command line uses this class;
+    in your own script give it to the Trainer as one of its ``plugins``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; one on another machine (``s3://``) as Lightning does.
+        """Write a checkpoint; a remote one (``s3://``) as Lightning does.
 
         Raises:
-            OSError: The disk is full, or the folder cannot be written; the last checkpoint of the name stays.
+            OSError: The disk is full, or the folder cannot be written; the previous file of the name is kept.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -82,10 +82,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Read a checkpoint that is as it was written; torch does not look at the checksums that it writes.
+        """Read a checkpoint after checking its checksums, which torch writes but does not check.
 
         Raises:
-            ValueError: A bit of it is another.
+            ValueError: A checksum is wrong.
         """
         if "://" not in str(path):
             check_zip(path)

@@ -1,4 +1,4 @@
-"""Blocks: the units that a network repeats, told by its structure."""
+"""Blocks: the units that a network repeats, found by its structure."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from torch import Tensor, nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Children numbered by name stand in a row though in no container: layer1, s1, Mixed_5b, cell_stem_0, block12.
+# Children numbered by name form a row without a container: layer1, s1, Mixed_5b, cell_stem_0, block12.
 _IN_A_ROW = re.compile(r"(.*?)_?\d+[a-z]?$")
-# Structure alone cannot tell these blocks from stages. Their inner rows see windows instead of samples (MobileViT), add
-# channels to a list (DenseNet) or run side by side (CrossViT).
+# Structure alone cannot distinguish these blocks from stages. Their inner rows process windows instead of samples
+# (MobileViT), append channels to a list (DenseNet) or run in parallel (CrossViT).
 _BLOCKS_THAT_LOOK_LIKE_STAGES = re.compile(
     r"(DenseBlock|MultiScaleBlock|MaxVitBlock|MobileVi[tT](V2)?(Block|Layer)(V2)?)$"
 )
 # Children that only prepare a stage's input for its row of blocks: down-sampling, GC-ViT's generator of global queries.
 _BEFORE_THE_ROW = re.compile(r"downsample|global_block$")
-# Where peft keeps the layer that an adapter, or a copy that trains, stands for.
+# peft's name for the layer that an adapter, or a trainable copy, wraps.
 _WRAPPED = ("base_layer", "original_module")
-# A stage with no unit repeated is one still if its units have at least this share of its parameters: a block with one
-# helper inside, such as squeeze and excitation, keeps far more for itself.
+# A module without a repeated unit still is a stage if its units have at least this share of its parameters: a block
+# with one helper inside, such as squeeze and excitation, has far more parameters outside the helper.
 _STAGE_SHARE = 0.8
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Dotted paths of a network's blocks: the outermost units that it repeats, in the order in which it holds them.
+    """Dotted paths of a network's blocks: the outermost repeated units, in the order of the network's submodules.
 
-    A unit stands in a row, a container or children numbered by name, and mixes channels at least twice, as residual
-    and transformer blocks, Inception modules and NASNet cells do. What holds rows of units is a stage, not a unit.
-    Networks without any have smaller units: of one convolution with its normalisation, or bare layers as in VGG.
-    A layer that peft wraps counts as the layer that it was.
+    A unit is part of a row (a container, or children numbered by name) and mixes channels at least twice, as residual
+    and transformer blocks, Inception modules and NASNet cells do. A module that contains rows of units is a stage, not
+    a unit. Networks without such units have smaller ones: a convolution with its normalisation, or single layers as in
+    VGG. A layer wrapped by peft counts as the original layer.
     """
     for kind in (_Unit(2), _Unit(1, sequential=True), _Unit(1, sequential=True, leaf=True)):
         if found := _repeated(_units(module, kind), module):
@@ -43,7 +43,7 @@ def block_names(module: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What counts as a unit: how often it mixes channels, and whether it may be a plain Sequential or a leaf."""
+    """A kind of unit: how often it mixes channels, and whether it may be a bare Sequential or a leaf."""
 
     mixes: int
     sequential: bool = False
@@ -59,12 +59,12 @@ class _Unit:
 
 
 def _mixes_channels(weight: Tensor) -> bool:
-    """Whether it is a matrix or the kernel of a convolution, other than a depthwise one."""
+    """Whether a weight is a matrix or the kernel of a convolution that is not depthwise."""
     return weight.ndim >= 2 and not (weight.ndim > 2 and weight.shape[1] == 1)
 
 
 def _units(module: nn.Module, kind: _Unit) -> dict[str, nn.Module]:
-    """The outermost units inside a module, by path from there, in the order in which it holds them."""
+    """The outermost units inside a module, by path relative to it, in the order of its submodules."""
     if _unwrapped(module) is not module:
         return {}
     children = {name: child for name, child in module.named_children() if not _BEFORE_THE_ROW.match(name)}
@@ -86,9 +86,9 @@ def _units(module: nn.Module, kind: _Unit) -> dict[str, nn.Module]:
 def _units_of_row(
     members: Mapping[str, nn.Module], inside: Mapping[str, dict[str, nn.Module]], kind: _Unit
 ) -> dict[str, dict[str, nn.Module]]:
-    """Units of modules of one class that stand in a row: themselves, or if they are stages what is inside them."""
+    """Units of the modules of one class in a row: the modules, or the units inside them if they are stages."""
     if any(_is_stage(member, inside[name]) for name, member in members.items()):
-        # A stage like its siblings may be of smaller units than theirs: the first and last ones of MobileNets.
+        # A stage may have smaller units than its siblings: the first and last stages of MobileNets.
         return {name: inside[name] or _small_units(member) for name, member in members.items()}
     if any(map(kind.fits, members.values())):
         return {name: {"": member} if _size(member) else {} for name, member in members.items()}
@@ -100,17 +100,17 @@ def _small_units(stage: nn.Module) -> dict[str, nn.Module]:
 
 
 def _row(module: nn.Module, name: str, kind: _Unit) -> str | None:
-    """The row in which a child stands: its name without the number; empty in a container; None in no row."""
+    """The row of a child: its name without the number; empty in a container; None if it is in no row."""
     if isinstance(module, _CONTAINERS):
         return ""
-    # The numbered children of a class that its author calls a block are its parts: norm1, ffn1.
+    # Numbered children of a class named a block are parts of the block: norm1, ffn1.
     parts = kind.leaf or type(module).__name__.endswith("Block")
     numbered = None if parts else _IN_A_ROW.match(name)
     return numbered[1] if numbered else None
 
 
 def _is_stage(module: nn.Module, inside: Mapping[str, nn.Module]) -> bool:
-    """Whether it is a row of units and little else, not a unit with one small helper such as squeeze and excitation."""
+    """Whether a module is a row of units and little else, not a unit with a small helper as squeeze and excitation."""
     if not inside or _BLOCKS_THAT_LOOK_LIKE_STAGES.search(type(module).__name__):
         return False
     repeated = max(Counter(type(_unwrapped(unit)) for unit in inside.values()).values()) > 1
@@ -118,14 +118,14 @@ def _is_stage(module: nn.Module, inside: Mapping[str, nn.Module]) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The layer that a module of peft stands for; of other modules themselves."""
+    """The layer that a module of peft wraps; other modules unchanged."""
     if not type(module).__module__.startswith("peft."):
         return module
     return next((_unwrapped(child) for name, child in module.named_children() if name in _WRAPPED), module)
 
 
 def _weights(module: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters of a network, each once, but for what adapters add."""
+    """The parameters of a network, each once, without those of adapters."""
     inner = _unwrapped(module)
     own = {id(p): p for p in inner.parameters(recurse=False)}
     for child in inner.children():
@@ -138,9 +138,9 @@ def _size(module: nn.Module) -> int:
 
 
 def _repeated(units: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Module]:
-    """Units of a class that occurs more than once, and those in a row with them or in a stage beside theirs.
+    """Units of a class that occurs more than once, and other units of the same row or of a sibling stage.
 
-    Where none is repeated, as in a network cut to one layer, those that stand in a container.
+    If no class is repeated, as in a network reduced to one layer, the units that are in a container.
     """
     counts = Counter(type(_unwrapped(unit)) for unit in units.values())
     rows = {_above(path) for path, unit in units.items() if counts[type(_unwrapped(unit))] > 1}

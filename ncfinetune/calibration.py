@@ -1,4 +1,4 @@
-"""From scores to probabilities: one temperature, and how far confidence is from accuracy.
+"""Calibration of scores to probabilities by a temperature, and the calibration error.
 
 Legend: ``N`` samples, ``K`` classes.
 """
@@ -15,11 +15,11 @@ _STEPS = 40
 def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
     """The temperature ``T`` for which ``softmax(scores / T)`` gives the labels the highest likelihood.
 
-    Guo et al. 2017 (arXiv 1706.04599), section 4.2, on scores of held-out samples: leave-one-out scores, say. In
-    ``1/T`` the negative log-likelihood is convex, and Newton's method within a bracket finds its minimum. Where all
-    labels have the highest score there is none; so each label gives ``1 / (N + 1)`` of its mass to all classes alike,
-    after Platt 1999 ("Probabilistic outputs for support vector machines", section 2.2), which is one sample's worth.
-    Scores that are no better than chance give ``inf``, at which all classes are equally probable.
+    Guo et al. 2017 (arXiv 1706.04599), section 4.2, on scores of held-out samples such as leave-one-out scores. The
+    negative log-likelihood is convex in ``1/T``, and Newton's method within a bracket finds its minimum. If every label
+    has the highest score there is no minimum; therefore each label is smoothed by ``1 / (N + 1)``, the weight of one
+    sample, after Platt 1999 ("Probabilistic outputs for support vector machines", section 2.2). Scores that are no
+    better than chance give ``inf``, at which all classes are equally probable.
 
         >>> labels = torch.arange(100) % 2
         >>> scores = torch.stack([1 - labels, labels], 1) * 3.0
@@ -37,7 +37,7 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         ValueError: Shapes that do not fit, labels out of range, a score that is nan or ``inf``, or no sample whose
-            class has a score.
+            class has a finite score.
     """
     scores, labels = _checked(scores, labels)
     own = scores.gather(1, labels[:, None])
@@ -45,7 +45,9 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
     seen = scores.isfinite() & known
     share = 1 / (known.sum() + 1)
     levels = torch.where(seen, scores - own.where(known, 0.0), 0.0)
-    target = share * levels.sum(1) / seen.sum(1).clamp(min=1)  # of scores less the own one, whose share is nothing
+    target = (
+        share * levels.sum(1) / seen.sum(1).clamp(min=1)
+    )  # mean of the scores less the own score, whose own term is 0
     scale = levels.square().sum().div(seen.sum()).sqrt()
     levels, target = levels / scale.where(scale > 0, 1.0), target / scale.where(scale > 0, 1.0)
 
@@ -61,7 +63,7 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _derivatives(inverse: Tensor, levels: Tensor, seen: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the negative log-likelihood by ``1/T``: a mean less a target, and a variance."""
+    """First and second derivative of the negative log-likelihood in ``1/T``: a mean less a target, and a variance."""
     probability = (inverse * levels).masked_fill(~seen, -torch.inf).softmax(1).nan_to_num(0)
     mean = (probability * levels).sum(1)
     variance = (probability * (levels - mean[:, None]).square()).sum(1)
@@ -71,8 +73,8 @@ def _derivatives(inverse: Tensor, levels: Tensor, seen: Tensor, target: Tensor) 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     """Expected calibration error: the mean over samples of |accuracy - confidence| of their bin of confidence.
 
-    Guo et al. 2017 (arXiv 1706.04599), eq. 3: confidence is the highest probability, bins are equally wide and open
-    below.
+    Guo et al. 2017 (arXiv 1706.04599), eq. 3: confidence is the highest probability; bins have equal width and exclude
+    their lower end.
 
         >>> calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])).round(decimals=6).item()
         0.4
@@ -86,13 +88,13 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
         A float64 scalar on the device of the probabilities.
 
     Raises:
-        ValueError: As `fit_temperature`; also probabilities that are none, or no bins.
+        ValueError: As `fit_temperature`; also probabilities outside 0..1, or no bins.
     """
     probabilities, labels = _checked(probabilities, labels)
     if bins < 1:
         raise ValueError(f"expected at least one bin, got {bins}")
     if not bool(((probabilities >= 0) & (probabilities <= 1 + 1e-6)).all()):
-        raise ValueError("expected probabilities from 0 to 1, got others: take the softmax of logits first")
+        raise ValueError("expected probabilities from 0 to 1, got values outside: take the softmax of logits first")
     confidence, decision = probabilities.max(1)
     members = (confidence * bins).ceil().long().sub_(1).clamp_(0, bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)

@@ -1,6 +1,6 @@
-"""Channels: which axis of a layer's output has them, told by the kinds and widths of weights.
+"""The channel axis of a layer's output, found by the kinds and widths of modules.
 
-An axis is 1 or -1; convolutions have the channels on the first of these, linear layers on the last.
+An axis is 1 or -1: convolutions have the channels on axis 1, linear layers on axis -1.
 
 Legend: ``N`` samples, ``C`` channels, ``H W`` height and width.
 """
@@ -18,13 +18,14 @@ Side = Literal["in", "out"]
 
 
 def axis_by_pass(name: str, tensor: Tensor, call: Call, trace: Trace) -> int:
-    """The axis of the channels in an output of a layer, as a pass shows.
+    """The channel axis of a layer's output, determined from a forward pass.
 
-    The modules that made or read this very tensor tell it; then the widths of the last module that says its width
-    inside the layer and of the first one behind it; then the kinds of all inside.
+    It is determined by the modules that output or read this very tensor; otherwise by the widths of the last module
+    with a known width inside the layer and of the first such module after it; otherwise by the kinds of all modules
+    inside.
 
     Raises:
-        PoolError: It may be either axis.
+        PoolError: Both axes are possible.
     """
     parts = set(call.module.modules())
     inside = [c for c in trace.calls[: call.number + 1] if c.module in parts and _says_width(c.module)]
@@ -44,10 +45,10 @@ def axis_by_pass(name: str, tensor: Tensor, call: Call, trace: Trace) -> int:
 
 
 def axis_by_parts(name: str, tensor: Tensor, layer: nn.Module, network: nn.Module) -> int:
-    """The axis of the channels in an output of a layer, as its parts say; where it has none, those of its network.
+    """The channel axis of a layer's output, determined from its submodules; if it has none, from its network's.
 
     Raises:
-        PoolError: It may be either axis.
+        PoolError: Both axes are possible.
     """
     inside = [part for part in layer.modules() if _says_width(part)]
     fitting = {axis for part in inside for axis in (1, -1) if tensor.shape[axis] == _width(part, "out")}
@@ -67,7 +68,7 @@ def _only(name: str, tensor: Tensor, axes: set[int]) -> int:
 
 
 def _says_width(module: nn.Module) -> bool:
-    """Whether a module says by its kind which axis has the channels, and by its weights how many there are."""
+    """Whether a module's kind determines the channel axis, and its weights the number of channels."""
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or _norm_width(module) is not None
 
 
@@ -97,7 +98,7 @@ def _norm_width(module: nn.Module) -> int | None:
         return module.num_channels
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[0] if len(module.normalized_shape) == 1 else None
-    # Normalisations that are their authors' own, such as RMSNorm of timm and of Hugging Face.
+    # Normalisations of other libraries, such as RMSNorm of timm and of Hugging Face.
     weight = getattr(module, "weight", None)
     named = "norm" in type(module).__name__.lower()
     return len(weight) if named and isinstance(weight, Tensor) and weight.ndim == 1 else None

@@ -1,4 +1,4 @@
-"""Checksums: of tensors and what is said of them, and those that torch's own files carry but torch does not look at."""
+"""Checksums of tensors with metadata, and of torch's files, which hold checksums that torch does not check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def fingerprint(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> str:
-    """16 hexadecimal digits of the SHA-256 of names, types, shapes and values, and of what is said beside them."""
+    """16 hexadecimal digits of the SHA-256 of names, dtypes, shapes and values, and of the ``facts``."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -28,16 +28,16 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def check_zip(path: str | Path) -> None:
-    """Refuse a file of `torch.save` whose parts are not those that were written.
+    """Refuse a damaged file of `torch.save`.
 
     Raises:
-        ValueError: A part has another checksum than it was written with.
+        ValueError: The checksum of a part is wrong.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as file:
-            # torch writes 0 where it is told to compute none.
+            # torch writes 0 if it is configured to compute no checksums.
             parts = [part for part in file.infolist() if part.CRC]
             for part in parts:
                 with file.open(part) as content:

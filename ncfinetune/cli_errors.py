@@ -1,4 +1,4 @@
-"""What is wrong with a command, in one line, with the names that exist where one was misspelt."""
+"""One-line errors of the command line, which list the valid names if a name is misspelt."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lightning.pytorch.loggers import Logger
 
 
 class PlainParser(LightningArgumentParser):
-    """Takes no abbreviated options, and says in one line what is wrong with a command."""
+    """Accepts no abbreviated options, and reports errors in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and one line."""
-        self.exit(2, f"error: {plain(message, self)}\n")
+        self.exit(2, f"error: {one_line(message, self)}\n")
 
     def made(self, config: Namespace) -> Namespace:
-        """The configuration with its classes as objects; the method's name is another since jsonargparse 4.53."""
+        """The configuration with its classes instantiated; jsonargparse 4.53 renamed the method for that."""
         make: Any = getattr(self, "instantiate", None) or self.instantiate_classes
         return make(config)
 
 
 def check_configurations(words: Iterable[Any], parser: LightningArgumentParser) -> None:
-    """Exit with one line if a file that ``--config`` names is no YAML: jsonargparse would not name it."""
+    """Exit with one line if a file given by ``--config`` is not YAML: jsonargparse's error would not name it."""
     given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
     for path in filter(os.path.isfile, given):
         try:
@@ -45,8 +45,8 @@ def check_configurations(words: Iterable[Any], parser: LightningArgumentParser) 
             parser.error(f"cannot read the configuration {path!r}: {' '.join(str(error).split())}")
 
 
-def plain(message: str, parser: LightningArgumentParser) -> str:
-    """One line of a jsonargparse error, with the names that exist where one was misspelt."""
+def one_line(message: str, parser: LightningArgumentParser) -> str:
+    """A jsonargparse error in one line, with the valid names if a name is misspelt."""
     for pattern, explain in _EXPLANATIONS.items():
         if found := re.findall(pattern, message):
             return explain(found[-1], message, parser)
@@ -82,7 +82,7 @@ def _unknown_parameter_of_some_class(option: str, message: str, parser: Lightnin
 
 
 def _parameters(owner: Any) -> list[str]:
-    """Names of the arguments of a class, with those that it passes on to its bases, or of a function."""
+    """Names of the arguments of a function, or of a class and the base classes that get its ``**kwargs``."""
     if inspect.isclass(owner):
         return ArgumentParser().add_class_arguments(owner, fail_untyped=False)
     return list(inspect.signature(owner).parameters)
@@ -108,7 +108,7 @@ def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
     return f"no file {path!r}; {shown}"
 
 
-# How the lines of jsonargparse's errors begin that say what it tried, and not what is wrong.
+# Beginnings of the lines in jsonargparse's errors that list its attempts and not the error.
 _NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
 _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"Expected a dot import path string: (\S+)": _unknown_class,

@@ -1,6 +1,6 @@
-"""The algebra of closed-form classifiers: what `ncfinetune.probes` fits, and each sample's scores without it.
+"""The algebra of closed-form classifiers: the fits of `ncfinetune.probes`, and their leave-one-out scores.
 
-Nothing is checked here. Rows pass some at a time, so that no second copy of the features is made where they are many.
+Input is not checked here. Rows are processed in chunks, so that large features are never copied as a whole.
 
 Legend: ``N`` samples, ``n`` of them at a time, ``K`` classes, ``d`` feature width, ``L`` strengths of regularisation,
 ``r = min(N, d)``; ``w_i`` weights of samples and ``W`` their sum, ``W_k`` a class's; ``mu_k`` class means, ``m`` the
@@ -18,22 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
-# Rows at a time, so that what is made of them stays small beside the features; products of fewer rows are slower.
+# Rows per chunk: intermediate results stay small relative to the features, and products of fewer rows are slower.
 _ROWS = 4096
-# Columns of a product: one of K = 37 alone runs at a third of the speed of one this wide.
+# Columns of a product: a product with K = 37 columns runs at a third of the speed of one with this many.
 _COLUMNS = 2048
 # Columns of a block of a symmetric product, of which only the blocks on and above the diagonal are formed.
 _BLOCK = 256
 
 
 class Curve(NamedTuple):
-    """What leaving one out says of each strength of regularisation.
+    """Leave-one-out loss and error at each strength of regularisation.
 
     Args:
         lams: Strengths, ``(L,)``.
-        loss: What chooses among them, ``(L,)``: squared error against one-hot targets, summed over classes, for
-            `ridge`; negative log-likelihood for `lda`.
-        error: Share of samples decided wrongly, ``(L,)``.
+        loss: The loss by which a strength is chosen, ``(L,)``: squared error against one-hot targets, summed over
+            classes, for `ridge`; negative log-likelihood for `lda`.
+        error: Share of misclassified samples, ``(L,)``.
     """
 
     lams: Tensor
@@ -43,7 +43,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Checked input: features ``(N, d)`` as they came, labels, weights ``(N,)``, and means of features and targets."""
+    """Checked input: features ``(N, d)`` in any dtype, labels, weights ``(N,)``, means of features and targets."""
 
     features: Tensor
     labels: Tensor
@@ -53,7 +53,7 @@ class Samples:
     present: int
 
     def parts(self) -> Iterator[slice]:
-        """The rows, some at a time."""
+        """The rows in chunks."""
         return row_parts(len(self.labels))
 
     def centred(self, part: slice = slice(None)) -> Tensor:
@@ -74,7 +74,7 @@ def row_parts(rows: int) -> Iterator[slice]:
 
 
 def _scatter(rows: Iterator[Tensor], like: Tensor) -> Tensor:
-    """Sum of ``rows^T rows``, ``(d, d)``; only what lies on and above the diagonal is filled in."""
+    """Sum of ``rows^T rows``, ``(d, d)``; only entries on and above the diagonal are computed."""
     total = like.new_zeros(len(like), len(like))
     for some in rows:
         for start in range(0, len(like), _BLOCK):
@@ -89,7 +89,7 @@ class Spectrum:
 
     ``dual`` has the eigenvectors of ``Z Z^T``, ``(N, r)``, the primal those of ``Z^T Z``, ``(d, r)``, of features ``Z``
     that are centred and multiplied by ``sqrt(w_i)``. Residuals are ``rest * targets + rows @ (filter * loadings)``
-    in both; in the dual, where the fit all but interpolates, nothing is subtracted and no digit lost.
+    in both; in the dual, where the fit nearly interpolates, nothing is subtracted, so that no digits are lost.
     """
 
     dual: bool
@@ -131,7 +131,7 @@ def primal(fit: Samples) -> Spectrum:
 def dual_form(fit: Samples) -> Spectrum:
     rows, root = fit.rooted(), fit.weight.sqrt()[:, None]
     gram = rows @ rows.T
-    # The bias's direction is an eigenvector of eigenvalue 0. Made the largest, it comes last and can be left out.
+    # The bias's direction is an eigenvector of eigenvalue 0. With the largest eigenvalue it comes last and is left out.
     trace = gram.trace()
     gram += (root * (2 * trace.where(trace > 0, 1.0) / fit.weight.sum())) @ root.T
     values, basis = torch.linalg.eigh(gram)
@@ -140,7 +140,7 @@ def dual_form(fit: Samples) -> Spectrum:
 
 
 def ridge_curve(fit: Samples, spectrum: Spectrum, lams: Tensor) -> tuple[Curve, Tensor]:
-    """Loss and error at each strength, and one less the leverage of each sample, ``(N, L)``."""
+    """Loss and error at each strength, and one minus the leverage of each sample, ``(N, L)``."""
     filters, classes = spectrum.filters(lams), len(fit.share)
     slack, loss, error = filters.new_empty(len(fit.labels), len(lams)), torch.zeros_like(lams), torch.zeros_like(lams)
     together = max(1, _COLUMNS // classes)
@@ -153,7 +153,7 @@ def ridge_curve(fit: Samples, spectrum: Spectrum, lams: Tensor) -> tuple[Curve, 
             residuals = (rows @ maps.flatten(1)).view(len(rows), -1, classes)
             if not spectrum.dual:
                 residuals += (fit.targets(part).sub_(fit.share) * root[:, None])[:, None]
-            # Divided by ``left`` and ``root`` these are the residuals without the sample: all that follows is of them.
+            # Divided by ``left`` and ``root`` these are the leave-one-out residuals, which all following lines use.
             loss[some] += (torch.linalg.vector_norm(residuals, dim=2) / left[:, some]).square().sum(0)
             of_own = residuals.gather(2, own.expand(-1, residuals.shape[1], 1)).squeeze(2)
             lowest = residuals.scatter_(2, own.expand(-1, residuals.shape[1], 1), torch.inf).amin(2)
@@ -182,19 +182,19 @@ class Groups:
 
     @property
     def freedom(self) -> Tensor:
-        """What the scatter of each class is divided by for an unbiased covariance, ``(K,)``: ``n_k - 1`` unweighted."""
+        """Divisor of each class's scatter for an unbiased covariance, ``(K,)``: ``n_k - 1`` without weights."""
         return self.weight - self.squares / self.weight.where(self.weight > 0, 1.0)
 
 
 class _Without(NamedTuple):
-    """What changes when one sample is left out, each ``(n,)``, in the terms of its class's residual ``h - mu_k``.
+    """Changes if one sample is left out, each ``(n,)``, in terms of the residual ``h - mu_k`` of its class.
 
     Args:
-        alone: Whether the class vanishes.
-        reach: Distance to its class's mean, times this.
-        loss: Weight of ``(h - mu_k)(h - mu_k)^T`` in what the scatter loses.
+        alone: Whether the class becomes empty.
+        reach: Factor of the distance to its class's mean.
+        loss: Weight of ``(h - mu_k)(h - mu_k)^T`` in the decrease of the scatter.
         freedom: The scatter's divisor.
-        shift: Distance to the mean ``m``, times this.
+        shift: Factor of the distance to the mean ``m``.
     """
 
     alone: Tensor
@@ -227,18 +227,18 @@ def nearest_left_out(fit: Samples, groups: Groups, part: slice) -> Tensor:
 
 
 def _never(scores: Tensor, groups: Groups, own: Tensor, without: _Without) -> Tensor:
-    """Scores with ``-inf`` for absent classes, and for a sample's own where it was alone in it."""
+    """Scores with ``-inf`` for absent classes, and for a sample's class if it has no other sample."""
     scores = scores.masked_fill(groups.weight == 0, -torch.inf)
     return scores.scatter(1, own, scores.gather(1, own).masked_fill(without.alone[:, None], -torch.inf))
 
 
 def centred_bias(weight: Tensor, fit: Samples, groups: Groups) -> Tensor:
-    """The bias that goes with weights of centred features: ``-w_k (m + (mu_k - m) / 2)``."""
+    """The bias for weights of centred features: ``-w_k (m + (mu_k - m) / 2)``."""
     return -(weight * (fit.mean + groups.means / 2)).sum(1)
 
 
 def margins(scores: Tensor, labels: Tensor) -> Tensor:
-    """A sample's score for its class less the highest of the others, ``(N,)``."""
+    """Each sample's score for its class less its highest score for another class, ``(N,)``."""
     own = labels[:, None]
     return scores.gather(1, own).squeeze(1) - scores.scatter(1, own, -torch.inf).amax(1)
 
@@ -277,8 +277,8 @@ class Gaussians:
     def left_out(self, rows: Tensor, part: slice, lam: Tensor) -> Tensor:
         """Scores by the classifier without the sample, ``(n, K)``, of rows in these coordinates, ``(n, r)``.
 
-        Its scatter is ``(1 - lam) (A - c e e^T) + lam t_i I`` with the eigenvalues ``A``, ``e = h - mu_y`` and its own
-        trace, inverted by Sherman and Morrison (1950).
+        The scatter without sample i is ``(1 - lam) (A - c e e^T) + lam t_i I`` with the eigenvalues ``A``, ``e = h -
+        mu_y`` and the trace ``t_i``, inverted by Sherman and Morrison (1950).
         """
         without, own = _Without.of(self.fit, self.groups, part), self.fit.labels[part, None]
         means, total, width = self.groups.means @ self.basis, self.groups.weight.sum(), len(self.fit.mean)
@@ -300,7 +300,7 @@ class Gaussians:
         return _never(without.freedom[:, None] * (to_mean[:, None] - distances) / 2 + shares, self.groups, own, without)
 
     def curve(self, lams: Tensor) -> Curve:
-        """Negative log-likelihood and error at each shrinkage; a sample alone in its class counts in the error only."""
+        """Negative log-likelihood and error at each shrinkage; the only sample of a class counts in the error only."""
         loss, error, counted = torch.zeros_like(lams), torch.zeros_like(lams), lams.new_zeros(())
         for part in self.fit.parts():
             rows, labels, weight = self.fit.centred(part) @ self.basis, self.fit.labels[part], self.fit.weight[part]

@@ -1,4 +1,4 @@
-"""Neural collapse as numbers: class moments of features, and pure functions of them.
+"""Metrics of neural collapse as pure functions of class moments.
 
 Legend: ``N`` samples, ``K`` classes, ``P`` of them present (with samples), ``d`` feature width; ``mu_k`` class means,
 ``mu_G`` the mean of the class means. Everything is float64. Absent classes are left out of every number.
@@ -23,32 +23,32 @@ from ncfinetune.moments import class_moments as class_moments
 from ncfinetune.moments import merge as merge
 
 _EPS = torch.finfo(torch.float64).eps
-# Shares of NC1 by which rounding may have moved it: up to the first it is exact, beyond the second it is refused.
+# Relative rounding error of NC1: up to the first value NC1 counts as exact, above the second it is refused.
 EXACT, _ROUGH = 1e-6, 1e-2
 _UNEVEN = "the features vary too unevenly within classes, or the class means too little in some directions"
-# Relative squared distance below which class means are subtracted one by one, and how many pairs of them at a time.
+# Relative squared distance below which class means are subtracted pair by pair, and the number of pairs at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
-# Rows of width d treated at a time, so that what is made of them stays small beside the class means.
+# Rows of width d processed at a time, so that intermediate results stay small relative to the class means.
 _ROWS = 256
 
 
 class RoundingWarning(UserWarning):
-    """Rounding may have moved a number that is given, by a share that is told."""
+    """A returned number may have the stated relative rounding error."""
 
 
 def nc1(moments: ClassMoments) -> Tensor:
     """Within-class variability ``trace(Sigma_W Sigma_B^+) / K`` (Papyan et al. 2020; factor 1/K as in Li et al. 2022).
 
-    ``Sigma_W`` weighs samples equally and ``Sigma_B`` classes, so that long-tailed data count in both as they are.
-    Taken in the subspace that the class means span, with no inverse of a ``d x d`` matrix: ``Sigma_B^+ / K`` is
-    ``T^T T`` for the rows ``T`` that `_whitening` gives. Full collapse is 0; class means that all coincide give nan.
+    ``Sigma_W`` weighs samples equally, ``Sigma_B`` classes; with unbalanced data these differ. NC1 is computed in the
+    subspace that the class means span, without inverting a ``d x d`` matrix: ``Sigma_B^+ / K`` is ``T^T T`` for the
+    rows ``T`` of `_whitening`. Full collapse is 0; class means that all coincide give nan.
 
-    Where rounding may have moved the number by more than 1e-6 of it, a `RoundingWarning` says by how much at most.
+    If the relative rounding error may exceed 1e-6, a `RoundingWarning` gives its bound.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
-        UnresolvedCollapseError: Rounding may have moved the number by more than a hundredth of it.
-        ValueError: The moments are without the covariance within classes.
+        UnresolvedCollapseError: The relative rounding error may exceed 1 %.
+        ValueError: The moments lack the within-class covariance.
     """
     value, error = nc1_with_error(moments)
     if error > EXACT:
@@ -57,26 +57,26 @@ def nc1(moments: ClassMoments) -> Tensor:
 
 
 def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
-    """`nc1`, and the share of it by which rounding may have moved it: four standard deviations of an estimate.
+    """`nc1` and its relative rounding error, as four standard deviations of an estimate.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
-        UnresolvedCollapseError: That share is more than a hundredth.
-        ValueError: The moments are without the covariance within classes.
+        UnresolvedCollapseError: That error is above 1 %.
+        ValueError: The moments lack the within-class covariance.
     """
-    total = doubt = scale = moments.mean.new_zeros(())
+    total = noise = scale = moments.mean.new_zeros(())
     for rows in _whitening(moments):
         spread = moments.spread(rows)
         total = total + spread
-        doubt = doubt + moments.doubt(rows.detach(), spread.detach())
+        noise = noise + moments.rounding_error(rows.detach(), spread.detach())
         scale = scale + rows.detach().square().sum()
     if not scale > 0:
         return moments.mean.new_tensor(torch.nan), 0.0
-    doubt = 4 * doubt
-    # What varies less within classes than the class means are rounded is taken for full collapse.
-    if doubt <= scale * (_EPS * moments.mean.detach().abs().max()).square():
+    noise = 4 * noise
+    # Variation within classes below the rounding of the class means counts as full collapse.
+    if noise <= scale * (_EPS * moments.mean.detach().abs().max()).square():
         return total, 0.0
-    error = float(doubt / total.detach())
+    error = float(noise / total.detach())
     if not error <= _ROUGH:
         raise UnresolvedCollapseError(
             f"expected rounding to move nc1 by {_ROUGH:.0%} of it at most, and it may have moved it by {error:.0e}: "
@@ -86,16 +86,16 @@ def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
 
 
 def rounding_text(error: float) -> str:
-    """What to say of a number's error."""
+    """The message about a relative rounding error."""
     return f"rounding may have moved nc1 by up to {error:.0e} of it: {_UNEVEN}"
 
 
 def _whitening(moments: ClassMoments) -> Iterator[Tensor]:
     """Rows ``v_j / s_j`` over the non-zero singular values ``s_j`` and right vectors ``v_j`` of ``centred``, in parts.
 
-    Through eigendecompositions of the smaller of ``P x P`` and ``d x d``, largest values first; what is far smaller
-    is decomposed again by itself, so that it is as exact. Centring costs one dimension, so that at most ``P - 1`` are
-    kept, and of these the ones with ``s_j^2 > max(P, d) eps s_1^2``.
+    Computed by eigendecompositions of the smaller of ``P x P`` and ``d x d``, largest values first; the subspace of far
+    smaller values is decomposed again separately, so that they are as exact. Centring removes one dimension, so that at
+    most ``P - 1`` values are kept, those with ``s_j^2 > max(P, d) eps s_1^2``.
     """
     centred = moments.centred
     classes, width = centred.shape
@@ -145,7 +145,7 @@ def _cdnv_pairs(moments: ClassMoments) -> Tensor:
     norms, variance = moments.gram.diagonal(), moments.variance[moments.present]
     sums = norms[:, None] + norms
     distances = torch.sub(sums, moments.gram, alpha=2).fill_diagonal_(torch.inf)
-    close = (distances < sums.mul_(_CLOSE)).nonzero()  # where the difference has lost its digits
+    close = (distances < sums.mul_(_CLOSE)).nonzero()  # where the difference has lost its significant digits
     for first, second in zip(*(torch.split(side, _PAIRS) for side in close.unbind(1)), strict=True):
         distances[first, second] = (moments.centred[first] - moments.centred[second]).square().sum(1)
     return (variance[:, None] + variance).div_(distances.mul_(2))
@@ -154,7 +154,7 @@ def _cdnv_pairs(moments: ClassMoments) -> Tensor:
 def cdnv(moments: ClassMoments) -> Tensor:
     """Class-distance normalised variance, the mean over pairs of present classes (Galanti et al. 2022).
 
-    Classes whose means coincide give inf, and nan if they are points.
+    Classes with the same mean give inf, and nan if they do not vary either.
     """
     pairs = _cdnv_pairs(moments)
     return pairs.sum() / (len(pairs) * (len(pairs) - 1))
@@ -185,7 +185,7 @@ def etf_distance(moments: ClassMoments) -> Tensor:
     return _distance_to_etf(moments.gram)
 
 
-# The numbers that are functions of class moments alone, by the names under which they are logged.
+# The metrics that are functions of class moments alone, by log name.
 FAMILY: dict[str, Callable[[ClassMoments], Tensor]] = {
     "nc1": nc1,
     "nc1_ratio": nc1_ratio,
@@ -219,7 +219,9 @@ def self_duality_structure(moments: ClassMoments, weight: Tensor) -> Tensor:
 
 def _distance_to_etf(products: Tensor) -> Tensor:
     classes = len(products)
-    apart = (products / products.norm()).add_(1 / (classes * (classes - 1) ** 0.5))  # less the ETF's off the diagonal
+    apart = (products / products.norm()).add_(
+        1 / (classes * (classes - 1) ** 0.5)
+    )  # minus the ETF's values off the diagonal
     apart.diagonal().sub_(1 / (classes - 1) ** 0.5)
     return apart.norm()
 
@@ -227,7 +229,7 @@ def _distance_to_etf(products: Tensor) -> Tensor:
 def nearest_mean(features: Tensor, moments: ClassMoments) -> Tensor:
     """Label of the nearest present class mean for each of features ``(N, d)``, ``(N,)``.
 
-    Features are centred first: with an offset of 1e3, float32 distances decide at random.
+    Features are centred first: at an offset of 1e3 rounding makes float32 distances useless.
     """
     centred = features.double() - moments.global_mean
     return moments.labels[torch.cdist(centred, moments.centred).argmin(1)]
@@ -238,9 +240,9 @@ def disagreement(features: Tensor, moments: ClassMoments, weight: Tensor, bias: 
 
     Args:
         features: Features in front of the classifier, ``(N, d)``.
-        moments: Class moments, fixed beforehand: of the training set, say.
+        moments: Class moments, fixed beforehand, such as those of the training set.
         weight: The classifier's weight, ``(K, d)``.
-        bias: The classifier's bias, ``(K,)``; without it the decisions are another classifier's.
+        bias: The classifier's bias, ``(K,)``; None only if it has none.
     """
     return disagreements(features, moments, weight, bias).double().mean()
 
@@ -259,7 +261,7 @@ def numerical_rank(features: Tensor, labels: Tensor, num_classes: int, centred: 
         features: Features, ``(N, d)``.
         labels: Labels, ``(N,)``.
         num_classes: Number of classes ``K``.
-        centred: Take the class mean off first; the paper does not.
+        centred: Subtract the class mean first; the paper does not.
     """
     ranks = []
     for label in range(num_classes):

@@ -1,4 +1,4 @@
-"""Copies of loaders, streams and samplers that iterate on their own."""
+"""Copies of loaders, streams and samplers that iterate independently."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-# What a copy of a loader shares with the loader: what has no state that a pass changes, or is too large to copy.
+# Types that a copy shares with the original: without state that a pass changes, or too large to copy.
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, nn.Module, BaseContext, np.memmap)
 _SHARED_BY_NAME = frozenset({"Trainer", "LightningDataModule"})  # of either package of Lightning
 
 
 class CopyError(ValueError):
-    """Something that iterates cannot be copied."""
+    """A loader, stream or sampler cannot be copied."""
 
 
 def copy_of(source: Any, *shared: Any) -> Any:
-    """A copy of a loader, stream or sampler that iterates on its own: with all that counts, draws or shuffles in it.
+    """A copy of a loader, stream or sampler that iterates independently, with its counters, generators and orders.
 
-    Functions, modules and arrays of more than one axis are shared: these are images, while those of one axis may be an
-    order that is shuffled in place. Iterators of data loaders that are under way, with their workers, are left out.
+    Functions, modules and arrays with more than one axis are shared: such arrays are images, while arrays with one axis
+    may be an order that is shuffled in place. Active iterators of data loaders, with their workers, are left out.
 
     Args:
-        source: What to copy.
-        shared: What else the copy shares with it.
+        source: The object to copy.
+        shared: Further objects that the copy shares with it.
 
     Raises:
-        CopyError: Something in it cannot be pickled, as a generator or an open file.
+        CopyError: A part of it cannot be pickled, such as a generator or an open file.
     """
     content, kept = io.BytesIO(), {id(value): value for value in shared}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, whose iterators Python 3.14 refuses
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # from itertools, whose iterators Python 3.14 does not pickle
             _Pickler(content, kept).dump(source)
         content.seek(0)
         return _Unpickler(content, kept).load()
-    except Exception as error:  # somebody else's objects may raise anything
+    except Exception as error:  # foreign objects may raise anything
         raise CopyError(f"a {type(source).__name__} cannot be copied ({error})") from error
 
 

@@ -1,12 +1,11 @@
-"""Cross-validation from sums, where features pass once and are not kept.
+"""Cross-validation from class sums and second moments per fold, without keeping features.
 
-Of class sums and second moments by fold, what trains is all folds but one, and two numbers of the fold left out follow
-exactly: its NC1 around class means that it had no part in, and its squared error under ridge regression. Accuracy does
-not follow: it is no function of sums. Nor do leave-one-out scores, a choice among them, or a temperature. For these
-`ncfinetune.probes` takes the features themselves.
+Two numbers of a held-out fold follow exactly from these sums: its NC1 around the class means of the other folds, and
+its squared error under ridge regression fitted to the other folds. Accuracy is not a function of sums; neither are
+leave-one-out scores or a temperature. For these `ncfinetune.probes` takes the features themselves.
 
 Legend: ``K`` classes, ``d`` feature width, ``F`` folds, ``L`` strengths; of a fold ``n`` counts ``(K,)``, ``s`` class
-sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of all others ``N``, class means ``mu``, mean ``m``, shares ``p``.
+sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of the other folds ``N``, class means ``mu``, mean ``m``, shares ``p``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 class _State(NamedTuple):
-    """Sums of features less ``shift``, by fold, and whether a label was out of range."""
+    """Sums of features less ``shift``, per fold, and whether a label was out of range."""
 
     shift: Tensor
     counts: Tensor
@@ -35,11 +34,11 @@ class HeldOut(NamedTuple):
     """Ridge regression chosen by cross-validation.
 
     Args:
-        weight: Of all folds at the strength chosen, ``(K, d)``.
-        bias: ``(K,)``.
+        weight: Weight fitted to all folds at the chosen strength, ``(K, d)``.
+        bias: Its bias, ``(K,)``.
         lam: The strength with the least squared error.
         lams: Strengths, ``(L,)``.
-        squared_error: Mean over samples of the squared error held out, summed over classes, ``(L,)``.
+        squared_error: Mean over samples of the held-out squared error, summed over classes, ``(L,)``.
     """
 
     weight: Tensor
@@ -50,12 +49,12 @@ class HeldOut(NamedTuple):
 
 
 class FoldMoments:
-    """Class sums and second moments of features that come in batches, by fold.
+    """Class sums and second moments of features, accumulated batch by batch for each fold.
 
-    Rows of a batch are dealt to the folds in the order of their labels, starting anywhere, so that a class is spread
-    over the folds. The state is ``(F, K, d)`` and ``(F, d, d)`` in float64 on the device of the first batch, whatever
-    passes; nothing waits for the device until a number is asked for. The first batch's mean is taken off all features,
-    so that a common offset costs no digits.
+    The rows of a batch are assigned to folds in turn, in the order of their labels and from a random first fold, so
+    that each class is spread over the folds. The state is ``(F, K, d)`` and ``(F, d, d)`` in float64 on the device of
+    the first batch; updates do not synchronise. The first batch's mean is subtracted from all features, so that a
+    common offset costs no digits.
 
         >>> moments = FoldMoments(num_classes=3)
         >>> generator = torch.Generator().manual_seed(0)
@@ -69,7 +68,7 @@ class FoldMoments:
     Args:
         num_classes: Number of classes ``K``.
         folds: Number of folds ``F``.
-        seed: Draws where each batch starts.
+        seed: Seed of the first fold of each batch.
 
     Raises:
         ValueError: Fewer than two classes or folds.
@@ -123,14 +122,14 @@ class FoldMoments:
     def nc1(self) -> Tensor:
         """Cross-validated NC1: ``sum_f tr(H_f Sigma_B(f)^+) / (K N)``.
 
-        ``H_f = S - s^T mu - mu^T s + mu^T diag(n) mu`` is the scatter of fold ``f`` around means ``mu`` that it had no
-        part in, ``Sigma_B(f)`` the covariance between these, over classes as NC1 has it (Li et al. 2022, arXiv
-        2212.12206); ``K`` counts the classes present. Unlike NC1 of the samples that made the means,
-        it does not fall to 0 because samples are few.
+        ``H_f = S - s^T mu - mu^T s + mu^T diag(n) mu`` is the scatter of fold ``f`` around the class means ``mu`` of
+        the other folds, ``Sigma_B(f)`` the covariance between these means as in NC1 (Li et al. 2022, arXiv 2212.12206);
+        ``K`` counts the classes present. Unlike NC1 around the samples' own means, it does not fall to 0 because
+        samples are few.
 
         Raises:
-            ValueError: Nothing was added, labels out of range, values that are not finite, fewer than two classes, or a
-                class that lies in one fold only, so that the others have no mean of it.
+            ValueError: No features, labels out of range, values that are not finite, fewer than two classes, or a class
+                in one fold only, so that the other folds have no mean of it.
         """
         state = self._checked()
         total = state.counts.new_zeros(())
@@ -145,7 +144,7 @@ class FoldMoments:
         return total / state.counts.sum()
 
     def ridge(self, lams: Sequence[float] | Tensor | None = None) -> HeldOut:
-        """Ridge regression on one-hot targets, its strength chosen by the squared error of the folds left out.
+        """Ridge regression on one-hot targets, its strength chosen by the squared error of the held-out folds.
 
         With ``A = S - N m m^T`` and ``B = s^T - N m p^T`` of the other folds, ``W = (A + lam I)^-1 B`` and
         ``b = p - m W`` cost a fold ``sum(n) - 2 tr(W^T s^T) - 2 b.n + tr(W^T S W) + 2 (sum s) W b + sum(n) |b|^2``.
@@ -154,7 +153,7 @@ class FoldMoments:
             lams: Strengths as in `ncfinetune.probes.ridge`; by default from 1e-6 to 1e3 times the mean eigenvalue.
 
         Raises:
-            ValueError: As `nc1`, or strengths that are none, not positive or not finite.
+            ValueError: As `nc1`, or strengths that are empty, not positive or not finite.
         """
         state = self._checked()
         everything = _Regression.of(state.counts.sum(0), state.sums.sum(0), state.squares.sum(0))
@@ -191,12 +190,18 @@ class FoldMoments:
         return errors
 
     def _checked(self) -> _State:
-        """The state, if there are numbers to be had from it."""
+        """The state, after checking that it has valid samples.
+
+        Raises:
+            ValueError: As `nc1`.
+        """
         if self._state is None:
             raise ValueError("expected features to take moments of, got none")
         state = self._state
         if bool(state.broken):
-            raise ValueError(f"expected labels from 0 to num_classes - 1 = {self.num_classes - 1}, got others")
+            raise ValueError(
+                f"expected labels from 0 to num_classes - 1 = {self.num_classes - 1}, got labels out of range"
+            )
         if not bool(state.squares.isfinite().all()):
             raise ValueError("expected finite features, got nan or inf")
         folds = (state.counts > 0).sum(0).tolist()
@@ -210,7 +215,7 @@ class FoldMoments:
 
 
 class _Regression(NamedTuple):
-    """What ridge regression needs of samples: scatter ``A``, products ``B`` with the targets, ``m`` and ``p``."""
+    """Sums for ridge regression: scatter ``A``, products ``B`` with the targets, mean ``m`` and class shares ``p``."""
 
     scatter: Tensor
     products: Tensor
@@ -225,8 +230,8 @@ class _Regression(NamedTuple):
 
 
 def _whitening(mean: Tensor) -> Tensor:
-    """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` of class means ``(P, d)``, in the space that these span."""
+    """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` for class means ``(P, d)``, in the space that they span."""
     _, scales, rows = torch.linalg.svd(mean - mean.mean(0), full_matrices=False)
-    scales, rows = scales[: len(mean) - 1], rows[: len(mean) - 1]  # centring costs one dimension
+    scales, rows = scales[: len(mean) - 1], rows[: len(mean) - 1]  # centring removes one dimension
     kept = scales > max(mean.shape) * _EPS * scales[0]
     return rows[kept] / scales[kept, None]

@@ -1,7 +1,7 @@
-"""What a batch of pooled features with labels must be, and how bad ones are reported.
+"""Checks of batches of pooled features and labels.
 
-Where the host may read values, a batch is refused at once. On an accelerator reading would make the host wait for the
-device, so that bad samples are counted there, and reported when a number is asked for.
+On a CPU an invalid batch is refused at once. On an accelerator reading values would make the host wait for the device,
+so that invalid samples are counted there, and reported when a result is computed.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 """
@@ -19,21 +19,21 @@ class NonFiniteFeaturesError(ValueError):
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether the host may read values of a tensor at once: on a CPU, where nothing runs behind its back."""
+    """Whether the host can read a tensor without waiting for a device: if it is on the CPU."""
     return tensor.device.type == "cpu"
 
 
 def whole(labels: Tensor) -> Tensor:
-    """Whole-number labels in the type that torch indexes by, since it lacks most operators for uint16 and the like."""
+    """Integer labels as int64, since torch lacks most operators for uint16 and similar dtypes."""
     return labels if labels.is_floating_point() else labels.long()
 
 
 def check_shapes(features: Tensor, labels: Tensor) -> None:
-    """Refuse what is no batch of pooled features ``(N, d)`` with labels ``(N,)``.
+    """Refuse anything but pooled features ``(N, d)`` with labels ``(N,)``.
 
     Raises:
         ValueError: Wrong shapes.
-        TypeError: Labels that are no integers, features that are no floats.
+        TypeError: Labels that are not integers, features that are not floats.
     """
     if features.ndim != 2:
         raise ValueError(
@@ -56,7 +56,7 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int | None = No
     """Refuse labels ``(N,)`` outside ``0..K-1``; reads the device.
 
     Raises:
-        ValueError: There are such.
+        ValueError: A label is out of range.
     """
     labels = whole(labels)
     if ignore_index is not None:
@@ -73,7 +73,7 @@ def check_finite(features: Tensor, batch: int) -> None:
     """Refuse features ``(N, d)`` with nan or inf; reads the device.
 
     Raises:
-        NonFiniteFeaturesError: There are such.
+        NonFiniteFeaturesError: A feature is nan or inf.
     """
     if not math.isfinite(features.sum(dtype=torch.promote_types(features.dtype, torch.float32))):
         bad = int((~features.isfinite()).any(1).sum())
@@ -87,7 +87,7 @@ def check_finite(features: Tensor, batch: int) -> None:
 def sound_samples(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which samples count, ``(N,)``, and how many were left out for their labels and for their features, ``(2,)``."""
+    """Mask of valid samples, ``(N,)``, and the numbers left out for their labels and for their features, ``(2,)``."""
     known = (labels >= 0) & (labels < num_classes)
     outside = ~known if ignore_index is None else ~known & (labels != ignore_index)
     known = known if ignore_index is None else known & (labels != ignore_index)
@@ -96,7 +96,7 @@ def sound_samples(
 
 
 def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:
-    """Raise for samples that were left out on the device: ``flags`` has how many for their labels, and features.
+    """Raise if samples were left out on the device; ``flags`` has their numbers by labels and by features.
 
     Raises:
         ValueError: Labels outside ``0..K-1``.
@@ -107,7 +107,7 @@ def raise_flags(flags: Tensor, kept: int, num_classes: int, name: str) -> None:
     if outside:
         raise ValueError(
             f"{name}: expected labels in 0..{num_classes - 1} (num_classes={num_classes}), "
-            f"got {outside} of {total} samples with others since the last reset"
+            f"got {outside} of {total} samples with labels out of range since the last reset"
         )
     if broken:
         raise NonFiniteFeaturesError(

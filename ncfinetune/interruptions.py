@@ -1,4 +1,4 @@
-"""Runs that are stopped from outside, and where those that go on write to."""
+"""Interrupted runs: saving on SIGTERM, lost processes, and the folder of a resumed run."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune.resume import begin_again
 
-# What a shell says of a process that SIGTERM ended.
+# Exit status of a process ended by SIGTERM: 128 + 15.
 STATUS = 128 + signal.SIGTERM
 _NAME = "stopped.ckpt"
-# What gloo, NCCL and the store say of where a process has ended, and did not answer within the time-out.
+# In errors of gloo, NCCL and the store if another process has ended or did not answer within the time-out.
 _CONNECTION = r"gloo|NCCL|nccl|TCPStore|Connection (closed|reset) by peer|Broken pipe"
-# Where processes say that they are left, and seconds that they give each other for it: Lightning's launcher kills them
-# within five.
+# Key under which the remaining processes report in the store, and seconds they wait for each other: Lightning's
+# launcher kills them within five.
 _LEFT, _ANSWER = "ncfinetune/left", 1.0
 
 
 class SaveOnSIGTERM(Callback):
-    """Saves a training that SIGTERM stops, as pre-emption does, and says how to go on.
+    """Saves a training run on SIGTERM, as sent at pre-emption, and prints the command that resumes it.
 
-    Lightning stops after the batch. A validation that is stopped is done anew when the run goes on.
+    Lightning stops after the batch. An interrupted validation is repeated when the run is resumed.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save to ``RUN/checkpoints/stopped.ckpt`` if it was SIGTERM."""
+        """Save to ``RUN/checkpoints/stopped.ckpt`` if the exception is due to SIGTERM."""
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.validating:
@@ -53,15 +53,15 @@ class SaveOnSIGTERM(Callback):
         try:
             trainer.save_checkpoint(path)
         except OSError as error:
-            _say(f"{when}, which is lost back to the last checkpoint: {error}")
+            _say(f"{when}; progress since the last checkpoint is lost: {error}")
         else:
-            _say(f"{when}; to go on: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
+            _say(f"{when}; to resume: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
 
 
 def lost_ranks(error: RuntimeError) -> str | None:
-    """What to say of an error that a process gets where others have ended; None if it is another error.
+    """The message for an error that a process gets because other processes ended; None for other errors.
 
-    Every process that is left says so in the store by which they found each other; those that do not are named.
+    Every remaining process reports in the rendezvous store; the ranks that do not report are named.
     """
     if not (dist.is_available() and dist.is_initialized() and re.search(_CONNECTION, str(error))):
         return None
@@ -71,14 +71,14 @@ def lost_ranks(error: RuntimeError) -> str | None:
         store.set(f"{_LEFT}/{own}", "")
         time.sleep(_ANSWER)
         gone = [rank for rank in others if not store.check([f"{_LEFT}/{rank}"])]
-    except RuntimeError:  # the store ends with the first process, whose it is
+    except RuntimeError:  # the store belongs to rank 0 and ends with it
         gone = [0]
     who = (
         f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}" if gone else "a connection between the ranks"
     )
     return (
-        f"{who} ended while {len(others)} processes trained together: what it printed last says why (a process that is "
-        "killed, as for want of memory, prints nothing); go on from the last checkpoint by --ckpt_path"
+        f"{who} ended while {len(others)} processes trained together: its last output says why (a process that was "
+        "killed, as when memory runs out, prints nothing); resume from the last checkpoint by --ckpt_path"
     )
 
 
@@ -88,7 +88,7 @@ def _say(text: str) -> None:
 
 
 def run_of(checkpoint: str | Path | None) -> Path | None:
-    """The run's folder that a checkpoint lies in; None if it is in none."""
+    """The folder of the run that a checkpoint belongs to; None if it is in no run's folder."""
     if checkpoint is None or not Path(checkpoint).is_file():
         return None
     run = Path(checkpoint).absolute().parent.parent
@@ -96,17 +96,17 @@ def run_of(checkpoint: str | Path | None) -> Path | None:
 
 
 def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
-    """Let a training that goes on write to the folder that it wrote to before, unless one is named.
+    """Make a resumed run write to its previous folder, unless another is given.
 
-    A checkpoint's is the run that it lies in. A job of SLURM has a folder by its number and command, so that what SLURM
-    starts again finds what it left, and no other run does.
+    With a checkpoint that is the folder of the checkpoint's run. A SLURM job has a folder named by its job number and
+    command, so that a requeued job, and no other run, uses the same folder again.
 
     Args:
-        trainer: The trainer's part of the configuration; changed.
-        checkpoint: What is resumed; None for a new run.
+        trainer: The trainer's part of the configuration; changed in place.
+        checkpoint: The checkpoint to resume from; None for a new run.
         command: The arguments of the command line.
     """
-    # Another logger may overwrite what is in the folder, as CSVLogger does, or mean something else by a version.
+    # Another logger may overwrite the folder, as CSVLogger does, or have another meaning of version.
     if not str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger"):
         return
     options = trainer.logger.init_args
@@ -124,10 +124,10 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
 
 
 def last_of(trainer: Trainer, run: Path) -> None:
-    """Refuse to go on from the last checkpoint of a run that has none.
+    """Refuse to resume from the last checkpoint of a run that has none.
 
     Raises:
-        ValueError: There is none; names those of other runs.
+        ValueError: There is none; the message names last checkpoints of other runs.
     """
     folders = [
         Path(getattr(callback, "dirpath", None) or run / "checkpoints") for callback in trainer.checkpoint_callbacks

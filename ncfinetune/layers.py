@@ -1,7 +1,7 @@
 """Layers by name.
 
-A layer's name is its dotted module path (``layer3.1``, ``blocks.8``). The end of a longer path will do as long as only
-one module fits, so that ``layer3.1`` is the word for ``backbone.net.layer3.1`` too, in whatever module it sits.
+A layer's name is its dotted module path (``layer3.1``, ``blocks.8``), or the end of the path if only one module fits,
+so that ``layer3.1`` also names ``backbone.net.layer3.1`` of a surrounding module.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 
 from ncfinetune.blocks import block_names
 
-# The word for the features that reach the classifier, where a layer's name is expected.
+# The layer name of the features that reach the classifier.
 PENULTIMATE = "penultimate"
 
 
 def find_layers(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
-    """The submodules that the patterns name, in the order in which ``module`` holds them.
+    """The submodules that the patterns name, in the order of ``named_modules``.
 
-    A pattern is held against the end of each dotted path, part by part: ``*``, ``?`` and ``[...]`` never cross a dot,
-    so that ``layer*.*`` means the blocks of a ResNet and not their convolutions.
+    A pattern is matched with the end of each dotted path, part by part: ``*``, ``?`` and ``[...]`` never cross a dot,
+    so that ``layer*.*`` matches the blocks of a ResNet and not their convolutions.
 
     Returns:
         ``{name: submodule}``; a name is the part of the path that its pattern matched.
@@ -51,7 +51,7 @@ def _match(paths: Mapping[str, nn.Module], pattern: str, module: nn.Module) -> d
 
 
 def fitting_paths(paths: Iterable[str], pattern: str) -> dict[str, str]:
-    """Those of some dotted paths whose end a pattern fits, with that end: ``{path: end}``."""
+    """The dotted paths whose end a pattern fits, with that end: ``{path: end}``."""
     tails = {path: ".".join(path.split(".")[-pattern.count(".") - 1 :]) for path in paths}
     return {path: tail for path, tail in tails.items() if _fits(tail, pattern)}
 
@@ -74,7 +74,7 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def enclosing_block(module: nn.Module, name: str) -> str:
-    """Path of the block that holds a layer, or of the layer itself where none does."""
+    """Path of the block that contains a layer, or of the layer itself if no block does."""
     layer = next(iter(find_layers(module, [name]).values()))
     path = next(path for path, part in module.named_modules() if part is layer)
     return next((block for block in block_names(module) if path.startswith(f"{block}.")), path)

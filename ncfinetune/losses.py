@@ -1,4 +1,4 @@
-"""Losses of pre-training: contrastive, and the squared error on one-hot targets.
+"""Pre-training losses: contrastive, and the squared error on one-hot targets.
 
 Legend: ``N`` samples, ``V`` views of each, ``K`` classes, ``p`` projection width.
 """
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Similarities in memory at a time, which bounds what the contrastive loss adds to a step; 4 million are 16 MB.
+# Similarities in memory at a time, which bounds the memory that the contrastive loss adds to a step; 2**22 are 16 MB.
 _BLOCK = 2**22
-# The share of a GPU's memory that they take instead, 160 MB of 80 GB: smaller blocks are done sooner than launched.
+# On a GPU a share of its memory instead, 160 MB of 80 GB: smaller blocks take less time than their launches.
 _GPU_SHARE = 1 / 512
 # From this temperature on, exp(similarity / temperature) is within exp(-50) and exp(50): float32 needs no shift.
 _NO_SHIFT_FROM = 0.02
@@ -27,28 +27,28 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     """The loss of SupCon and SimCLR: L_out of Khosla et al. (2020, arXiv 2004.11362), equation 2, mean over all views.
 
     With ``labels = arange(N)`` it is NT-Xent of Chen et al. (2020, arXiv 2002.05709), equation 1. A view's positives
-    are all other views of its class. They include the sample's own other views, so that a batch in which every sample
-    is of another class has positives too, and SupCon's loss is NT-Xent there.
+    are all other views of its class. They include the sample's own other views, so that a batch of samples of different
+    classes has positives too; SupCon's loss then equals NT-Xent.
 
-    Time grows with ``(N V)^2``, memory with ``N V``: similarities are taken in blocks, which also form the gradient,
-    and the sum over positives goes through sums over classes.
+    Time grows with ``(N V)^2``, memory with ``N V``: similarities are computed in blocks, from which the gradient is
+    formed too, and the sum over positives is computed from class sums.
 
-    Where `torch.distributed` runs, the views of every process are keys for those of this one, and gradients flow back
-    to where a key came from. Each process returns its share; their mean is the loss of the global batch, and the mean
-    of their gradients, which DistributedDataParallel takes, is its gradient. Labels are compared across processes, so
-    that for NT-Xent each process needs numbers of its own, as SimCLR has them.
+    Under `torch.distributed` the views of all processes are keys for the views of this process, and gradients flow back
+    to the process of each key. Each process returns its share; the mean of the shares is the loss of the global batch,
+    and the mean of their gradients, which DistributedDataParallel takes, its gradient. Labels are compared across
+    processes, so that for NT-Xent they must differ between processes, as in SimCLR.
 
         >>> z = torch.eye(2).repeat_interleave(2, 0).reshape(2, 2, 2)  # two views of each of two samples
         >>> contrastive_loss(z, labels=torch.tensor([0, 1]), temperature=1.0).item()  # log(1 + 2 / e)
         0.5514...
 
     Args:
-        z: Projections, ``(N, V, p)``; they are normalised here. Half precision is taken to float32.
-        labels: Whole numbers, ``(N,)``.
-        temperature: What the cosine similarities are divided by.
+        z: Projections, ``(N, V, p)``; they are normalised here. Half precision is converted to float32.
+        labels: Integers, ``(N,)``.
+        temperature: Divisor of the cosine similarities.
 
     Returns:
-        A scalar of at least single precision.
+        A scalar of at least float32.
 
     Raises:
         ValueError: Shapes that do not fit, one view, one sample, or a temperature that is not positive.
@@ -68,29 +68,29 @@ def one_hot_mse(
 ) -> Tensor:
     """Squared error on one-hot targets: the mean over samples and classes of ``k (logit_y - m)^2`` and ``logit_j^2``.
 
-    ``k`` and ``m`` are the rescaling of Hui and Belkin (2021, arXiv 2006.07322), section 2: with many classes the one
-    target that is not zero is lost in the mean, so they weigh its error (``k``) and move it away from zero (``m``).
-    They take 1 and 1 for few classes, and for ImageNet 15 and 30.
+    ``k`` and ``m`` are the rescaling of Hui and Belkin (2021, arXiv 2006.07322), section 2: with many classes the only
+    target that is not zero has little influence on the mean, so that they weigh its error by ``k`` and set the target
+    to ``m``. They take 1 and 1 for few classes, and for ImageNet 15 and 30.
 
     Args:
         logits: ``(N, K)``.
         labels: Classes ``(N,)``, or probabilities of classes ``(N, K)``, which weigh the two kinds of target.
         k: Weight of the true class's error.
         m: Target of the true class.
-        class_weight: Weights of the classes, ``(K,)``: the mean over samples is weighted by that of each one's class,
-            with probabilities by the mean weight of its classes.
+        class_weight: Weights of the classes, ``(K,)``: the mean over samples is weighted by the weight of each sample's
+            class, or with probabilities by the mean weight of its classes.
     """
     share = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     errors = k * share * (logits - m).square() + (1 - share) * logits.square()
     if class_weight is None:
         return errors.mean()
-    weight = (share * class_weight).sum(1)  # products of matrices are of half precision in autocast
+    weight = (share * class_weight).sum(1)  # a matrix product would be in half precision under autocast
     return (weight * errors.mean(1)).sum() / weight.sum()
 
 
 class _Normalised(torch.autograd.Function):
-    """What `F.normalize` does along the last axis, with a quarter of the kernel launches of its gradient."""
+    """`F.normalize` along the last axis, with a quarter of the kernel launches in its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class _Normalised(torch.autograd.Function):
 class _ContrastiveLoss(torch.autograd.Function):
     """``share`` of the sum of L_out over the views of ``count`` samples from ``first`` on.
 
-    Keys are all views, ``(N, V, p)``. Forward forms the gradient too, while the similarities are there; backward scales
-    it. Nothing in it waits for the device, and launches are few: in a small batch they are what takes time.
+    Keys are all views, ``(N, V, p)``. The forward pass computes the gradient too, while the similarities are in memory;
+    the backward pass scales it. Nothing synchronises, and launches are few, since they dominate for small batches.
     """
 
     @staticmethod
@@ -138,8 +138,8 @@ def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) 
     """Minus the sum over own views of their mean similarity to the other keys of their class; its gradient if needed.
 
     That is ``sum_i z_i (S_i - z_i) / (1 - n_i)`` with the sum ``S_i`` and the number ``n_i`` of the class's views; the
-    gradient is multiplied by ``scale``. A class is known by where its labels begin among the sorted ones: unlike
-    `torch.unique`, that reads nothing back.
+    gradient is multiplied by ``scale``. A class is identified by the start of its labels in sorted order: unlike
+    `torch.unique`, this does not synchronise.
     """
     ordered = labels.sort().values
     classes = torch.searchsorted(ordered, labels)
@@ -155,7 +155,7 @@ def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) 
     pull = (others * keys)[own].sum()
     if not needed:
         return pull, None
-    if own == everything:  # the two ends of a pair pull alike
+    if own == everything:  # both views of a pair get the same gradient
         return pull, others.mul_(2 * scale)
     gradient = (class_sums(own) / fewer).expand_as(keys).clone()
     gradient[own] += others[own] - (keys / fewer)[own]
@@ -163,22 +163,22 @@ def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) 
 
 
 def _scale(keys: Tensor, temperature: float) -> float:
-    """One over the temperature, as far as it is a number of the keys' type: torch refuses to multiply by others."""
+    """One over the temperature, limited to the range of the keys' dtype: torch refuses larger factors."""
     return min(1 / temperature, torch.finfo(keys.dtype).max)
 
 
 def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None, share: float) -> Tensor:
-    """Sum over rows of the logsumexp of their scaled similarities to all keys but themselves, block by block.
+    """Sum over rows of the logsumexp of their scaled similarities to all other keys, block by block.
 
     Args:
         keys: Unit vectors, ``(M, p)``.
-        rows: Which of them are rows.
-        temperature: What similarities are divided by.
-        gradient: What ``share`` of that of the keys is added to, ``(M, p)``; None if nobody wants it.
-        share: See above.
+        rows: The keys that are rows.
+        temperature: Divisor of the similarities.
+        gradient: Accumulates ``share`` times the gradient of the keys, ``(M, p)``; None if it is not needed.
+        share: Factor of the gradient.
     """
     count, scale = rows.stop - rows.start, _scale(keys, temperature)
-    # Two blocks at least: a small batch takes half the memory of its similarities for a few more launches.
+    # At least two blocks: a small batch then needs half the memory for its similarities, for a few more launches.
     size = math.ceil(count / max(2, math.ceil(count * len(keys) / _block(keys.device))))
     buffer, all_sums = keys.new_empty(size, len(keys)), keys.new_empty(count, 1)
     shifts: list[Tensor] = []
@@ -207,9 +207,9 @@ def _block(device: torch.device) -> int:
 
 
 def _gather(own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Views and labels of all processes, and where those of this one begin.
+    """Views and labels of all processes, and the index of this process's first view.
 
-    Several processes wait once for each other's number of samples, which the shapes depend on.
+    Several processes synchronise once to exchange their numbers of samples, which the shapes depend on.
     """
     if _processes() == 1:
         return own, labels, 0
@@ -220,7 +220,7 @@ def _gather(own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; each gets back the sum of what all of them say about its own."""
+    """Rows of all processes; in the backward pass each process gets the sum of all gradients of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:

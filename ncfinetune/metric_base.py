@@ -1,4 +1,4 @@
-"""What the metrics share as torchmetrics: float64 states that only move between devices, and merge exactly."""
+"""Base classes of the metrics for torchmetrics: float64 states that are never cast, and merge exactly."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class CollapseMetric(Metric, ABC):
-    """What the family shares: checked input, float64 states that only ever move between devices.
+    """The base class of all metrics: checked input, and float64 states that are moved but never cast.
 
     Args:
         num_classes: Number of classes ``K``.
-        kwargs: What `torchmetrics.Metric` takes.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
         ValueError: ``num_classes`` is below 2.
@@ -37,14 +37,14 @@ class CollapseMetric(Metric, ABC):
         self._lenient = False
 
     def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
-        """Declare a state; one made in inference mode could not be added to outside it."""
+        """Declare a state, outside inference mode: an inference tensor could not be updated in place elsewhere."""
         with torch.inference_mode(False):
             super().add_state(name, default.clone() if isinstance(default, Tensor) else default, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add samples, and give the metric of these alone: nan where they do not define it.
+        """Add samples, and return the metric of these alone, or nan if they do not define it.
 
-        What is refused leaves the earlier samples as they were.
+        Samples that are refused leave the state unchanged.
         """
         before, updates = self._copy_state_dict(), self._update_count
         self._lenient = True
@@ -65,7 +65,7 @@ class CollapseMetric(Metric, ABC):
             super().reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Move, but never cast: a parent in half precision must not degrade the state. On MPS it stays on the CPU."""
+        """Move the state, but never cast it to another precision; for MPS it stays on the CPU."""
 
         def move(tensor: Tensor) -> Tensor:
             device = fn(torch.empty(0, device=tensor.device)).device
@@ -79,7 +79,7 @@ class CollapseMetric(Metric, ABC):
             return super()._copy_state_dict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy that takes samples anywhere, though it be made in inference mode."""
+        """A copy that can be updated outside inference mode even if it is made inside."""
         memo[id(self)] = other = type(self).__new__(type(self))
         with torch.inference_mode(False):
             other.__setstate__(deepcopy(self.__getstate__(), memo))
@@ -90,19 +90,19 @@ class CollapseMetric(Metric, ABC):
         """Make the state that of several together."""
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric of this kind, or of its state."""
+        """Merge the state of another metric of this class, or a state dictionary."""
         super().merge_state(incoming_state)
-        self._computed = None  # the base class would give the value from before, or warn that there was no update
+        self._computed = None  # the base class would return the cached value, or warn that there was no update
         self._update_count += 1
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge another state into this one; serves ``forward`` and ``merge_state``."""
+        """Merge another state into this one, for ``forward`` and ``merge_state``."""
         if fault := self._misfit(incoming_state, self.metric_state):
             raise ValueError(fault)
         self._merge([self.metric_state, incoming_state])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Take a state over if there is one, whole and of a metric like this; torchmetrics takes whatever there is."""
+        """Load a complete state of the same kind of metric, if there is one; torchmetrics would accept any state."""
         given = {name: state_dict[prefix + name] for name in self._defaults if prefix + name in state_dict}
         fault = self._misfit(given, self._defaults) if given else None
         if fault is not None:
@@ -113,7 +113,7 @@ class CollapseMetric(Metric, ABC):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _misfit(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
-        """What keeps a state from being one of this metric; sizes that its own has as 0 are not known yet."""
+        """Why a state does not fit this metric; None if it does. Sizes of 0 in its own state are still unknown."""
         if missing := [name for name in self._defaults if name not in state]:
             return f"expected the state of a {type(self).__name__}, got one without {', '.join(missing)}"
         for name in self._defaults:
@@ -122,21 +122,21 @@ class CollapseMetric(Metric, ABC):
             if not fits or own[name].is_floating_point() != state[name].is_floating_point():
                 return (
                     f"expected the state of a {type(self).__name__} of {self.num_classes} classes, whose {name} is "
-                    f"{own[name].dtype} {expected}, got {state[name].dtype} {got}; take a metric made as its own was"
+                    f"{own[name].dtype} {expected}, got {state[name].dtype} {got}; make the metric with the arguments of the saved one"
                 )
         return None
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        """Make the state that of all processes together: gather all, then merge."""
+        """Set the state to that of all processes: gather all, then merge."""
         tensors = self.metric_state
         gathered = [dist_sync_fn(state, group=process_group or self.process_group) for state in tensors.values()]
         self._merge([dict(zip(tensors, states, strict=True)) for states in zip(*gathered, strict=True)])
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
-        """Synchronise, and restore this process's own state afterwards, also if what is done in between raises."""
+        """Synchronise, and restore this process's own state afterwards, also after an exception."""
         self.sync(*args, **kwargs)
         try:
             yield
@@ -145,12 +145,12 @@ class CollapseMetric(Metric, ABC):
 
     @property
     def state_device(self) -> torch.device:
-        """Where the state lies: MPS has no float64."""
+        """Device of the state: the CPU for MPS, which has no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
 
 def state(name: str) -> Any:
-    """A state of the metric that is one of its accumulator's."""
+    """A state of the metric that is stored in its accumulator."""
 
     def get(self: AccumulatorMetric) -> Tensor:
         return getattr(self._accumulator, name)
@@ -162,13 +162,13 @@ def state(name: str) -> Any:
 
 
 class AccumulatorMetric(CollapseMetric):
-    """A shell over one accumulator. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``; ``d`` is learnt.
+    """A metric with one accumulator. ``update(features, labels)`` takes ``(N, d)`` and ``(N,)``, for any ``d``.
 
     Raises:
         ValueError: In ``update``: wrong shapes, labels outside ``0..K-1``, a width that changes.
-        NonFiniteFeaturesError: In ``update``: nan or inf. On an accelerator bad labels and features are reported by
+        NonFiniteFeaturesError: In ``update``: nan or inf. On an accelerator invalid labels and features are reported by
             ``compute``.
-        TypeError: In ``update``: labels that are no integers, features that are no floats.
+        TypeError: In ``update``: labels that are not integers, features that are not floats.
     """
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ class AccumulatorMetric(CollapseMetric):
 
     @property
     def metric_state(self) -> dict[str, list[Tensor] | Tensor]:
-        """The state by name; no samples wait."""
+        """The state by name, after flushing the buffer."""
         self._accumulator.flush()
         return super().metric_state
 
@@ -202,7 +202,7 @@ class AccumulatorMetric(CollapseMetric):
         return super()._copy_state_dict()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The persistent states; samples that wait go with them."""
+        """The persistent states, after flushing the buffer."""
         self._accumulator.trim()
         return super().state_dict(*args, **kwargs)
 

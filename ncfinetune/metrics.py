@@ -1,6 +1,6 @@
 """Neural-collapse metrics for torchmetrics: exact, streaming, of bounded size whatever the number of samples.
 
-The members that derive from class moments are thin shells over one `MomentAccumulator`.
+Metrics of class moments are thin wrappers of a `MomentAccumulator`.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` feature width.
 """
@@ -26,7 +26,7 @@ from ncfinetune.sketch import ClassSketches
 
 
 class _MomentMetric(AccumulatorMetric):
-    """A number of the class moments.
+    """A metric that is a function of class moments. Abstract.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -56,17 +56,22 @@ class _MomentMetric(AccumulatorMetric):
         return self.value_of(self.checked_moments())
 
     def moments(self) -> ClassMoments:
-        """The class moments of all samples since the last reset: of this process alone, unless synchronised."""
+        """The class moments of all samples of this process since the last reset; of all processes if synchronised."""
         return self._accumulator.moments()
 
     def checked_moments(self) -> ClassMoments:
-        """The same without ``within`` written out, once it is sure that no sample was bad."""
+        """The class moments without the dense ``within``, after checking that no sample was invalid.
+
+        Raises:
+            ValueError: Labels out of range.
+            NonFiniteFeaturesError: nan or inf.
+        """
         moments = self._accumulator.moments(within=False)
         self._accumulator.check(type(self).__name__)
         return moments
 
     def value_of(self, moments: ClassMoments) -> Tensor:
-        """The metric as a function of the moments: nan in ``forward`` if these do not define it."""
+        """The metric as a function of the moments; nan in ``forward`` if they do not define it."""
         if self._lenient and int(moments.present.sum()) < 2:
             return moments.mean.new_tensor(torch.nan)
         if not moments.present.any():
@@ -78,7 +83,7 @@ class _MomentMetric(AccumulatorMetric):
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        """Make the state that of all processes together, by one ``all_reduce`` a tensor."""
+        """Set the state to that of all processes, by one ``all_reduce`` per tensor."""
         if dist_sync_fn is gather_all_tensors:
             self._accumulator.reduce(_summing(process_group or self.process_group))
         else:
@@ -94,7 +99,7 @@ def _summing(group: Any | None) -> Callable[[Tensor], Tensor]:
 
 
 class NC1(_MomentMetric):
-    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a ``(d, d)`` state.
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; the only metric with a ``(d, d)`` state.
 
     >>> nc1 = NC1(num_classes=2)
     >>> nc1.update(torch.tensor([[-1.1], [-0.9]]), torch.tensor([0, 0]))
@@ -156,7 +161,7 @@ class NC3(_MomentMetric):
         Args:
             features: Pooled features, ``(N, d)``, of any floating-point type.
             labels: Integer labels in ``0..K-1``, ``(N,)``.
-            weight: The classifier's weight, ``(K, d)``; the last one counts.
+            weight: The classifier's weight, ``(K, d)``; the last one given is used.
         """
         self.check_weight(features, weight)
         super().update(features, labels)
@@ -166,16 +171,16 @@ class NC3(_MomentMetric):
         """Refuse a weight whose shape is not ``(K, d)``.
 
         Raises:
-            ValueError: It is not.
+            ValueError: The shape is another.
         """
         width = self._accumulator.width or features.shape[-1]
         expected = (self.num_classes, width)
-        sound = features.ndim == 2 and features.shape[1] == width > 0  # other features are refused for themselves
+        sound = features.ndim == 2 and features.shape[1] == width > 0  # other features are refused in update
         if weight is not None and sound and weight.shape != expected:
             raise ValueError(f"expected weight of shape {expected}, got {tuple(weight.shape)}")
 
     def hold_weight(self, weight: Tensor | None) -> None:
-        """Compare with this weight, ``(K, d)``, from now on; None changes nothing."""
+        """Set the weight, ``(K, d)``, to compare with; None keeps the last one."""
         if weight is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self.weight = weight.detach().to(self.state_device, torch.float64, copy=True)
@@ -198,7 +203,7 @@ class NC3(_MomentMetric):
 
     @contextmanager
     def common_weight(self, width: int) -> Iterator[None]:
-        """Compare with the weight as the processes have it that saw one; all of them must call it.
+        """Use the weight of the processes that have one, on all processes; all of them must call it.
 
         Args:
             width: Feature width ``d``, which a process without samples does not know.
@@ -223,11 +228,11 @@ class NC3(_MomentMetric):
 class NC4(CollapseMetric):
     """Disagreement of the classifier with the nearest class mean, `collapse.disagreement`: a share in 0..1.
 
-    The means are fixed beforehand, which is what lets it stream: those of the training set, say, for a pass over the
-    validation set. ``update(features, labels, weight, bias)``; the labels are checked and play no part.
+    The means are fixed beforehand, so that it can be accumulated batch by batch: those of the training set, say, for a
+    pass over the validation set. Labels given to ``update(features, labels, weight, bias)`` are checked but not used.
 
     Args:
-        moments: The class moments whose means decide.
+        moments: The class moments with the means.
         kwargs: What `torchmetrics.Metric` takes.
     """
 
@@ -319,7 +324,7 @@ class NumericalRank(AccumulatorMetric):
         return self._accumulator.numerical_rank()
 
 
-# The family by the names under which it is logged.
+# All metrics by log name.
 MEMBERS: dict[str, type[Any]] = {
     "nc1": NC1,
     "nc1_ratio": NC1Ratio,
@@ -333,12 +338,12 @@ MEMBERS: dict[str, type[Any]] = {
 
 
 class CollapseCollection(MetricCollection):
-    """A MetricCollection whose members that derive from class moments update and synchronise one state once."""
+    """A MetricCollection whose metrics of class moments share one state, updated and synchronised once."""
 
     def __init__(self, metrics: dict[str, CollapseMetric], **kwargs: Any) -> None:
         moments = [name for name, metric in metrics.items() if isinstance(metric, _MomentMetric)]
         others = [[name] for name in metrics if name not in moments]
-        # The group's state is its leader's; one that keeps the (d, d) matrix must lead.
+        # The group shares its first member's state, which must be one with the (d, d) matrix if there is one.
         groups = [sorted(moments, key=lambda name: not metrics[name]._keeps_scatter)] if moments else []
         super().__init__(dict(metrics), compute_groups=[*groups, *others], **kwargs)
 
@@ -357,10 +362,10 @@ class CollapseCollection(MetricCollection):
             for member in members:
                 if member._computed is not None:
                     member._computed = None
-        self._state_is_copy = False  # a member that was looked at has a copy of the state from then
+        self._state_is_copy = False  # a member that was accessed has a copy of the state at that time
 
     def _compute_groups_create_state_ref(self, copy: bool = False) -> None:
-        """Give members the states of their leader that they have too; the base class would give all of them."""
+        """Share with each member the states of its group's first member that it has too; the base class shares all."""
         if not self._state_is_copy:
             for group in self.compute_groups.values():
                 leader, *others = [getattr(self, name) for name in group]
@@ -372,7 +377,7 @@ class CollapseCollection(MetricCollection):
         self._state_is_copy = copy
 
     def compute(self) -> dict[str, Any]:
-        """All members, by name; what derives from class moments, from one synchronisation and one set of moments."""
+        """All metrics, by name; metrics of class moments use one synchronisation and one computation of the moments."""
         values: dict[str, Any] = {}
         for group in self.compute_groups.values():
             leader, *_ = members = [getattr(self, name) for name in group]
@@ -391,7 +396,7 @@ class CollapseCollection(MetricCollection):
 def neural_collapse(
     num_classes: int, members: Sequence[str] = tuple(collapse.FAMILY), **kwargs: Any
 ) -> CollapseCollection:
-    """The family as one collection: ``update(features=, labels=)``, and ``weight=`` for ``nc3``.
+    """All metrics as one collection: ``update(features=, labels=)``, and ``weight=`` for ``nc3``.
 
     Without ``nc1`` there is no ``(d, d)`` state, and an update costs a pass over the batch.
 
@@ -403,11 +408,11 @@ def neural_collapse(
 
     Args:
         num_classes: Number of classes ``K``.
-        members: Which of `MEMBERS`, by name.
-        kwargs: What `torchmetrics.MetricCollection` takes, such as ``prefix``.
+        members: Names among `MEMBERS`.
+        kwargs: Arguments of `torchmetrics.MetricCollection`, such as ``prefix``.
 
     Raises:
-        ValueError: A name that is no member.
+        ValueError: A name that is not among `MEMBERS`.
     """
     members = (members,) if isinstance(members, str) else members
     unknown = [name for name in members if name not in MEMBERS]

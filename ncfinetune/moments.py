@@ -1,4 +1,4 @@
-"""Class moments of features, and their accumulation batch by batch in plain tensors.
+"""Class moments of features, and their accumulation batch by batch.
 
 For each class the accumulator keeps a count, a shift ``c_k`` close to the class mean, and sums of ``z = h - c_k`` and
 of ``|z|^2``; for NC1 also one matrix, the sum of ``z z^T`` over all classes. Thanks to the shift nothing cancels,
@@ -24,26 +24,26 @@ from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
 from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_products, float32_error
 
-# Numbers of a buffer treated at a time on a CPU, so that what is made of them, 2 MB, stays in the processor's cache.
+# Numbers of a buffer processed at a time on a CPU, so that their float64 copy, 2 MB, stays in the processor's cache.
 _PIECE = 2**17
-# A class's shift is looked at again by a buffer with this many times the samples that it was chosen from, and moved
+# A class's shift is checked again by a buffer with this many times the samples that it was chosen from, and moved
 _BETTER = 4
-# ... if it lies further off, in squared standard deviations within the class. An outlier does, a usual sample does not.
+# ... if its squared distance, in variances within the class, exceeds this: that of an outlier does, others do not.
 _FAR = 10
-# Float32 products are made while their error is estimated below this share of NC1, a tenth of what NC1 is held to.
+# Products are float32 while their estimated relative error of NC1 is below this, a tenth of the promised accuracy.
 _ALLOWED = 1e-7
-# Products after which the arithmetic is chosen anew.
+# Number of products after which the precision is chosen anew.
 _REVIEWED = {8**power for power in range(20)}
-# In which arithmetic: float64, float32, or whichever the first product shows to be enough.
+# Precisions of the products: float64, float32, or not decided before the first product.
 _WIDE, _NARROW, _TRIAL = 0, 1, 2
 
 
 class UndefinedCollapseError(ValueError):
-    """There are no samples, or none of a second class, so that nothing lies between classes."""
+    """Fewer than two classes have samples, so that there is no between-class variance."""
 
 
 class UnresolvedCollapseError(UndefinedCollapseError):
-    """Rounding may have moved a number by more than it is held to."""
+    """The rounding error of a number may exceed the promised accuracy."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class ClassMoments:
     """First and second moments of features, class by class.
 
     Args:
-        count: Samples a class, ``(K,)``.
-        mean: Class means, ``(K, d)``; zero where a class is absent.
+        count: Samples per class, ``(K,)``.
+        mean: Class means, ``(K, d)``; zero for absent classes.
         variance: Mean squared distance to the class mean, ``(K,)``.
-        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; None if it was not kept.
-        scatter: ``Sigma_W`` as an accumulator has it, not written out.
+        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; None if it was not computed.
+        scatter: ``Sigma_W`` in an accumulator's form, not as a dense matrix.
     """
 
     count: Tensor
@@ -65,7 +65,7 @@ class ClassMoments:
     scatter: ShiftedScatter | None = None
 
     def to(self, device: torch.device | str) -> ClassMoments:
-        """The same on another device, with ``within`` written out."""
+        """The moments on another device, with a dense ``within``."""
         within = self.scatter.written_out() if self.within is None and self.scatter is not None else self.within
         within = None if within is None else within.to(device)
         return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within)
@@ -83,11 +83,11 @@ class ClassMoments:
     @property
     def global_mean(self) -> Tensor:
         """``mu_G``, the mean of the present classes' means, ``(d,)``; of balanced samples, their mean."""
-        return self.mean.sum(0) / self.present.sum()  # those of absent classes are zero
+        return self.mean.sum(0) / self.present.sum()  # the means of absent classes are zero
 
     @cached_property
     def centred(self) -> Tensor:
-        """Present classes' means less ``mu_G``, ``(P, d)``; 0 where they agree to the rounding of the means.
+        """Present classes' means less ``mu_G``, ``(P, d)``; 0 where they agree up to the rounding of the means.
 
         Raises:
             UndefinedCollapseError: Fewer than two classes are present.
@@ -116,7 +116,7 @@ class ClassMoments:
         """``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``.
 
         Raises:
-            ValueError: The moments are without the covariance within classes.
+            ValueError: The moments lack the within-class covariance.
         """
         if self.scatter is not None:
             return self.scatter.spread(rows)
@@ -124,19 +124,19 @@ class ClassMoments:
             raise ValueError("nc1 needs moments with the within-class covariance, got moments with within=None")
         return torch.tensordot(rows @ self.within, rows)
 
-    def doubt(self, rows: Tensor, spread: Tensor) -> Tensor:
-        """How far rounding may have moved ``spread(rows)``, as a standard deviation, for rows that whiten ``centred``.
+    def rounding_error(self, rows: Tensor, spread: Tensor) -> Tensor:
+        """Standard deviation of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
 
-        Rounding of the products counts, and rounding ``u`` of the class means: in feature ``i``, where these have norm
-        ``m_i``, it moves a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, and brings in what varies there.
+        It includes rounding of the products, and rounding ``u`` of the class means: in feature ``i``, where these have
+        norm ``m_i``, it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds variance from there.
         """
         turned = self._turning * rows.square().sum(1).square().sum().sqrt()
-        products = rows.new_zeros(()) if self.scatter is None else self.scatter.doubt(rows)
+        products = rows.new_zeros(()) if self.scatter is None else self.scatter.rounding_error(rows)
         return products + 2 * turned * spread.sqrt() + turned.square()
 
     @cached_property
     def _turning(self) -> Tensor:
-        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `doubt`."""
+        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`."""
         if self.scatter is not None:
             variances = self.scatter.diagonal()
         else:
@@ -177,9 +177,9 @@ _SCATTER_NAMES = ("scatter", "rounding", "plan")
 
 
 def _class_means(rows: Tensor, labels: Tensor, keep: Tensor | None, num_classes: int) -> Tensor:
-    """Means of the classes' rows ``(m, d)``, ``(K, d)``, only of those of ``keep``; 0 without any.
+    """Class means ``(K, d)`` of rows ``(m, d)``, of those in ``keep`` only; 0 for classes without rows.
 
-    Taken of differences to the class's first row, so that rows that are all alike have their mean exactly.
+    Computed from differences to the class's first row, so that the mean of identical rows is exact.
     """
     last = len(rows) - 1
     weight = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
@@ -194,7 +194,7 @@ def _class_means(rows: Tensor, labels: Tensor, keep: Tensor | None, num_classes:
 
 
 def _steps(rows: Tensor, labels: Tensor, shift: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Rows less the shifts ``(K, d)`` of their classes, in float64; 0 where not kept. All pieces share one memory."""
+    """Rows less the shifts ``(K, d)`` of their classes, in float64; 0 if not kept. All pieces share one buffer."""
     width = rows.shape[1]
     size = max(1, _PIECE // width) if may_look(rows) else len(rows)
     steps, shifts = rows.new_empty(2, min(size, len(rows)), width, dtype=torch.float64)
@@ -207,12 +207,12 @@ def _steps(rows: Tensor, labels: Tensor, shift: Tensor, keep: Tensor | None) -> 
 
 
 class MomentAccumulator(Accumulator):
-    """Class moments of features that come in batches, in memory that does not grow.
+    """Accumulates class moments of features batch by batch in constant memory.
 
-    Rows wait as they come in one buffer on the accumulator's device until there are enough of them for one product of
-    matrices, so that the moments do not depend on how samples are cut into batches. On an accelerator an update only
-    launches: no value is read back to the host. Samples with bad labels or features are then counted on the device and
-    left out, and `check` raises; on a CPU they are refused at once.
+    Rows are collected in one buffer on the accumulator's device, which is flushed by one matrix product when it is
+    full, so that the moments do not depend on how samples are divided into batches. On an accelerator an update does
+    not synchronise: invalid samples (labels out of range, nan or inf) are counted on the device and left out, and
+    `check` raises. On a CPU they are refused at once.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -235,14 +235,14 @@ class MomentAccumulator(Accumulator):
 
     def _reset(self) -> None:
         self.squares = torch.zeros_like(self.count)
-        # Samples that a class's shift was chosen from.
+        # Number of samples that each class's shift was chosen from.
         self.anchors = torch.zeros_like(self.count)
         self.shift = self.count.new_zeros(self.num_classes, 0)
         self.sums = self.shift.clone()
         if self.keeps_scatter:
             self.scatter = self.count.new_zeros(0, 0)
             self.rounding = self.count.new_zeros(0)
-            # Products made, counting a trial twice, and the arithmetic of the last.
+            # Number of products, counting a trial twice, and the precision of the last.
             self.plan = torch.zeros_like(self.flags)
 
     @property
@@ -251,7 +251,7 @@ class MomentAccumulator(Accumulator):
         return self.shift.shape[1]
 
     def _widen(self, width: int) -> None:
-        """Give the state the width of the features; it starts without."""
+        """Allocate the state for the width of the features."""
         if self.width != width:
             self.shift = self.count.new_zeros(self.num_classes, width)
             self.sums = torch.zeros_like(self.shift)
@@ -269,7 +269,7 @@ class MomentAccumulator(Accumulator):
             self.sums.index_add_(0, labels[part], step)
             squares[part] = torch.linalg.vector_norm(step, dim=1).square_()
             if not on_cpu:
-                z = step  # of all rows at a time
+                z = step  # all rows at once
             elif self.keeps_scatter:
                 z[part] = step
         self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
@@ -282,7 +282,7 @@ class MomentAccumulator(Accumulator):
             add_products(self.scatter, self.rounding, z, z.dtype)
 
     def _arithmetic(self, rows: Tensor) -> int:
-        """How to multiply these rows."""
+        """The precision in which to multiply these rows."""
         if not may_look(self.count) or rows.dtype == torch.float64:
             return _WIDE
         made, arithmetic = self.plan.tolist()
@@ -307,7 +307,7 @@ class MomentAccumulator(Accumulator):
         return float32_error(self.count, self.shift, self.sums, self.squares, self.scatter)
 
     def _choose_shifts(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
-        """Shift each new class by the mean of its samples in the buffer; on a CPU one that had an outlier first too."""
+        """Set the shift of each new class to its mean in the buffer; on a CPU also of one shifted to an outlier."""
         weight = torch.ones_like(labels, dtype=torch.float64) if keep is None else keep.double()
         number = torch.zeros_like(self.count).index_add_(0, labels, weight)
         if may_look(self.count):
@@ -321,7 +321,7 @@ class MomentAccumulator(Accumulator):
         self.anchors = number.where(new, self.anchors)
 
     def _choose_some(self, rows: Tensor, labels: Tensor, keep: Tensor | None, chosen: Tensor, number: Tensor) -> None:
-        """The same for the classes ``chosen``, ``(C,)``, with ``number`` samples in the buffer each."""
+        """Set the shifts of the classes ``chosen``, ``(C,)``, which have ``number`` samples in the buffer."""
         position = torch.full_like(self.anchors, -1, dtype=torch.int64)
         position[chosen] = torch.arange(len(chosen), device=self.device)
         labels = position[labels]
@@ -343,7 +343,7 @@ class MomentAccumulator(Accumulator):
         self.anchors[chosen] = number
 
     def _move(self, moved: Tensor, step: Tensor) -> None:
-        """Make the sums of classes ``moved``, ``(C,)``, those about shifts that lie ``step`` further, ``(C, d)``."""
+        """Change the sums of classes ``moved``, ``(C,)``, for shifts that are moved by ``step``, ``(C, d)``."""
         sums, count = self.sums[moved], self.count[moved, None]
         self.squares[moved] += (count * step.square() - 2 * sums * step).sum(1)
         self.sums[moved] = sums - count * step
@@ -356,7 +356,7 @@ class MomentAccumulator(Accumulator):
         """The class moments of all samples so far.
 
         Args:
-            within: Write out the matrix within classes. Without it `collapse.nc1` is as exact, faster and smaller.
+            within: Compute the dense within-class covariance. `collapse.nc1` does not need it, and is faster without.
         """
         self.flush()
         count = self.count.clamp(min=1)
@@ -370,7 +370,7 @@ class MomentAccumulator(Accumulator):
         return ClassMoments(self.count.clone(), mean, variance, written, None if within else scatter)
 
     def merge(self, others: Iterable[MomentAccumulator]) -> None:
-        """Add the samples of other accumulators, whatever their shifts.
+        """Merge other accumulators, which may have other shifts.
 
         Raises:
             ValueError: Features of several widths.
@@ -388,24 +388,24 @@ class MomentAccumulator(Accumulator):
                 self._hold(reduce(merge, moments))
 
     def _hold(self, moments: ClassMoments) -> None:
-        """Make the state that of ``moments``."""
+        """Set the state to that of ``moments``."""
         self.count, self.shift, self.sums = moments.count, moments.mean, torch.zeros_like(moments.mean)
         self.anchors = moments.count.clone()
         self.squares = moments.count * moments.variance
         if moments.within is not None:
             self.scatter = moments.within * moments.count.sum()
-            # Several roundings of entries that can be far larger than those of the parts.
+            # Rounding of intermediate entries that can be far larger than the entries of the parts.
             self.rounding.add_(self.scatter.diagonal(), alpha=4 * ROUNDING[torch.float64])
             self.plan = torch.zeros_like(self.plan)
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor], device: torch.device | None = None) -> None:
-        """Make the state that of all processes together; all of them must call it.
+        """Set the state to that of all processes; all of them must call it.
 
-        Moments are moved to the global class means, after which every tensor is a plain sum.
+        Shifts are moved to the global class means, after which every tensor is reduced by a sum.
 
         Args:
-            all_reduce: Gives the sum over the processes of a tensor, which it may change in place.
-            device: Where the processes reduce; a process that had no samples takes part with zeros there.
+            all_reduce: Returns the sum of a tensor over the processes; may change it in place.
+            device: Device of the reduction; a process without samples contributes zeros there.
         """
         if device is not None:
             self.to(device)

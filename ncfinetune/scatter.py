@@ -1,9 +1,9 @@
 """Sums of products ``z z^T`` of shifted features: the arithmetic behind the covariance within classes.
 
-The arithmetic belongs to the device. On an accelerator products are float64: on cards whose float64 is slow, a layer of
-2,048 features costs about 3 ms a batch of 512, a percent of a ResNet-50's step, and on others nothing. On a CPU float32
-features are multiplied in float32, at twice the speed, while an estimate says that this is exact enough, and in float64
-otherwise.
+The precision depends on the device. On an accelerator products are float64: on cards with slow float64, a layer of 2,048
+features costs about 3 ms per batch of 512, 1 % of a ResNet-50's step, and on others it is negligible. On a CPU float32
+features are multiplied in float32, at twice the speed, while the estimated error is small enough, and otherwise in
+float64.
 
 Legend: ``K`` classes, ``d`` feature width, ``m`` rows; ``z = h - c_k`` features less their class's shift, ``delta_k``
 the mean of ``z`` over a class.
@@ -24,19 +24,19 @@ from torch import Tensor
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 # Squares of single features between these neither overflow nor vanish in float32.
 SMALL, LARGE = 1e-24, 1e30
-# Random combinations of the directions that NC1 sums over, for the estimate.
+# Number of random combinations of the directions that NC1 sums over, for the estimate.
 _PROBES = 16
 
 
 @dataclass(frozen=True)
 class ShiftedScatter:
-    """``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T`` by its parts.
+    """``N Sigma_W = sum z z^T - sum_k n_k delta_k delta_k^T``, kept as its terms.
 
     Args:
-        count: Samples a class, ``(K,)``.
-        sums: Sums of ``z`` a class, ``(K, d)``.
-        upper: The sum of ``z z^T``, ``(d, d)``; what lies below its diagonal blocks is not read.
-        rounding: Rounding of the arithmetic times the diagonal of ``upper``, ``(d,)``.
+        count: Samples per class, ``(K,)``.
+        sums: Sums of ``z`` per class, ``(K, d)``.
+        upper: The sum of ``z z^T``, ``(d, d)``; entries below its diagonal blocks are not used.
+        rounding: Unit roundoff of the products times the diagonal of ``upper``, ``(d,)``.
     """
 
     count: Tensor
@@ -55,10 +55,10 @@ class ShiftedScatter:
             total = total + 2 * mirrored - diagonal
         return (total / self.count.sum()).clamp(min=0)
 
-    def doubt(self, rows: Tensor) -> Tensor:
-        """How far rounding may have moved ``spread(rows)``.
+    def rounding_error(self, rows: Tensor) -> Tensor:
+        """Standard deviation of the rounding error of ``spread(rows)``.
 
-        The error ``E`` of the matrix is taken for independent in its entries, of standard deviation
+        The errors ``E`` of the matrix are assumed to be independent between entries, with standard deviation
         ``u sqrt(S_ii S_jj)``; that of ``sum_ij E_ij P_ij`` with ``P = R^T R`` is then ``u |D P D|`` in the Frobenius
         norm, with ``D^2`` the diagonal of ``S``, which is that of ``R D^2 R^T``.
         """
@@ -79,13 +79,13 @@ class ShiftedScatter:
 
 
 def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype) -> None:
-    """Add ``z^T z`` to the blocks of ``upper`` that lie on and above its diagonal, in the arithmetic of ``z``.
+    """Add ``z^T z`` to the blocks of ``upper`` on and above its diagonal, multiplied in the precision of ``z``.
 
     Args:
         upper: The sum so far, ``(d, d)``.
-        rounding: Its rounding, ``(d,)``; grows with it.
+        rounding: Its rounding, ``(d,)``; updated in place.
         z: Shifted features, ``(m, d)``.
-        given: The type that they were rounded to.
+        given: The dtype that the features were rounded to.
     """
     before = upper.diagonal().clone()
     with full_precision(z.device):
@@ -99,18 +99,18 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
 
 
 def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, upper: Tensor) -> float:
-    """Estimated relative error of NC1 if all products were float32; nan or inf if it cannot be known.
+    """Estimated relative error of NC1 with float32 products; nan or inf if it cannot be estimated.
 
     The directions of `collapse.nc1` are rows ``T`` with ``T^T T = P = M^+ M^+^T``, for ``M`` the centred class
     means. Random combinations of them are drawn without an eigendecomposition: ``M^T (M M^T)^-1 g``, or ``L^-T g``
     with ``L L^T = M^T M`` where there are more classes than features, have the covariance ``P`` too.
 
     Args:
-        count: Samples a class, ``(K,)``.
+        count: Samples per class, ``(K,)``.
         shift: Shifts ``c_k``, ``(K, d)``.
-        sums: Sums of ``z`` a class, ``(K, d)``.
-        squares: Sums of ``|z|^2`` a class, ``(K,)``.
-        upper: The sum of ``z z^T`` as `ShiftedScatter` has it, ``(d, d)``.
+        sums: Sums of ``z`` per class, ``(K, d)``.
+        squares: Sums of ``|z|^2`` per class, ``(K,)``.
+        upper: The sum of ``z z^T`` as in `ShiftedScatter`, ``(d, d)``.
     """
     present = count > 0
     means = shift[present] + sums[present] / count[present, None]
@@ -124,7 +124,7 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
     with full_precision(means.device):
         gram = means @ means.T if wide else means.T @ means
         average = gram.diagonal().mean()
-        gram.diagonal().add_(1e-6 * average)  # about what float32 has of the small eigenvalues
+        gram.diagonal().add_(1e-6 * average)  # about the accuracy of small eigenvalues in float32
         factor, failed = torch.linalg.cholesky_ex(gram.add_(average / len(gram)) if wide else gram)
         noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0))
         if wide:
@@ -133,11 +133,11 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
             rows = torch.linalg.solve_triangular(factor.T, noise, upper=True).T
     rows = rows.double() / scale
     scatter = ShiftedScatter(count, sums, upper, upper.diagonal() * ROUNDING[torch.float32])
-    return math.inf if failed else float(scatter.doubt(rows) / scatter.spread(rows))
+    return math.inf if failed else float(scatter.rounding_error(rows) / scatter.spread(rows))
 
 
 def _blocks(width: int) -> Iterator[slice]:
-    """Blocks of rows of the ``(d, d)`` state: enough to leave out near half of it, each enough for a fast product."""
+    """Blocks of rows of the ``(d, d)`` state: many enough to omit nearly half of it, large enough for fast products."""
     size = max(128, width // 8)
     return (slice(start, start + size) for start in range(0, width, size))
 
@@ -153,7 +153,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def _ieee_products() -> Iterator[None]:
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each backend by itself, and torch refuses to mix the two ways
+    except RuntimeError:  # it was set per backend, and torch refuses to mix this with the global setting
         backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
         before = [backend.fp32_precision for backend in backends]
         try:

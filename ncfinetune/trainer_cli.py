@@ -1,4 +1,4 @@
-"""``ncfinetune fit | validate | test | predict``: LightningCLI with our classes, one link and plain errors."""
+"""``ncfinetune fit | validate | test | predict``: LightningCLI with our classes, one link and one-line errors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import interruptions, predictions
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
-from ncfinetune.cli_errors import PlainParser, check_configurations, plain
+from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.learner import check_launched
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
 
-# Imported for the command line alone: a class that is imported can be chosen by its short name.
+# Imported for the command line only: an imported class can be selected by its short name.
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
     importlib.import_module(f"ncfinetune.{_home}")
 
@@ -41,18 +41,18 @@ _LOGGER = {
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
 
-# The file with the configuration of a training.
+# Name of the file with the configuration of a training run.
 _CONFIG = "config.yaml"
-# What --ckpt_path takes beside a path.
+# Values of --ckpt_path that are not paths.
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
-# The exit status of a prediction that is complete but for images that cannot be read.
+# Exit status of a prediction with images that cannot be read.
 BROKEN_IMAGES = 3
 
 
 def main(args: list[str] | None = None) -> int | None:
     """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
 
-    With ``--safe`` among them nothing runs that a configuration or a checkpoint brings along.
+    With ``--safe`` among them, code from a configuration or a checkpoint is never run.
 
     Returns:
         The exit status: None, `BROKEN_IMAGES`, or `interruptions.STATUS` after SIGTERM.
@@ -86,7 +86,7 @@ def main(args: list[str] | None = None) -> int | None:
         raise ValueError(str(error)) from error
     except UnpicklingError as error:
         found = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"--ckpt_path holds more than data, which is not run here: {found}") from error
+        raise ValueError(f"--ckpt_path holds code, which is not run here: {found}") from error
     except RuntimeError as error:
         if lost := interruptions.lost_ranks(error):
             raise ValueError(lost) from error
@@ -97,25 +97,25 @@ def main(args: list[str] | None = None) -> int | None:
 
 
 def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Skip from the layers that the run has chosen, where it was left to choose."""
+    """Replace ``skip_from="auto"`` by the layers that the run has chosen."""
     chosen = checkpoint.get("hyper_parameters", {}).get("skip_from")
     if model.init_args.get("skip_from") == "auto" and chosen is not None:
         model.init_args.skip_from, model.init_args.max_skips = chosen, 1
 
 
 def _launched() -> dict[str, int]:
-    """As many devices and nodes as torchrun has launched processes for, so that they train together unasked."""
+    """Numbers of devices and nodes that torchrun has launched processes for, as defaults of the Trainer."""
     if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
         return {}
     return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
 
 
 class _SaveConfigAfterBatch(SaveConfigCallback):
-    """Saves the configuration in the run's folder once the first batch, or a run without one, is through.
+    """Saves the configuration in the run's folder after the first batch, or after a run without a batch.
 
-    Lightning saves it before model, data and checkpoint are compared: a command that is refused would overwrite the
-    configuration of the run that is in the folder. That of a training says neither what it was resumed from nor where
-    that lies, so that it starts a new one: it is ``given``.
+    Lightning saves it before model, data and checkpoint are compared, so that a refused command would overwrite the
+    configuration of the run in that folder. The configuration of a training run, ``given``, omits the checkpoint that
+    it was resumed from and its folder, so that it starts a new run.
     """
 
     def __init__(
@@ -124,17 +124,20 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
         super().__init__(parser, given or config, *args, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save nothing yet."""
+        """Do not save here, unlike the base class."""
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save, if that has not been done, and as a whole: Lightning would write over what is there.
+        """Save once, atomically: Lightning would overwrite the existing file in place.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written.
         """
         if self.already_saved:
             return
-        folder, name = trainer.log_dir or trainer.default_root_dir, self.config_filename  # all processes ask together
+        folder, name = (
+            trainer.log_dir or trainer.default_root_dir,
+            self.config_filename,
+        )  # a collective call under several processes
         whole = trainer.is_global_zero and "://" not in str(folder)
         with replacing(Path(folder, name)) if whole else nullcontext() as part:
             self.config_filename = part.name if part else name
@@ -142,29 +145,29 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
         self.config_filename = name
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
+        """Save, after the first batch."""
         self._save(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, if the run had no batch: with ``max_epochs: 0`` a classifier in closed form is the model."""
+        """Save, if the run had no batch: with ``max_epochs: 0`` the model is a classifier in closed form."""
         self._save(trainer, pl_module, "fit")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time, but not in the sanity check, after which training may still be refused."""
+        """Save, after the first batch that is not of the sanity check, after which training may still be refused."""
         if not trainer.sanity_checking:
             self._save(trainer, pl_module, "validate")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
+        """Save, after the first batch."""
         self._save(trainer, pl_module, "test")
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, the first time."""
+        """Save, after the first batch."""
         self._save(trainer, pl_module, "predict")
 
 
 class NCFinetuneCLI(LightningCLI):
-    """LightningCLI whose model learns its number of classes from the data, and which checks before it starts."""
+    """LightningCLI that links the number of classes from data to model, and checks folders and files at the start."""
 
     safe = False
     status: int | None = None
@@ -173,14 +176,14 @@ class NCFinetuneCLI(LightningCLI):
     _table: predictions.Table | None = None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the words of the command, and keep them."""
+        """Parse the arguments of the command, and keep them."""
         self._arguments = args
         check_configurations(args, parser)
         # The base class would warn that it is given words although the process has its own.
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the link from data to model, and the choice to test after training."""
+        """Add the link from data to model, and the options that are not Lightning's."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
@@ -199,13 +202,13 @@ class NCFinetuneCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the configuration: Lightning would put the checkpoint's hyper-parameters over it.
+        """Do nothing: Lightning would overwrite the configuration by the checkpoint's hyper-parameters.
 
-        What a run was made with is in its ``config.yaml``; a checkpoint that does not fit it is refused when loaded.
+        A run's configuration is in its ``config.yaml``; a checkpoint that does not fit it is refused when loaded.
         """
 
     def before_instantiate_classes(self) -> None:
-        """Keep the configuration of a training run apart from those of later tests in the same folder."""
+        """Name the configuration of a training run differently from those of later tests in the same folder."""
         for option in ("images", "predictions"):
             if self.subcommand != "predict" and self._get(self.config, option) is not None:
                 self.parser.error(f"{option} is an option of predict, not of {self.subcommand}")
@@ -226,21 +229,21 @@ class NCFinetuneCLI(LightningCLI):
             _keep_chosen(self.config[self.subcommand].model, checkpoint)
 
     def _trust_nothing_remote(self) -> None:
-        """Let Lightning read a checkpoint from another machine as data; its default there is to run what is in it."""
+        """Make Lightning read a remote checkpoint as data; by default it would run code in it."""
         path = self._get(self.config, "ckpt_path")
         remote = path is not None and re.match(r"\w+://", path) is not None
         if path is None or not (remote or self.safe):
             return
         if "weights_only" not in self.config[self.subcommand]:
-            whose = f"{path!r} is on another machine" if remote else f"--safe trusts nothing in {path!r}"
+            whose = f"{path!r} is on another machine" if remote else f"--safe does not trust {path!r}"
             self.parser.error(f"{whose}, and this Lightning would run its code; fetch it first, or take lightning>=2.6")
         if self.config[self.subcommand].weights_only is None or self.safe:
             self.config[self.subcommand].weights_only = True
 
     def _take_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Ask nothing of this machine that is in the checkpoint: where its weights started, what its images are like.
+        """Take from the checkpoint what need not be on this machine: pre-trained weights and image preprocessing.
 
-        To predict images of a folder, the data set that it was trained on is not needed.
+        To predict the images of a folder, the training data set is not needed.
         """
         config = self.config[self.subcommand]
         model, said = config.model, checkpoint.get(DATA) or {}
@@ -260,16 +263,16 @@ class NCFinetuneCLI(LightningCLI):
             config.data = Namespace({"class_path": path, "init_args": arguments})  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer, and see that their folders can be written.
+        """Build model, data and trainer, and check that their folders are writable.
 
         Raises:
-            ValueError: What one of them refuses.
+            ValueError: One of them refuses its arguments.
         """
         given = self._get(self.config, "model.init_args.num_classes")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            raise ValueError(plain(str(error), self.parser)) from error
+            raise ValueError(one_line(str(error), self.parser)) from error
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
@@ -278,7 +281,7 @@ class NCFinetuneCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         trainer.callbacks.append(interruptions.SaveOnSIGTERM())
-        # The first process's folder is that of all; another process would count on from it.
+        # All processes use the folder of rank 0; another process would take the next version number.
         if getattr(rank_zero_only, "rank", 0):
             return
         run = self.trainer.log_dir or self.trainer.default_root_dir
@@ -290,7 +293,7 @@ class NCFinetuneCLI(LightningCLI):
             _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
 
     def after_fit(self) -> None:
-        """Test the last weights, if asked to."""
+        """Test the last weights, with ``--test_after_fit``."""
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
@@ -320,8 +323,8 @@ class NCFinetuneCLI(LightningCLI):
         if self._table.errors:
             self.status = BROKEN_IMAGES
             print(
-                f"error: {self._table.errors} of {self._table.rows} images cannot be read; the column error of their "
-                f"rows says why, first: {self._table.first_error}",
+                f"error: {self._table.errors} of {self._table.rows} images cannot be read; see the column error of "
+                f"their rows, first: {self._table.first_error}",
                 file=sys.stderr,
             )
 
@@ -348,7 +351,7 @@ class NCFinetuneCLI(LightningCLI):
         return f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
 
     def _files(self) -> list[str] | None:
-        """The images to predict, which the datamodule gives from now on; None is its test set."""
+        """The image files to predict, which are set in the datamodule; None is its test set."""
         folder = self._get(self.config, "images")
         if folder is None:
             return None
@@ -364,28 +367,28 @@ class NCFinetuneCLI(LightningCLI):
 
 
 class _SafeCLI(NCFinetuneCLI):
-    """The same where no checkpoint is trusted."""
+    """The command line under ``--safe``, which trusts no checkpoint."""
 
     safe = True
 
 
 def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapping[str, Any] | None:
-    """Refuse a file that cannot be Lightning's, before data and network are made; returns what is in one that can."""
+    """Refuse a file that is no Lightning checkpoint, before data and network are built; returns its contents."""
     if path is None or path in _NAMED_CHECKPOINTS or re.match(r"\w+:", path) or Path(path).is_dir():
         return None
     if not Path(path).exists():
-        parser.error(f"no checkpoint {path!r}; a run leaves its own in RUN/checkpoints")
+        parser.error(f"no checkpoint {path!r}; a run writes its checkpoints to RUN/checkpoints")
     try:
         content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
-    except UnpicklingError:  # objects of a project's own, which Lightning may be told to trust
+    except UnpicklingError:  # objects of other classes, which Lightning may be told to trust
         return None
     except Exception:  # another zip file, or a damaged one, which may raise anything
         content = None
     said = content if isinstance(content, dict) else {}
     if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
         parser.error(
-            f"{path!r} is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/checkpoints "
-            "(weights alone go to --model.checkpoint)"
+            f"{path!r} is no checkpoint of a run, or a damaged one; expected a file of RUN/checkpoints (give files of "
+            "weights alone as --model.checkpoint)"
         )
     return content
 

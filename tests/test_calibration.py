@@ -76,7 +76,7 @@ def test_scores_without_sense_are_refused(scores: Tensor, labels: Tensor, text: 
 
 
 def test_probabilities_without_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected probabilities from 0 to 1, got others: take the softmax"):
+    with pytest.raises(ValueError, match="expected probabilities from 0 to 1, got values outside: take the softmax"):
         calibration_error(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
     with pytest.raises(ValueError, match="expected at least one bin, got 0"):
         calibration_error(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), bins=0)

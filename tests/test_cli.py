@@ -165,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytes
         other.writestr("a.txt", "no checkpoint")
     for name in ("weights.pth", "list.pt", "other.zip"):
         error = _refusal(capsys, "test", *QUIET, *PIECES, "--ckpt_path", str(tmp_path / name))
-        assert f"{name}' is no checkpoint of a run, or a damaged one; expected what a run leaves in RUN/chec" in error
+        assert f"{name}' is no checkpoint of a run, or a damaged one; expected a file of RUN/chec" in error
     wider = ["--model.backbone", TINY.replace("[4, 6, 8, 10]", "[4, 6, 8, 12]")]
     error = _refusal(capsys, "test", *QUIET, *PIECES, *wider, "--ckpt_path", checkpoint)
     assert "--ckpt_path is a checkpoint of another model: Error(s) in loading state_dict for Supervised" in error
@@ -309,7 +309,7 @@ def test_a_broken_image_has_a_row_that_says_so(
         words = ["--images", "photos", "--predictions", str(written), "--data.skip_broken", skip]
         assert main([*command, *words]) == 3
         said = capsys.readouterr().err
-        assert "error: 2 of 12 images cannot be read; the column error of their rows says why, first: cannot" in said
+        assert "error: 2 of 12 images cannot be read; see the column error of their rows, first: cannot" in said
         rows = parquet.read_table(written).to_pylist() if suffix == "parquet" else _csv(written)
         assert [row["file"] for row in rows] == [f"photos/train/{c}/{i}.jpg" for c in "ab" for i in range(6)]
         broken = [row for row in rows if row["error"]]
@@ -432,7 +432,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
         (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are loaded"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
-        (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run leaves its own in RUN/checkpoints"),
+        (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
         (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),
         (["fit", *PIECES, "--trainer.limit_train_batches", "-3"], "invalid value -3 for limit_train_batches"),

@@ -58,8 +58,9 @@ def test_the_rank_that_died_is_named(rank: int, killed: bool, tmp_path: Path) ->
     other = 1 - rank
     lines = [line for line in said[other].splitlines() if line.startswith("error: ")]
     assert lines == [
-        f"error: rank {other}: rank {rank} ended while 2 processes trained together: what it printed last says why (a "
-        "process that is killed, as for want of memory, prints nothing); go on from the last checkpoint by --ckpt_path"
+        f"error: rank {other}: rank {rank} ended while 2 processes trained together: its last output says why (a "
+        "process that was killed, as when memory runs out, prints nothing); resume from the last checkpoint by "
+        "--ckpt_path"
     ], said[other]
     assert "Traceback" not in said[other]
     assert processes[other].returncode == 2

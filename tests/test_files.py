@@ -80,7 +80,7 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
 def test_broken_files_are_left_out_only_on_request(tmp_path: Path) -> None:
     written = _write(tmp_path, {"train": 4, "val": 2})
     (tmp_path / "train" / "ant" / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match=r"left out 1 files in '.*train' that are no images by name: 1 .txt"):
+    with pytest.warns(UserWarning, match=r"left out 1 files in '.*train' without an image suffix: 1 .txt"):
         assert _read(_make(tmp_path), "train") == written["train"]
     (tmp_path / "train" / "ant" / "notes.txt").unlink()
     (tmp_path / "train" / "bee" / "99.jpg").write_bytes(b"no JPEG at all")
@@ -294,8 +294,8 @@ def test_what_is_hidden_is_passed_over_in_training_and_in_prediction(
         predicted = data.predict_files(tmp_path)
     assert sorted(map(Path, found)) == list(map(Path, predicted)) == expected
     assert data.class_names == ["ant", "bee"]
-    assert "passed over 4 hidden files and folders in" in caplog.text
-    assert "passed over 6 hidden files and folders in" in caplog.text
+    assert "ignored 4 hidden files and folders in" in caplog.text
+    assert "ignored 6 hidden files and folders in" in caplog.text
     hidden = tmp_path / ".cache" / "data"
     _write(hidden, {"": 2})
     assert len(_make(hidden).predict_files(hidden)) == 4  # a hidden root is what the user named
@@ -316,7 +316,7 @@ def test_training_and_prediction_find_the_same_files(tmp_path: Path, caplog: pyt
     os.symlink(root, root / "bee" / "circle")
     os.symlink(elsewhere, root / "cow")
     data = _make(root, val_fraction=0.0)
-    line = r"left out 12 files in '.*root' that are no images by name: 11 .heic, 1 without a suffix"
+    line = r"left out 12 files in '.*root' without an image suffix: 11 .heic, 1 without a suffix"
     circle = "left out 1 links in .* that lead back: .*circle"
     with (
         pytest.warns(UserWarning, match="in several classes"),
@@ -414,7 +414,7 @@ def test_one_image_a_class_is_trained_on_and_said(tmp_path: Path, caplog: pytest
     with caplog.at_level("INFO"):
         data.setup("fit")
     assert data.val_dataloader() == []
-    assert "there is no validation part: no class has more than one image to cut it from" in caplog.text
+    assert "there is no validation split: no class has more than one image to take one from" in caplog.text
 
 
 def test_images_in_no_class_folder_are_said(tmp_path: Path) -> None:

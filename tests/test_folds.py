@@ -112,7 +112,11 @@ def test_input_without_sense_is_refused() -> None:
 @pytest.mark.parametrize(
     ("features", "labels", "text"),
     [
-        (torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]), "expected labels from 0 to num_classes - 1 = 2, got others"),
+        (
+            torch.zeros(4, 2),
+            torch.tensor([0, 1, 2, 3]),
+            "expected labels from 0 to num_classes - 1 = 2, got labels out of range",
+        ),
         (torch.full((4, 2), torch.nan), torch.tensor([0, 0, 1, 1]), "expected finite features, got nan or inf"),
         (torch.zeros(4, 2), torch.tensor([0, 0, 0, 0]), "expected samples of at least two classes, got one"),
         (torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]), "expected each class in two folds or more, got class 1 in one"),

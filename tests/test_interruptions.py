@@ -65,7 +65,7 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     way = capsys.readouterr().err.strip().splitlines()[-1]
     command = f"fit --config {stopped / 'config.yaml'} --ckpt_path {stopped / 'checkpoints' / 'stopped.ckpt'}"
     when = f"in epoch {(stop['step'] - 1) // 5} after step {stop['step']}"
-    assert way == f"stopped by SIGTERM {when}; to go on: ncfinetune {command}"
+    assert way == f"stopped by SIGTERM {when}; to resume: ncfinetune {command}"
     # The saved configuration is that of a new run, and it is taken up without what stopped it.
     config = yaml.safe_load((stopped / "config.yaml").read_text())
     config["trainer"]["callbacks"] = None
@@ -93,7 +93,7 @@ def test_sigterm_on_a_full_disk_says_what_is_lost(
     assert main([*RUN, *terminate, *_place(tmp_path)]) == 143
     path = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        "stopped by SIGTERM in epoch 0 after step 3, which is lost back to the last checkpoint: cannot write "
+        "stopped by SIGTERM in epoch 0 after step 3; progress since the last checkpoint is lost: cannot write "
         f"'{path}': [Errno 28] No space left on device; make room there, or choose another folder"
     )
     assert not path.parent.exists() or not list(path.parent.iterdir())
@@ -188,7 +188,7 @@ def test_a_remote_checkpoint_is_read_as_data(tmp_path: Path, served: str, capsys
     resumed = [*RUN, *_place(tmp_path), "--trainer.max_epochs", "2", "--ckpt_path"]
     assert main([*resumed, f"{served}/data.ckpt"]) is None
     error = _refusal(capsys, *resumed, f"{served}/more.ckpt")
-    assert error.startswith("error: --ckpt_path holds more than data, which is not run here: ")
+    assert error.startswith("error: --ckpt_path holds code, which is not run here: ")
     assert not (tmp_path / "mark").exists()
 
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_is_read_as_data(tmp_path: Path, capsys: Any) -> None:
     torch.save(content, tmp_path / "theirs.ckpt")
     words = ["validate", *TINY, *QUIET, "--ckpt_path", str(tmp_path / "theirs.ckpt")]
     assert main(["validate", "--safe", *words[1:]]) == 2
-    assert "--ckpt_path holds more than data, which is not run here" in capsys.readouterr().err
+    assert "--ckpt_path holds code, which is not run here" in capsys.readouterr().err
     assert not (tmp_path / "sang").exists()
     pickle.loads(pickle.dumps(content["more"]))
     assert (tmp_path / "sang").exists()  # as it would have been

@@ -120,7 +120,7 @@ def test_stretches_share_out_the_stream(world_size: int, workers: int, batch_siz
         assert smaller in ([], [(len(own) - 1) % workers])
         batches.add(len(own))
         for start, stop in stretches:
-            for shard, first, last in shards.stretch(np.array([4, 2, 3, 0, 1]), start, stop):
+            for shard, first, last in shards.sections(np.array([4, 2, 3, 0, 1]), start, stop):
                 seen += [(shard, position) for position in range(first, last)]
     assert len(set(seen)) == len(seen)
     if shuffle:
@@ -375,8 +375,8 @@ def test_a_worker_names_the_sample_that_it_cannot_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([5, 1, 8, 0, 4], r"expected 8 samples in .*train-2.tar, got 7; the shard is cut, or sizes are wrong"),
-        ([5, 1, 6, 0, 4], r"expected 6 samples in .*train-2.tar, got more; the shard is cut, or sizes"),
+        ([5, 1, 8, 0, 4], r"expected 8 samples in .*train-2.tar, got 7; the shard is truncated, or sizes are wrong"),
+        ([5, 1, 6, 0, 4], r"expected 6 samples in .*train-2.tar, got more; the shard is truncated, or sizes"),
         ([5, 1, 7, 0], r"expected sizes of the 5 train shards, got 4"),
     ],
 )
@@ -442,7 +442,7 @@ def test_a_shard_without_its_end_is_refused(kind: str, suffix: str, tmp_path: Pa
     assert count_samples(str(path)) == 4
     path.write_bytes(pack(spoilt))
     message = (
-        "it goes on after its end of archive at byte" if kind == "a second archive" else "it has no end of archive"
+        "it continues after its end of archive at byte" if kind == "a second archive" else "it has no end of archive"
     )
     with pytest.raises(ValueError, match=rf"cannot read shard .*bad.{suffix}: {message}"):
         _make(tmp_path, train=str(path), val=None).setup("fit")
@@ -461,7 +461,7 @@ def test_a_shard_that_is_cut_is_refused_where_sizes_are_given(workers: int, tmp_
         start = [member.offset for member in tar][6]
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:start])
     data = _make(tmp_path, train=f"{tmp_path}/0.tar", val=None, sizes={"train": [4]}, num_workers=workers)
-    with pytest.raises(ValueError, match=r"expected 4 samples in .*0.tar, got 3; the shard is cut, or sizes are wrong"):
+    with pytest.raises(ValueError, match=r"expected 4 samples in .*0.tar, got 3; the shard is truncated, or sizes"):
         _raw(data, "train_plain")
 
 
@@ -511,7 +511,7 @@ def test_a_stream_has_no_options_that_need_labels_before_they_are_read(
         ),
         ({"train": "ROOT/none-*.tar"}, r"no shard .*none-\*.tar; expected paths or URLs"),
         ({"train": []}, r"no shard \(none given\)"),
-        ({"val": "ROOT/train-4.tar"}, r"expected each shard once and in one part, got .*train-4.tar more often"),
+        ({"val": "ROOT/train-4.tar"}, r"expected each shard once and in one split, got .*train-4.tar more often"),
         (
             {"train": "https://example.org/{0..1}.tar"},
             "cannot count the samples of https://example.org/0.tar, which is",

@@ -457,7 +457,7 @@ class Soak:
 
     def _next(self, words: list[str], place: Path, log: Path | None) -> list[str]:
         """The command that goes on: the one that the log says, from the last checkpoint, or anew if there is none."""
-        if log is not None and (said := re.findall(r"to go on: ncfinetune (fit .*)", log.read_text())):
+        if log is not None and (said := re.findall(r"to resume: ncfinetune (fit .*)", log.read_text())):
             config, checkpoint = re.fullmatch(r"fit --config (.*) --ckpt_path (.*)", said[-1]).groups()
             return ["fit", "--config", config, "--ckpt_path", checkpoint]
         return [*words, "--ckpt_path", "last"] if last_of(place / "run") else words
