@@ -5,7 +5,7 @@ its squared error under ridge regression fitted to the other folds. Accuracy is 
 leave-one-out scores or a temperature. For these `ncfinetune.probes` takes the features themselves.
 
 Legend: ``K`` classes, ``d`` feature width, ``F`` folds, ``L`` strengths; of a fold ``n`` counts ``(K,)``, ``s`` class
-sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of the other folds ``N``, class means ``mu``, mean ``m``, shares ``p``.
+sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of the other folds ``N``, means ``mu``, mean ``m``, shares ``p``.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class CollapseMetric(Metric, ABC):
             if not fits or own[name].is_floating_point() != state[name].is_floating_point():
                 return (
                     f"expected the state of a {type(self).__name__} of {self.num_classes} classes, whose {name} is "
-                    f"{own[name].dtype} {expected}, got {state[name].dtype} {got}; make the metric with the arguments of the saved one"
+                    f"{own[name].dtype} {expected}, got {state[name].dtype} {got}; use the saved metric's arguments"
                 )
         return None
 

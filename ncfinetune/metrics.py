@@ -99,7 +99,7 @@ def _summing(group: Any | None) -> Callable[[Tensor], Tensor]:
 
 
 class NC1(_MomentMetric):
-    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; the only metric with a ``(d, d)`` state.
+    """Within-class variability, `collapse.nc1`: ``trace(Sigma_W Sigma_B^+) / K``; it alone has a ``(d, d)`` state.
 
     >>> nc1 = NC1(num_classes=2)
     >>> nc1.update(torch.tensor([[-1.1], [-0.9]]), torch.tensor([0, 0]))

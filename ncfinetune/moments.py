@@ -54,7 +54,7 @@ class ClassMoments:
         count: Samples per class, ``(K,)``.
         mean: Class means, ``(K, d)``; zero for absent classes.
         variance: Mean squared distance to the class mean, ``(K,)``.
-        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; None if it was not computed.
+        within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; or None.
         scatter: ``Sigma_W`` in an accumulator's form, not as a dense matrix.
     """
 
@@ -128,7 +128,7 @@ class ClassMoments:
         """Standard deviation of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
 
         It includes rounding of the products, and rounding ``u`` of the class means: in feature ``i``, where these have
-        norm ``m_i``, it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds variance from there.
+        norm ``m_i``, it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds its variance.
         """
         turned = self._turning * rows.square().sum(1).square().sum().sqrt()
         products = rows.new_zeros(()) if self.scatter is None else self.scatter.rounding_error(rows)

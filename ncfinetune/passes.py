@@ -1,7 +1,7 @@
-"""Passes over images as they are evaluated: the only place that makes a loader anew or puts a module into eval mode.
+"""Evaluation passes over images: the only module that rebuilds loaders or switches to eval mode and back.
 
-Evaluation means no augmentation, no gradients and fixed weights. Whatever a pass touches is afterwards as it was, bit
-for bit: weights, modes, the trainer's stage and the random numbers.
+A pass has no augmentation, no gradients and fixed weights. It restores everything that it changes, bit for bit:
+weights, modes, the trainer's stage and the random state.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from torch.utils.data import (
 
 from ncfinetune.copies import CopyError, copy_of
 
-# What every torch module has in its namespace; the rest is its author's.
+# Attributes of every torch module; all others are defined by its class.
 _OF_TORCH = frozenset(vars(nn.Module()))
-# What the end of a loader's iterator is told by, since a batch may be anything.
+# Marks the end of a loader's iterator, since a batch may be any object.
 _END = object()
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode; on exit every part is in the mode, and has the tensors and attributes, that it had before.
+    """A context in eval mode; on exit mode, tensors and attributes of every submodule are restored.
 
-    A part with a ``train()`` of its own (LoRA that merges its weights, an attention that caches its biases) changes
-    more than a flag. It is put back by its own method and then, since merging and unmerging rounds, from a copy of its
+    A submodule that overrides ``train()`` (LoRA that merges its weights, an attention that caches its biases) changes
+    more than a flag. It is restored by its own method and then, since merging and unmerging rounds, from a copy of its
     tensors and attributes.
     """
     modes = {part: part.training for part in module.modules()}
@@ -84,7 +84,7 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 @contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """`eval_mode` without gradients; on exit the trainer's stage and the random numbers are as they were too."""
+    """`eval_mode` without gradients; on exit the trainer's stage and the random state are restored too."""
     stage = trainer.state.stage
     with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context(), eval_mode(module):
         try:
@@ -95,13 +95,13 @@ def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def on_device(trainer: Trainer, batch: Any) -> Any:
-    """The batch as a step would get it."""
+    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it."""
     with _data_precision():
         return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader as a step would get them."""
+    """The batches of a loader after the transfer to the device, as a step gets them."""
     batches = iter(loader)
     while True:
         with _data_precision():
@@ -113,7 +113,7 @@ def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _data_precision() -> Iterator[None]:
-    """Make data in single precision, as outside a pass: in one, bf16-true makes bfloat16 the default."""
+    """Create data in float32, as outside a pass: inside, precision bf16-true makes bfloat16 the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -123,10 +123,10 @@ def _data_precision() -> Iterator[None]:
 
 
 def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
-    """All training images in a fixed order and as they are evaluated, whichever of several processes asks.
+    """All training images without augmentation in a fixed order, the same on every process.
 
     Raises:
-        ValueError: The trainer has no datamodule that offers them.
+        ValueError: The trainer has no datamodule with a ``train_plain_dataloader``.
     """
     offered = _offered(trainer)
     if offered is None:
@@ -142,28 +142,28 @@ def _offered(trainer: Trainer) -> Any:
 
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of the same data set from its first to its last sample."""
+    """A loader of the same data set in the order of its samples."""
     options: Any = {name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers", "pin_memory")}
     return DataLoader(loader.dataset, **options, generator=torch.Generator())
 
 
 class TrainingSet:
-    """The training set of a run as a pass sees it: in a fixed order, each sample once over all processes.
+    """The training set of a run for evaluation passes: in a fixed order, each sample once over all processes.
 
-    It is what a datamodule's ``train_plain_dataloader()`` gives, images without augmentation; otherwise what the
-    training loader's sampler draws from its data set, as that is, or a copy of a stream or of a loader of another kind.
-    A pass takes nothing from the training: neither batches nor random numbers, but for those that a data set with a
-    generator of its own draws without workers. The set is asked for again whenever the trainer asks for its training
-    loader.
+    Its samples come from the datamodule's ``train_plain_dataloader()``, without augmentation; if there is none, from
+    the data set of the training loader (the samples that its sampler draws, in the order of the data set), or from a
+    copy of a stream or of another kind of loader. A pass consumes neither batches nor random numbers of the training,
+    except numbers that a data set draws from its own generator without workers. The loader is requested again whenever
+    the trainer requests its training loader.
 
     Args:
         asker: Name of the callback, for messages.
-        option: Its argument that limits a pass.
-        off: Its argument that turns these passes off.
+        option: The callback's argument that limits a pass, for messages.
+        off: The callback's argument that turns these passes off, for messages.
 
     Attributes:
-        limited: Whether the last pass took less than the whole set.
-        loader: What its batches came from.
+        limited: Whether the last pass read less than the whole set.
+        loader: The loader of the last pass.
     """
 
     def __init__(self, asker: str, option: str, off: str) -> None:
@@ -178,22 +178,22 @@ class TrainingSet:
     def batches(
         self, trainer: Trainer, max_batches: int | None = None, max_samples: int | None = None, shared: bool = True
     ) -> Iterator[Any]:
-        """Batches of a pass, as the loader gives them.
+        """Batches of a pass, from the loader.
 
-        Limits, which are these and the trainer's own on training, take samples evenly over the set, in proportion to
-        its classes where it has its labels in ``targets`` or ``labels``. The first batches are taken of a stream, and
-        of a set that the trainer overfits on purpose.
+        If these arguments or the trainer's limits on training batches limit the pass, samples are taken evenly over the
+        set, and in proportion to its classes if the data set has labels in ``targets`` or ``labels``. Of a stream, and
+        under ``overfit_batches``, the first batches are taken.
 
         Args:
             trainer: The trainer.
-            max_batches: Batches at most on each process.
-            max_samples: Samples at most over all processes.
-            shared: Whether the processes share the set among them; else each takes all of it.
+            max_batches: Largest number of batches on each process.
+            max_samples: Largest number of samples over all processes.
+            shared: Whether the set is divided among the processes; otherwise each process reads all of it.
 
         Raises:
-            ValueError: There are several training loaders, the data may never end, or no loader of its own can be made.
+            ValueError: There are several training loaders, the data may be infinite, or the loader cannot be copied.
         """
-        with isolate_rng():  # a loader may draw as it is made, and as its iterator is
+        with isolate_rng():  # loaders may draw random numbers when they, or their iterators, are created
             loader = self._ask(trainer)
             try:
                 if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -201,9 +201,9 @@ class TrainingSet:
                 return self._samples(trainer, loader, max_batches, max_samples, shared)
             except CopyError as error:
                 raise ValueError(
-                    f"{self._asker} needs a training loader of its own, since its pass would take batches and random "
-                    f"numbers from the training, and {error}; give the datamodule a train_plain_dataloader() that "
-                    f"makes a new one, or {self._asker}({self._off})"
+                    f"{self._asker} needs its own training loader, since a pass over the run's loader would consume "
+                    f"batches and random numbers of the training, but {error}; give the datamodule a "
+                    f"train_plain_dataloader() that returns a new loader, or {self._asker}({self._off})"
                 ) from error
 
     def _samples(
@@ -226,16 +226,18 @@ class TrainingSet:
         return iter(loader)
 
     def _ask(self, trainer: Trainer) -> Any:
-        """The training loader to go by; of a run whose trainer has asked for another since, that one."""
-        own = getattr(trainer.fit_loop, "_combined_loader", None)  # made anew each time that the trainer asks
+        """The training loader that a pass reads or copies, requested again if the trainer has a new loader."""
+        own = getattr(
+            trainer.fit_loop, "_combined_loader", None
+        )  # a new object each time that the trainer requests its loader
         asked_for = (_of(trainer, "datamodule"), trainer.train_dataloader if own is None else own)
         if self._asked_for is None or any(a is not b for a, b in zip(self._asked_for, asked_for, strict=True)):
             offered = _offered(trainer)
             self._source = offered() if offered is not None else trainer.train_dataloader
             if self._asked_for is None and offered is None:
                 rank_zero_info(
-                    f"{self._asker} measures the training set as its data set gives it, augmentation included; "
-                    "a datamodule's train_plain_dataloader() would be used instead"
+                    f"{self._asker} measures the training set with the augmentation of its data set; a datamodule's "
+                    "train_plain_dataloader() would be used instead"
                 )
             self._asked_for, self._made, self._plain = asked_for, None, offered is not None
         if isinstance(self._source, Mapping | Sequence):
@@ -256,7 +258,7 @@ class TrainingSet:
         return islice(iter(loader), length)
 
     def _own_stream(self, loader: Any) -> Any:
-        """A loader of the same stream whose passes leave the given one's where it is."""
+        """A loader of the same stream whose passes do not advance the given loader."""
         if not isinstance(loader, DataLoader):
             return copy_of(loader)
         # Workers have copies of the stream.
@@ -265,7 +267,7 @@ class TrainingSet:
     def _most_samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None
     ) -> int | None:
-        """Limits on samples over all processes; where the data set makes batches itself, those count."""
+        """The limit on samples over all processes; on batches, if the data set makes batches itself."""
         size = _batch_size(loader)
         limits = [] if max_batches is None else [max_batches * (size or 1) * trainer.world_size]
         limits += [] if max_samples is None or size is None else [max_samples]
@@ -277,7 +279,7 @@ class TrainingSet:
     def _most_batches(
         self, trainer: Trainer, loader: Any, max_batches: int | None, max_samples: int | None
     ) -> int | None:
-        """Limits on batches of a process."""
+        """The limit on batches of a process."""
         size = getattr(loader, "batch_size", None)
         limits = [] if max_batches is None else [max_batches]
         limits += [] if max_samples is None or not size else [math.ceil(max_samples / size)]
@@ -287,14 +289,14 @@ class TrainingSet:
             limits.append(math.ceil(int(trainer.num_training_batches) * (theirs / size if theirs and size else 1)))
         if not limits and not counted and trainer.max_epochs in (None, -1):
             raise ValueError(
-                f"{self._asker} cannot tell whether the training data ever end, since their loader has no length "
+                f"{self._asker} cannot know whether the training data are infinite, since their loader has no length "
                 f"and the trainer no max_epochs; give it {self._asker}({self._option}=...)"
             )
         return min(limits, default=None)
 
 
 def _of(trainer: Any, name: str) -> Any:
-    """What the trainer is given as it is made, which its type does not say."""
+    """An attribute that Trainer sets in its constructor but does not declare."""
     return getattr(trainer, name, None)
 
 
@@ -305,13 +307,13 @@ def _is_limited(trainer: Trainer) -> bool:
 
 
 def _in_use(trainer: Any, loader: Any) -> bool:
-    """Whether a loader is one that the trainer takes batches from, during whose iteration a pass may be made."""
+    """Whether the trainer iterates over this loader, so that a pass would run during the iteration."""
     theirs = (trainer.train_dataloader, trainer.val_dataloaders)
     return any(loader is other for loaders in theirs if loaders is not None for other in flat(loaders))
 
 
 def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any) -> DataLoader[Any]:
-    """A loader of these samples of the same data set, in batches of the same size; None is all, as of a stream."""
+    """A loader of these samples of the same data set, with the same batch size; None is all, as for a stream."""
     made: dict[str, Any] = {
         "dataset": loader.dataset,
         "batch_size": _batch_size(loader),
@@ -328,7 +330,7 @@ def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any)
 
 
 def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[Any]:
-    """Batches of at most so many samples, evenly over the data set in its own order; the first ones, of a stream.
+    """Batches with at most ``most`` samples, evenly over the data set in its order; of a stream, the first ones.
 
     Of these batches part ``i`` of ``n`` has the ``i``-th and every ``n``-th after it, each with the samples that it has
     whatever ``n`` is.
@@ -359,7 +361,7 @@ class _EveryNth:
 
 
 def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:
-    """At most so many of the indices, evenly over them, or over each class where the data set knows its labels."""
+    """At most ``most`` of the indices, evenly spread, and over each class if the labels of the data set are known."""
     if most >= len(indices):
         return indices
     drawn = np.asarray(indices)
@@ -370,7 +372,7 @@ def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[i
 
 
 def known_labels(dataset: Any) -> Any:
-    """The whole-number labels ``(N,)`` that a data set has in ``targets`` or ``labels``; None if it has none there."""
+    """The integer labels ``(N,)`` of a data set in ``targets`` or ``labels``; None if it has none."""
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
@@ -385,7 +387,7 @@ def known_labels(dataset: Any) -> Any:
 
 
 def drawn_labels(loader: Any) -> Any:
-    """Whole-number labels of the samples that a loader draws in an epoch, each once; None if that can't be known.
+    """Integer labels of the samples that a loader draws in an epoch, each once; None if they are unknown.
 
     Raises:
         CopyError: The loader's sampler cannot be copied.
@@ -393,21 +395,21 @@ def drawn_labels(loader: Any) -> Any:
     labels = known_labels(getattr(loader, "dataset", None))
     if labels is None or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return labels
-    if not _has_length(loader):  # drawn without end, perhaps
+    if not _has_length(loader):  # perhaps infinite
         return None
     with isolate_rng():
         return labels[np.asarray(_drawn(loader), dtype=int)]
 
 
 def draws_by_weights(loader: Any) -> bool:
-    """Whether a loader draws some samples more often than others by torch's sampler for that."""
+    """Whether a loader samples by torch's `WeightedRandomSampler`."""
     return isinstance(loader, DataLoader) and isinstance(_own_sampler(loader), WeightedRandomSampler)
 
 
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices of the samples that a loader draws in an epoch, each once, in their order.
+    """Indices of the samples that a loader draws in an epoch, each once, in increasing order.
 
-    They are drawn by a copy of its sampler, which may count its epochs or have a generator of its own.
+    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
     """
     sampler = _own_sampler(loader)
     if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
@@ -417,7 +419,7 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:
-    """What draws samples, not shared among processes; a sampler of batches where these do not come from samples."""
+    """The sampler of samples, not distributed; the batch sampler if batches are not made of samples."""
     sampler: Any = loader.sampler
     if loader.batch_sampler is not None and loader.batch_size is None:
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
@@ -427,7 +429,7 @@ def _own_sampler(loader: DataLoader[Any]) -> Any:
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:
-    """None where the data set makes the batches itself."""
+    """The batch size; None if the data set makes the batches itself."""
     if loader.batch_sampler is None or loader.batch_size is not None:
         return loader.batch_size
     size = getattr(loader.batch_sampler, "batch_size", None)
@@ -442,14 +444,14 @@ def _has_length(loader: Any) -> bool:
 
 
 def flat(loaders: Any) -> list[Any]:
-    """The loaders in the order of their ``dataloader_idx``, however a project nests them."""
+    """The loaders in the order of their ``dataloader_idx``, from any nesting of lists and mappings."""
     return list(CombinedLoader(loaders, "sequential").flattened)
 
 
 def new_samples(loader: Any, start: int, size: int) -> int:
-    """How many of ``size`` samples, a process's ``start``-th and on, its sampler has not given to another too.
+    """How many of ``size`` samples from a process's ``start``-th on its sampler has not given to another process too.
 
-    `DistributedSampler` repeats samples so that all processes get as many; the repeated ones come last.
+    `DistributedSampler` repeats samples so that all processes get equally many; repeated samples come last.
     """
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):

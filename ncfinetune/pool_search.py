@@ -1,13 +1,13 @@
-"""How the outputs of a network's layers are pooled, found once and then applied to every batch.
+"""The pooling of the outputs of a network's layers, found once and then applied to every batch.
 
-One pass of a few samples tells it, and the pools serve the layers' hooks from then on::
+It is found in one pass of a few samples; hooks then apply the pools::
 
     pools = find_pools(module, find_layers(module, ["layer3.1", "blocks.*"]), run)
     features = pools["layer3.1"](output)  # (N, d), a copy
     pools["layer3.1"].describe()  # "mean over positions"
 
-``run`` passes a few samples through ``module`` and returns what the classifier gets ``(N, d)``, or, if that is unknown,
-the logits. Where the module cannot be run a second time, `guess_pool` goes by its parts alone.
+``run`` passes a few samples through ``module`` and returns the classifier's input ``(N, d)`` or, if that is unknown,
+the logits. If the module cannot be run a second time, `guess_pool` uses its submodules alone.
 
 Legend: ``N`` samples, ``C`` channels, ``T`` tokens, ``d`` feature width.
 """
@@ -38,38 +38,39 @@ from ncfinetune.pooling import (
 from ncfinetune.tokens import FeatureGradients, LastTokens, is_all, last_tokens
 from ncfinetune.tracing import Call, Trace, buffers_kept
 
-# How the class tokens of timm, torchvision and Hugging Face are called.
+# Names of the class tokens of timm, torchvision and Hugging Face.
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
-# An output's tensors that may be pooled, by their index, and how each would be.
+# The tensors of an output that can be pooled, by index, with the pool of each.
 _Candidates = dict[int, tuple[Tensor, Pool]]
 
 
 def find_pools(
     module: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any], strict: bool = True
 ) -> dict[str, Pool]:
-    """How each layer's output becomes one vector a sample, as one pass of a few samples through the module shows.
+    """The pooling of each layer's output to one vector per sample, found in one pass of a few samples.
 
-    Which axis has the channels is told by the weights that make, read or follow the output, see `axis_by_pass`; which
-    tokens count by the gradient of the features, see `ncfinetune.tokens`. A network that attends over its tokens to
-    pool them depends on all. Of several tensors the first is meant that the features depend on.
+    The channel axis is determined by the modules that output, read or follow the tensor, see `axis_by_pass`; the
+    tokens to average by the gradient of the features, see `ncfinetune.tokens`. In a network that pools its tokens by
+    attention the features depend on all tokens. If an output has several tensors, the first one that the features
+    depend on is used.
 
-    Weights, gradients, statistics, modes and random numbers stay as they are.
+    Weights, gradients, statistics, modes and the random state do not change.
 
     Args:
-        module: What runs, without the wrapper of a compiler.
+        module: The module that runs, without the wrapper of a compiler.
         layers: Its layers, by name.
-        run: Passes at least two samples through the module; returns the features that the classifier gets, or
-            whatever the module makes of them.
+        run: Passes at least two samples through the module; returns the classifier's input, or an output computed from
+            it.
         strict: Refuse layers that can't be pooled, instead of leaving them out.
 
     Returns:
         A pool for each layer that ran, in the order in which they ran.
 
     Raises:
-        PoolError: A layer's output has no tensor with one entry a sample, or two axes could be that of the channels.
+        PoolError: A layer's output has no tensor with one entry per sample, or two possible channel axes.
         NoTensorError: A layer's output holds no tensor.
     """
-    # Validation runs in inference mode, whose tensors can have no gradient.
+    # Validation runs in inference mode, whose tensors cannot have gradients.
     with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), eval_mode(module), buffers_kept(module):
         trace = Trace(module)
         features = trace.of(run)
@@ -93,14 +94,14 @@ def _candidates(name: str, call: Call, trace: Trace, samples: int) -> _Candidate
             found[index] = tensor, Pool(tensor.ndim, tensor.shape[axis], axis, index=index)
     if not found:
         raise PoolError(
-            f"the output of layer {name!r} for {samples} samples is {_shapes(call.outputs)}, nothing with one entry a "
+            f"the output of layer {name!r} for {samples} samples is {_shapes(call.outputs)}, without one entry per "
             f"sample; {OTHERWISE}"
         )
     return found
 
 
 def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -> dict[str, Pool]:
-    """Choose among several tensors of a layer, and the positions of its tokens."""
+    """Choose among several tensors of a layer's output, and the positions of its tokens."""
     unsettled = [
         tensor
         for candidates in found.values()
@@ -108,7 +109,7 @@ def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -
         if len(candidates) > 1 or pool.of_tokens
     ]
     firsts = {name: next(iter(candidates.values()))[1] for name, candidates in found.items()}
-    if not unsettled:  # as in most convolutional networks, which need no backward pass
+    if not unsettled:  # as in most convolutional networks: no backward pass is needed
         return firsts
     gradients = FeatureGradients(features)
     last = last_tokens(trace, len(features))
@@ -132,10 +133,10 @@ def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -
 def _used_at_the_end(
     found: Mapping[str, _Candidates], last: Mapping[int, Tensor], gradients: FeatureGradients
 ) -> tuple[Positions, ...]:
-    """Positions among the network's last tokens, if all layers have as many, as in most vision transformers.
+    """Positions among the network's last tokens, if all layers have the same number, as in most vision transformers.
 
-    The gradient with respect to those passes through no block, where that of all layers is a backward pass of the
-    whole network.
+    The gradient with respect to the last tokens passes through no block, while that for all layers is a backward pass
+    of the whole network.
     """
     latest = next((number for number in reversed(list(last)) if number > 1), 0)
     alike = all(
@@ -150,14 +151,14 @@ def _used_at_the_end(
 
 
 def guess_pool(name: str, output: Any, layer: nn.Module, network: nn.Module) -> Pool:
-    """How a layer's output becomes one vector a sample, as far as that can be told without running the network again.
+    """The pooling of a layer's output to one vector per sample, without running the network again.
 
-    Which axis has the channels is told by the widths and kinds of the layer's own parts. Of tokens those count that
-    the network's author names: a timm network says it outright; another with one class token takes that, and one
-    without any takes the mean.
+    The channel axis is determined by widths and kinds of the layer's submodules. The tokens follow the network's
+    attributes: a timm network states its pooling; for another network it is the class token if it has exactly one, and
+    the mean if it has none.
 
     Raises:
-        PoolError: Two axes could be that of the channels, or the network has several special tokens.
+        PoolError: There are two possible channel axes, or the network has several special tokens.
         NoTensorError: The output holds no tensor.
     """
     found = list(tensors(output))
@@ -177,7 +178,7 @@ def guess_pool(name: str, output: Any, layer: nn.Module, network: nn.Module) -> 
 
 
 def _named_tokens(name: str, layer: nn.Module, network: nn.Module) -> Positions:
-    """The tokens that count, as the innermost timm network that holds a layer, or the names of parameters say."""
+    """The tokens to average, by the innermost timm network that contains a layer, or by the names of parameters."""
     timms = [part for part in network.modules() if hasattr(part, "num_prefix_tokens") and layer in set(part.modules())]
     if timms:
         prefix: Any = timms[-1].num_prefix_tokens
@@ -186,7 +187,9 @@ def _named_tokens(name: str, layer: nn.Module, network: nn.Module) -> Positions:
         return ((int(prefix), None),)
     known = [path for path, _ in network.named_parameters() if path.endswith(_CLASS_TOKENS)]
     if len(known) > 1:
-        raise PoolError(f"cannot tell which of {', '.join(known)} counts in the tokens of layer {name!r}; {OTHERWISE}")
+        raise PoolError(
+            f"cannot determine which of {', '.join(known)} to use in the tokens of layer {name!r}; {OTHERWISE}"
+        )
     return CLASS_TOKEN if known else ALL_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""Pooling: one vector a sample of a layer's output, whatever form that has.
+"""Pooling: one vector per sample from a layer's output of any shape.
 
 Legend: ``N`` samples, ``C`` channels, ``T`` tokens, ``H W`` height and width, ``d`` feature width.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Positions = tuple[tuple[int, int | None], ...]
 CLASS_TOKEN: Positions = ((0, 1),)
 ALL_TOKENS: Positions = ((0, None),)
-# What an error offers where a layer cannot be pooled.
+# The remedy in errors about a layer that cannot be pooled.
 OTHERWISE = "name another layer, or give a callback its own pool="
 
 
@@ -28,24 +28,24 @@ class NoTensorError(TypeError):
 
 
 class PoolError(ValueError):
-    """It cannot be told how a layer's output becomes one vector a sample."""
+    """The pooling of a layer's output cannot be determined."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """How a layer's output becomes one vector a sample.
+    """A pooling of a layer's output to one vector per sample.
 
-    Maps ``(N, C, H, W)``, ``(N, H, W, C)`` and whatever else has an axis of channels to the mean over all that is
-    neither sample nor channel; of tokens ``(N, T, C)`` only those that the network itself makes its features of count.
-    ``(N, d)`` stays as it is. The result is a copy: what runs next may write over the output.
+    Maps ``(N, C, H, W)``, ``(N, H, W, C)`` and other shapes with a channel axis to the mean over all axes other than
+    samples and channels; of tokens ``(N, T, C)`` only those are averaged that the network computes its features from.
+    ``(N, d)`` is not changed. The result is a copy: later layers may overwrite the output in place.
 
     Args:
-        ndim: Dimensions of the output.
+        ndim: Number of dimensions of the output.
         width: Its number of channels ``C``.
-        channel: Axis of the channels: 1 or -1.
-        tokens: Positions of the tokens of which the mean is taken; several such means stand side by side, as in the
-            classifier of DINOv2 (Oquab et al. 2023, section 7: the class token and the mean of the patches).
-        index: Which of the tensors is meant, where the output holds several.
+        channel: Channel axis: 1 or -1.
+        tokens: Positions of the tokens that are averaged; several such means are concatenated, as in the classifier of
+            DINOv2 (Oquab et al. 2023, section 7: the class token and the mean of the patches).
+        index: Index of the tensor, if the output holds several.
     """
 
     ndim: int
@@ -65,7 +65,7 @@ class Pool:
         return self.ndim == 3 and self.channel == -1
 
     def describe(self) -> str:
-        """What becomes of the output, in words."""
+        """The pooling in words."""
         if self.ndim == 2:
             return "as it is"
         if not self.of_tokens:
@@ -73,20 +73,20 @@ class Pool:
         return " beside ".join(map(_in_words, self.tokens))
 
     def fits(self, output: Any) -> bool:
-        """Whether it is of the form that this was made for."""
+        """Whether an output has the form that this pool was made for."""
         tensor = self.chosen(output)
         return tensor is not None and tensor.ndim == self.ndim and tensor.shape[self.channel] == self.width
 
     def chosen(self, output: Any) -> Tensor | None:
-        """The tensor that is meant; None where there are not so many."""
+        """The tensor at ``index``; None if there are fewer."""
         found = list(tensors(output))
         return found[self.index] if self.index < len(found) else None
 
     def __call__(self, output: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """Pool ``output`` to ``(N, d)``, in ``dtype`` from before the first sum; None is the output's own.
+        """Pool ``output`` to ``(N, d)``, cast to ``dtype`` before any sum; None keeps the output's dtype.
 
         Raises:
-            PoolError: The output is of another form than the one that this was made for.
+            PoolError: The output has another form than the one that this pool was made for.
         """
         tensor = self.chosen(output)
         if tensor is None or not self.fits(output):
@@ -127,7 +127,7 @@ def _span(start: int, stop: int | None) -> str:
 
 @contextmanager
 def caught(layers: Mapping[str, nn.Module], pools: Mapping[str, Pool]) -> Iterator[dict[str, Tensor]]:
-    """Catch the layers' outputs while the context lasts, pooled: ``{name: (N, d)}``, in the order in which they ran."""
+    """A context that captures the layers' pooled outputs, ``{name: (N, d)}``, in the order in which they run."""
     features: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
@@ -142,7 +142,7 @@ def caught(layers: Mapping[str, nn.Module], pools: Mapping[str, Pool]) -> Iterat
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a layer's output: itself, or those in a tuple, a mapping or a dataclass, in their order."""
+    """The tensors in a layer's output, a tensor, tuple, mapping or dataclass, in order."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -157,7 +157,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def detached(output: Any) -> Any:
-    """A layer's output without its gradient: every tensor in it."""
+    """A layer's output with every tensor detached."""
     return apply_to_collection(output, Tensor, Tensor.detach)
 
 

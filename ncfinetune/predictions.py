@@ -1,4 +1,4 @@
-"""Class probabilities as a file that grows as they come: CSV, or Parquet with the extra ``parquet``."""
+"""Files of class probabilities, written batch by batch: CSV, or Parquet with the extra ``parquet``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_format(path: Path) -> None:
     """Refuse a file that `Table` cannot write.
 
     Raises:
-        ValueError: Its name ends neither in .csv nor in .parquet, it is a folder, or Parquet without pyarrow.
+        ValueError: Its name ends neither in .csv nor in .parquet, it is a folder, or pyarrow is missing for Parquet.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"expected predictions to be a .csv or .parquet file, got {str(path)!r}")
@@ -30,21 +30,21 @@ def check_format(path: Path) -> None:
 
 
 class Table:
-    """Predictions, a row for each sample: its index or file, the likeliest class, every class's probability, an error.
+    """A table of predictions with a row per sample: index or file, most probable class, class probabilities, error.
 
-    Rows are written when they are added, to ``NAME.partial`` beside the file, which takes the file's name when the
-    table is complete: what has the name is whole, and what a run that breaks off has predicted is kept. A sample that
-    could not be read has its error and no numbers.
+    Rows are written when they are added, to ``NAME.partial`` beside the file, which is renamed when the table is
+    complete: a file with the final name is complete, and an interrupted run leaves its predictions so far. A sample
+    that could not be read has an error and no numbers.
 
     Args:
-        path: Where to, a ``.csv`` or ``.parquet`` file. Parquet gets a row group for each `add`.
-        key: What the first column is, ``index`` or ``file``.
-        names: The classes, ``K`` of them.
+        path: The ``.csv`` or ``.parquet`` file to write. Parquet gets a row group for each `add`.
+        key: Name of the first column, ``index`` or ``file``.
+        names: Names of the ``K`` classes.
 
     Attributes:
-        rows: How many rows there are.
-        errors: How many of them have an error.
-        first_error: The first of those errors; empty if there is none.
+        rows: Number of rows.
+        errors: Number of rows with an error.
+        first_error: The first error; empty if there is none.
     """
 
     def __init__(self, path: Path, key: str, names: Sequence[object]) -> None:
@@ -62,12 +62,12 @@ class Table:
         """Write a batch.
 
         Args:
-            samples: Indices or files, ``N`` of them.
+            samples: ``N`` indices or files.
             probabilities: ``(N, K)``.
-            errors: Why each sample could not be read; empty if it could.
+            errors: Error of each sample that could not be read; empty for the others.
 
         Raises:
-            OSError: The disk is full; what was added before is kept.
+            OSError: The disk is full; rows added before are kept.
             ValueError: There are more or fewer classes than names.
         """
         if probabilities.shape[1] != len(self._classes):
@@ -82,7 +82,7 @@ class Table:
         self.first_error = self.first_error or next(filter(None, errors), "")
 
     def finish(self) -> None:
-        """Give the file its name.
+        """Rename the complete file to its final name.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written.
@@ -94,7 +94,7 @@ class Table:
             sync(self.path.parent)
 
     def keep(self) -> bool:
-        """End the partial file so that it can be read, and say whether it can; if not, it is removed."""
+        """Close the partial file so that it can be read, and return whether it can; otherwise remove it."""
         try:
             self._file.close()
         except OSError:
@@ -119,7 +119,7 @@ class _CSV:
         self._blank = [""] * (len(columns) - 3)
         self._table.writerow(columns)
         self._file.flush()
-        # Bytes of whole batches: what a full disk takes of the next one is cut off.
+        # Size in whole batches: a batch that a full disk truncates is cut off again.
         self._whole = self._file.tell()
 
     def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
@@ -130,7 +130,7 @@ class _CSV:
         self._whole = self._file.tell()
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written before
+        with suppress(OSError):  # flushing a failed write
             self._file.close()
         os.truncate(self._path, self._whole)
 

@@ -1,7 +1,7 @@
-"""Closed-form classifiers of cached features, each with the exact scores that leaving one sample out would give.
+"""Closed-form classifiers of cached features, each with exact leave-one-out scores.
 
 `ridge` is the strongest of them on few labels, `lda` gives posteriors of Gaussian classes, `nearest_mean` is the
-decision that collapsed features come to; `simplex_etf` is a weight that needs no features. They are fitted in float64
+decision rule of fully collapsed features; `simplex_etf` is a weight that needs no features. They are fitted in float64
 on the device of the features (on the CPU where the device has no float64), whatever the precision of these. Features
 are centred first, so that a common offset costs no digits.
 
@@ -54,10 +54,10 @@ class Head:
 
     Args:
         weight: ``(K, d)``.
-        bias: ``(K,)``; ``-inf`` where `lda` or `nearest_mean` saw no sample of a class.
-        loo_scores: For each sample its scores by the classifier that is fitted without it, ``(N, K)``.
-        loo_error: Share of samples that these scores decide wrongly, weighted as the fit is; a tie is wrong.
-        lam: The strength of regularisation chosen; None where there is none to choose.
+        bias: ``(K,)``; ``-inf`` for a class without samples in `lda` or `nearest_mean`.
+        loo_scores: Scores of each sample by the classifier fitted without it, ``(N, K)``.
+        loo_error: Leave-one-out error rate, weighted as the fit is; a tie is an error.
+        lam: The chosen strength of regularisation; None if there is none to choose.
         curve: Leave-one-out loss and error at every strength.
     """
 
@@ -107,8 +107,8 @@ def ridge(
     bias) and its fitted scores ``p_i``, the scores without it are ``y_i - (y_i - p_i) / (1 - g_i)`` (Allen 1974,
     "The relationship between variable selection and data augmentation"; Golub, Heath, Wahba 1979).
 
-    Weights of samples and of classes multiply each other; leaving one out leaves the others' weights as they are,
-    those that ``balanced`` gave included. A class without samples has weight and bias 0.
+    Weights of samples and of classes multiply each other; leaving a sample out does not change the weights of the
+    others, ``balanced`` ones included. A class without samples has weight and bias 0.
 
         >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
         >>> head = ridge(features, labels, num_classes=4, lams=[0.1, 1.0, 10.0])
@@ -125,8 +125,8 @@ def ridge(
         sample_weight: Weights of samples, ``(N,)``, positive.
 
     Raises:
-        ValueError: Input without sense: shapes, labels out of range, values that are not finite, fewer than two classes
-            with samples; strengths or weights that are none, not positive or not finite.
+        ValueError: Wrong shapes, labels out of range, values that are not finite, fewer than two classes with samples;
+            strengths or weights that are empty, not positive or not finite.
     """
     fit = _checked(features, labels, num_classes, class_weight, sample_weight)
     spectrum = dual_form(fit) if len(features) <= features.shape[1] else primal(fit)
@@ -152,12 +152,12 @@ def lda(
     Gaussian classes share ``S_lam = (1 - lam) S + lam tr(S)/d I``, ``S`` the unbiased covariance within classes
     (Friedman 1989, "Regularized discriminant analysis", eq. 18, with one covariance for all). Scores are
     ``(h - m)^T S_lam^-1 (mu_k - m) - |mu_k - m|^2_{S_lam^-1} / 2 + log(W_k / W)``, whose softmax is the posterior.
-    Without a sample, ``S`` loses a rank-one term and its trace changes; the class's mean, ``m`` and the shares of the
-    classes move. All of it is exact.
+    Leaving a sample out removes a rank-one term from ``S`` and changes its trace, the class's mean, ``m`` and the class
+    shares, all of which is computed exactly.
 
-    Weights act as in `ridge`: they weigh means, covariance and shares of classes. A class without samples is never
-    chosen. Nor is a class of one sample when this is left out: its score is ``-inf``, it counts as an error and has no
-    likelihood.
+    Weights act as in `ridge`: on means, covariance and class shares. A class without samples is never predicted;
+    neither is a class whose only sample is left out: its score is ``-inf``, and the sample counts as an error and has
+    no likelihood.
 
         >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
         >>> features += 0.1 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -175,8 +175,8 @@ def lda(
         sample_weight: Weights of samples, ``(N,)``, positive.
 
     Raises:
-        ValueError: As `ridge`; also where fewer than two samples are left beyond one of each class, or features do not
-            vary within classes, since then there is no covariance without a sample.
+        ValueError: As `ridge`; also with fewer than K + 2 samples for K present classes, or features that do not vary
+            within classes, since then the covariance without a sample does not exist.
     """
     fit = _checked(features, labels, num_classes, class_weight, sample_weight)
     groups = Groups.of(fit)
@@ -187,7 +187,7 @@ def lda(
         )
     basis, values = within(fit, groups)
     if not values.sum() > 0:
-        raise ValueError("lda needs features that vary within classes, got none that do; use nearest_mean or ridge")
+        raise ValueError("lda needs features that vary within classes, got constant ones; use nearest_mean or ridge")
     odds = torch.logspace(-3, 3, 25, dtype=torch.float64, device=fit.mean.device)
     strengths = odds / (1 + odds) if lams is None else _strengths(lams, 1, fit.mean.device)
     model = Gaussians(fit, groups, basis, values)
@@ -208,11 +208,11 @@ def nearest_mean(
     class_weight: ClassWeight | None = None,
     sample_weight: Tensor | None = None,
 ) -> Head:
-    """The classifier that decides for the nearest class mean: scores ``(h - m)^T (mu_k - m) - |mu_k - m|^2 / 2``.
+    """The nearest-class-mean classifier: scores ``(h - m)^T (mu_k - m) - |mu_k - m|^2 / 2``.
 
-    That is ``-|h - mu_k|^2 / 2`` up to a term that is the same for every class. Leaving a sample out moves its class's
-    mean and ``m``. Weights of samples weigh the means; those of classes move ``m`` and weigh ``loo_error``. A class
-    without samples is never chosen, nor is a class of one sample when this is left out: its score is ``-inf``.
+    That is ``-|h - mu_k|^2 / 2`` up to a term that is the same for every class. Leaving a sample out changes its
+    class's mean and ``m``. Sample weights act on the means, class weights on ``m`` and ``loo_error``. A class without
+    samples is never predicted, neither is a class whose only sample is left out: its score is ``-inf``.
 
         >>> head = nearest_mean(torch.tensor([[0.0], [1.0], [4.0], [5.0]]), torch.tensor([0, 0, 1, 1]), num_classes=2)
         >>> head.scores(torch.tensor([[2.4], [2.6]])).argmax(1), head.loo_error.item()
@@ -242,7 +242,7 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
 
     ``W = sqrt(K/(K-1)) B Q^T`` with ``B B^T = I - 1 1^T / K`` and ``Q^T Q = I`` (Papyan, Han, Donoho 2020, definition
     1; Yang et al. 2022, arXiv 2203.09081, eq. 1). ``B`` has ``K - 1`` columns, so that ``d = K - 1`` suffices; ``Q`` is
-    drawn uniformly by the seed, on the CPU, the same everywhere.
+    drawn uniformly by the seed, on the CPU, so that it is the same on every device.
 
         >>> weight = simplex_etf(3, 2)
         >>> torch.allclose(weight @ weight.T, 1.5 * torch.eye(3, dtype=torch.float64) - 0.5)
@@ -260,14 +260,14 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     helmert = torch.ones(num_classes, num_classes - 1, dtype=torch.float64).triu() - torch.diag(order, -1)[:, :-1]
     normal = torch.randn(dim, num_classes - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     frame, triangle = torch.linalg.qr(normal)
-    frame = frame * triangle.diagonal().sign()  # makes the factorisation unique, so that no library's choice shows
+    frame = frame * triangle.diagonal().sign()  # makes the factorisation unique, whatever the library's sign convention
     return (num_classes / (num_classes - 1)) ** 0.5 * (helmert / (order * (order + 1)).sqrt()) @ frame.T
 
 
 def nearest_simplex(weight: Tensor) -> Tensor:
-    """The equiangular classifier ``a E`` that is nearest to a weight ``(K, d)`` in the sum of squares.
+    """The equiangular classifier ``a E`` nearest to a weight ``(K, d)`` in the sum of squares.
 
-    ``E`` is a simplex as `simplex_etf` gives it, in the orientation that suits the weight best, and ``a`` its scale
+    ``E`` is a simplex as in `simplex_etf`, in the orientation nearest to the weight, and ``a`` its scale
     (orthogonal Procrustes problem: Schoenemann 1966): where the columns of ``B`` are an orthonormal basis of what sums
     to 0 over the classes and ``B^T W = U S V^T``, it is ``tr(S)/(K - 1) B U V^T``.
 
@@ -279,7 +279,7 @@ def nearest_simplex(weight: Tensor) -> Tensor:
         ValueError: As `simplex_etf`.
     """
     classes, width = weight.shape
-    simplex_etf(classes, width)  # there must be room for it
+    simplex_etf(classes, width)  # raises if the width is too small
     basis = ((classes - 1) / classes) ** 0.5 * simplex_etf(classes, classes - 1).to(weight.device)
     left, lengths, right = torch.linalg.svd(basis.T @ weight.double(), full_matrices=False)
     return lengths.mean() * basis @ left @ right
@@ -288,7 +288,7 @@ def nearest_simplex(weight: Tensor) -> Tensor:
 def _checked(
     features: Tensor, labels: Tensor, num_classes: int, class_weight: ClassWeight | None, sample_weight: Tensor | None
 ) -> Samples:
-    """Input as a fit takes it. What it holds is looked at once."""
+    """Checked input of a fit, with one read of the device."""
     if features.ndim != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
         raise ValueError(
             "expected floating-point features (N, d) and labels (N,), got "
@@ -325,7 +325,7 @@ def _sample_weights(weights: Tensor | None, features: Tensor) -> Tensor:
 
 
 def _class_weights(weights: ClassWeight | None, labels: Tensor, num_classes: int, samples: Tensor) -> Tensor:
-    """What each sample's weight is multiplied by for its class, ``(N,)``; ``samples`` are the weights until then."""
+    """Factor of each sample's weight for its class, ``(N,)``; ``samples`` are the sample weights."""
     if weights is None:
         return torch.ones_like(samples)
     if isinstance(weights, str):
@@ -353,7 +353,7 @@ def _strengths(lams: Strengths, highest: float, device: torch.device) -> Tensor:
 
 
 def _shown(values: Tensor, most: int = 5) -> str:
-    """Numbers for a message: their shape where they are no list, else the first few."""
+    """Numbers for a message: the first few of a vector, and the shape of anything else."""
     if values.ndim != 1:
         return f"shape {tuple(values.shape)}"
     head = ", ".join(f"{value:g}" for value in values[:most].tolist())

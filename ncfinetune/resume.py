@@ -1,4 +1,4 @@
-"""What a checkpoint of Lightning leaves out, and a run needs to go on as if it had not stopped."""
+"""State that Lightning's checkpoints lack and that a resumed run needs to continue as if it was not interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """This state and those of the other processes, by rank, with each process's random states; all processes call."""
+    """The states of all processes by rank, with their random states; all processes must call it."""
     state = {**state, "random": random_state(trainer.strategy.root_device)}
     if trainer.world_size == 1:
         return [state]
@@ -24,11 +24,11 @@ def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[st
 
 
 def state_of_process(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """This process's of `states_of_processes`, its random states restored; empty where there were more or fewer."""
+    """This process's state of `states_of_processes`, restoring its random state; empty for another world size."""
     if len(states) != trainer.world_size:
         rank_zero_info(
-            f"the checkpoint is of {len(states)} processes, and here are {trainer.world_size}: random numbers, of "
-            "dropout for instance, differ from those of the run that stopped"
+            f"the checkpoint is of {len(states)} processes, but this run has {trainer.world_size}: random numbers, as "
+            "of dropout, differ from those of the interrupted run"
         )
         return {}
     state = states[trainer.global_rank]
@@ -45,16 +45,16 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Go on from `random_state`, with what of it there is a generator for."""
+    """Restore a `random_state`, as far as its generators exist here."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), device)
 
 
 def last_numbers(trainer: Trainer) -> dict[str, Any]:
-    """The last values of what was logged, and those of an epoch that is checkpointed at its end, with their step.
+    """The last logged values, and the values of an epoch that is checkpointed at its end, with their step.
 
-    Lightning (2.6) keeps no values, and writes those of an epoch to the loggers after the checkpoint of its end.
+    Lightning (2.6) saves no logged values, and logs those of an epoch after the checkpoint at its end.
     """
     connector, loop = trainer._logger_connector, trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
@@ -68,7 +68,7 @@ def last_numbers(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_numbers(trainer: Trainer, numbers: dict[str, Any]) -> None:
-    """Let the trainer know `last_numbers` of the run that stopped, and write once what it may not have written."""
+    """Restore `last_numbers` of the interrupted run, and log the values that it may not have logged."""
     device = trainer.strategy.root_device
     known = {name: torch.tensor(value, device=device) for name, value in numbers.get("known", {}).items()}
     trainer._logger_connector._callback_metrics.update(known)
@@ -83,12 +83,12 @@ def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def trained(module: nn.Module) -> dict[str, bool]:
-    """Which parameters train."""
+    """Which parameters are trained."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
 
 
 def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
-    """Let parameters train, or not, as they did when a run stopped, and say so where that is a change.
+    """Restore which parameters are trained, and warn if that is a change.
 
     Lightning's ``BackboneFinetuning`` (2.6) freezes at the start of a resumed run what it had unfrozen before.
     """
@@ -98,39 +98,39 @@ def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
             if before.get(name, parameter.requires_grad) != parameter.requires_grad:
                 parameter.requires_grad = before[name]
                 changed.append(name)
-                # What Lightning's callback freezes and unfreezes with the parameters.
+                # State that Lightning's callback freezes and unfreezes together with the parameters.
                 if before[name] and isinstance(part, _BatchNorm):
                     part.track_running_stats = True
     if changed:
         rank_zero_info(
-            f"{len(changed)} parameters, first {changed[0]}, train or are frozen as in the run that stopped; a "
+            f"{len(changed)} parameters, first {changed[0]}, are trained or frozen as in the interrupted run again; a "
             "callback had changed that"
         )
 
 
 def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
-    """Let a run that is resumed from an epoch's last batch validate, and end the epoch.
+    """Make a run that is resumed from an epoch's last batch run the epoch's validation and end.
 
-    Lightning (2.6) takes such a checkpoint, as one each few steps may be, for one of the next epoch's start: it leaves
-    out the validation and the hooks at the epoch's end.
+    Lightning (2.6) resumes from such a checkpoint, which may be written every few steps, at the start of the next
+    epoch: it omits the validation and the hooks at the epoch's end.
 
     Args:
-        checkpoint: What was loaded; its loops are changed.
+        checkpoint: The loaded checkpoint; its loops are changed in place.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     progress, validation = (loops.get(f"epoch_loop.{name}batch_progress") for name in ("", "val_loop."))
     if progress and validation and progress["is_last_batch"]:
         total, current = progress["total"], progress["current"]
-        if total["completed"] == total["processed"] - 1:  # saved before the batch was through
+        if total["completed"] == total["processed"] - 1:  # saved before the batch was completed
             total["completed"] += 1
             current["completed"] += 1
             begin_again(validation)
 
 
 def take_up_before_validation(trainer: Trainer) -> None:
-    """Let a run that is resumed within an epoch, from a batch that a validation was to follow, begin with that.
+    """Make a run that is resumed within an epoch, right before a validation, start with that validation.
 
-    Lightning (2.6) takes the validation for done, as ``val_check_interval`` and a checkpoint each few steps make it.
+    Lightning (2.6) omits it, which happens with ``val_check_interval`` and a checkpoint every few steps.
     """
     loop = trainer.fit_loop.epoch_loop
     fetcher = trainer.fit_loop._data_fetcher
@@ -144,7 +144,7 @@ def take_up_before_validation(trainer: Trainer) -> None:
 
 
 def begin_again(progress: dict[str, Any]) -> None:
-    """Let the state of a validation's progress be one that Lightning takes up at its first batch: begun, none done."""
+    """Set the progress of a validation to that of one started without a completed batch, so that it is repeated."""
     for part in ("total", "current"):
         progress[part].update(ready=1, started=1, processed=0, completed=0)
     progress["is_last_batch"] = False

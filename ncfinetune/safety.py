@@ -1,7 +1,6 @@
-"""What a command may say under ``--safe``; a configuration is code otherwise, whose paths are imported and called.
+"""The check of a command under ``--safe``; otherwise a configuration is code, whose paths are imported and called.
 
-Every string is looked at, in the command and in its configuration files, since each may be given to an argument that
-takes a class or a function.
+Every string in the command and in its configuration files is checked, since any argument may take a class or function.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from typing import Any
 
 import yaml
 
-# A class, by its name in the packages that define what a configuration is meant to choose.
+# Classes in the packages that a configuration may choose from.
 _CLASS = re.compile(
     r"(ncfinetune(\.\w+)*|lightning\.pytorch\.(callbacks|cli|loggers|plugins|profilers|strategies)"
     r"|timm\.optim|torch\.optim(\.lr_scheduler)?)\.[A-Z]\w*"
 )
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ELSEWHERE = re.compile(r"\w+://|hf[-_]hub:")
-# Options that take data sets, whose shards a colon makes a command or another machine's, however they are written.
+# Options with data sets, in whose shards a colon marks a command or another machine.
 _DATA = {"data", "downstream"}
-# Options are in smaller files, in bytes.
+# Files of options are smaller than this, in bytes: larger ones are data.
 _LARGEST = 2**20
 
 
 def refuse_code(words: list[str]) -> None:
-    """Refuse the words of a command, and the configuration files that they name, if they could run code of their own.
+    """Refuse a command, with its configuration files, if it could run foreign code.
 
     Raises:
-        ValueError: They name something to import that is no class of ours or of Lightning's and no optimiser of torch's
-            or timm's, run a shell command, or read from another machine.
+        ValueError: It imports something other than our classes, Lightning's, and the optimisers of torch and timm, runs
+            a shell command, or reads from another machine.
     """
     for key, value in _said(words):
         if fault := _fault(key, value.strip()):
@@ -44,7 +43,7 @@ def refuse_code(words: list[str]) -> None:
 
 
 def _said(words: list[str]) -> Iterator[tuple[str, str]]:
-    """Every string of a command by the option that it is for."""
+    """Every string of a command with its option."""
     option, seen = "the command", set[Path]()
     for word in words:
         value = word
@@ -55,7 +54,7 @@ def _said(words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
-    """The strings in a value, and in what they stand for."""
+    """The strings in a value, in the YAML that they contain, and in the files that they name."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield key, str(name)
@@ -71,9 +70,9 @@ def _strings(key: str, value: Any, folder: Path, seen: set[Path]) -> Iterator[tu
 
 
 def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tuple[str, str]]:
-    """The strings in the file of options that has this name, in the working directory or in the folder."""
+    """The strings in the file of options with this name, in the working directory or in the folder."""
     for path in {Path(name).absolute(), (folder / name).absolute()} - seen:
-        with suppress(OSError, UnicodeDecodeError):  # no file, or none of options
+        with suppress(OSError, UnicodeDecodeError):  # not a file, or not one of options
             if path.stat().st_size < _LARGEST:
                 seen.add(path)
                 content = _loaded(path.read_text(encoding="utf-8"))
@@ -81,7 +80,7 @@ def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tu
 
 
 def _loaded(text: str) -> Any:
-    """What a text is as YAML, None if it is none."""
+    """A text parsed as YAML; None if it is not YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

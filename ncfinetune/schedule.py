@@ -1,4 +1,4 @@
-"""The learning rate over epochs and layers: a schedule made of torch's schedulers, and factors on whatever they do."""
+"""The learning rate over epochs and layers: a schedule made of torch's schedulers, and factors of any schedule."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, Sequ
 class WarmupCosine(SequentialLR):
     """Linear warm-up, then cosine decay to zero, where it stays.
 
-    A class, since a YAML file cannot hand one optimiser to several schedulers.
+    It is a class because a YAML file cannot give one optimiser to several schedulers.
 
     Args:
-        optimizer: Whose learning rate changes.
-        epochs: Epochs in all, the ``max_epochs`` of the Trainer; the rate is zero from then on.
-        warmup: How many of them the warm-up takes; its first epoch has ``1 / (warmup + 1)`` of the learning rate.
+        optimizer: The optimiser.
+        epochs: Number of all epochs, the ``max_epochs`` of the Trainer; the rate is zero from then on.
+        warmup: Number of epochs of the warm-up; its first epoch has ``1 / (warmup + 1)`` of the learning rate.
 
     Raises:
         ValueError: ``warmup`` is negative or leaves no epoch for the decay.
@@ -37,33 +37,33 @@ class WarmupCosine(SequentialLR):
 
 
 def depths(net: Any) -> dict[str, int]:
-    """How many layers lie between each parameter of a timm network without its classifier and that classifier.
+    """Distance in layers of each parameter of a timm network from the classifier.
 
-    Layers are those of timm's `param_groups_layer_decay`, which the network's ``group_matcher`` tells apart: the stem,
-    the blocks, and the classifier with what stands before it and belongs to no block, which is at 0.
+    Layers are those of timm's `param_groups_layer_decay`, defined by the network's ``group_matcher``: the stem, the
+    blocks, and the classifier, which includes modules before it that belong to no block and has distance 0.
 
     Raises:
-        ValueError: The network has no ``group_matcher``, or one that puts all parameters into one layer, as where their
-            names are no longer timm's.
+        ValueError: The network has no ``group_matcher``, or one that puts all parameters into one layer, as if the
+            parameters were renamed.
     """
     layers: dict[str, int] = {}
     if hasattr(net, "group_matcher"):
         known = net.pretrained_cfg.get("classifier") or "head"
-        # The classifier's names are there too, so that timm counts its layer, whether it stands alone there or not.
+        # Includes the names of the classifier, so that timm counts its layer even if it has no other parameters.
         classifiers = [(f"{name}.weight", None) for name in ([known] if isinstance(known, str) else known)]
         named = [*net.named_parameters(), *classifiers]
         layers = group_with_matcher(iter(named), net.group_matcher(coarse=False), reverse=True)
     if len(set(layers.values())) < 2:
         raise ValueError(
-            f"layer_decay needs a network whose layers timm tells apart, and {type(net).__name__} has no group_matcher "
-            "that does; leave layer_decay out"
+            f"layer_decay needs a network that timm divides into layers, but {type(net).__name__} has no group_matcher "
+            "for that; leave layer_decay out"
         )
     last = max(layers.values())
     return {name: last - layers[name] for name, _ in net.named_parameters()}
 
 
 def layer_groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Groups of a timm network's parameters that train, one for each layer, the first one first.
+    """Groups of a timm network's trained parameters, one for each layer, from the first layer on.
 
     The learning rate of a layer is to be multiplied by the ``lr_factor`` of its group: ``decay`` to the power of its
     distance from the classifier (layer-wise learning-rate decay: Clark et al. 2020, arXiv 2003.10555, appendix B; Bao
@@ -79,16 +79,16 @@ def layer_groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
     ]
 
 
-# Where torch keeps learning rates: in the optimiser's groups (OneCycleLR keeps three there) and in its schedulers.
+# Attributes in which torch keeps learning rates: in the optimiser's groups (three of OneCycleLR) and in schedulers.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 _SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")
 
 
 def scale_rates(optimizer: Optimizer, scheduler: Any, factors: Sequence[float]) -> None:
-    """Multiply the learning rates of an optimiser that has made no step, and those that its scheduler keeps.
+    """Multiply the learning rates of an optimiser that has made no step, and those of its scheduler.
 
-    Torch's schedulers are linear in these rates, whether they follow the optimiser's or, as `OneCycleLR` and `CyclicLR`
-    do, set them from rates of their own. Floors such as ``eta_min`` stay as they are.
+    Torch's schedulers are linear in these rates, whether they follow the optimiser's rates or, as `OneCycleLR` and
+    `CyclicLR`, set rates of their own. Floors such as ``eta_min`` are not changed.
 
     Args:
         optimizer: The optimiser.
@@ -105,7 +105,7 @@ def scale_rates(optimizer: Optimizer, scheduler: Any, factors: Sequence[float]) 
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
-    """A scheduler and those that it is made of."""
+    """A scheduler and the schedulers that it contains."""
     if scheduler is not None:
         yield scheduler
         for part in getattr(scheduler, "_schedulers", []):
@@ -115,7 +115,7 @@ def _parts(scheduler: Any) -> Iterator[Any]:
 def follows_rates(
     make: Callable[[Optimizer], Any], optimizer: Optimizer, factors: Sequence[float] | None = None
 ) -> bool:
-    """Whether a scheduler's rates change where the optimiser's do; tried on optimisers of nothing.
+    """Whether a scheduler's rates follow the optimiser's; tested on optimisers of a dummy parameter.
 
     Args:
         make: Makes the scheduler.
@@ -130,12 +130,12 @@ def follows_rates(
         doubled = SGD([{**group, "lr": 2 * group["lr"]} for group in _groups(optimizer)])
         after = _second_rates(make, doubled, [1.0] * len(before))
         pairs = [list(pair) for pair in zip(before, after, strict=True)]
-    told = [pair for pair in pairs if any(pair)]  # a warm-up may begin with epochs at 0
+    told = [pair for pair in pairs if any(pair)]  # a warm-up may start with epochs at rate 0
     return not told or any(first != second for first, second in told)
 
 
 def _second_rates(make: Callable[[Optimizer], Any], optimizer: Optimizer, factors: Sequence[float]) -> list[float]:
-    """Rates of an optimiser of nothing after one step of its scheduler."""
+    """Rates of an optimiser of a dummy parameter after one step of its scheduler."""
     trial = SGD(_groups(optimizer))
     scheduler = make(trial)
     scale_rates(trial, scheduler, factors)
@@ -149,24 +149,24 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def monitored(scheduler: Any) -> str | None:
-    """What a scheduler that waits for a plateau watches, ``val/loss`` unless it says so; None for others.
+    """The log name that a ReduceLROnPlateau monitors, by default ``val/loss``; None for other schedulers.
 
     Raises:
-        ValueError: It waits for the highest value, which that of a loss is not, and does not say of what.
+        ValueError: It maximises without naming what it monitors, which cannot be a loss.
     """
     name = getattr(scheduler, "monitor", None)
     if name is not None or not isinstance(scheduler, ReduceLROnPlateau):
         return name
     if scheduler.mode == "max":
         raise ValueError(
-            "torch's ReduceLROnPlateau with mode='max' does not say what it watches, and val/loss it can't be; "
-            "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
+            "torch's ReduceLROnPlateau with mode='max' has no monitor, and the default val/loss is not maximised; "
+            "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, such as val/acc"
         )
     return "val/loss"
 
 
 def two_groups(parameters: Iterable[nn.Parameter], backbone: nn.Module) -> list[dict[str, Any]]:
-    """Groups of an optimiser that set the head apart: those of the ``backbone``, if there are any, and the ``head``."""
+    """Two parameter groups, ``backbone``, if any of its parameters is trained, and ``head``."""
     inside = set(map(id, backbone.parameters()))
     groups: dict[str, list[nn.Parameter]] = {"backbone": [], "head": []}
     for parameter in parameters:

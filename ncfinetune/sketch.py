@@ -16,7 +16,7 @@ from ncfinetune.accumulator import Accumulator
 class ClassSketches(Accumulator):
     """Frequent Directions sketches ``(K, r, d)`` (Liberty 2013, arXiv 1206.0594) and exact energies of each class.
 
-    An update reads nothing; adding a full buffer, on an accelerator too, reads its labels once.
+    An update does not synchronise; flushing a full buffer reads its labels once.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -57,7 +57,7 @@ class ClassSketches(Accumulator):
                     self.sketch[label] = _shrunk(torch.cat([self.sketch[label], some]), self.size)
 
     def merge(self, others: Iterable[ClassSketches]) -> None:
-        """Add the samples of other accumulators."""
+        """Merge other accumulators."""
         with torch.inference_mode(False), torch.no_grad():
             parts = [self, *others]
             for part in parts:

@@ -1,4 +1,4 @@
-"""Traces: which parts of a module run in a pass, on what and with which outputs.
+"""Traces: the calls of a module's submodules in a forward pass, with inputs and outputs.
 
 Legend: ``N`` samples.
 """
@@ -17,7 +17,7 @@ from ncfinetune.pooling import PoolError, tensors
 
 
 class Call(NamedTuple):
-    """One run of a module: its input and output tensors, its output as it was, and its place in the pass."""
+    """One call of a module: its input and output tensors, its original output, and its index in the pass."""
 
     module: nn.Module
     inputs: list[Tensor]
@@ -27,10 +27,10 @@ class Call(NamedTuple):
 
 
 class Trace:
-    """The calls of all parts of a module in one pass, in the order in which they end.
+    """The calls of all submodules of a module in one pass, in the order in which they end.
 
     Args:
-        module: What runs.
+        module: The module.
 
     Attributes:
         calls: The calls.
@@ -42,10 +42,10 @@ class Trace:
         self.calls: list[Call] = []
 
     def of(self, run: Callable[[], Any]) -> Tensor:
-        """Run, and return the first tensor of the result that is no single number, such as a loss.
+        """Run, and return the first tensor of the result that is not a single number, such as a loss.
 
         Raises:
-            PoolError: There is none.
+            PoolError: There is no such tensor.
         """
         handles = [m.register_forward_hook(self._note, with_kwargs=True) for m in self._module.modules()]
         try:
@@ -58,14 +58,14 @@ class Trace:
         return result
 
     def last_calls(self, layers: Mapping[str, nn.Module]) -> dict[str, Call]:
-        """The last run of each layer that ran, in the order in which they ended."""
+        """The last call of each layer that ran, in the order in which they ended."""
         by_module = {call.module: call for call in self.calls}
         found = {name: by_module[layer] for name, layer in layers.items() if layer in by_module}
         return dict(sorted(found.items(), key=lambda item: item[1].number))
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
-            # Through frozen layers on blank inputs no gradient would pass, and the tokens that count are told by it.
+            # No gradient passes frozen layers on inputs without one, but the tokens are found by the gradient.
             output = output + self._zero(output.device).to(output.dtype)
         inputs = [*tensors(args), *tensors(kwargs)]
         self.calls.append(Call(module, inputs, list(tensors(output)), output, len(self.calls)))
@@ -76,10 +76,10 @@ class Trace:
 
 
 def few(arguments: Any, samples: int = 2) -> Any:
-    """The first samples of a module's arguments, as copies that gradients may pass through; all else as it is.
+    """A module's arguments with the first samples only, as copies that gradients can pass; other arguments unchanged.
 
-    The samples are as many as the first tensor of more than one dimension is long; tensors of other lengths, such as
-    masks, belong to all samples.
+    The batch size is the length of the first tensor with more than one dimension; tensors of other lengths, such as
+    masks, are kept whole.
     """
     given = next((len(tensor) for tensor in tensors(arguments) if tensor.ndim > 1), 0)
 
@@ -92,7 +92,7 @@ def few(arguments: Any, samples: int = 2) -> Any:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Leave the buffers as they were: some networks count their passes in evaluation too."""
+    """A context that restores all buffers: some networks count their passes in eval mode too."""
     kept = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()

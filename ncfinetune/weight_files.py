@@ -1,4 +1,4 @@
-"""Reading and writing files of plain tensors, with what they say of images and classes."""
+"""Reading and writing files of tensors, with the image preprocessing and the class names stored in them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from ncfinetune.atomic import replacing
 from ncfinetune.checksums import check_zip, fingerprint
 
-# What checkpoints of plain tensors hold besides: command lines and numbers of NumPy.
+# Harmless objects beside tensors in checkpoints: command lines and numbers of NumPy.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdilq?")]
-# Where a file keeps what its weights expect of images, and what the classes are called; see `Backbone.preprocessing`.
+# Keys of the image preprocessing and of the class names in a file.
 DATA = "data"
-# Where the metadata of a file that is ours have the fingerprint of its tensors and of what it says.
+# Key in our files' metadata of the fingerprint of tensors and metadata.
 _FINGERPRINT = "ncfinetune_fingerprint"
 
 
@@ -37,10 +37,10 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
     Args:
         weights: Its tensors by name.
         path: A ``.safetensors`` or ``.pth`` file.
-        data: What the weights expect of images and what the classes are called, as plain data.
+        data: The image preprocessing and the class names, in built-in types.
 
     Raises:
-        ValueError: The file's name ends in something else.
+        ValueError: The file's name has another suffix.
     """
     path = Path(path)
     own = with_own_memory(weights)
@@ -55,9 +55,9 @@ def save(weights: Mapping[str, Tensor], path: str | Path, data: Mapping[str, Any
 
 
 def with_own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU none of which shares its memory with another, as safetensors takes them.
+    """CPU tensors without shared memory, as safetensors requires.
 
-    A parameter that a network has under several names is copied under each, since they are all asked for on loading.
+    A parameter that a network has under several names is copied under each, since loading expects all names.
     """
     own: dict[str, Tensor] = {}
     known: set[int] = set()
@@ -70,11 +70,11 @@ def with_own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is in a file of weights, and what it says of images and classes.
+    """The contents of a file of weights, and its image preprocessing and class names.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is a folder, or no file of plain tensors; the error says how to make one of it.
+        ValueError: It is a folder, or not a file of tensors only; the message says how to convert it.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,9 +91,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             data = content.get(DATA) if isinstance(content, dict) else None
     except OSError:
         raise
-    except Exception as error:  # unpickling other bytes can raise anything
+    except Exception as error:  # unpickling arbitrary bytes may raise anything
         reason = _of_file(path, str(error))
-        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of plain tensors: {reason}") from error
+        raise ValueError(f"cannot read {str(path)!r} as a checkpoint of tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
     return content, data if isinstance(data, dict) else {}
@@ -104,12 +104,12 @@ def _read_safetensors(path: Path) -> tuple[Any, Any]:
         metadata = file.metadata() or {}
     tensors, said = load_file(path), {name: metadata[name] for name in (DATA,) if name in metadata}
     if metadata.get(_FINGERPRINT) not in (None, fingerprint(tensors, said)):
-        raise ValueError("its fingerprint is another")
+        raise ValueError("its fingerprint is wrong")
     return tensors, json.loads(said.get(DATA, "{}"))
 
 
 def _trusting() -> Any:
-    """Where torch.load takes what is harmless beside tensors, as far as this version of torch can be told."""
+    """A context in which torch.load accepts the harmless objects, as far as this version of torch supports it."""
     if not hasattr(torch.serialization, "safe_globals"):
         return nullcontext()
     scalar = np.float64(0).__reduce__()[0]  # where it lives depends on NumPy's version
@@ -117,7 +117,7 @@ def _trusting() -> Any:
 
 
 def _of_folder(path: Path) -> str:
-    """How to make one file of a folder."""
+    """How to convert a folder to one file, in words."""
     names = sorted(file.name for file in path.iterdir())
     if any(name.endswith(".distcp") for name in names):
         if "meta.pt" in names:
@@ -133,7 +133,7 @@ def _of_folder(path: Path) -> str:
 
 
 def _of_file(path: Path, error: str) -> str:
-    """Why a file is no checkpoint of plain tensors, and how to make one of it."""
+    """Why a file is not a checkpoint of tensors only, and how to convert it, in words."""
     foreign = re.search(r"GLOBAL ([\w.]+)", error)
     package = foreign[1].split(".")[0] if foreign else ""
     if package in ("fastai", "fastcore"):

@@ -1,7 +1,7 @@
-"""Files of weights: which of their tensors are those of a network, whoever saved them, and what they leave random.
+"""Loading files of weights of any library into a network, with a report of the parameters that stay random.
 
-A file holds one set of weights or several: every dictionary of tensors in it, however deep, is one, and its path in
-the file is its ``key``. In a set a ``prefix`` may stand before a network's names: ``module.encoder_q.conv1.weight``.
+A file holds one or several sets of weights: every dictionary of tensors in it, at any depth, is a set, and its path in
+the file is its ``key``. In a set a ``prefix`` may precede a network's names: ``module.encoder_q.conv1.weight``.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from torch import Tensor
 
 from ncfinetune.weight_files import read, save
 
-# Share of a network's values below which weights are rather those of another architecture.
+# Share of a network's values below which the weights are probably those of another architecture.
 _ENOUGH = 0.75
-# A set of weights that fits this share of what the best one fits is as good an answer: the two differ by less than any
-# layer, as an average of weights without the buffers does from the weights.
+# A set that fits this share of the values of the best set is an equally good candidate: the two differ by less than a
+# layer, as averaged weights without buffers differ from the weights.
 _AS_GOOD = 0.9
-# Under these names timm's modules keep what makes a published file one of theirs.
+# Names in timm's modules of the functions that convert published files.
 _FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-# What peft puts before a tensor's own name in a layer that has an adapter.
+# peft's prefix of a tensor's own name in a layer with an adapter.
 _BASE_LAYER = ".base_layer."
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are.
+    """The location of weights.
 
     Args:
         path: The file.
         key: Path of the dictionary of tensors in the file, joined by dots; None is the one that fits best.
-        prefix: What stands before the network's names there; None is what fits best.
+        prefix: Prefix of the network's names there; None is the one that fits best.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Source:
 
     @classmethod
     def of(cls, checkpoint: str | Path | Mapping[str, str | None]) -> Source:
-        """A path, or a mapping of ``path`` and, where they are wanted, ``key`` and ``prefix``.
+        """From a path, or from a mapping of ``path`` and, optionally, ``key`` and ``prefix``.
 
         Raises:
             ValueError: Other entries, or no path.
@@ -66,14 +66,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a network gets of one set of weights.
+    """The tensors of one set of weights that fit a network.
 
     Args:
         key: Path of the set in the file.
-        prefix: What stands before the network's names there.
-        tensors: Those that fit, under the network's names.
-        adapted: Which of them had another shape in the file.
-        unused: Names in the set that the network has no use for.
+        prefix: Prefix of the network's names there.
+        tensors: The tensors that fit, under the network's names.
+        adapted: Names of tensors that had another shape in the file.
+        unused: Names in the set that the network does not have.
     """
 
     key: str
@@ -84,11 +84,11 @@ class Reading:
 
     @property
     def size(self) -> int:
-        """How many values fit."""
+        """Number of values that fit."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def same(self, other: Reading) -> bool:
-        """Whether a network would be the same with the other one."""
+        """Whether both readings give the same network."""
         names = self.tensors.keys() & other.tensors.keys()
         return all(torch.equal(self.tensors[name], other.tensors[name]) for name in names)
 
@@ -97,23 +97,22 @@ class Reading:
 
 
 def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[set[str], dict[str, Any]]:
-    """Load the weights of a file into a network, and say which of them fitted and what stays as it was.
+    """Load the weights of a file into a network, and report which tensors fitted and which did not change.
 
-    The rule: of all sets of weights in the file, under all prefixes, the network gets those of which most of its values
-    can be had. Where another fits nine tenths as many and is not the same, neither is taken. What has another
-    shape is adapted as timm does for its own weights: the first convolution to another number of channels, embeddings
-    of positions to another grid, tables of windows to another window, names of the authors' code to timm's. So are
-    ``shortcut`` for ``downsample`` and the numbers of an `nn.Sequential` of the network's parts. A classifier is left.
+    Of all sets of weights in the file, with all prefixes, the one that fits most of the network's values is loaded. If
+    a different set fits at least nine tenths as many values, an error asks to choose. Tensors of other shapes are
+    adapted as timm adapts its own weights: the first convolution to another number of channels, position embeddings to
+    another grid, window tables to another window size, names of the authors' code to timm's names. The name
+    ``shortcut`` for ``downsample`` and numbered parts of an `nn.Sequential` are recognised too. Classifiers are ignored.
 
-    What stays random is named in a warning.
+    A warning names the parameters that stay random.
 
     Returns:
-        Names of the network's tensors that were loaded, and what the file says of images and classes.
+        Names of the network's tensors that were loaded, and the file's image preprocessing and class names.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file holds no weights, none that fit, several sets that fit equally well, or adapters beside its
-            weights.
+        ValueError: The file holds no weights, none that fit, several sets that fit equally well, or unmerged adapters.
     """
     source = Source.of(checkpoint)
     content, data = read(source.path)
@@ -136,19 +135,18 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
     if share < _ENOUGH:
         rank_zero_warn(f"{report}. That is {share:.0%} of the network's values: are they of the same architecture?")
     elif any(own[name].is_floating_point() for name in missing):
-        rank_zero_warn(f"{report}. What is not in the file stays at its random start")
+        rank_zero_warn(f"{report}. Parameters that are not in the file stay random")
     else:
         rank_zero_info(report)
     return set(found.tensors), data
 
 
 def export(checkpoint: str, path: str) -> str:
-    """Take the backbone's weights out of a learner's checkpoint into a file of their own, and say how to read it.
+    """Write the backbone's weights of a learner's checkpoint to a file, and return a one-line report.
 
     Raises:
         FileNotFoundError: No such checkpoint.
-        ValueError: It is not a learner's, it has adapters beside its weights, or the file's name is not one that `save`
-            takes.
+        ValueError: It is not a learner's checkpoint, it has unmerged adapters, or the file's suffix is not one of `save`.
     """
     prefix = "backbone.net."
     content, data = read(checkpoint)
@@ -165,13 +163,13 @@ def export(checkpoint: str, path: str) -> str:
 def _refuse_adapters(checkpoint: str | Path, names: list[str]) -> None:
     if names:
         raise ValueError(
-            f"checkpoint {str(checkpoint)!r} has adapters beside its weights ({_some(names)}); merge them by "
+            f"checkpoint {str(checkpoint)!r} has unmerged adapters ({_some(names)}); merge them by "
             "load_from_checkpoint of the learner and backbone.save"
         )
 
 
 def _sets(content: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors, however deep, with its path."""
+    """Every dictionary of tensors, at any depth, with its path."""
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield path, tensors
@@ -181,7 +179,7 @@ def _sets(content: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dic
 
 
 def _readings(content: Mapping[str, Any], net: Any, source: Source) -> list[Reading]:
-    """What the network gets of each set of weights that the source allows, under each likely prefix."""
+    """The readings of each set of weights that the source allows, with each likely prefix."""
     sets = dict(_sets(content))
     if not sets:
         raise ValueError(f"checkpoint {source.path!r} holds no tensors, only {_some(list(content))}")
@@ -226,7 +224,7 @@ def _chosen(readings: list[Reading], source: Source) -> Reading:
 
 
 def _spellings(tensors: dict[str, Tensor], net: Any) -> Iterator[dict[str, Tensor]]:
-    """The set with timm's names for parts that others call ``shortcut`` or, in an `nn.Sequential`, by number."""
+    """The set with timm's names for parts that are called ``shortcut`` or, in an `nn.Sequential`, numbered."""
     yield {_as_timm(name): tensor for name, tensor in tensors.items()}
     parts = [name for name, part in net.named_children() if part.state_dict()]
     starts = {name[: digits.start()] for name in tensors for digits in re.finditer(r"(?<![^.])\d+\.", name)}
@@ -248,7 +246,7 @@ def _renamed(name: str, start: str, spelt: Mapping[str, str]) -> str:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: str | None) -> dict[str, int]:
-    """What may stand before a network's names, and how many of them are known behind it."""
+    """Possible prefixes of a network's names, with the number of names that each one matches."""
     if wanted is not None:
         prefix = f"{wanted.removesuffix('.')}." if wanted else ""
         return {prefix: 1} if any(name.startswith(prefix) for name in tensors) else {}
@@ -262,7 +260,7 @@ def _prefixes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: 
 
 
 def _common_prefix(names: Collection[str]) -> str:
-    """What stands before the last dot that all names share."""
+    """The common prefix of all names up to a dot."""
     first, last = min(names), max(names)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[: first.rfind(".", 0, same) + 1]
@@ -273,7 +271,7 @@ def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own
     beside = [name for name in tensors if not name.startswith(prefix)]
     versions = [below]
     for convert in _filters(net):
-        # Each presumes its authors' files and may raise anything at others; torch warns of where timm's code is slow.
+        # Each assumes its authors' files and may raise anything for others; torch warns of slow operations in them.
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             versions.append(convert(dict(below)))
@@ -288,7 +286,7 @@ def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own
 
 
 def _filters(net: Any) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-    """What timm puts published files of such a network through."""
+    """timm's conversions of published files for such a network."""
     architecture = net.pretrained_cfg.get("architecture")
     homes = [type(net).__module__]
     if architecture and timm.is_model(architecture):
@@ -304,7 +302,7 @@ def _filter(function: Any, net: Any) -> Callable[[dict[str, Tensor]], dict[str, 
 
 
 def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor]) -> Tensor:
-    """The weight of the first convolution for as many channels as the network has; anything else as it is."""
+    """The weight of the first convolution adapted to the network's number of channels; other tensors unchanged."""
     firsts = net.pretrained_cfg.get("first_conv") or ()
     firsts = (firsts,) if isinstance(firsts, str) else firsts
     channels = own[name].shape[1] if own[name].ndim == 4 else 0
@@ -313,7 +311,7 @@ def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor]) -> 
     try:
         further = {} if tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
         return adapt_input_conv(channels, tensor, **further)
-    except (NotImplementedError, TypeError):  # older versions of timm take three channels alone
+    except (NotImplementedError, TypeError):  # older versions of timm accept three channels only
         return tensor
 
 

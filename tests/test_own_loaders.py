@@ -154,7 +154,7 @@ def test_weights_are_those_without_the_probe(tmp_path: Path) -> None:
 def test_a_loader_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     batches = ((IMAGES[rows], LABELS[rows]) for rows in np.arange(N).reshape(-1, BATCH))
     message = (
-        r"NeuralCollapseTracker needs a training loader of its own, .* a generator cannot be copied \(cannot pickle "
+        r"NeuralCollapseTracker needs its own training loader, .* a generator cannot be copied \(cannot pickle "
         r"'generator' object\); give the datamodule a train_plain_dataloader\(\) that makes a new one, or "
         r"NeuralCollapseTracker\(train_every_n_epochs=0\)"
     )

@@ -68,7 +68,7 @@ class Windows(nn.Module):
 def test_outputs_that_are_no_samples_are_refused_or_left_out() -> None:
     net, images = Windows(), torch.rand(2, 3, 4, 4)
     with pytest.raises(
-        ValueError, match=r"the output of layer 'inner' for 2 samples is \(4, 4, 4, 2\), nothing with one entry"
+        ValueError, match=r"the output of layer 'inner' for 2 samples is \(4, 4, 4, 2\), without one entry"
     ):
         _pools(net, ["inner"], images)
     assert find_pools(net, {"inner": net.inner}, lambda: net(images), strict=False) == {}
@@ -218,7 +218,7 @@ def test_guess_takes_the_first_tensor_with_an_axis_of_features() -> None:
             _encoder(2),
             torch.zeros(2, 5, 8),
             ValueError,
-            "cannot tell which of part0.cls_token, part1.cls_token counts in the tokens of layer 'blocks.1'; name",
+            "cannot determine which of part0.cls_token, part1.cls_token to use in the tokens of layer 'blocks.1'; name",
         ),
         (
             nn.Module(),

@@ -291,7 +291,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "lda",
         {"features": torch.eye(3).repeat(4, 1), "labels": torch.arange(12) % 3},
-        "lda needs features that vary within classes, got none that do; use nearest_mean or ridge",
+        "lda needs features that vary within classes, got constant ones; use nearest_mean or ridge",
     ),
     (
         "lda",

@@ -195,7 +195,7 @@ def test_each_process_gets_its_own_state_back(tmp_path: Path, caplog: pytest.Log
     assert ddp.run(2, tmp_path, task) == [(0, True), (1, True)]
     with caplog.at_level("INFO"):
         assert state_of_process(trainer(0, 1), [{}, {}]) == {}
-    assert "the checkpoint is of 2 processes, and here are 1: random numbers" in caplog.text
+    assert "the checkpoint is of 2 processes, but this run has 1: random numbers" in caplog.text
 
 
 class Order(ModelCheckpoint):

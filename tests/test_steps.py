@@ -309,7 +309,7 @@ def test_scheduler_is_stepped_each_epoch_or_each_step() -> None:
 
 def test_plateau_watches_the_validation_loss_or_what_it_says() -> None:
     message = (
-        "torch's ReduceLROnPlateau with mode='max' does not say what it watches, and val/loss it can't be; "
+        "torch's ReduceLROnPlateau with mode='max' has no monitor, and the default val/loss is not maximised; "
         "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
     )
     with pytest.raises(ValueError, match=message):

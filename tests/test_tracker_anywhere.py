@@ -355,7 +355,7 @@ class Endless(IterableDataset):
 def test_endless_data(tmp_path: Path) -> None:
     endless = {"max_epochs": -1, "max_steps": 5, "limit_val_batches": 0}
     loader = DataLoader(Endless(), batch_size=16)
-    with pytest.raises(ValueError, match=r"whether the training data ever end.*max_train_batches=...\)"):
+    with pytest.raises(ValueError, match=r"whether the training data are infinite.*max_train_batches=...\)"):
         _trainer(tmp_path, NeuralCollapseTracker(K), **endless).fit(_training(pl, _small()), loader, _loader())
     tracker = NeuralCollapseTracker(K, max_train_batches=2)
     _trainer(tmp_path, tracker, **endless).fit(_training(pl, _small()), loader, _loader())
