@@ -2,8 +2,8 @@
 
 The precision depends on the device. On an accelerator products are float64: on cards with slow float64, a layer of
 2,048 features costs about 3 ms per batch of 512, 1 % of a ResNet-50's step, and on others it is negligible. On a CPU
-float32 features are multiplied in float32, at twice the speed, while the estimated error is small enough, and otherwise in
-float64.
+float32 features are multiplied in float32, at twice the speed, while the estimated error is small enough, and otherwise
+in float64.
 
 Legend: ``K`` classes, ``d`` feature width, ``m`` rows; ``z = h - c_k`` features less their class's shift, ``delta_k``
 the mean of ``z`` over a class.

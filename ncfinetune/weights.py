@@ -103,7 +103,8 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
     a different set fits at least nine tenths as many values, an error asks to choose. Tensors of other shapes are
     adapted as timm adapts its own weights: the first convolution to another number of channels, position embeddings to
     another grid, window tables to another window size, names of the authors' code to timm's names. The name
-    ``shortcut`` for ``downsample`` and numbered parts of an `nn.Sequential` are recognised too. Classifiers are ignored.
+    ``shortcut`` for ``downsample`` and numbers for the parts of an `nn.Sequential` are recognised too. Classifiers are
+    ignored.
 
     A warning names the parameters that stay random.
 
@@ -146,7 +147,7 @@ def export(checkpoint: str, path: str) -> str:
 
     Raises:
         FileNotFoundError: No such checkpoint.
-        ValueError: It is not a learner's checkpoint, it has unmerged adapters, or the file's suffix is not one of `save`.
+        ValueError: It is not a learner's checkpoint, it has unmerged adapters, or the file's suffix is unknown.
     """
     prefix = "backbone.net."
     content, data = read(checkpoint)
@@ -286,7 +287,7 @@ def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own
 
 
 def _filters(net: Any) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-    """timm's conversions of published files for such a network."""
+    """The conversions that timm applies to published files for such a network."""
     architecture = net.pretrained_cfg.get("architecture")
     homes = [type(net).__module__]
     if architecture and timm.is_model(architecture):

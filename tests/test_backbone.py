@@ -173,7 +173,7 @@ def test_unknown_stems_and_patterns_of_several_layers_are_refused() -> None:
 def test_files_that_are_no_checkpoints_are_said_to_be_none(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"garbage.{suffix}"
     path.write_bytes(b"this is no checkpoint at all")
-    with pytest.raises(ValueError, match=f"cannot read '.*garbage.{suffix}' as a checkpoint of plain tensors: "):
+    with pytest.raises(ValueError, match=f"cannot read '.*garbage.{suffix}' as a checkpoint of tensors: "):
         Backbone("test_resnet", checkpoint=str(path))
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list, expected a dictionary of tensors"):

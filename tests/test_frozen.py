@@ -110,7 +110,7 @@ def test_a_random_backbone_is_not_fine_tuned_unawares(train: str, tmp_path: Path
     trainer_in(tmp_path, fast_dev_run=True).fit(FineTuner(3, source.backbone, train=train), data)
 
 
-@pytest.mark.filterwarnings("ignore:checkpoint .* stays at its random start")
+@pytest.mark.filterwarnings("ignore:checkpoint .* stay random")
 def test_layers_that_no_file_gave_have_to_train(tmp_path: Path) -> None:
     weights = {name: tensor + 1 for name, tensor in Backbone(**SMALL).net.state_dict().items()}
     torch.save({name: tensor for name, tensor in weights.items() if name != "conv1.weight"}, tmp_path / "w.pth")

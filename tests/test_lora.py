@@ -170,7 +170,7 @@ def test_a_checkpoint_with_adapters_is_no_start(tmp_path: Path) -> None:
     torch.save(Backbone(**NETWORKS["ViT"]).state_dict(), tmp_path / "adapted.pth")
     plain = {name: value for name, value in NETWORKS["ViT"].items() if name != "lora"}
     for network in (plain, NETWORKS["ViT"]):
-        with pytest.raises(ValueError, match=r"has adapters beside its weights \(12 \(blocks.0.attn.qkv.base_layer.w"):
+        with pytest.raises(ValueError, match=r"has unmerged adapters \(12 \(blocks.0.attn.qkv.base_layer.w"):
             Backbone(**network, checkpoint=str(tmp_path / "adapted.pth"))
 
 
@@ -275,6 +275,6 @@ def test_export_leaves_no_file_of_weights_beside_adapters(tmp_path: Path, data: 
     trainer = trainer_in(tmp_path)
     trainer.validate(model, data, verbose=False)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"has adapters beside its weights \(.*merge them by load_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"has unmerged adapters \(.*merge them by load_from_checkpoint"):
         export(str(tmp_path / "a.ckpt"), str(tmp_path / "out.safetensors"))
     assert not (tmp_path / "out.safetensors").exists()

@@ -89,6 +89,8 @@ def test_all_ranks_raise_for_what_one_rank_left_out(tmp_path: Path, monkeypatch:
         assert not metric._is_synced
         return str(error.value)
 
-    text = "NC1: expected labels in 0..5 (num_classes=6), got 1 of 240 samples with labels out of range since the "
-        "last reset"
+    text = (
+        "NC1: expected labels in 0..5 (num_classes=6), got 1 of 240 samples with labels out of range since the last "
+        "reset"
+    )
     assert run(2, tmp_path, task) == [text, text]

@@ -310,7 +310,7 @@ def test_scheduler_is_stepped_each_epoch_or_each_step() -> None:
 def test_plateau_watches_the_validation_loss_or_what_it_says() -> None:
     message = (
         "torch's ReduceLROnPlateau with mode='max' has no monitor, and the default val/loss is not maximised; "
-        "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, val/acc say"
+        "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, such as val/acc"
     )
     with pytest.raises(ValueError, match=message):
         _rates(partial(lr_scheduler.ReduceLROnPlateau, mode="max"))

@@ -125,7 +125,7 @@ PAIRS: dict[str, tuple[Callable[[Weights, Weights], dict[str, Any]], str, dict[s
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*What is not in the file stays at its random start")
+@pytest.mark.filterwarnings("ignore:.*Parameters that are not in the file stay random")
 @pytest.mark.parametrize("pair", PAIRS)
 def test_of_two_networks_one_has_to_be_chosen(pair: str, tmp_path: Path) -> None:
     make, message, first, second = PAIRS[pair]
@@ -250,7 +250,7 @@ def test_files_of_the_authors_own_code_are_converted_as_timm_does(tmp_path: Path
 
 def test_what_stays_random_is_named_in_a_warning(tmp_path: Path) -> None:
     path = _saved(timm.create_model("resnet18"), tmp_path)
-    with pytest.warns(UserWarning, match=r"not in the file or of another shape: 1 \(conv1.weight\); .* random start$"):
+    with pytest.warns(UserWarning, match=r"not in the file or of another shape: 1 \(conv1.weight\); .* stay random$"):
         backbone = Backbone("resnet18", stem="cifar", checkpoint=path)
     assert list(backbone.random) == ["conv1.weight"]
     assert len(Backbone("test_resnet").random) == sum(p.ndim > 1 for p in Backbone("test_resnet").net.parameters())
