@@ -30,7 +30,15 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "blocks", "first", "last"), TABLE)
+# A second or more each, and of a family that has a smaller member here.
+LARGE = {"resnext50_32x4d", "resnet50", "efficientnetv2_rw_t", "deit_tiny_distilled_patch16_224", "cait_xxs24_224"}
+LARGE |= {"vit_xsmall_patch16_clip_224", "vit_small_patch14_reg4_dinov2", "swin_tiny_patch4_window7_224"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "blocks", "first", "last"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in LARGE else ()) for row in TABLE],
+)
 def test_layers_are_the_blocks_in_depth_order_with_their_widths(name, arguments, blocks, first, last) -> None:
     layers = Backbone(name, **arguments).layers
     names = list(layers)
@@ -38,6 +46,7 @@ def test_layers_are_the_blocks_in_depth_order_with_their_widths(name, arguments,
     assert ((names[0], layers[names[0]]), (names[-1], layers[names[-1]])) == (first, last)
 
 
+@pytest.mark.slow
 def test_base_vit_has_twelve_blocks() -> None:
     assert Backbone("vit_base_patch16_224", img_size=32).layers == {f"blocks.{i}": 768 for i in range(12)}
 

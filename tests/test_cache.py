@@ -26,6 +26,13 @@ KNOBS = [
     {"train": "layer4.0", "skip_from": "layer2.1", "head_init": "mean"},
     {"train": ["layer3.1.bn2", "layer4.1.bn?"]},
 ]
+# Each of these is another way through the cache; the other pairs of KNOBS and place repeat them and are slow.
+FAST = [(0, "memory"), (3, "disk"), (4, "memory"), (5, "memory")]
+PAIRS = [
+    pytest.param(knobs, place, marks=() if (number, place) in FAST else pytest.mark.slow)
+    for number, knobs in enumerate(KNOBS)
+    for place in ("memory", "disk")
+]
 
 
 def _model(**knobs) -> FineTuner:
@@ -44,8 +51,7 @@ def _fail(*args, **kwargs):
     pytest.fail("the frozen layers ran again")
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-@pytest.mark.parametrize("knobs", KNOBS)
+@pytest.mark.parametrize(("knobs", "place"), PAIRS)
 def test_run_with_a_cache_is_the_run_without(knobs: dict, place: str, tmp_path: Path) -> None:
     plain = _fit(tmp_path, _model(**knobs))
     options = {"cache_dir": str(tmp_path / "cache")} if place == "disk" else {}
@@ -362,7 +368,10 @@ def test_datamodule_has_its_images_back_after_the_run_whatever_its_end(tmp_path:
     assert next(iter(data.train_dataloader()))[0].shape == (7, 1, 8, 8)
 
 
-@pytest.mark.parametrize("knobs", [{"train": "layer3.0", "skip_from": "layer3.0"}, {"skip_from": "layer2.0"}])
+@pytest.mark.parametrize(
+    "knobs",
+    [{"train": "layer3.0", "skip_from": "layer3.0"}, pytest.param({"skip_from": "layer2.0"}, marks=pytest.mark.slow)],
+)
 def test_tracker_of_frozen_layers_gets_validation_images(knobs: dict, tmp_path: Path) -> None:
     numbers = [
         _fit(tmp_path, _model(**knobs, cache=place), callbacks=[NeuralCollapseTracker(layers=["layer*.*"])])

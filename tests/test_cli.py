@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,23 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def _run_of_789(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return _fit(folder, "a", *PIECES, "--data.classes", "[7, 8, 9]")
+
+
+@pytest.fixture
+def trained(_run_of_789: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folder of a run on the digits 7, 8 and 9, and the words that name its configuration and checkpoint."""
+    run, before = _run_of_789, set(_run_of_789.rglob("*"))
+    yield run, ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
+    for path in set(run.rglob("*")) - before:
+        path.unlink()
+
+
 def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     run = _fit(tmp_path, "a", *PIECES, "--trainer.callbacks+=NeuralCollapseTracker", "--test_after_fit", "true")
     assert list(run.glob("events.out.tfevents.*"))
@@ -102,12 +120,12 @@ def test_the_default_logger_writes_below_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "learner",
     [
-        ["Supervised", "--model.loss", "mse"],
-        ["SupCon", "--data.views", "2", "--model.temperature", "0.3"],
+        pytest.param(["Supervised", "--model.loss", "mse"], marks=pytest.mark.slow),
+        pytest.param(["SupCon", "--data.views", "2", "--model.temperature", "0.3"], marks=pytest.mark.slow),
         pytest.param(["SimCLR", "--data.views", "2", "--model.projection", "linear"], marks=pytest.mark.slow),
         ["FineTuner", "--model.train", "layer4.1", "--model.skip_from", "layer4.1", "--model.cache", "memory", *RANDOM],
     ],
-    ids=lambda words: words[0],
+    ids=["Supervised", "SupCon", "SimCLR", "FineTuner"],
 )
 def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_path: Path) -> None:
     backbone = TINY.replace("[4, 6, 8, 10]}", "[8, 16, 24, 32], channels_last: true}")
@@ -175,19 +193,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_a_trained_run_is_evaluated_by_its_configuration(command: str, tmp_path: Path) -> None:
-    run = _fit(tmp_path, "a", *PIECES)
+def test_a_trained_run_is_evaluated_by_its_configuration(command: str, trained: tuple[Path, list[str]]) -> None:
+    run, words = trained
     before = (run / "config.yaml").read_text()
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    main([command, "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
+    main([command, *words])
     assert (run / "config.yaml").read_text() == before
     assert (run / f"config_{command}.yaml").exists()
 
 
-def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
-    run = _fit(tmp_path, "a", *PIECES, "--data.classes", "[7, 8, 9]")
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
+def test_predictions_are_a_table_of_class_probabilities(trained: tuple[Path, list[str]]) -> None:
+    run, words = trained
+    main(["predict", *words])
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
     assert [*rows[0]] == ["index", "prediction", "7", "8", "9", "error"]
     for row in rows:
@@ -195,12 +211,10 @@ def test_predictions_are_a_table_of_class_probabilities(tmp_path: Path) -> None:
         assert row["prediction"] == max("789", key=lambda name: float(row[name]))
 
 
-def test_predictions_go_where_they_are_asked_to(tmp_path: Path) -> None:
-    run = _fit(tmp_path, "a", *PIECES, "--data.classes", "[7, 8, 9]")
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+def test_predictions_go_where_they_are_asked_to(tmp_path: Path, trained: tuple[Path, list[str]]) -> None:
+    run, words = trained
     for name in ("a.csv", "a.parquet"):
-        main(["predict", *trained, "--predictions", str(tmp_path / "new" / name)])
+        main(["predict", *words, "--predictions", str(tmp_path / "new" / name)])
     rows = list(csv.DictReader((tmp_path / "new" / "a.csv").read_text().splitlines()))
     table = parquet.read_table(tmp_path / "new" / "a.parquet")
     assert table.column_names == ["index", "prediction", "7", "8", "9", "error"]
@@ -265,11 +279,9 @@ def test_predictions_of_another_kind_are_refused(
         check_format(Path("a.parquet"))
 
 
-def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
-    run = _fit(tmp_path, "a", *PIECES, "--data.classes", "[7, 8, 9]")
-    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
-    main(["predict", *trained])
+def test_images_of_a_folder_are_classified_by_file(tmp_path: Path, trained: tuple[Path, list[str]]) -> None:
+    run, words = trained
+    main(["predict", *words])
     expected = list(csv.reader((run / "predictions.csv").read_text().splitlines()))
     data = Digits([7, 8, 9])
     data.setup("test")
@@ -278,7 +290,7 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path) -> None:
         image = data.predict_dataloader().dataset[index][0][0].numpy()
         Image.fromarray(image).convert("RGBA").save(tmp_path / "photos" / place, format="png")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
-    main(["predict", *trained, "--images", str(tmp_path / "photos")])
+    main(["predict", *words, "--images", str(tmp_path / "photos")])
     got = list(csv.reader((run / "predictions.csv").read_text().splitlines()))
     assert got[0] == ["file", *expected[0][1:]]
     assert [Path(row[0]).name for row in got[1:]] == ["a.png", "b.png", "c.PNG"]

@@ -109,8 +109,18 @@ def test_features_that_say_nothing_give_a_finite_head() -> None:
     assert bias.isfinite().all()
 
 
-@pytest.mark.parametrize(("cache", "nothing"), [("none", "max_epochs"), ("memory", "max_steps")])
-@pytest.mark.parametrize("knobs", [{}, {"skip_from": ["layer2.0", "layer3.0"], "skip_join": "only"}])
+BOTH_SKIPS = {"skip_from": ["layer2.0", "layer3.0"], "skip_join": "only"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "cache", "nothing"),
+    [
+        ({}, "none", "max_epochs"),
+        (BOTH_SKIPS, "memory", "max_steps"),
+        pytest.param({}, "memory", "max_steps", marks=pytest.mark.slow),
+        pytest.param(BOTH_SKIPS, "none", "max_epochs", marks=pytest.mark.slow),
+    ],
+)
 def test_run_of_no_step_is_the_closed_form(knobs: dict, cache: str, nothing: str, tmp_path: Path) -> None:
     model, data = _model(head_init="ridge", cache=cache, **knobs), _data()
     trainer = trainer_in(tmp_path, enable_checkpointing=True, **{nothing: 0})

@@ -123,9 +123,7 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(
     trained: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = _put(trained, tmp_path)
-    monkeypatch.setattr(
-        "ncfinetune.trainer_cli.PlainParser.save", lambda self, config, path, **_: _half(config, path)
-    )
+    monkeypatch.setattr("ncfinetune.trainer_cli.PlainParser.save", lambda self, config, path, **_: _half(config, path))
     place = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.logger.init_args.version", "run"]
     error = _refusal(capsys, "fit", "--config", str(run / "config.yaml"), *place)
     assert error == f"error: cannot write '{run / 'config.yaml'}': {FULL}; make room there, or choose another folder"

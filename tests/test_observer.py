@@ -111,7 +111,13 @@ FORMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Forms that another one here is a case of.
+LIKE_ANOTHER = {"(x, y, name)", "(N, 1)", "int32", "uint8", "(x, (y, site))", "(x, group, y)", "five crops"}
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow) if form in LIKE_ANOTHER else form for form in FORMS]
+)
 def test_forms_of_a_batch_that_both_callbacks_understand(form: str, tmp_path: Path) -> None:
     make, pick, options = FORMS[form]
     module = Net(pick=pick)

@@ -196,8 +196,15 @@ def test_wrong_arguments_of_supervised(arguments: dict, message: str) -> None:
 # SupCon and SimCLR
 
 
-@pytest.mark.parametrize("method", [SupCon, SimCLR])
-@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize(
+    ("method", "views"),
+    [
+        (SupCon, 2),
+        (SimCLR, 3),
+        pytest.param(SupCon, 3, marks=pytest.mark.slow),
+        pytest.param(SimCLR, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_contrastive_learners_log_their_loss_and_train(method, views: int, tmp_path: Path) -> None:
     model = method(SMALL, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     trainer = _trainer(tmp_path)

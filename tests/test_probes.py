@@ -326,7 +326,7 @@ def test_etf_without_room_is_refused(classes: int, dim: int) -> None:
         simplex_etf(classes, dim)
 
 
-@pytest.mark.parametrize(("samples", "dim"), [(40, 5), (12, 30)])
+@pytest.mark.parametrize(("samples", "dim"), [(40, 5), pytest.param(12, 30, marks=pytest.mark.slow)])
 def test_algebra_stays_on_the_device_and_never_waits_for_it(samples: int, dim: int) -> None:
     """Tensors without values, on a GPU that need not be there: mixing devices raises, and so does a look at a value."""
     with FakeTensorMode():

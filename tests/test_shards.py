@@ -486,7 +486,14 @@ def test_samples_are_decoded_as_files_are(tmp_path: Path) -> None:
         assert images[:, :, -2].min() > 245
 
 
-@pytest.mark.parametrize("option", ["shots", "fraction", "seed", "val_fraction", "sampling", "device_cache"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "shots",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("fraction", "seed", "val_fraction", "sampling")),
+        "device_cache",
+    ],
+)
 def test_a_stream_has_no_options_that_need_labels_before_they_are_read(
     root: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
