@@ -61,7 +61,7 @@ def test_run_with_a_cache_is_the_run_without(knobs: dict, place: str, tmp_path: 
         torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("place", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_stored_values_are_drawn_as_images_are(place: str, tmp_path: Path) -> None:
     """With replacement too, and by the order of each epoch."""
 
@@ -194,8 +194,15 @@ def _flip(content: bytes) -> bytes:
     return content[:-5] + bytes([content[-5] ^ 64]) + content[-4:]
 
 
-@pytest.mark.parametrize("damage", [_cut, _flip])
-@pytest.mark.parametrize("name", ["values", "shapes.json"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("values", _flip),
+        ("shapes.json", _cut),
+        pytest.param("values", _cut, marks=pytest.mark.slow),
+        pytest.param("shapes.json", _flip, marks=pytest.mark.slow),
+    ],
+)
 def test_damaged_files_are_made_anew(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     knobs = {"train": "layer3.0", "cache": "disk", "cache_dir": str(folder)}

@@ -303,7 +303,7 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path, trained: tupl
     ("suffix", "workers"),
     [
         ("csv", "1"),
-        ("parquet", "0"),
+        pytest.param("parquet", "0", marks=pytest.mark.slow),
         pytest.param("csv", "0", marks=pytest.mark.slow),
         pytest.param("parquet", "1", marks=pytest.mark.slow),
     ],

@@ -175,7 +175,7 @@ class Compared(Callback):
         pl_module.train(training)
 
 
-@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("validates", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_validated_and_saved_is_refitted(validates: bool, tmp_path: Path) -> None:
     model, seen = _model(train="layer4.0", refit="ridge", head_lr_factor=2), Compared()
     options = {} if validates else {"limit_val_batches": 0}

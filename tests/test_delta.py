@@ -103,7 +103,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         theirs = file.metadata()["base_fingerprint"]
     with pytest.raises(
-        ValueError, match=rf"belongs to another base: .* fingerprint {theirs}, and this is .* [0-9a-f]+;"
+        ValueError, match=rf"belongs to another base: .* fingerprint {theirs}, but this base is .* [0-9a-f]+;"
     ):
         FineTuner(3, SMALL, train="layer3.0").load_delta(path)
     with pytest.raises(ValueError, match=rf"tuned on .*'resnet18'.* {theirs}, and this is .*'resnet34'"):

@@ -130,7 +130,7 @@ def _no_train(root: Path) -> None:
         (_other_classes, {}, r"expected the classes of train in val; it lacks \['ant'\] and has also \['cow'\]"),
         (_empty_class, {}, "ant"),
         (_other_classes, {"folders": {"train": "train", "val": "dev"}}, r"no folder .*dev; correct folders="),
-        (_other_classes, {"folders": {"val": "val"}}, "expected folders to name train, and val and test if wanted"),
+        (_other_classes, {"folders": {"val": "val"}}, "expected folders to name train and optionally val and test"),
         (_no_train, {}, r"expected a folder train beside val in .*, got Train, val; rename it, or name the folders"),
         (_other_classes, {"test_fraction": 1.0}, r"expected test_fraction in \[0, 1\), got 1.0"),
         (_one_class, {"shots": 0}, "at least two classes"),

@@ -130,7 +130,9 @@ def test_a_run_goes_on_and_its_delta_gives_the_model_again(tmp_path: Path, data:
         FineTuner.load_from_checkpoint(tmp_path / "2.ckpt").eval(),
     ):
         assert torch.equal(again(images), whole(images))
-    with pytest.raises(ValueError, match="strength=0.5 averages weights, and the factors of adapters have no average"):
+    with pytest.raises(
+        ValueError, match="strength=0.5 averages weights, but the factors of adapters cannot be averaged"
+    ):
         FineTuner.from_delta(tmp_path / "delta.safetensors", base, strength=0.5)
     size = (tmp_path / "delta.safetensors").stat().st_size
     assert size < Path(base).stat().st_size / 4

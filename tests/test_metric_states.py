@@ -41,7 +41,7 @@ def test_a_state_of_other_classes_or_features_is_refused_and_changes_nothing(
         metric.merge_state(other)
     assert torch.equal(metric.compute(), expected)
     if classes != 4:
-        message = f"expected the state of a {type(metric).__name__} of 4 classes, whose .* is .*, got .*; take a metric"
+        message = f"expected the state of a {type(metric).__name__} of 4 classes, whose .* is .*, got .*; use the saved"
         with pytest.raises(ValueError, match=message):
             metric.merge_state(other.metric_state)
         with pytest.raises(RuntimeError, match=message):

@@ -218,7 +218,15 @@ class Order(ModelCheckpoint):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"limit_val_batches": 0}, marks=pytest.mark.slow),
+        pytest.param({"check_val_every_n_epoch": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict[str, Any], tmp_path: Path) -> None:
     def fit(ckpt_path: Path | None = None) -> list[tuple[int, Any]]:
         seed_everything(0, verbose=False)
@@ -244,7 +252,13 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
         pytest.param({"save_on_train_epoch_end": False}, id="validations"),
     ],
 )
-@pytest.mark.parametrize("every", [{}, {"check_val_every_n_epoch": None}], ids=["in epochs", "over epochs"])
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param({}, id="in epochs"),
+        pytest.param({"check_val_every_n_epoch": None}, id="over epochs", marks=pytest.mark.slow),
+    ],
+)
 def test_a_validation_that_is_due_within_an_epoch_is_made_once(
     every: dict[str, Any], when: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ def test_stretches_share_out_the_stream(world_size: int, workers: int, batch_siz
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 2, 6])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(6, marks=pytest.mark.slow)])
 def test_workers_read_each_sample_once(root: Path, workers: int) -> None:
     data = _make(root, num_workers=workers, batch_size=3)
     for split, numbers in (("train_plain", range(17)), ("val", range(100, 109)), ("train", range(17))):
@@ -148,7 +148,7 @@ def _epochs(root: Path, seed: int = 0, limit_train_batches: float = 1.0, **argum
     return [model.images("train0"), model.images("train1")]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_order_is_of_the_seed_and_the_epoch(root: Path, workers: int) -> None:
     arguments: dict[str, Any] = {"augmentation": "simclr", "views": 2, "num_workers": workers}
     once, again, other = (_epochs(root, seed, **arguments) for seed in (0, 0, 1))
@@ -170,7 +170,7 @@ def test_the_buffer_mixes_within_and_across_shards(root: Path) -> None:
     assert kept != sorted(kept)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_goes_on_with_the_same_batches(root: Path, workers: int, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"augmentation": "simclr", "num_workers": workers}
     through = _epochs(root, **arguments)
@@ -230,7 +230,7 @@ def test_views_of_a_recipe_without_crops(root: Path) -> None:
     assert _fit(data).images("train0").shape == (16, 3, 3, 8, 8)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_two_processes_train_equally_long_and_evaluate_each_sample_once(
     root: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -254,7 +254,7 @@ class ThreeChannels(ShardRecorder):
         self.norm = torch.nn.BatchNorm2d(3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_collapse_is_measured_on_plain_training_images(tmp_path: Path, workers: int) -> None:
     _write_pictures(tmp_path)
     found = []
@@ -270,7 +270,7 @@ def test_collapse_is_measured_on_plain_training_images(tmp_path: Path, workers: 
     assert found[0] == found[1] > 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_epoch_that_is_cut_short_does_not_change_the_next(root: Path, workers: int) -> None:
     whole = _epochs(root, num_workers=workers)
     short = _epochs(root, num_workers=workers, limit_train_batches=2)
