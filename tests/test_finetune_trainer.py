@@ -113,7 +113,10 @@ def test_compiled_run_is_the_same(knobs: dict, tmp_path: Path) -> None:
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"skip_from": "blocks.2", "head_init": "mean", "cache": "memory"}])
+@pytest.mark.parametrize(
+    "knobs",
+    [pytest.param({}, marks=pytest.mark.slow), {"skip_from": "blocks.2", "head_init": "mean", "cache": "memory"}],
+)
 def test_bf16_run_is_nearly_the_same(knobs: dict, tmp_path: Path) -> None:
     plain = _fitted(tmp_path, _model(**knobs))
     bf16 = _fitted(tmp_path, _model(**knobs), precision="bf16-mixed")

@@ -31,11 +31,19 @@ WRITING = {
     "batch size finder": lambda model: callbacks.BatchSizeFinder(max_trials=1, steps_per_trial=1),
     "pruning of the head": lambda model: callbacks.ModelPruning("l1_unstructured", [(model.head, "weight")]),
 }
+# One callback of each way to write weights: averages in place and in a copy, a tuner, another module's weights.
+FAST = {("SWA", "layer4.1"), ("EMA", "none"), ("batch size finder", "layer4.1"), ("pruning of the head", "none")}
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("train", ["none", "layer4.1"])
-@pytest.mark.parametrize("callback", WRITING)
+@pytest.mark.parametrize(
+    ("callback", "train"),
+    [
+        pytest.param(name, train, marks=() if (name, train) in FAST else pytest.mark.slow)
+        for name in WRITING
+        for train in ("none", "layer4.1")
+    ],
+)
 def test_frozen_tensors_are_those_of_the_base(callback: str, train: str, base: str, tmp_path: Path) -> None:
     model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=plain_sgd)
     before = {name: tensor.clone() for name, tensor in model._tuned_and_frozen()[1].items()}

@@ -86,9 +86,9 @@ def _data() -> Digits:
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"max_skips": 2},
         {"train": "layer4.1", "head_lr_factor": 3, "cache": "memory"},
-        {"skip_join": "only", "head_init": "ridge"},
+        pytest.param({"max_skips": 2}, marks=pytest.mark.slow),
+        pytest.param({"skip_join": "only", "head_init": "ridge"}, marks=pytest.mark.slow),
     ],
 )
 def test_fit_takes_the_layers_that_the_choice_names(
@@ -168,7 +168,7 @@ def test_averages_of_weights_are_of_the_classifier_that_the_choice_builds(tmp_pa
 
 def test_processes_that_give_back_weights_alone_are_refused(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, strategy="ddp_fork", devices=2)
-    with pytest.raises(ProcessRaisedException, match='skip_from="auto" needs a strategy such as ddp, since those that'):
+    with pytest.raises(ProcessRaisedException, match='skip_from="auto" needs a strategy such as ddp, since strategies'):
         trainer.fit(_auto(), _data())
 
 

@@ -204,7 +204,7 @@ def test_multi_hot_labels_behind_the_first_batch_are_counted_where_looking_would
     for module in (classifier, learner):
         monkeypatch.setattr(module, "may_look", lambda value: False)
     trainer = _trainer()
-    with pytest.raises(ValueError, match="got 1 rows in this epoch that do not; each image is of one class"):
+    with pytest.raises(ValueError, match="got 1 rows in this epoch that do not; multi-label data"):
         getattr(trainer, run)(_frozen(FineTuner), _labelled(MULTI_HOT))
     _trainer(precision="bf16-true").fit(_frozen(FineTuner), _labelled(torch.rand(8, 3).softmax(1)))
 
@@ -255,7 +255,13 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+# Each keeps its rates in another way; the others are like one of these.
+FAST = {"one cycle", "cosine", "lambda", "sequence with a cycle"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SCHEDULERS]
+)
 def test_factors_hold_under_every_scheduler(name: str) -> None:
     plain = _rates(SCHEDULERS[name], lr_interval="step")
     assert len({rate for (rate,) in plain}) > 2
@@ -341,7 +347,10 @@ def _digits(method: Any) -> Digits:
     return Digits([0, 1, 2], shots=20, batch_size=4, views=2 if method in (SimCLR, SupCon) else 1)
 
 
-@pytest.mark.parametrize("method", [FineTuner, Supervised, SimCLR, SupCon])
+@pytest.mark.parametrize(
+    "method",
+    [FineTuner, SupCon, pytest.param(Supervised, marks=pytest.mark.slow), pytest.param(SimCLR, marks=pytest.mark.slow)],
+)
 def test_tuner_finds_a_rate_that_the_optimiser_takes(method: Any, tmp_path: Path) -> None:
     model, trainer, rates = _tuned_model(method), _trainer(default_root_dir=tmp_path), _Rates()
     found = Tuner(trainer).lr_find(model, datamodule=_digits(method), num_training=15)
