@@ -707,6 +707,7 @@ def test_metrics_of_the_classifier_need_its_layer() -> None:
         NeuralCollapseTracker(K, layers=["0"], metrics=["nc3", "nc4"])
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does() -> None:
     """Of 51 samples the sampler repeats one; of 33 one process has a batch of one more; 18 are a batch and a bit."""
     script = Path(__file__).with_name("tracked_in_two_processes.py")

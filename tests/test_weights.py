@@ -203,10 +203,10 @@ def test_grey_weights_become_colour_ones(tmp_path: Path) -> None:
     ("name", "theirs", "ours"),
     [
         ("vit_tiny_patch16_224", {}, {"img_size": 96}),
-        ("vit_tiny_patch16_224", {}, {"patch_size": 8, "img_size": 64}),
-        ("swin_tiny_patch4_window7_224", {}, {"window_size": 4, "img_size": 128}),
+        pytest.param("vit_tiny_patch16_224", {}, {"patch_size": 8, "img_size": 64}, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", {}, {"window_size": 4, "img_size": 128}, marks=pytest.mark.slow),
         ("swinv2_tiny_window8_256", {}, {"window_size": 4, "img_size": 64}),
-        ("deit3_small_patch16_224", {}, {"img_size": 64}),
+        pytest.param("deit3_small_patch16_224", {}, {"img_size": 64}, marks=pytest.mark.slow),
     ],
 )
 def test_positions_and_windows_of_another_size_are_adapted_as_timm_does(
