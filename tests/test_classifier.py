@@ -455,13 +455,13 @@ def test_a_run_with_rates_by_depth_goes_on(learner: Any, tmp_path: Path) -> None
 
 def test_a_network_whose_layers_timm_does_not_tell_apart() -> None:
     with pytest.raises(
-        ValueError, match=r"layer_decay needs .* PoolingVisionTransformer has no group_matcher that does"
+        ValueError, match=r"layer_decay needs .* PoolingVisionTransformer has no group_matcher for that"
     ):
         Supervised(3, "pit_ti_224", layer_decay=0.5)
     model = Supervised(3, VIT)
     compiled = torch.nn.Sequential(model.backbone.net)
     compiled.group_matcher, compiled.pretrained_cfg = model.backbone.net.group_matcher, {}
-    with pytest.raises(ValueError, match="Sequential has no group_matcher that does"):
+    with pytest.raises(ValueError, match="Sequential has no group_matcher for that"):
         depths(compiled)
 
 

@@ -106,7 +106,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
         ValueError, match=rf"belongs to another base: .* fingerprint {theirs}, but this base is .* [0-9a-f]+;"
     ):
         FineTuner(3, SMALL, train="layer3.0").load_delta(path)
-    with pytest.raises(ValueError, match=rf"tuned on .*'resnet18'.* {theirs}, and this is .*'resnet34'"):
+    with pytest.raises(ValueError, match=rf"tuned on .*'resnet18'.* {theirs}, but this base is .*'resnet34'"):
         FineTuner(3, {**SMALL, "name": "resnet34"}, train="layer3.0").load_delta(path)
     for knobs, message in [
         ({"train": "layer3.1"}, "was tuned with train='layer3.0', but the model has 'layer3.1'"),
