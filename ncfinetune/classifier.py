@@ -35,8 +35,8 @@ class Classifier(Learner):
     Labels are classes ``(N,)`` or, as mixup produces them, class probabilities ``(N, K)``, whose most probable class
     counts for the accuracy.
 
-    Logs ``train/loss`` and ``train/acc``, and the same under ``val/`` and ``test/``. `predict_step` returns class
-    probabilities.
+    Logs ``train/loss`` and ``train/acc``, the same under ``val/`` and ``test/``, and as ``test/images`` the number of
+    test images. `predict_step` returns class probabilities.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -195,8 +195,9 @@ class Classifier(Learner):
         self._classify(batch, batch_idx, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy of the batch."""
+        """Log loss and accuracy of the batch, and how many images are tested."""
         self._classify(batch, batch_idx, "test")
+        self.log("test/images", float(len(batch[1])), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Class probabilities ``(N, K)`` of logits: their softmax."""

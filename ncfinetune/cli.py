@@ -33,11 +33,13 @@ commands:
                                     ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
   layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
                                     ncfinetune layers resnet18
-  report     a table and a picture of finished runs:  ncfinetune report runs/
+  report     a table and a picture of runs, a row for each configuration; as one HTML page too:
+                                    ncfinetune report runs/ --html report.html
 
 options:
   -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
-                  'ncfinetune fit --model.help FineTuner' those of a model
+                  'ncfinetune fit --model.help' the models, and 'ncfinetune fit --model.help FineTuner' the options of
+                  one; --data.help does the same for data
   --safe          with fit, validate, test or predict: refuse a configuration that would run code of its own: classes
                   other than ours, Lightning's and the optimisers of torch and timm, shell commands, other machines'
                   files, and checkpoints with more than data
@@ -45,6 +47,11 @@ options:
   NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
 """
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+# What to type where nothing follows a command.
+_FIT = """error: fit needs a model and data, which --model.help and --data.help list, or a --config FILE; for a start:
+ncfinetune fit --data Digits --model Supervised --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'"""
+_RUN = """error: %s needs a model and data; for those of a run:
+ncfinetune %s --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt"""
 
 
 def main(args: list[str] | None = None) -> int | None:
@@ -67,6 +74,9 @@ def _run(args: list[str] | None) -> int | None:
         print(f"ncfinetune {__version__}")
     elif command in _OTHER_COMMANDS:
         return _OTHER_COMMANDS[command](words[1:])
+    elif command in _TRAINER_COMMANDS and len(words) == 1:
+        print(_FIT if command == "fit" else _RUN % (command, command), file=sys.stderr)
+        return 2
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.trainer_cli import main as run
 

@@ -60,7 +60,7 @@ def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> 
     base = _BASES.get(key.split(".")[-1])
     if base is None:
         return f"{key}: no class {name!r}"
-    classes = {c.__name__: c.__module__ for c in _concrete_subclasses(base)}
+    classes = {c.__name__: c.__module__ for c in concrete_subclasses(base)}
     own = sorted(c for c, module in classes.items() if module.startswith("ncfinetune."))
     return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
 
@@ -73,7 +73,7 @@ def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningAr
 
 
 def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
-    own = [c for base in _BASES.values() for c in _concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
+    own = [c for base in _BASES.values() for c in concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
     known = {c.__name__: _parameters(c) for c in own}
     if owners := sorted(name for name, parameters in known.items() if option in parameters):
         return f"no option {option!r} where it was given; it belongs to {', '.join(owners)}"
@@ -134,11 +134,12 @@ def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
     return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
 
 
-def _concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
+def concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    """The classes below another one that can be built and are not private."""
     for subclass in base.__subclasses__():
         if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
             yield subclass
-        yield from _concrete_subclasses(subclass)
+        yield from concrete_subclasses(subclass)
 
 
 def _with_subparsers(parser: LightningArgumentParser) -> list[LightningArgumentParser]:

@@ -21,36 +21,47 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.util.tensor_util import make_ndarray
 
+# What was logged: by tag the steps and values, as they were written.
+Points = dict[str, list[tuple[int, float]]]
+
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 _HEAD = _LENGTH.size + _CHECKSUM.size
 # A record with one scalar has less than this many bytes; pictures, which have more, are passed over.
 _LONGEST = 4096
 
 
-def read_scalars(run: Path) -> tuple[dict[str, list[float]], list[str]]:
-    """Values by tag in the order of their steps, and a line for each file that is damaged.
-
-    Of two values at one step the later one counts, as where a run was resumed from before its end.
+def read_events(run: Path) -> tuple[Points, list[str]]:
+    """What was logged under each tag, in the order in which it was written, and a line for each file that is damaged.
 
     Args:
         run: The folder with the event files.
     """
-    values: dict[str, dict[int, float]] = defaultdict(dict)
+    points: Points = defaultdict(list)
     faults = []
-    for path in sorted(run.glob("events.out.tfevents.*"), key=_age):
+    for path in event_files(run):
         last = -1
         try:
             for event in _events(path):
+                step = event.step
                 for value in event.summary.value:
                     if value.HasField("simple_value"):
-                        values[value.tag][event.step] = value.simple_value
+                        points[value.tag].append((step, value.simple_value))
                     elif value.metadata.plugin_data.plugin_name == "scalars":
-                        values[value.tag][event.step] = float(make_ndarray(value.tensor))
-                last = max(last, event.step)
+                        points[value.tag].append((step, float(make_ndarray(value.tensor))))
+                last = max(last, step)
         except (ValueError, TypeError, DecodeError) as error:
-            until = f"numbers until step {last} are taken" if last >= 0 else "no number in it is taken"
-            faults.append(f"{path}: {error}; {until}")
-    return {tag: [found[step] for step in sorted(found)] for tag, found in values.items()}, faults
+            faults.append(f"{path}: {error}; {taken_until(last)}")
+    return dict(points), faults
+
+
+def taken_until(step: int) -> str:
+    """What is taken of a damaged file whose last whole number is of this step; -1 where there is none."""
+    return f"numbers until step {step} are taken" if step >= 0 else "no number in it is taken"
+
+
+def event_files(run: Path) -> list[Path]:
+    """The event files in a folder, the oldest first."""
+    return sorted(run.glob("events.out.tfevents.*"), key=_age)
 
 
 def _age(path: Path) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import interruptions, predictions
+from ncfinetune import class_help, interruptions, predictions
 from ncfinetune.atomic import AtomicCheckpointIO, replacing
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.learner import check_launched
@@ -62,6 +62,13 @@ def main(args: list[str] | None = None) -> int | None:
             something.
     """
     words = sys.argv[1:] if args is None else list(args)
+    if (option := class_help.asked(words)) is not None:
+        print(class_help.classes(option))
+        return None
+    return _run(words)
+
+
+def _run(words: list[str]) -> int | None:
     safe = "--safe" in words
     if safe:
         words.remove("--safe")

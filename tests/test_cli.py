@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -15,14 +16,12 @@ import yaml
 from image_files import write_image
 from PIL import Image
 from pyarrow import parquet
-from torch.utils.tensorboard import SummaryWriter
 
-from ncfinetune import Supervised
+from ncfinetune import Supervised, datamodules
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.predictions import Table, check_format
-from ncfinetune.report import find_runs, group, method_name, picture, task_name
-from ncfinetune.report import main as report
+from ncfinetune.runs import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
@@ -479,7 +478,7 @@ def test_bugs_keep_their_traceback(bug: type[BaseException], monkeypatch: pytest
 
     monkeypatch.setattr("ncfinetune.trainer_cli.main", run)
     with pytest.raises(bug):
-        main(["fit"])
+        main(["fit", "--data", "Digits"])
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,6 +504,59 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_command_without_words_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: fit needs a model and data, which --model.help and --data.help list")
+    assert second.startswith("ncfinetune fit --data Digits --model Supervised ")
+    assert main(["predict"]) == 2
+    assert capsys.readouterr().err == (
+        "error: predict needs a model and data; for those of a run:\n"
+        "ncfinetune predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt\n"
+    )
+
+
+@pytest.mark.slow
+def test_what_a_command_without_words_says_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 2
+    words = shlex.split(capsys.readouterr().err.splitlines()[1])
+    assert main([*words[1:], *QUIET, "--trainer.fast_dev_run", "1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "line"),
+    [
+        (
+            ["--model.help"],
+            ["FineTuner", "SimCLR", "SupCon", "Supervised"],
+            "FineTuner   Trains a new classifier and chosen layers",
+        ),
+        (
+            ["--data.help", "--model", "Supervised"],
+            sorted(set(datamodules.__all__) - {"ImageDataModule", "IndexedImages", "Recipe"}),
+            "Digits      ",
+        ),
+    ],
+)
+def test_help_without_a_class_lists_the_classes(
+    words: list[str], names: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *words]) is None
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"{words[0].removesuffix('.help')} takes one of these, or the class path of another Lightning"
+    )
+    assert [name.split()[0] for name in lines] == names
+    assert all(len(each.split(maxsplit=1)[1]) > 20 and len(each) <= 120 for each in lines)
+    assert any(each.startswith(line) for each in lines)
+
+
+def test_help_of_a_class_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.help", "Digits"])
+    assert "--data.init_args.shots" in capsys.readouterr().out.replace("--data.shots", "--data.init_args.shots")
+
+
 @pytest.mark.parametrize("word", ["--version", "--help"])
 def test_front_door_as_a_module(word: str) -> None:
     done = subprocess.run(
@@ -512,81 +564,6 @@ def test_front_door_as_a_module(word: str) -> None:
     )
     assert done.returncode == 0
     assert done.stdout.startswith("ncfinetune 0.1" if word == "--version" else "usage: ncfinetune")
-
-
-@pytest.mark.slow
-def test_report_of_four_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = ["--trainer.callbacks+=NeuralCollapseTracker", "--test_after_fit", "true"]
-    for seed in ("0", "1"):
-        words = ["--model", "FineTuner", *PIECES[2:], *RANDOM, *tracker, "--seed_everything", seed, "--data.seed", seed]
-        _fit(tmp_path / "runs", f"scl-{seed}", *words, "--model.train", "layer3.0", "--model.skip_from", "layer3.0")
-        _fit(tmp_path / "runs", f"full-{seed}", *words, "--model.train", "all")
-    _fit(tmp_path / "runs", "source", *PIECES)
-    capsys.readouterr()
-    assert report([str(tmp_path / "runs")]) == 0
-    printed = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [(row[1], row[2]) for row in rows[2:]] == [("SCL FT layer3.0", "2"), ("full FT", "2"), ("Supervised", "1")]
-    assert rows[2][3].startswith("1,214 (")
-    assert all("±" in cell for cell in rows[2][4:])
-    assert rows[4][4:] == ["-", "-", "-"]
-    assert (tmp_path / "runs" / "report.md").read_text().strip() in printed
-    assert (tmp_path / "runs" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")
-
-
-@pytest.mark.parametrize(
-    ("tags", "labels"),
-    [
-        (["test/acc", "probe/acc"], ["test accuracy %"]),
-        (["probe/acc", "probe/downstream_acc"], ["downstream probe accuracy %"]),
-        (["probe/acc"], ["probe accuracy %"]),
-        ([], []),
-    ],
-)
-def test_picture_shows_the_accuracy_that_was_logged(tags: list[str], labels: list[str], tmp_path: Path) -> None:
-    for name in ("SupCon", "SimCLR"):
-        with SummaryWriter(str(tmp_path / name)) as writer:
-            for tag in ("nc1/train/penultimate", *tags):
-                writer.add_scalar(tag, 0.5)
-        model = {"class_path": f"ncfinetune.{name}"}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "Digits"}}))
-    figure = picture(group(find_runs([tmp_path])))
-    assert [axes.get_ylabel() for axes in figure.axes[1:]] == labels
-    assert all(len(axes.lines) == 2 for axes in figure.axes[1:])
-
-
-@pytest.mark.parametrize(
-    ("name", "knobs", "expected"),
-    [
-        ("Supervised", {"loss": "ce", "projection": "none"}, "Supervised"),
-        (
-            "Supervised",
-            {"loss": "mse", "projection": "mlp", "adversary": {"radius": 1}},
-            "Supervised, mse, mlp head, PGD",
-        ),
-        ("SupCon", {"projection": "linear"}, "SupCon, linear head"),
-        ("FineTuner", {"train": ["a", "b"]}, "layer FT a, b"),
-        ("FineTuner", {"train": "none", "skip_from": "a"}, "linear probe, skip from a"),
-        ("FineTuner", {"train": "a", "skip_from": "a", "skip_gradient": "skip"}, "SCL FT a, gradient through the skip"),
-        ("FineTuner", {"train": "*.bias", "skip_from": ["a", "b"]}, "layer FT *.bias, skip from a, b"),
-        ("FineTuner", {"train": "a", "head_init": "lda", "refit": "ridge"}, "layer FT a, lda start, ridge refit"),
-    ],
-)
-def test_report_names_the_method(name: str, knobs: dict, expected: str) -> None:
-    assert method_name({"class_path": f"ncfinetune.{name}", "init_args": knobs}) == expected
-
-
-def test_report_names_the_task_by_what_selects_images() -> None:
-    knobs = {"root": "data/cifar10", "fraction": 0.1, "shots": None, "views": 2, "augmentation": "simclr", "mixup": 0.0}
-    assert (
-        task_name({"class_path": "x.ImageFolder", "init_args": knobs}) == "ImageFolder, root data/cifar10, fraction 0.1"
-    )
-
-
-def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "error: no runs below" in _refusal(capsys, "report", str(tmp_path))
-    assert "error: no folder" in _refusal(capsys, "report", str(tmp_path / "nowhere"))
 
 
 def test_predict_refuses_what_is_no_table_of_probabilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

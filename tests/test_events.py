@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from ncfinetune.events import read_scalars
-from ncfinetune.report import Run
+from ncfinetune.events import read_events
+from ncfinetune.runs import Run
 
 VALUES = [0.5, 0.25, 2.0, -1.0]
 
@@ -26,25 +26,34 @@ def _write(run: Path, values: list[float], first: int = 0, suffix: str = "", new
 @pytest.mark.parametrize("new_style", [False, True])
 def test_numbers_are_those_that_tensorboard_reads(new_style: bool, tmp_path: Path) -> None:
     _write(tmp_path, VALUES, new_style=new_style)
-    values, faults = read_scalars(tmp_path)
+    points, faults = read_events(tmp_path)
     assert faults == []
-    assert values == {"val/acc": VALUES, "val/loss": [2 * value for value in VALUES]}
+    assert points == {"val/acc": [*enumerate(VALUES)], "val/loss": [(step, 2 * v) for step, v in enumerate(VALUES)]}
     theirs = EventAccumulator(str(tmp_path)).Reload()
     if not new_style:
-        assert [event.value for event in theirs.Scalars("val/acc")] == values["val/acc"]
+        assert [(event.step, event.value) for event in theirs.Scalars("val/acc")] == points["val/acc"]
+
+
+def test_every_point_is_read(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(11_000):  # TensorBoard keeps a sample of 10,000 at most
+            writer.add_scalar("val/acc", step % 7, step)
+    assert read_events(tmp_path)[0]["val/acc"] == [(step, step % 7) for step in range(11_000)]
 
 
 def test_a_run_that_goes_on_is_one_curve(tmp_path: Path) -> None:
     _write(tmp_path, VALUES, suffix=".0")
     _write(tmp_path, [7.0, 8.0, 9.0], first=2, suffix=".1")
-    assert read_scalars(tmp_path)[0]["val/acc"] == [0.5, 0.25, 7.0, 8.0, 9.0]
+    assert Run(tmp_path).scalars["val/acc"] == [0.5, 0.25, 7.0, 8.0, 9.0]
+    assert Run(tmp_path).last("val/acc") == 9.0
 
 
 def test_files_of_one_process_come_in_their_order(tmp_path: Path) -> None:
     for number, value in ((10, 2.0), (9, 1.0)):
         path = _write(tmp_path, [value], suffix=".new")
         path.rename(tmp_path / f"events.out.tfevents.1700000000.host.7.{number}")
-    assert read_scalars(tmp_path)[0]["val/acc"] == [2.0]
+    assert Run(tmp_path).scalars["val/acc"] == [2.0]
+    assert Run(tmp_path).last("val/acc") == 2.0
 
 
 @pytest.mark.parametrize(
@@ -70,19 +79,19 @@ def test_damage_is_said_with_the_last_good_step(
 def test_a_file_that_holds_nothing_is_said_too(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.0"
     path.write_bytes(b"no record at all, and longer than a head")
-    assert read_scalars(tmp_path) == (
+    assert read_events(tmp_path) == (
         {},
         [f"{path}: the record at byte 0 has a wrong checksum; no number in it is taken"],
     )
     path.write_bytes(b"")
-    assert read_scalars(tmp_path) == ({}, [])
+    assert read_events(tmp_path) == ({}, [])
 
 
 def test_records_of_another_kind_are_said(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.1.host"
     with path.open("wb") as file:
         RecordWriter(file).write(b"\xff" * 20)
-    values, faults = read_scalars(tmp_path)
+    values, faults = read_events(tmp_path)
     assert values == {}
     assert faults[0].startswith(f"{path}: ")
     assert faults[0].endswith("; no number in it is taken")

@@ -1,0 +1,216 @@
+"""Runs become experiments: what was resumed is one run, and runs that differ in their seed alone are one experiment."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ncfinetune.runs import Run
+from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, told_apart
+
+# That of the run, of its data, and of the run that it started from.
+Seed = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        runs: Those that came to their end.
+        unfinished: The others, which no number is taken from.
+        seeds: The seeds of the finished ones; see `Folders.seed_of`.
+        settings: What makes it this experiment, by dotted name; see `settings.settings`.
+        sources: The runs whose weights these runs started from, as far as they are known.
+        differs: What tells it from other experiments of the same task and method; empty if there is none.
+    """
+
+    runs: tuple[Run, ...]
+    unfinished: tuple[Run, ...]
+    seeds: tuple[Seed | None, ...]
+    settings: Mapping[str, str]
+    sources: tuple[Run, ...] = ()
+    differs: str = ""
+
+    @property
+    def any_run(self) -> Run:
+        """A run to read the configuration from, a finished one if there is one."""
+        return (*self.runs, *self.unfinished)[0]
+
+    @property
+    def method(self) -> str:
+        """What was trained, in the words of Li et al. (arXiv 2212.12206) where they have one."""
+        return method_name(self.any_run.part("model"))
+
+    @property
+    def label(self) -> str:
+        """The method, and what tells it from others of the same name."""
+        return f"{self.method} ({self.differs})" if self.differs else self.method
+
+    @property
+    def task(self) -> str:
+        """What was learned: the datamodule and what selects its images."""
+        return task_name(self.any_run.part("data"))
+
+    @property
+    def trained(self) -> float:
+        """Number of trained parameters; 0 if it was not logged."""
+        return self.any_run.last("params/trained") or 0
+
+    def layers(self) -> list[str]:
+        """Layers whose collapse on the training set was logged, in depth order."""
+        return [tag.removeprefix("nc1/train/") for tag in self.any_run.points if tag.startswith("nc1/train/")]
+
+    def values(self, tag: str, pick: Callable[[Run, str], float | None] = Run.last) -> list[float]:
+        """What ``pick`` takes from a tag, of the finished runs that logged it."""
+        return [value for run in self.runs if (value := pick(run, tag)) is not None]
+
+    def mean(self, tag: str, pick: Callable[[Run, str], float | None] = Run.last) -> float:
+        """Mean of `values`; nan if there is none."""
+        return float(np.mean(self.values(tag, pick) or np.nan))
+
+    def by_seed(self, tag: str) -> dict[Seed, float]:
+        """The last values of a tag by the seed of their run, without runs that have none."""
+        found = [(seed, run.last(tag)) for seed, run in zip(self.seeds, self.runs, strict=True)]
+        return {seed: value for seed, value in found if seed is not None and value is not None}
+
+
+class Folders:
+    """Runs by their folders, as configurations name each other's.
+
+    Args:
+        runs: All runs of a report.
+    """
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = {Path(os.path.abspath(run.path)): run for run in runs}
+        # The first run of each experiment that others started from, by its settings.
+        self._first: dict[str, str] = {}
+
+    def holding(self, file: str, run: Run) -> Run | None:
+        """The run that left the file which another run's configuration names; None if it is none of these.
+
+        A relative path is one from here, or from any folder above the run that names it.
+        """
+        parents = [parent for parent in Path(file).parents if parent.parts]
+        for base in (Path.cwd(), *Path(os.path.abspath(run.path)).parents):
+            for parent in parents:
+                found = self.runs.get(Path(os.path.normpath(base / parent)))
+                if found is not None and found.path != run.path:
+                    return found
+        return None
+
+    def source_of(self, run: Run) -> tuple[str, Run] | None:
+        """The run that another one started from and the setting that names it; None if it is none of these."""
+        found = settings(run.config)
+        for key in CHECKPOINTS:
+            if key in found and (source := self.holding(found[key], run)) is not None:
+                return key, source
+        return None
+
+    def identity(self, run: Run, depth: int = 0) -> dict[str, str]:
+        """The settings of a run; for the run that it started from stands the first one of the same experiment."""
+        found = settings(run.config)
+        named = self.source_of(run)
+        # Configurations that name each other in a circle do not end.
+        if named is not None and depth <= len(self.runs):
+            key, source = named
+            found[key] = self._first.setdefault(_text(self.identity(source, depth + 1)), str(source.path))
+        return found
+
+    def seed_of(self, run: Run) -> Seed | None:
+        """The seeds of a run, of its data and of the run that it started from; None where neither is fixed."""
+        data = run.part("data").get("init_args")
+        given = [run.config.get("seed_everything"), data.get("seed") if isinstance(data, dict) else None]
+        if all(value is None or isinstance(value, bool) for value in given):
+            return None
+        named = self.source_of(run)
+        return (*map(str, given), "" if named is None else str(named[1].config.get("seed_everything")))
+
+    def goes_on(self, run: Run, earlier: Run) -> bool:
+        """Whether a run was resumed from another of its configuration.
+
+        Its configuration says so; or both have the same seed, and this one's numbers begin at a later step, where two
+        that were both begun anew would begin at the same one.
+        """
+        checkpoint = run.config.get("ckpt_path")
+        if isinstance(checkpoint, str) and (named := self.holding(checkpoint, run)) is not None:
+            return named.path == earlier.path
+        seed = self.seed_of(run)
+        return seed is not None and seed == self.seed_of(earlier) and earlier.start < run.start < math.inf
+
+
+def group(runs: Iterable[Run]) -> list[Experiment]:
+    """Runs of the same configuration but for seed and place, by task and in the order of their trained parameters.
+
+    What a run started from counts as the same where it is the same experiment's, of whatever seed.
+    """
+    folders = Folders(runs)
+    members: dict[str, list[Run]] = {}
+    for run in folders.runs.values():
+        members.setdefault(_text(folders.identity(run)), []).append(run)
+    experiments = [_experiment(of_one, folders) for of_one in members.values()]
+    experiments.sort(key=lambda e: (e.task, e.trained, e.method.lower()))
+    return _with_differences(experiments)
+
+
+def _text(found: Mapping[str, str]) -> str:
+    return repr(sorted(found.items()))
+
+
+def _experiment(members: Sequence[Run], folders: Folders) -> Experiment:
+    """The experiment of runs of one configuration; unfinished runs and repetitions are named on stderr."""
+    runs = _once_a_seed(_joined(members, folders), folders)
+    tested = any("test/acc" in run.points for run in runs)
+    finished: list[Run] = []
+    unfinished: list[Run] = []
+    for run in runs:
+        untested = "it has no test value, and others of its configuration have" if tested else None
+        lacks = run.lacks or (untested if "test/acc" not in run.points else None)
+        (unfinished if lacks else finished).append(run)
+        if lacks:
+            _warn(f"{str(run.path)!r} is unfinished: {lacks}; it is left out of all numbers")
+    sources = {named[1].path: named[1] for run in finished if (named := folders.source_of(run)) is not None}
+    seeds = tuple(map(folders.seed_of, finished))
+    found = folders.identity(members[0])
+    return Experiment(tuple(finished), tuple(unfinished), seeds, found, tuple(sources.values()))
+
+
+def _joined(members: Sequence[Run], folders: Folders) -> list[Run]:
+    """Runs of one configuration, each with those in other folders that it went on with as one."""
+    ends: list[Run] = []
+    for run in sorted(members, key=lambda run: run.began):
+        earlier = next((end for end in reversed(ends) if folders.goes_on(run, end)), None)
+        if earlier is not None:
+            ends.remove(earlier)
+        ends.append(run if earlier is None else run.after(earlier))
+    return ends
+
+
+def _once_a_seed(runs: Iterable[Run], folders: Folders) -> list[Run]:
+    """Of the runs of one configuration and one seed the one that is finished and, among those, was begun last."""
+    kept: dict[object, Run] = {}
+    for run in runs:
+        key = folders.seed_of(run) or run.path
+        if (other := kept.get(key)) is None:
+            kept[key] = run
+            continue
+        kept[key], left = (other, run) if run.lacks and not other.lacks else (run, other)
+        _warn(f"{str(left.path)!r} has the configuration and seed of {str(kept[key].path)!r}, and is left out")
+    return sorted(kept.values(), key=lambda run: run.path)
+
+
+def _with_differences(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """The same experiments, each with what tells it from others of its task and method."""
+    texts = told_apart([(e.task, e.method) for e in experiments], [e.settings for e in experiments])
+    return [replace(experiment, differs=text) for experiment, text in zip(experiments, texts, strict=True)]
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

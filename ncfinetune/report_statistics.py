@@ -1,0 +1,70 @@
+"""The statistics of a report: how sure an accuracy, a difference and a rank correlation are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+# Up to this many points all orders are counted: 40,320 take a few milliseconds.
+_COUNTED = 8
+
+
+def wilson(share: float, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share of independent samples (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209-212).
+
+    Args:
+        share: The observed share, from 0 to 1.
+        samples: Number of samples.
+        confidence: Share of the intervals that hold the true share.
+    """
+    z = float(special.ndtri(0.5 + confidence / 2))
+    centre = share + z**2 / (2 * samples)
+    half = z * math.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
+    scale = 1 + z**2 / samples
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def paired(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and standard deviation (n - 1) of paired differences, and the two-sided p of Student's paired t-test.
+
+    The deviation of a single difference, and p where all differences are the same, are nan: there t is undefined.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    deviation = float(values.std(ddof=1))
+    # Differences of accuracies that are the same but for rounding are no evidence of anything.
+    if not deviation > 1e-9 * np.abs(values).max():
+        return mean, deviation, math.nan
+    t = mean / (deviation / math.sqrt(len(values)))
+    return mean, deviation, float(2 * special.stdtr(len(values) - 1, -abs(t)))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rank correlation with mid-ranks for ties, and its two-sided p.
+
+    p is exact up to 8 points, the share of all orders of ``y`` that correlate as strongly; beyond that it is that of
+    Student's t with n - 2 degrees of freedom. Both are nan below 3 points or where one side is constant.
+    """
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return math.nan, math.nan
+    ranks = [_ranks(values) - (len(values) + 1) / 2 for values in (x, y)]
+    norm = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    rho = float(ranks[0] @ ranks[1]) / norm
+    if len(x) > _COUNTED:
+        degrees = len(x) - 2
+        t = abs(rho) * math.sqrt(degrees / max(1 - rho**2, 1e-300))
+        return rho, float(2 * special.stdtr(degrees, -t))
+    orders = np.array(list(itertools.permutations(ranks[1])))
+    return rho, float((np.abs(orders @ ranks[0]) / norm >= abs(rho) - 1e-12).mean())
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, those of equal values their mean."""
+    _, which, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[which]

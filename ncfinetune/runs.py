@@ -1,0 +1,201 @@
+"""What a training run left behind: its configuration, what it logged, and whether it came to its end."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ncfinetune.csv_metrics import CSV_NAME, read_csv
+from ncfinetune.events import Points, event_files, read_events
+
+_LEFT = "restore it, or move its folder away; the run is left out"
+# What Lightning's Trainer takes where neither epochs nor steps nor a time are given.
+_DEFAULT_EPOCHS = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with the configuration of one training run and what it logged, by TensorBoard or as CSV.
+
+    Attributes:
+        path: The folder.
+        earlier: The run in another folder that this one went on with; of what that one logged, the part before this
+            one's first epoch counts.
+    """
+
+    path: Path
+    earlier: Run | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            ValueError: The file is not one that a run leaves.
+        """
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {str(path)!r} ({' '.join(str(error).split())}); {_LEFT}") from error
+        if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data")):
+            raise ValueError(f"{str(path)!r} is no configuration of a run; {_LEFT}")
+        return config
+
+    @cached_property
+    def logged(self) -> Points:
+        """Steps and values by tag in this folder, as they were written; damage is said on stderr.
+
+        Event files count where `CSVLogger` wrote the same tags beside them.
+        """
+        (table, faults), (events, more) = read_csv(self.path), read_events(self.path)
+        for fault in (*faults, *more):
+            print(f"warning: {fault}", file=sys.stderr)
+        return {**table, **events}
+
+    @cached_property
+    def points(self) -> Points:
+        """The same with what the run that this one went on with had logged before."""
+        if self.earlier is None:
+            return self.logged
+        start = _start(self.logged)
+        before = {tag: [p for p in points if p[0] < start] for tag, points in self.earlier.points.items()}
+        return {tag: before.get(tag, []) + self.logged.get(tag, []) for tag in {**before, **self.logged}}
+
+    def after(self, earlier: Run) -> Run:
+        """This run as one that went on with another; nothing is read, or said, a second time."""
+        joined = Run(self.path, earlier)
+        joined.__dict__.update(config=self.config, logged=self.logged)
+        return joined
+
+    @property
+    def start(self) -> float:
+        """The step at which an epoch's numbers were logged first; infinite if never."""
+        return _start(self.points)
+
+    @cached_property
+    def scalars(self) -> dict[str, list[float]]:
+        """Logged values by tag, in the order of their steps; of two at one step the later one, as after a resume."""
+        curves = {tag: dict(points) for tag, points in self.points.items()}
+        return {tag: [curve[step] for step in sorted(curve)] for tag, curve in curves.items() if curve}
+
+    def last(self, tag: str) -> float | None:
+        """The value logged under a tag at its last step, None if there is none."""
+        points = self.points.get(tag)
+        return max(reversed(points), key=_step)[1] if points else None
+
+    def before(self, tag: str) -> float | None:
+        """The value logged under a tag before the first step; None if there is none.
+
+        It is the first that was written at step 0: an epoch of a single batch has its end at step 0 too.
+        """
+        points = self.points.get(tag)
+        return points[0][1] if points and points[0][0] == 0 else None
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of the configuration, empty if it lacks that."""
+        part = self.config.get(name)
+        return part if isinstance(part, dict) else {}
+
+    @cached_property
+    def began(self) -> tuple[float, str]:
+        """When it was begun, in seconds, and its path to tell apart those of one second."""
+        files = event_files(self.path)
+        stamps = [int(re.findall(r"\d+", file.name)[0]) for file in files if re.search(r"\d", file.name)]
+        return float(stamps[0]) if stamps else (self.path / "config.yaml").stat().st_mtime, str(self.path)
+
+    @cached_property
+    def lacks(self) -> str | None:
+        """What it did not reach of what its configuration asks for; None if it is finished, or does not say.
+
+        A test that was logged after the last epoch says that it is finished, however few epochs there were. A run that
+        a callback may stop early has no number of epochs to reach.
+        """
+        ends = [max(points, key=_step)[0] for tag, points in self.points.items() if points and "/" in tag]
+        tests = [max(points, key=_step)[0] for tag, points in self.points.items() if points and tag.startswith("test/")]
+        if tests and max(tests) == max(ends):
+            return None
+        if self.config.get("test_after_fit") is True:
+            return f"{self._progress() or 'it was trained to its end'}, and has no test value"
+        return None if self._may_stop_early() else self._progress()
+
+    def _progress(self) -> str | None:
+        """How far it came; None if it has the epochs or steps that it was to have."""
+        trainer = self.part("trainer")
+        epochs, steps = _count(trainer.get("max_epochs")), _count(trainer.get("max_steps"))
+        done = int(max((epoch for _, epoch in self.points.get("epoch", ()) if math.isfinite(epoch)), default=-1)) + 1
+        step = max((max(points, key=_step)[0] for points in self.points.values() if points), default=-1) + 1
+        if trainer and trainer.get("max_epochs") is None and steps is None:
+            epochs = _DEFAULT_EPOCHS
+        if (epochs is not None and done >= epochs) or (steps is not None and step >= steps):
+            return None
+        if epochs is not None:
+            return f"it reached epoch {done} of {epochs}"
+        return f"it reached step {step} of {steps}" if steps is not None else None
+
+    def _may_stop_early(self) -> bool:
+        trainer = self.part("trainer")
+        callbacks = trainer.get("callbacks")
+        names = [str(callback.get("class_path")) for callback in callbacks or () if isinstance(callback, dict)]
+        return trainer.get("max_time") is not None or any(name.endswith("EarlyStopping") for name in names)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Runs below the folders, by path; what looks like a run and cannot be read is named on stderr.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: There is no run.
+    """
+    folders = list(folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {str(folder)!r}")
+    configs = {config.resolve(): config for folder in folders for config in folder.rglob("config.yaml")}
+    runs = [run for run in map(Run, sorted(config.parent for config in configs.values())) if _is_readable(run)]
+    if not runs:
+        shown = ", ".join(map(str, folders))
+        raise ValueError(
+            f"no runs below {shown}; expected folders with a config.yaml and TensorBoard event files or a {CSV_NAME}"
+        )
+    return runs
+
+
+def _is_readable(run: Run) -> bool:
+    logs = bool(event_files(run.path)) or (run.path / CSV_NAME).is_file()
+    try:
+        known = bool(run.config)
+    except ValueError as error:
+        # Other programs leave a config.yaml too; what has logs beside it was a run.
+        if logs:
+            print(f"warning: {error}", file=sys.stderr)
+        return False
+    if not logs:
+        print(f"warning: no event files and no {CSV_NAME} in {str(run.path)!r}; the run is left out", file=sys.stderr)
+    return known and logs
+
+
+def _start(points: Points) -> float:
+    """The first step of what is logged once an epoch or more often; numbers from before the training do not count."""
+    return min((step for step, _ in points.get("epoch", ())), default=math.inf)
+
+
+def _step(point: tuple[int, float]) -> int:
+    return point[0]
+
+
+def _count(value: Any) -> int | None:
+    """A number of epochs or steps; None where there is no limit."""
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+# The one in C is ten times as fast, where libyaml is there.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,0 +1,732 @@
+"""What a report makes of runs: which of them are one, what tells rows apart, and the statistics and pictures."""
+
+import base64
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
+
+from ncfinetune.cli import main
+from ncfinetune.grouping import group
+from ncfinetune.report_figures import picture
+from ncfinetune.report_statistics import paired, spearman, wilson
+from ncfinetune.report_table import markdown, rows
+from ncfinetune.runs import Run, find_runs
+from ncfinetune.settings import differences, method_name, settings, task_name
+
+NC1 = "nc1/train/penultimate"
+
+
+def _config(train: str = "none", seed: int | None = 0, epochs: int | None = 3, **knobs: Any) -> dict[str, Any]:
+    data = {"classes": [5, 6], "shots": knobs.pop("shots", 10), "seed": seed}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": knobs.pop("lr", 0.001)}}
+    return {
+        "seed_everything": seed,
+        "trainer": {"max_epochs": epochs, "max_steps": -1, "callbacks": None, **knobs.pop("trainer", {})},
+        "model": {
+            "class_path": "ncfinetune.FineTuner",
+            "init_args": {"train": train, "optimizer": optimizer, "layer_decay": None, **knobs},
+        },
+        "data": {"class_path": "ncfinetune.datamodules.Digits", "init_args": data},
+    }
+
+
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    epochs: Sequence[int] = range(3),
+    test: float | None = 0.5,
+    steps: int = 4,
+    images: int | None = None,
+    scalars: dict[str, float] | None = None,
+) -> Path:
+    """A run of some epochs, as Lightning logs one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("params/trained", 50, 0)
+        writer.add_scalar("params/total", 100, 0)
+        if 0 in epochs:
+            writer.add_scalar(NC1, 8.0, 0)
+        for epoch in epochs:
+            last = (epoch + 1) * steps - 1
+            writer.add_scalar("epoch", epoch, last)
+            writer.add_scalar("val/acc", 0.1 * (epoch + 1), last)
+            writer.add_scalar(NC1, 4.0 / (epoch + 1), last)
+        end = (max(epochs, default=-1) + 1) * steps
+        found = {**({} if test is None else {"test/acc": test}), **({} if images is None else {"test/images": images})}
+        for tag, value in {**found, **(scalars or {})}.items():
+            writer.add_scalar(tag, value, end)
+    return folder
+
+
+def _rows(folder: Path, baseline: str | None = None) -> list[dict[str, str]]:
+    return rows(group(find_runs([folder])), baseline)
+
+
+def _report(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
+    assert main(["report", *words]) == 0
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+# ---- which runs are one
+
+
+def test_runs_that_differ_in_their_seed_alone_are_a_row(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.5, 0.6, 0.9)):
+        _write(tmp_path / str(seed), _config(seed=seed), test=accuracy, images=200)
+    (row,) = _rows(tmp_path)
+    assert row == {
+        "task": "Digits, classes 5 6, shots 10",
+        "method": "linear probe",
+        "runs": "3",
+        "trained parameters": "50 (50 %)",
+        "validation accuracy %": "30.0 ± 0",
+        "test accuracy %": f"66.7 ± {np.std([50, 60, 90], ddof=1):.2g}",
+        "95 % interval": "59.9 to 72.8",
+        "test images": "200",
+        "NC1 before": "8 ± 0",
+        "NC1 after": "1.33 ± 0",
+    }
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_run_that_was_resumed_in_another_folder_is_one(
+    named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = None if named else 0  # what is not seeded is known by its ckpt_path alone
+    _write(tmp_path / "first", _config(seed=seed, epochs=6), range(4), test=None)
+    config = _config(seed=seed, epochs=6)
+    if named:
+        config["ckpt_path"] = str(tmp_path / "first" / "checkpoints" / "last.ckpt")
+    _write(tmp_path / "second", config, range(3, 6), test=0.7)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"], row["NC1 before"]) == ("1", "70.0", "8")
+    (experiment,) = group(find_runs([tmp_path]))
+    assert experiment.runs[0].scalars["val/acc"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_was_resumed_twice_is_one(tmp_path: Path) -> None:
+    for name, epochs in (("a", range(3)), ("b", range(2, 5)), ("c", range(4, 6))):
+        run = _write(tmp_path / name, _config(epochs=6), epochs, test=0.7 if name == "c" else None)
+        (file,) = run.glob("events*")
+        file.rename(run / f"events.out.tfevents.{ord(name)}.host")  # seconds apart
+    (experiment,) = group(find_runs([tmp_path]))
+    (run,) = experiment.runs
+    assert [epoch for _, epoch in run.points["epoch"]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_end_of_a_resumed_run_alone_has_no_nc1_from_before_training(tmp_path: Path) -> None:
+    _write(tmp_path / "second", _config(epochs=6), range(3, 6))
+    (row,) = _rows(tmp_path)
+    assert "NC1 before" not in row
+    assert row["NC1 after"] == f"{4 / 6:.3g}"
+
+
+def test_an_epoch_of_one_step_is_not_before_training(tmp_path: Path) -> None:
+    _write(tmp_path, _config(), steps=1)
+    (row,) = _rows(tmp_path)
+    assert (row["NC1 before"], row["NC1 after"]) == ("8", "1.33")
+
+
+def test_a_run_of_the_same_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "a", _config(seed=1), test=0.5)
+    _write(tmp_path / "b", _config(seed=1), range(2), test=None)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"]) == ("1", "50.0")
+    said = capsys.readouterr().err
+    assert said == (
+        f"warning: '{tmp_path / 'b'}' has the configuration and seed of '{tmp_path / 'a'}', and is left out\n"
+    )
+
+
+def test_runs_without_a_seed_are_all_counted(tmp_path: Path) -> None:
+    for name in "abc":
+        _write(tmp_path / name, _config(seed=None))
+    assert _rows(tmp_path)[0]["runs"] == "3"
+
+
+def test_a_folder_that_is_given_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "runs" / "a", _config())
+    monkeypatch.chdir(tmp_path)
+    assert len(find_runs([Path("runs"), tmp_path / "runs", Path("runs/a")])) == 1
+
+
+# ---- unfinished runs
+
+
+@pytest.mark.parametrize(
+    ("config", "epochs", "test", "lacks"),
+    [
+        ({}, 3, None, None),
+        ({}, 2, None, "it reached epoch 2 of 3"),
+        ({}, 0, None, "it reached epoch 0 of 3"),
+        ({}, 2, 0.5, None),  # a test after fewer epochs, as where a callback has ended the fit
+        ({"max_steps": 8}, 2, None, None),
+        ({"max_epochs": -1, "max_steps": 9}, 2, None, "it reached step 8 of 9"),
+        ({"max_epochs": None}, 2, None, "it reached epoch 2 of 1000"),
+        ({"max_epochs": -1}, 2, None, None),
+        ({"max_time": "00:00:01:00"}, 2, None, None),
+        ({"callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping"}]}, 2, None, None),
+    ],
+)
+def test_a_run_is_finished_or_says_what_it_lacks(
+    config: dict[str, Any], epochs: int, test: float | None, lacks: str | None, tmp_path: Path
+) -> None:
+    run = Run(_write(tmp_path, _config(trainer=config), range(epochs), test))
+    assert run.lacks == lacks
+
+
+def test_a_test_that_was_asked_for_and_is_not_there_is_said(tmp_path: Path) -> None:
+    run = Run(_write(tmp_path / "a", {**_config(), "test_after_fit": True}, test=None))
+    assert run.lacks == "it was trained to its end, and has no test value"
+    run = Run(_write(tmp_path / "b", {**_config(), "test_after_fit": True}, range(1), test=None))
+    assert run.lacks == "it reached epoch 1 of 3, and has no test value"
+
+
+def test_the_test_of_a_run_that_was_then_trained_on_is_none(tmp_path: Path) -> None:
+    _write(tmp_path, _config(epochs=6), range(2), test=0.5)
+    run = Run(_write(tmp_path, _config(epochs=6), range(2, 4), test=None))
+    assert run.lacks == "it reached epoch 4 of 6"
+
+
+def test_unfinished_runs_are_marked_and_left_out_of_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "0", _config(seed=0), test=0.5)
+    _write(tmp_path / "1", _config(seed=1), range(1), test=None)
+    _write(tmp_path / "2", _config(seed=2), test=None)
+    _write(tmp_path / "3", _config("all", seed=0), range(1), test=None)
+    full, probe = _rows(tmp_path)
+    assert (probe["runs"], probe["test accuracy %"], probe["NC1 after"]) == ("1 + 2 unfinished", "50.0", "1.33")
+    assert (full["runs"], full["test accuracy %"], full["NC1 after"]) == ("0 + 1 unfinished", "-", "-")
+    said = capsys.readouterr().err.splitlines()
+    ends = [
+        "it reached epoch 1 of 3",
+        "it has no test value, and others of its configuration have",
+        "it reached epoch 1 of 3",
+    ]
+    assert said == [
+        f"warning: '{tmp_path / str(run)}' is unfinished: {end}; it is left out of all numbers"
+        for run, end in enumerate(ends, 1)
+    ]
+
+
+# ---- what tells rows apart
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"lr": 0.1}, "lr 0.1"),
+        ({"epochs": 4}, "max_epochs 4"),
+        ({"layer_decay": 0.7}, "layer_decay 0.7"),
+        ({"class_weight": "balanced", "label_smoothing": 0.1}, "class_weight balanced, label_smoothing 0.1"),
+        (
+            {"backbone": {"name": "resnet18", "lora": {"r": 8, "target_modules": ["qkv"]}}},
+            "name resnet18, r 8, target_modules qkv",
+        ),
+        ({"trainer": {"callbacks": [{"class_path": "x.SWA", "init_args": {"swa_lrs": 0.1}}]}}, "SWA, swa_lrs 0.1"),
+    ],
+)
+def test_rows_of_one_name_show_what_differs(knobs: dict[str, Any], said: str, tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config())
+    _write(tmp_path / "b", _config(**knobs), range(knobs.get("epochs", 3)))
+    texts = {row["differs in"] for row in _rows(tmp_path)}
+    assert said in texts or any(set(said.split(", ")) <= set(text.split(", ")) for text in texts)
+    assert len(texts) == 2
+
+
+def test_differences_of_data_and_augmentation_are_shown(tmp_path: Path) -> None:
+    for strength in (0.5, 1.0):
+        config = _config()
+        config["data"]["init_args"] |= {"augmentation": "standard", "strength": strength}
+        _write(tmp_path / str(strength), config)
+    assert [row["differs in"] for row in _rows(tmp_path)] == ["strength 0.5", "strength 1"]
+
+
+def test_only_what_differs_is_shown_and_only_for_one_name(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config(lr=0.001))
+    _write(tmp_path / "b", _config(lr=0.01, epochs=20), range(20))
+    _write(tmp_path / "c", _config("all", lr=0.5))
+    found = {row["method"] + "/" + row["differs in"] for row in _rows(tmp_path)}
+    assert found == {"linear probe/lr 0.001, max_epochs 3", "linear probe/lr 0.01, max_epochs 20", "full FT/-"}
+
+
+@pytest.mark.parametrize("name", ["num_workers", "download"])
+def test_what_changes_no_number_makes_no_row(name: str, tmp_path: Path) -> None:
+    for seed in range(2):
+        config = _config(seed=seed)
+        config["data"]["init_args"][name] = seed
+        config["trainer"] |= {"logger": {"init_args": {"version": seed}}, "enable_progress_bar": bool(seed)}
+        config |= {"test_after_fit": True, "predictions": str(seed)}
+        _write(tmp_path / str(seed), config)
+    assert [row["runs"] for row in _rows(tmp_path)] == ["2"]
+
+
+def test_many_differences_stay_readable_and_distinct() -> None:
+    plain = {f"model.knob{i}": "0" for i in range(30)}
+    several = [{**plain, f"model.knob{i}": "1"} for i in range(12)]
+    texts = differences(several)
+    assert len(set(texts)) == len(several)
+    everything = [{f"model.{letter}{i}": str(i) for i in range(30)} for letter in "ab"]
+    texts = differences(everything)
+    assert len(set(texts)) == 2
+    assert all(len(text) < 120 and re.search(r", and \d+ more$", text) for text in texts)
+
+
+def test_names_are_as_long_as_they_must_be_and_values_told_apart() -> None:
+    first = {"model.optimizer.lr": "0.1", "model.scheduler.lr": "0.1", "model.optimizer": "torch.optim.SGD"}
+    second = {"model.optimizer.lr": "0.2", "model.scheduler.lr": "0.3", "model.optimizer": "torch.optim.Adam"}
+    assert differences([first, second]) == [
+        "optimizer SGD, optimizer.lr 0.1, scheduler.lr 0.1",
+        "optimizer Adam, optimizer.lr 0.2, scheduler.lr 0.3",
+    ]
+    assert differences([{"model.a": "x.Norm"}, {"model.a": "y.Norm"}]) == ["a x.Norm", "a y.Norm"]
+    long = ["/data/" + "x" * 60 + "/" + end for end in ("a.pth", "b.pth")]
+    texts = differences([{"model.checkpoint": path} for path in long])
+    assert [text[-6:] for text in texts] == ["/a.pth", "/b.pth"]
+    assert all(len(text) < 60 for text in texts)
+    same_end = [{"model.checkpoint": start + "x" * 60} for start in "ab"]
+    assert differences(same_end)[0] == "checkpoint a" + "x" * 60
+
+
+def test_settings_are_the_configuration_by_dotted_names() -> None:
+    found = settings(
+        {
+            "model": {"class_path": "m.Net", "init_args": {"opt": {"class_path": "o.SGD", "init_args": {"lr": 20.0}}}},
+            "trainer": {"callbacks": [{"class_path": "c.A"}, {"class_path": "c.A", "init_args": {"n": 1}}], "x": None},
+            "seed_everything": 1,
+        }
+    )
+    assert found == {
+        "model": "m.Net",
+        "model.opt": "o.SGD",
+        "model.opt.lr": "20",
+        "trainer.callbacks.A": "c.A",
+        "trainer.callbacks.A#2": "c.A",
+        "trainer.callbacks.A#2.n": "1",
+    }
+
+
+def _sources(tmp_path: Path, count: int = 2) -> None:
+    """Pre-trainings that differ in their loss, each with two seeds, and a probe on each."""
+    for source, seed in itertools.product(range(count), range(2)):
+        name = f"pre{source}-{seed}"
+        model = {"class_path": "ncfinetune.Supervised", "init_args": {"temperature": source}}
+        config = {**_config(seed=seed), "model": model}
+        _write(tmp_path / name, config, scalars={NC1: 10.0**-source})
+        checkpoint = str(tmp_path / name / "checkpoints" / "last.ckpt")
+        _write(tmp_path / f"probe{source}-{seed}", _config(seed=seed, checkpoint=checkpoint), test=0.5 + 0.1 * source)
+
+
+def test_a_start_from_the_same_pre_training_of_another_seed_is_the_same_experiment(tmp_path: Path) -> None:
+    _sources(tmp_path)
+    probes = [row for row in _rows(tmp_path) if row["method"] == "linear probe"]
+    assert [row["runs"] for row in probes] == ["2", "2"]
+    assert sorted(row["differs in"][-6:] for row in probes) == ["pre0-0", "pre1-0"]
+    assert [row["test accuracy %"] for row in probes] == ["50.0 ± 0", "60.0 ± 0"]
+
+
+def test_starts_that_no_run_left_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a.pth", "b.pth"):
+        _write(tmp_path / name[0], _config(checkpoint=name))
+    assert [row["differs in"] for row in _rows(tmp_path)] == ["checkpoint a.pth", "checkpoint b.pth"]
+
+
+@pytest.mark.parametrize("given", ["pre/checkpoints/last.ckpt", "../pre/backbone.safetensors"])
+def test_a_relative_checkpoint_is_found(given: str, tmp_path: Path) -> None:
+    _write(tmp_path / "pre", {**_config(), "model": {"class_path": "Supervised"}})
+    _write(tmp_path / "down" / "a", _config(checkpoint={"path": given, "key": None}))
+    (probe,) = [e for e in group(find_runs([tmp_path])) if e.method == "linear probe"]
+    assert [run.path for run in probe.sources] == [tmp_path / "pre"]
+
+
+def test_runs_that_name_each_other_end(tmp_path: Path) -> None:
+    for name, other in ("ab", "ba"):
+        _write(tmp_path / name, _config(checkpoint=str(tmp_path / other / "x.ckpt")))
+    assert _rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "expected"),
+    [
+        ("Supervised", {"loss": "ce", "projection": "none"}, "Supervised"),
+        (
+            "Supervised",
+            {"loss": "mse", "projection": "mlp", "adversary": {"radius": 1}},
+            "Supervised, mse, mlp head, PGD",
+        ),
+        ("SupCon", {"projection": "linear"}, "SupCon, linear head"),
+        ("FineTuner", {"train": ["a", "b"]}, "layer FT a, b"),
+        ("FineTuner", {"train": "none", "skip_from": "a"}, "linear probe, skip from a"),
+        ("FineTuner", {"train": "a", "skip_from": "a", "skip_gradient": "skip"}, "SCL FT a, gradient through the skip"),
+        ("FineTuner", {"train": "*.bias", "skip_from": ["a", "b"]}, "layer FT *.bias, skip from a, b"),
+        ("FineTuner", {"train": "a", "head_init": "lda", "refit": "ridge"}, "layer FT a, lda start, ridge refit"),
+    ],
+)
+def test_report_names_the_method(name: str, knobs: dict[str, Any], expected: str) -> None:
+    assert method_name({"class_path": f"ncfinetune.{name}", "init_args": knobs}) == expected
+
+
+def test_report_names_the_task_by_what_selects_images() -> None:
+    knobs = {"root": "data/cifar10", "fraction": 0.1, "shots": None, "views": 2, "augmentation": "simclr", "mixup": 0.0}
+    assert (
+        task_name({"class_path": "x.ImageFolder", "init_args": knobs}) == "ImageFolder, root data/cifar10, fraction 0.1"
+    )
+
+
+# ---- the statistics
+
+
+@pytest.mark.parametrize(("hits", "samples"), [(0, 10), (3, 10), (10, 10), (649, 1000), (1, 1)])
+def test_wilson_is_the_closed_form(hits: int, samples: int) -> None:
+    theirs = stats.binomtest(hits, samples).proportion_ci(0.95, method="wilson")
+    assert wilson(hits / samples, samples) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_wilson_solves_its_equation() -> None:
+    """The ends are the shares p at which (share - p)^2 = z^2 p (1 - p) / n."""
+    for end in wilson(0.3, 17):
+        assert (0.3 - end) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / 17, rel=1e-12)
+
+
+def test_paired_is_the_paired_t_test() -> None:
+    ours, theirs = np.array([60.0, 71.0, 65.5, 70.0]), np.array([59.0, 66.0, 66.0, 61.0])
+    mean, deviation, p = paired((ours - theirs).tolist())
+    assert mean == pytest.approx(3.625)
+    assert deviation == pytest.approx((ours - theirs).std(ddof=1))
+    assert p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, rel=1e-12)
+    # With one degree of freedom t is Cauchy's: p = 1 - 2 atan(t) / pi, and t of (1, 3) is 2.
+    assert paired([1.0, 3.0])[2] == pytest.approx(1 - 2 * math.atan(2) / math.pi, rel=1e-12)
+
+
+def test_paired_differences_without_a_deviation_have_no_p() -> None:
+    assert paired([2.0])[0] == 2.0
+    assert all(map(math.isnan, paired([2.0])[1:]))
+    for same in ([2.0, 2.0], [0.0, 0.0], [0.1 + 0.2, 0.3]):
+        assert math.isnan(paired(same)[2])
+    assert all(map(math.isnan, paired([math.nan, 1.0])))
+
+
+def test_spearman_is_scipys_where_there_are_many_points() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 6, 12).astype(float), generator.normal(size=12)  # with ties
+    assert spearman(x.tolist(), y.tolist()) == pytest.approx(tuple(stats.spearmanr(x, y)), rel=1e-9)
+
+
+def test_spearman_counts_orders_of_few_points() -> None:
+    """Without ties rho is 1 - 6 sum d^2 / (n (n^2 - 1)), d the differences of ranks."""
+
+    def rho(order: Sequence[int]) -> float:
+        return 1 - 6 * sum((i - rank) ** 2 for i, rank in enumerate(order)) / (6 * (36 - 1))
+
+    order = (1, 0, 2, 4, 3, 5)
+    all_orders = list(itertools.permutations(range(6)))
+    as_strong = sum(abs(rho(other)) >= rho(order) - 1e-9 for other in all_orders)
+    found = spearman([1, 2, 3, 4, 5, 6], [10.0**rank for rank in order])
+    assert found == pytest.approx((rho(order), as_strong / len(all_orders)), rel=1e-12)
+
+
+def test_spearman_of_few_points_is_exact() -> None:
+    assert spearman([1, 2, 3], [4, 5, 6]) == (pytest.approx(1), pytest.approx(2 / 6))
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == (pytest.approx(-1), pytest.approx(2 / 24))
+    for x, y in (([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2]), ([], [])):
+        assert all(map(math.isnan, spearman(x, y)))
+
+
+# ---- the table
+
+
+def _methods(tmp_path: Path) -> None:
+    for seed, (probe, full) in enumerate([(0.5, 0.6), (0.5, 0.7), (0.4, 0.6)]):
+        _write(tmp_path / f"probe{seed}", _config(seed=seed), test=probe)
+        _write(tmp_path / f"full{seed}", _config("all", seed=seed), test=full)
+
+
+def test_methods_are_compared_over_shared_seeds(tmp_path: Path) -> None:
+    _methods(tmp_path)
+    _write(tmp_path / "probe9", _config(seed=9), test=0.0)  # shared with nothing
+    found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
+    p = stats.ttest_rel([60, 70, 60], [50, 50, 40]).pvalue
+    assert found == {"linear probe": "baseline", "full FT": f"+16.7 ± 5.8, p {p:.2g}, 3 seeds"}
+
+
+def test_the_baseline_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _methods(tmp_path)
+    found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path, "full FT")}
+    assert found["full FT"] == "baseline"
+    assert found["linear probe"].startswith("-16.7 ± 5.8, p ")
+    assert main(["report", str(tmp_path), "--baseline", "full"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: no method 'full' to compare with; expected one of full FT; linear probe\n"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [([0], "+10.0, 1 seed"), ([0, 1], "+10.0 ± 0, 2 seeds"), ([5, 6], "no shared seed")]
+)
+def test_differences_without_a_test(seeds: list[int], said: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        _write(tmp_path / f"probe{seed}", _config(seed=seed), test=0.5)
+    for seed in seeds:
+        _write(tmp_path / f"full{seed}", _config("all", seed=seed), test=0.625 - 0.025)
+    found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
+    assert found["full FT"].replace("± 0.0", "± 0") == said or re.sub(r"± [\d.e-]+", "± 0", found["full FT"]) == said
+
+
+def test_tests_of_several_sizes_have_no_interval(tmp_path: Path) -> None:
+    for seed in range(2):
+        _write(tmp_path / str(seed), _config(seed=seed), images=100 + 1000 * seed)
+    (row,) = _rows(tmp_path)
+    assert row["test images"] == "100 to 1,100"
+    assert "95 % interval" not in row
+
+
+def test_nan_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    for seed, value in enumerate([0.5, math.nan]):
+        _write(tmp_path / str(seed), _config(seed=seed), test=value, scalars={NC1: value})
+    _write(tmp_path / "full", _config("all"), test=math.nan, scalars={NC1: math.inf, "epoch": math.nan})
+    full, probe = _rows(tmp_path)
+    assert (probe["test accuracy %"], probe["NC1 after"]) == ("nan ± nan", "nan ± nan")
+    assert (full["test accuracy %"], full["NC1 after"]) == ("nan", "inf")
+    assert picture(group(find_runs([tmp_path])))
+
+
+def test_text_of_the_table_cannot_break_it(tmp_path: Path) -> None:
+    _write(tmp_path, _config("a|b\nc"))
+    lines = markdown(_rows(tmp_path)).splitlines()
+    assert len(lines) == 3
+    assert "layer FT a\\|b c" in lines[2]
+
+
+def test_the_table_of_runs_that_differ_in_everything(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config())
+    other = {"model": {"class_path": "their.Net", "init_args": {f"a{i}": i for i in range(50)}}, "data": {"x": [1]}}
+    _write(tmp_path / "b", other)
+    third = {"model": {"class_path": "their.Net", "init_args": {f"b{i}": i for i in range(50)}}, "data": {"x": [1]}}
+    _write(tmp_path / "c", third)
+    text = markdown(_rows(tmp_path))
+    assert max(map(len, text.splitlines())) < 400
+    assert len({row["differs in"] for row in _rows(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"trainer": None},
+        {"trainer": []},
+        {"model": {"init_args": [1]}},
+        {"model": {}},
+        {"data": {"class_path": 3, "init_args": None}},
+        {"optimizer": [{"a": 1}, "b"]},
+    ],
+)
+def test_a_configuration_that_lacks_parts_is_read(part: dict[str, Any], tmp_path: Path) -> None:
+    _write(tmp_path, {**_config(), **part})
+    assert len(_rows(tmp_path)) == 1
+    assert picture(group(find_runs([tmp_path])))
+
+
+# ---- what is read
+
+
+def test_csv_logs_are_read_as_well(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path), name="", version="a")
+    logger.log_metrics({NC1: 8.0}, step=0)
+    for epoch in range(3):
+        logger.log_metrics({"epoch": epoch, "val/acc": 0.1 * epoch, NC1: 1.0 / (epoch + 1)}, step=4 * epoch + 3)
+    logger.log_metrics({"test/acc": 0.123456789012, "epoch": 3}, step=12)
+    logger.save()
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(_config()))
+    (row,) = _rows(tmp_path)
+    assert (row["NC1 before"], row["NC1 after"], row["test accuracy %"]) == ("8", "0.333", "12.3")
+    assert Run(tmp_path / "a").last("test/acc") == 0.123456789012  # not in single precision
+    with SummaryWriter(str(tmp_path / "a")) as writer:
+        writer.add_scalar("test/acc", 0.5, 12)
+    assert Run(tmp_path / "a").last("test/acc") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("step,val/acc\r\n3,0.5\r\n7,0.7", "its last row is cut; numbers until step 3 are taken"),
+        (
+            "step,val/acc\r\n3,0.5\r\n7\r\n",
+            "a row has 1 cells, and there are 2 columns; numbers until step 3 are taken",
+        ),
+        ("step,val/acc\r\n3,0.5\r\n7,x\r\n", "could not convert string to float: 'x'; numbers until step 3 are taken"),
+        ("epoch,val/acc\r\n3,0.5\r\n", "expected a column 'step' in its first line; no number in it is taken"),
+        ("", "expected a column 'step' in its first line; no number in it is taken"),
+    ],
+)
+def test_a_torn_csv_is_named_with_its_last_step(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config()))
+    (tmp_path / "metrics.csv").write_text(text, newline="")
+    _rows(tmp_path)
+    said_lines = capsys.readouterr().err.splitlines()
+    assert said_lines[0] == f"warning: {tmp_path / 'metrics.csv'}: {said}"
+    assert Run(tmp_path).last("val/acc") == (0.5 if "step 3" in said else None)
+
+
+def test_damage_is_said_once_for_a_run_that_was_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "a", _config(epochs=6), test=None)
+    run = _write(tmp_path / "b", _config(epochs=6), range(2, 6))
+    for folder in (tmp_path / "a", run):
+        (file,) = folder.glob("events*")
+        file.write_bytes(file.read_bytes()[:-5])
+    _rows(tmp_path)
+    assert capsys.readouterr().err.count("cut within the record") == 2
+
+
+def test_folders_without_logs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(_config()))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.yaml").write_text("of: another program\n")
+    assert main(["report", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"warning: no event files and no metrics.csv in '{tmp_path / 'a'}'; the run is left out"
+    assert second.startswith(f"error: no runs below {tmp_path}; expected folders with a config.yaml and TensorBoard")
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "error: no folder" in capsys.readouterr().err
+
+
+# ---- the pictures
+
+
+@pytest.mark.parametrize(
+    ("tags", "labels"),
+    [
+        (["test/acc", "probe/acc"], ["test accuracy %"]),
+        (["probe/acc", "probe/downstream_acc"], ["downstream probe accuracy %"]),
+        (["probe/acc"], ["probe accuracy %"]),
+        ([], []),
+    ],
+)
+def test_picture_shows_the_accuracy_that_was_logged(tags: list[str], labels: list[str], tmp_path: Path) -> None:
+    for name in ("SupCon", "SimCLR"):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for tag in (NC1, *tags):
+                writer.add_scalar(tag, 0.5)
+        model = {"class_path": f"ncfinetune.{name}"}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "Digits"}}))
+    figure = picture(group(find_runs([tmp_path])))
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == labels
+    assert all(len(axes.lines) == 2 for axes in figure.axes[1:])
+
+
+def _panels(folder: Path) -> dict[str, Any]:
+    """The panels by what is on their horizontal axis."""
+    return {axes.get_xlabel(): axes for axes in picture(group(find_runs([folder]))).axes}
+
+
+def test_accuracy_against_trained_parameters(tmp_path: Path) -> None:
+    _methods(tmp_path)
+    assert "trained parameters" not in _panels(tmp_path)  # all the same
+    for seed in range(3):
+        _write(tmp_path / f"full{seed}", _config("all", seed=seed), test=0.6, scalars={"params/trained": 90})
+    axes = _panels(tmp_path)["trained parameters"]
+    assert sorted(float(container.lines[0].get_xdata()[0]) for container in axes.containers) == [50, 90]
+
+
+def test_accuracy_against_shots(tmp_path: Path) -> None:
+    for shots, seed in itertools.product((5, 20, 80), range(2)):
+        _write(tmp_path / f"{shots}-{seed}", _config(seed=seed, shots=shots), test=0.5 + shots / 200 + seed / 100)
+    axes = _panels(tmp_path)["images a class"]
+    ((line, caps, _),) = [container.lines for container in axes.containers]
+    assert line.get_xdata().tolist() == [5, 20, 80]
+    assert line.get_ydata() == pytest.approx([53, 60.5, 90.5], abs=1e-4)
+    assert axes.get_title("left") == "Digits, classes 5 6"
+    assert caps[1].get_ydata()[0] - line.get_ydata()[0] == pytest.approx(np.std([0, 1], ddof=1), abs=1e-4)
+
+
+def test_transfer_against_the_collapse_of_the_source(tmp_path: Path) -> None:
+    _sources(tmp_path, count=3)
+    axes = _panels(tmp_path)["NC1 of the source training features"]
+    (line,) = axes.lines
+    assert sorted(line.get_xdata()) == pytest.approx([0.01, 0.1, 1])
+    assert line.get_ydata()[np.argsort(line.get_xdata())] == pytest.approx([70, 60, 50], abs=1e-4)
+    assert line.get_label() == "linear probe: Spearman's rho -1.00, p 0.33"
+
+
+def test_transfer_against_nc1_before_fine_tuning_where_sources_are_unknown(tmp_path: Path) -> None:
+    for name, accuracy in (("a", 0.5), ("b", 0.6)):
+        _write(tmp_path / name, _config(checkpoint=f"{name}.pth"), test=accuracy)
+    (line,) = _panels(tmp_path)["NC1 of the features before fine-tuning"].lines
+    assert line.get_label() == "linear probe"  # no correlation of two points
+    assert line.get_xdata() == pytest.approx([8, 8])
+
+
+def test_names_in_pictures_are_no_formulas(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config("$x"), scalars={"nc1/train/$\\frac{$": 1.0, "nc1/train/a|b": 2.0})
+    _write(tmp_path / "b", _config("$y$"), scalars={"nc1/train/$\\frac{$": 1.0, "nc1/train/a|b": 2.0})
+    picture(group(find_runs([tmp_path]))).savefig(tmp_path / "a.png")
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config()))
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 3)
+    figure = picture(group(find_runs([tmp_path])))
+    assert figure.axes == []
+    assert figure.texts[0].get_text() == "no NC1 was logged, and no accuracies to compare"
+
+
+# ---- the command
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "runs" / "a", _config("<script>alert(1)</script> & {x}"))
+    _write(tmp_path / "runs" / "b", _config(), test=0.75)
+    printed, _ = _report(capsys, str(tmp_path / "runs"), "--html", str(tmp_path / "report.html"))
+    text = (tmp_path / "report.html").read_text()
+    page = _Links()
+    page.feed(text)
+    (source,) = page.sources
+    picture = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+    assert picture == (tmp_path / "runs" / "report.png").read_bytes()
+    assert "<script>" not in text
+    assert "layer FT <script>alert(1)</script> & {x}" in page.cells
+    assert "75.0" in page.cells
+    assert "Points over baseline are differences of runs of the same seed" in text
+    assert f"page:        {tmp_path / 'report.html'}" in printed
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_report_writes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _methods(tmp_path / "runs")
+    printed, said = _report(capsys, str(tmp_path / "runs"), "--out", str(tmp_path / "out"))
+    assert said == ""
+    assert (tmp_path / "out" / "report.md").read_text().strip() in printed
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")
+    assert "Numbers are means ± standard deviations (n - 1) over the runs." in printed
+    assert not (tmp_path / "runs" / "report.md").exists()
