@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
-from scipy import special
 
 # Up to this many points all orders are counted: 40,320 take a few milliseconds.
 _COUNTED = 8
@@ -21,7 +21,7 @@ def wilson(share: float, samples: int, confidence: float = 0.95) -> tuple[float,
         samples: Number of samples.
         confidence: Share of the intervals that hold the true share.
     """
-    z = float(special.ndtri(0.5 + confidence / 2))
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = share + z**2 / (2 * samples)
     half = z * math.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
     scale = 1 + z**2 / samples
@@ -42,7 +42,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float, float]:
     if not deviation > 1e-9 * np.abs(values).max():
         return mean, deviation, math.nan
     t = mean / (deviation / math.sqrt(len(values)))
-    return mean, deviation, float(2 * special.stdtr(len(values) - 1, -abs(t)))
+    return mean, deviation, _two_sided(t, len(values) - 1)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -59,9 +59,17 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     if len(x) > _COUNTED:
         degrees = len(x) - 2
         t = abs(rho) * math.sqrt(degrees / max(1 - rho**2, 1e-300))
-        return rho, float(2 * special.stdtr(degrees, -t))
+        return rho, _two_sided(t, degrees)
     orders = np.array(list(itertools.permutations(ranks[1])))
     return rho, float((np.abs(orders @ ranks[0]) / norm >= abs(rho) - 1e-12).mean())
+
+
+def _two_sided(t: float, degrees: int) -> float:
+    """How likely Student's t is to be as far from 0."""
+    # Imported here alone: it takes half a second, and a report of single runs has no use for it.
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(degrees, -abs(t)))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:

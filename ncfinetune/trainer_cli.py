@@ -26,7 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import class_help, interruptions, predictions
-from ncfinetune.atomic import AtomicCheckpointIO, replacing
+from ncfinetune.atomic import replacing
+from ncfinetune.checkpoint_io import AtomicCheckpointIO
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.learner import check_launched
 from ncfinetune.safety import refuse_code

@@ -43,7 +43,7 @@ IMPORTS = {
     "copies": set(),
     "csv_metrics": {"events"},
     "delta": {"atomic", "backbone", "checksums", "weight_files"},
-    "events": set(),
+    "events": {"tfrecords"},
     "finetune": {
         "backbone",
         "cache",
@@ -99,9 +99,11 @@ IMPORTS = {
     "suggest": {"atomic", "bank", "lab", "layers", "probes", "skips", "trials"},
     "supervised": {"adversarial", "backbone", "classifier", "heads", "inputs", "learner", "losses"},
     "tail": set(),
+    "tfrecords": set(),
     "tokens": {"pooling", "tracing"},
     "tracing": {"pooling"},
     "trainer_cli": {
+        "checkpoint_io",
         "atomic",
         "class_help",
         "cli_errors",
@@ -291,6 +293,12 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "ncfinetune COMMAND" in done.stdout
+
+
+def test_report_does_not_import_torch() -> None:
+    code = "import sys; import ncfinetune.report; assert not {'torch', 'lightning', 'scipy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["ncfinetune", "tests", "experiments"])

@@ -18,9 +18,10 @@ from lightning.pytorch import __version__ as lightning_version
 from test_cli import QUIET, _refusal
 
 from ncfinetune import Supervised
-from ncfinetune.atomic import AtomicCheckpointIO, replacing
+from ncfinetune.atomic import replacing
+from ncfinetune.checkpoint_io import AtomicCheckpointIO
 from ncfinetune.cli import main
-from ncfinetune.events import read_scalars
+from ncfinetune.runs import Run
 
 NETWORK = "{name: test_vit, img_size: 8, patch_size: 4, in_chans: 1, drop_path_rate: 0.2}"
 RUN = [
@@ -78,7 +79,7 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
         for run in (whole, stopped)
     ]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    assert read_scalars(stopped) == read_scalars(whole)
+    assert Run(stopped).scalars == Run(whole).scalars
 
 
 def test_sigterm_on_a_full_disk_says_what_is_lost(
@@ -88,7 +89,7 @@ def test_sigterm_on_a_full_disk_says_what_is_lost(
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ncfinetune.atomic.torch.save", full)
+    monkeypatch.setattr("ncfinetune.checkpoint_io.torch.save", full)
     terminate = ["--trainer.callbacks+=test_interruptions.Terminate", "--trainer.callbacks.step=3"]
     assert main([*RUN, *terminate, *_place(tmp_path)]) == 143
     path = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
@@ -239,7 +240,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path: Path, mon
         part.write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 128 vs 22")
 
-    monkeypatch.setattr("ncfinetune.atomic.torch.save", full)
+    monkeypatch.setattr("ncfinetune.checkpoint_io.torch.save", full)
     with pytest.raises(OSError, match=r"^cannot write '.*last.ckpt': .*unexpected pos.*; make room there, or choose"):
         files.save_checkpoint({"step": 2}, path)
     assert files.load_checkpoint(path, weights_only=True) == {"step": 1}

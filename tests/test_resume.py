@@ -18,8 +18,8 @@ from ncfinetune import FineTuner, Supervised
 from ncfinetune.adversarial import PGD
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
-from ncfinetune.events import read_scalars
 from ncfinetune.resume import state_of_process, states_of_processes
+from ncfinetune.runs import Run
 
 # Dropout and drop path draw from the stream of random numbers that a checkpoint has to keep.
 NETWORK: dict[str, Any] = {"name": "test_vit", "img_size": 8, "patch_size": 4, "drop_path_rate": 0.2}
@@ -279,7 +279,7 @@ def test_a_validation_that_is_due_within_an_epoch_is_made_once(
         )
         model = Supervised(2, {**NETWORK, "in_chans": 1})
         trainer.fit(model, Digits([1, 2], shots=20, batch_size=8), ckpt_path=ckpt_path, weights_only=True)
-        return order.order, (model.state_dict(), read_scalars(tmp_path / place)[0])
+        return order.order, (model.state_dict(), Run(tmp_path / place).scalars)
 
     whole, (weights, numbers) = fit("whole")
     saved = sorted((tmp_path / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
@@ -323,7 +323,7 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(
         )
         model = LEARNERS[learner](1 if kind in IN_GREY else 3)
         trainer.fit(model, DATA[kind](folder, shards), ckpt_path=ckpt_path, weights_only=True)
-        return model.state_dict(), read_scalars(tmp_path / "runs" / place)[0]
+        return model.state_dict(), Run(tmp_path / "runs" / place).scalars
 
     weights, numbers = fit("whole")
     steps = len(list((tmp_path / "whole").glob("*.ckpt")))
@@ -395,7 +395,7 @@ def test_numbers_of_an_epoch_that_is_checkpointed_at_its_end_are_written(tmp_pat
             ckpt_path=ckpt_path,
             weights_only=True,
         )
-        return read_scalars(run)[0], {name: value.item() for name, value in trainer.callback_metrics.items()}
+        return Run(run).scalars, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
     written, known = fit("whole")
     for epoch in (0, 1):  # which Lightning writes to the loggers after the checkpoint
@@ -419,7 +419,7 @@ def test_a_model_of_a_checkpoint_begins_a_run_of_its_own(tmp_path: Path) -> None
         random: Any = RandomState()
         trainer.callbacks.append(random)
         trainer.fit(model, Digits([1, 2], shots=8, batch_size=8))
-        assert len(read_scalars(run)[0]["train/loss"]) == 1
+        assert len(Run(run).scalars["train/loss"]) == 1
         return random.state
 
     fit(Supervised(2, {**NETWORK, "in_chans": 1}), "first", 0)

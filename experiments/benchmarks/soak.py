@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_leaves
 from ncfinetune import Backbone, delta, predictions, store, trainer_cli, weight_files  # noqa: F401  # trainer_cli: before forks
 from ncfinetune.callbacks import tracker
 from ncfinetune.cli import main as ncfinetune
-from ncfinetune.events import read_scalars
+from ncfinetune.runs import Run
 
 LIMIT = 600  # seconds after which a process that should take 3 hangs, on a machine that is busy with other things
 FEWEST_KILLS, MOST_KILLS, TERMINATED = 2, 6, 128 + signal.SIGTERM
@@ -368,7 +368,7 @@ def end_of(place: Path) -> End:
         for path in (folder / "checkpoints").glob("delta.safetensors"):
             digest.update(path.read_bytes())
         left += [path.name for path in sorted((folder / "checkpoints").glob("last*.ckpt"))[1:]]
-    return End(digest.hexdigest(), read_scalars(folder)[0], " ".join(left))
+    return End(digest.hexdigest(), Run(folder).scalars, " ".join(left))
 
 
 class Soak:
