@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -156,8 +157,14 @@ def group(runs: Iterable[Run]) -> list[Experiment]:
     for run in folders.runs.values():
         members.setdefault(_text(folders.identity(run)), []).append(run)
     experiments = [_experiment(of_one, folders) for of_one in members.values()]
-    experiments.sort(key=lambda e: (e.task, e.trained, e.method.lower()))
+    experiments.sort(key=lambda e: (_natural(e.task), e.trained, e.method.lower()))
     return _with_differences(experiments)
+
+
+def _natural(text: str) -> list[tuple[float, str]]:
+    """A key by which 5 shots come before 20."""
+    parts = re.split(r"(\d+)", text)
+    return [(float(part), "") if part.isdigit() else (math.inf, part) for part in parts]
 
 
 def _text(found: Mapping[str, str]) -> str:

@@ -34,8 +34,8 @@ def rows(experiments: Sequence[Experiment], baseline: str | None = None) -> list
 
     Args:
         experiments: One for each row.
-        baseline: The method that the others of its task are compared with; None is the linear probe, or the first
-            row of the task without one.
+        baseline: The method that the others of its task are compared with, each with the row of it that has the most
+            settings in common; None is the linear probe, or the first row of a task without one.
 
     Raises:
         ValueError: No experiment is of that method.
@@ -101,12 +101,14 @@ def _row(experiment: Experiment, baseline: Experiment | None) -> dict[str, str]:
 
 
 def _baseline(experiment: Experiment, experiments: Sequence[Experiment], name: str | None) -> Experiment | None:
-    """What an experiment is compared with, the first that fits; None where its task has nothing else."""
+    """What an experiment is compared with; itself if that is the baseline, None where its task has nothing else."""
     task = [e for e in experiments if e.task == experiment.task]
     if len(task) < 2:
         return None
-    wanted = [e for e in task if (name or _PROBE) in (e.method, e.label)]
-    return wanted[0] if wanted else None if name else task[0]
+    wanted = [e for e in task if (name or _PROBE) in (e.method, e.label)] or ([] if name else task[:1])
+    if experiment in wanted:
+        return experiment
+    return min(wanted, key=lambda e: len(set(e.settings.items()) ^ set(experiment.settings.items())), default=None)
 
 
 def _over(experiment: Experiment, baseline: Experiment | None) -> str:

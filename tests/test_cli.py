@@ -21,7 +21,7 @@ from ncfinetune import Supervised, datamodules
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.predictions import Table, check_format
-from ncfinetune.runs import find_runs
+from ncfinetune.runs import Run, find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
@@ -98,6 +98,9 @@ def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["class_path"] == "ncfinetune.Supervised"
     assert config["data"]["init_args"]["shots"] == 4
+    data = Digits()
+    data.setup("test")
+    assert Run(run).last("test/images") == len(data.test_dataloader().dataset)
 
 
 @pytest.mark.slow

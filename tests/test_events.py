@@ -41,6 +41,42 @@ def test_every_point_is_read(tmp_path: Path) -> None:
     assert read_events(tmp_path)[0]["val/acc"] == [(step, step % 7) for step in range(11_000)]
 
 
+@pytest.mark.parametrize("tag", ["a", "val/acc", "é/$x|y\n", "t" * 120, "t" * 400])
+def test_records_of_all_sizes_are_those_of_the_library(tag: str, tmp_path: Path) -> None:
+    """Steps of one byte to six, whose records are decoded at once or by the library, and come in their order."""
+    steps = [0, 1, 127, 128, 16_383, 16_384, 2**21, 2**28, 2**35 - 1, 2**35, 5, 200]
+    with SummaryWriter(str(tmp_path)) as writer:
+        for place, step in enumerate(steps):
+            writer.add_scalar(tag, 0.5 + place, step)
+            writer.add_scalar("other", -place, step, new_style=place % 2 == 0)
+    points, faults = read_events(tmp_path)
+    assert faults == []
+    assert points[tag] == [(step, 0.5 + place) for place, step in enumerate(steps)]
+    assert points["other"] == [(step, -place) for place, step in enumerate(steps)]
+
+
+def test_a_record_that_is_no_event_ends_what_is_taken(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("a", 1.0, 1)
+    (path,) = tmp_path.glob("events*")
+    good = path.read_bytes()
+    with path.open("ab") as file:
+        RecordWriter(file).write(b"\xff" * 20)
+        file.write(good)
+    points, faults = read_events(tmp_path)
+    assert points == {"a": [(1, 1.0)]}
+    assert faults[0].endswith("; numbers until step 1 are taken")
+
+
+def test_values_that_are_not_finite_are_read(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, value in enumerate([float("inf"), float("-inf"), float("nan")]):
+            writer.add_scalar("a", value, step)
+    values = [value for _, value in read_events(tmp_path)[0]["a"]]
+    assert values[:2] == [float("inf"), float("-inf")]
+    assert values[2] != values[2]
+
+
 def test_a_run_that_goes_on_is_one_curve(tmp_path: Path) -> None:
     _write(tmp_path, VALUES, suffix=".0")
     _write(tmp_path, [7.0, 8.0, 9.0], first=2, suffix=".1")

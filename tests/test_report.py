@@ -4,6 +4,7 @@ import base64
 import itertools
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune.cli import main
+from ncfinetune.datamodules import Digits
 from ncfinetune.grouping import group
 from ncfinetune.report_figures import picture
 from ncfinetune.report_statistics import paired, spearman, wilson
@@ -472,6 +474,25 @@ def test_the_baseline_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert error == "error: no method 'full' to compare with; expected one of full FT; linear probe\n"
 
 
+def test_the_baseline_is_the_one_that_is_most_alike(tmp_path: Path) -> None:
+    for lr, probe in ((0.001, 0.5), (0.01, 0.6)):
+        _write(tmp_path / f"probe{lr}", _config(lr=lr), test=probe)
+        _write(tmp_path / f"full{lr}", _config("all", lr=lr), test=0.75)
+    found = {(row["method"], row["differs in"]): row["points over baseline"] for row in _rows(tmp_path)}
+    assert found == {
+        ("linear probe", "lr 0.001"): "baseline",
+        ("linear probe", "lr 0.01"): "baseline",
+        ("full FT", "lr 0.001"): "+25.0, 1 seed",
+        ("full FT", "lr 0.01"): "+15.0, 1 seed",
+    }
+
+
+def test_tasks_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for shots in (20, 5, 100):
+        _write(tmp_path / str(shots), _config(shots=shots))
+    assert [row["task"][-3:].strip() for row in _rows(tmp_path)] == ["5", "20", "100"]
+
+
 @pytest.mark.parametrize(
     ("seeds", "said"), [([0], "+10.0, 1 seed"), ([0, 1], "+10.0 ± 0, 2 seeds"), ([5, 6], "no shared seed")]
 )
@@ -730,3 +751,52 @@ def test_report_writes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureF
     assert printed.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path / 'runs'}")
     assert "Numbers are means ± standard deviations (n - 1) over the runs." in printed
     assert not (tmp_path / "runs" / "report.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_report_of_real_runs_one_of_which_went_on_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+    words = ["--model", "FineTuner", "--model.backbone", backbone, "--model.allow_random", "true", "--data", "Digits"]
+    words += ["--data.shots", "4", "--data.batch_size", "10", "--trainer.max_epochs", "2", "--test_after_fit", "true"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    words += ["--trainer.callbacks+=NeuralCollapseTracker"]
+
+    def fit(train: str, seed: int, version: str, *more: str) -> int | None:
+        seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+        return main(
+            ["fit", *words, "--model.train", train, "--trainer.logger.init_args.version", version, *seeds, *more]
+        )
+
+    for seed in range(2):
+        fit("none", seed, f"probe{seed}")
+    fit("all", 0, "full0")
+    stop = ["--trainer.callbacks+=test_interruptions.Terminate", "--trainer.callbacks.step", "6"]
+    assert fit("all", 1, "stopped", *stop) == 143
+    config = yaml.safe_load((tmp_path / "runs" / "stopped" / "config.yaml").read_text())
+    config["trainer"]["callbacks"].pop()  # as if it had been stopped from outside
+    (tmp_path / "runs" / "stopped" / "config.yaml").write_text(yaml.safe_dump(config))
+    fit("all", 1, "went-on", "--ckpt_path", "runs/stopped/checkpoints/stopped.ckpt")
+    fit("all", 1, "whole")
+    capsys.readouterr()
+    full, probe = sorted(group(find_runs([tmp_path])), key=lambda e: e.method)
+    assert [run.path.name for run in probe.runs] == ["probe0", "probe1"]
+    assert [run.path.name for run in full.runs] == ["full0", "whole"]
+    said = capsys.readouterr().err
+    assert said.endswith(f"/went-on' has the configuration and seed of '{full.runs[1].path}', and is left out\n")
+    shutil.rmtree(tmp_path / "runs" / "whole")
+    again = group(find_runs([tmp_path]))
+    (joined,) = [run for e in again for run in e.runs if run.path.name == "went-on"]
+    assert joined.earlier is not None
+    assert joined.earlier.path.name == "stopped"
+    whole = full.runs[1]
+    assert joined.before(NC1) == whole.before(NC1)
+    assert joined.last("test/acc") == whole.last("test/acc")
+    assert joined.scalars["val/acc"] == whole.scalars["val/acc"]
+    assert capsys.readouterr().err == ""
+    data = Digits()
+    data.setup("test")
+    assert joined.last("test/images") == len(data.test_dataloader().dataset)
