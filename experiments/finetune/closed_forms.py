@@ -1,9 +1,12 @@
 """Heads in closed form beside trained ones, on frozen features with few labels: accuracy, calibration, seconds.
 
 ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. The images of ``val`` are the test set, for all
-rows and seeds; a seed draws the training images, the same for all rows. Where there are no more images to draw from,
-one seed is all there is. Features of all blocks are computed once; times are CPU seconds of one thread from there on,
-with whatever a row chooses. Nothing is chosen by the test images.
+rows and seeds; a seed draws the training images, the same for all rows. Where all of ``train`` is drawn, a seed splits
+all images anew into as many of each, so that seeds differ. Features of all blocks are computed once; times are CPU
+seconds of one thread from there on, with whatever a row chooses. Nothing is chosen by the test images.
+
+Beside the table a CSV has every split's rows in the columns of study.py, which compares them with those of tuned
+networks; their seconds have the network's pass over the training images in them.
 
 Rows, on the penultimate features:
 
@@ -17,6 +20,7 @@ Rows, on the penultimate features:
 """
 
 import argparse
+import csv
 import platform
 import statistics
 import time
@@ -26,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from study import few, read
+from study import FIELDS, mean_and_error, read, split
 from torch import Tensor, nn
 
 from ncfinetune import Backbone
@@ -97,11 +101,6 @@ ROWS: dict[str, Row] = {
 }
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
-
-
 def gain(runs: list[dict[str, float]], others: list[dict[str, float]]) -> str:
     """In accuracy, paired by the seed."""
     return mean_and_error([run["accuracy"] - other["accuracy"] for run, other in zip(runs, others, strict=True)])
@@ -123,6 +122,15 @@ def measure(row: Row, train: tuple[Features, Tensor], test: tuple[Features, Tens
     }
 
 
+def in_the_study(
+    name: str, shots: int, seed: int, run: dict[str, float], pass_seconds: float
+) -> dict[str, str | float]:
+    """A run as a row of study.py."""
+    shares = {"test": run["accuracy"] / 100, "calibration": run["calibration"] / 100}
+    row = {"method": name, "shots": shots, "seed": seed, "trained": run["parameters"], **shares}
+    return dict.fromkeys(FIELDS, "") | row | {"seconds": run["seconds"] + pass_seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
@@ -136,26 +144,30 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = Backbone(options.backbone, checkpoint=options.checkpoint).eval()
-    parts = {part: read(options.root / part) for part in ("train", "val")}
-    features = {part: features_of(backbone, pixels, options.mean, options.std) for part, (pixels, _) in parts.items()}
-    labels = parts["train"][1]
-    classes = int(labels.max()) + 1
-    test = features["val"], parts["val"][1]
-    with options.out.open("w") as file:
-        images = f"{options.root.name}: {len(labels)} images to train on, {len(test[1])} to test on, {classes} classes"
-        print(f"{options.backbone}, {images}; torch {torch.__version__}, {platform.machine()}, one thread.", file=file)
+    images, train, val = read(options.root)
+    labels, classes = torch.cat([train, val]), int(train.max()) + 1
+    start = time.process_time()
+    features = features_of(backbone, images, options.mean, options.std)
+    pass_seconds = (time.process_time() - start) / len(images)
+    with options.out.open("w") as file, options.out.with_suffix(".csv").open("w", newline="") as csv_file:
+        rows = csv.DictWriter(csv_file, FIELDS)
+        rows.writeheader()
+        counts = f"{len(train)} images to train on, {len(val)} to test on, {classes} classes"
+        about = f"{options.backbone}, {options.root.name}: {counts}; torch {torch.__version__}, {platform.machine()}"
+        print(f"{about}, one thread.", file=file)
         print("Means over the seeds ± their standard error; seconds are medians.\n", file=file)
         print(f"| {HEADER} |", file=file)
         print("|---|---|---|---|---|---|---|---|---|", file=file, flush=True)
         for shots in options.shots:
-            seeds = options.seeds if shots < int(labels.bincount().min()) else 1
             found: dict[str, list[dict[str, float]]] = defaultdict(list)
-            for seed in range(seeds):
-                rows, _ = few((torch.arange(len(labels)), labels), shots, seed)
-                train = {name: tensor[rows] for name, tensor in features["train"].items()}
+            for seed in range(options.seeds):
+                parts = split(train, val, shots, seed)
+                data = [({name: tensor[part] for name, tensor in features.items()}, labels[part]) for part in parts]
                 for name, row in ROWS.items():
                     torch.manual_seed(seed)
-                    found[name].append(measure(row, (train, labels[rows]), test, classes))
+                    run = measure(row, *data, classes)
+                    found[name].append(run)
+                    rows.writerow(in_the_study(name, shots, seed, run, pass_seconds * len(parts[0])))
             for name, runs in found.items():
                 seconds = statistics.median(run["seconds"] for run in runs)
                 cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]

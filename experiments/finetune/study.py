@@ -1,12 +1,21 @@
-"""Four ways of fine-tuning over blocks, numbers of labels, seeds and learning rates, on images in class folders.
+"""Ways of fine-tuning over blocks, numbers of labels, seeds and learning rates, on images in class folders.
 
-ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. Of ``val`` half, always the same, chooses
-learning rate and block; the other half is the test set. A seed draws the training images and the classifier's start.
-Every run takes the same number of steps, and every method the same learning rates; times are CPU seconds of `fit`, one
-thread. Rows are written as they come; what a file has already is not run again, so that a study that broke off goes on.
+ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. A seed draws the training images and the
+classifier's start. ``--validation`` says which images choose learning rate and block, and so which are left to test:
+
+- ``half``: half of ``val``, always the same; the other half is the test set. `table` shows the best rates and blocks.
+- ``rest``: images of ``train`` that are not drawn, 20 a class at most; all of ``val`` tests. So are rates chosen by
+  seeds that the next way leaves out.
+- ``none``: rates and blocks are fixed beforehand, and all of ``val`` tests; where all of ``train`` is drawn, a seed
+  splits all images anew into as many, so that seeds differ. `paired` compares the methods with ridge regression on the
+  same splits, whose rows closed_forms.py writes.
+
+Every run takes the same number of steps; times are CPU seconds of `fit`, one thread. Rows are written as they come;
+what a file has already is not run again, so that a study that broke off goes on.
 
     python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
     python experiments/finetune/study.py table rows.csv
+    python experiments/finetune/study.py paired closed_forms.csv rows.csv
 """
 
 import argparse
@@ -29,40 +38,78 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from ncfinetune import FineTuner
+from ncfinetune.calibration import calibration_error
 from ncfinetune.collapse import class_moments, nc1
 
+LAYER = {"train": "BLOCK"}
+SCL = {"train": "BLOCK", "skip_from": "BLOCK"}
+START, REFIT = {"head_init": "ridge"}, {"refit": "ridge"}
 METHODS: dict[str, dict[str, Any]] = {
     "linear probe": {"train": "none"},
-    "layer FT": {"train": "BLOCK"},
-    "SCL FT": {"train": "BLOCK", "skip_from": "BLOCK"},
-    "SCL FT, gradient through the skip": {"train": "BLOCK", "skip_from": "BLOCK", "skip_gradient": "skip"},
+    "layer FT": LAYER,
+    "layer FT, refit": LAYER | REFIT,
+    "layer FT, ridge start": LAYER | START,
+    "layer FT, ridge start, refit": LAYER | START | REFIT,
+    "SCL FT": SCL,
+    "SCL FT, refit": SCL | REFIT,
+    "SCL FT, ridge start": SCL | START,
+    "SCL FT, ridge start, refit": SCL | START | REFIT,
+    "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
+    "BitFit": {"train": "*.bias"},
+    "norm tuning": {"train": "*bn*"},
+    # In the 1x1 convolutions, as MobileNets and EfficientNets call them: nearly all of their weights.
+    "LoRA": {"train": "*lora_*", "lora": {"r": 8, "target_modules": ["conv_pw", "conv_pwl"]}},
     "full FT": {"train": "all"},
+    # A probe first, then everything (Kumar et al. 2022, arXiv 2202.10054), with ridge regression as the probe.
+    "LP-FT": {"train": "all"} | START,
 }
 RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precision")
-FIELDS = (*RUN, "trained", "val", "test", "nc1", "seconds")
+SETTING = ("method", "block", "lr", "steps", "batch_size", "precision")
+FIELDS = (*RUN, "trained", "val", "test", "calibration", "nc1", "seconds")
+MOST_REST = 20  # images a class that validate under ``rest``: ten classes of them cost half of what the test images do
 Part = tuple[Tensor, Tensor]
+Row = dict[str, str]
 
 
-def read(folder: Path) -> Part:
-    images = ImageFolder(str(folder))
-    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in images]
-    return torch.stack(pixels), torch.tensor(images.targets)
+def read(root: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of the images of ``train`` and then of ``val``, the labels of the former and those of the latter."""
+    parts = [ImageFolder(str(root / part)) for part in ("train", "val")]
+    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for part in parts for image, _ in part]
+    return torch.stack(pixels), *(torch.tensor(part.targets) for part in parts)
 
 
-def few(part: Part, shots: int, seed: int) -> Part:
-    """Images of each class, nested: those of fewer shots are among those of more."""
-    images, labels = part
+def drawn(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of so many images of each class, and of the rest; those of fewer shots are among those of more."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = torch.cat([order[labels[order] == k][:shots] for k in labels.unique()])
-    return images[chosen], labels[chosen]
+    classes = [order[labels[order] == k] for k in labels.unique()]
+    return torch.cat([own[:shots] for own in classes]), torch.cat([own[shots:] for own in classes])
 
 
-def halves(part: Part) -> tuple[Part, Part]:
-    images, labels = part
+def split(train: Tensor, val: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of training and of test images, by the labels of ``train`` and then those of ``val``."""
+    if shots < int(train.bincount().min()):
+        return drawn(train, shots, seed)[0], len(train) + torch.arange(len(val))
+    return drawn(torch.cat([train, val]), shots, seed)
+
+
+def divide(way: str, train: Tensor, val: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of training, validation and test images, as `split` counts them."""
+    if way == "none":
+        chosen, test = split(train, val, shots, seed)
+        return chosen, chosen[:0], test
+    chosen, rest = drawn(train, shots, seed)
+    if way == "half":
+        return chosen, *(len(train) + half for half in halves(val))
+    if not len(rest):
+        raise SystemExit(f"--validation rest: with {shots} images a class there is no rest; take fewer")
+    return chosen, rest[drawn(train[rest], MOST_REST, seed)[0]], len(train) + torch.arange(len(val))
+
+
+def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rank = torch.cat([torch.arange(int((labels == k).sum())) for k in labels.unique()])
     chosen = torch.cat([order[labels[order] == k] for k in labels.unique()])
-    return tuple((images[c], labels[c]) for c in (chosen[rank % 2 == 0], chosen[rank % 2 == 1]))
+    return chosen[rank % 2 == 0], chosen[rank % 2 == 1]
 
 
 class Images(LightningDataModule):
@@ -83,7 +130,7 @@ class Images(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Part, dataloader_idx: int) -> Part:
@@ -96,16 +143,16 @@ class Images(LightningDataModule):
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
     """One run, as a row."""
     seed_everything(run["seed"], verbose=False)
-    data = Images(few(parts[0], run["shots"], run["seed"]), *parts[1:], run["batch_size"], options.mean, options.std)
+    data = Images(*parts, run["batch_size"], options.mean, options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
     model = FineTuner(
         data.num_classes,
-        {"name": options.backbone, "channels_last": True},
+        {"name": options.backbone, "channels_last": True, "lora": knobs.pop("lora", None)},
         options.checkpoint,
         optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
-        cache="none" if run["method"] == "full FT" else "memory",
+        cache="memory" if knobs["train"] in ("none", run["block"]) else "none",
         **knobs,
     )
     quiet: dict[str, Any] = {
@@ -121,12 +168,15 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     trainer.fit(model, data)
     seconds = time.process_time() - start
     tester = Trainer(**quiet)
+    validated = len(parts[1][1]) > 0
+    probabilities, labels = torch.cat(tester.predict(model, data)), parts[2][1]
     return {
         **run,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "val": tester.validate(model, data, verbose=False)[0]["val/acc"],
-        "test": tester.test(model, data, verbose=False)[0]["test/acc"],
-        "nc1": collapse(model, data),
+        "val": tester.validate(model, data, verbose=False)[0]["val/acc"] if validated else "",
+        "test": (probabilities.argmax(1) == labels).double().mean().item(),
+        "calibration": calibration_error(probabilities, labels).item(),
+        "nc1": collapse(model, data) if options.nc1 else "",
         "seconds": round(seconds, 1),
     }
 
@@ -147,28 +197,31 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs, cheap methods first, all seeds of one thing together."""
     kind = {name: getattr(options, name) for name in ("steps", "batch_size", "precision")}
     for method, shots in itertools.product(options.methods, options.shots):
-        blocks = options.blocks if "BLOCK" in METHODS[method].values() else [""]
+        blocks = options.blocks if METHODS[method]["train"] == "BLOCK" else [""]
         for block, lr, seed in itertools.product(blocks, options.rates, options.seeds):
             yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
 def study(options: argparse.Namespace) -> None:
-    val, test = halves(read(options.root / "val"))
-    parts = (read(options.root / "train"), val, test)
+    images, train, val = read(options.root)
+    labels = torch.cat([train, val])
     done = {tuple(row[name] for name in RUN) for row in rows(options.out)} if options.out.exists() else set()
+    if done and tuple(rows(options.out)[0]) != FIELDS:
+        raise SystemExit(f"{options.out} has other columns than {', '.join(FIELDS)}; give --out another file")
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not done:
             table.writeheader()
         for run in planned(options):
             if tuple(str(run[name]) for name in RUN) not in done:
-                row = tune(options, parts, run)
+                chosen = divide(options.validation, train, val, run["shots"], run["seed"])
+                row = tune(options, tuple((images[part], labels[part]) for part in chosen), run)
                 table.writerow(row)
                 file.flush()
                 print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def rows(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -178,9 +231,7 @@ def table(path: Path) -> str:
 
     The block that validation chooses, too, is marked.
     """
-    runs: dict[tuple[int, int, str], dict[tuple[str, ...], list[dict[str, str]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    runs: dict[tuple[int, int, str], dict[tuple[str, ...], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows(path):
         setting = tuple(row[name] for name in ("lr", "steps", "batch_size", "precision"))
         runs[int(row["shots"]), list(METHODS).index(row["method"]), row["block"]][setting].append(row)
@@ -198,7 +249,45 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def validation(seeds: list[dict[str, str]]) -> float:
+def paired(paths: list[Path]) -> str:
+    """Means over splits and their standard errors, and those of the gains on ridge regression on the same splits."""
+    runs: dict[int, dict[tuple[str, ...], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in (row for path in paths for row in rows(path)):
+        if row["val"]:
+            raise SystemExit("expected rows of --validation none, which are tested on the same images as closed forms")
+        runs[int(row["shots"])][tuple(row[name] for name in SETTING)][row["seed"]] = row
+    head = "shots | method | block | lr | splits | test % | gain on ridge | calibration error % | trained | CPU s"
+    lines = [f"| {head} |", "|" + "---|" * 10]
+    for shots, settings in sorted(runs.items()):
+        ridge = {
+            seed: row for setting, splits in settings.items() if setting[0] == "ridge" for seed, row in splits.items()
+        }
+        for setting in sorted(settings, key=order_of):
+            splits = settings[setting]
+            if alone := splits.keys() - ridge:
+                raise SystemExit(
+                    f"expected a row of ridge for each split, got none at {shots} images for {sorted(alone)}"
+                )
+            test, error = ([100 * float(row[name]) for row in splits.values()] for name in ("test", "calibration"))
+            gains = [100 * (float(row["test"]) - float(ridge[seed]["test"])) for seed, row in splits.items()]
+            trained = statistics.fmean(float(row["trained"]) for row in splits.values())
+            took = statistics.median(float(row["seconds"]) for row in splits.values())
+            cells = [shots, *setting[:3], len(splits), *map(mean_and_error, (test, gains, error))]
+            lines.append(f"| {' | '.join(map(str, cells))} | {trained:,.0f} | {took:.3g} |")
+    return "\n".join(lines)
+
+
+def order_of(setting: tuple[str, ...]) -> int:
+    """Closed forms stay where they are, before the methods of this study in the order of these."""
+    return list(METHODS).index(setting[0]) if setting[2] else -1
+
+
+def mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{error}"
+
+
+def validation(seeds: list[Row]) -> float:
     return statistics.fmean(float(row["val"]) for row in seeds)
 
 
@@ -211,12 +300,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table").add_argument("rows", type=Path)
+    commands.add_parser("paired").add_argument("rows", type=Path, nargs="+")
     run = commands.add_parser("run")
     run.add_argument("root", type=Path)
     run.add_argument("--checkpoint", required=True)
     run.add_argument("--backbone", default="mobilenetv2_100")
     run.add_argument("--mean", type=float, default=0.5)
     run.add_argument("--std", type=float, default=0.5)
+    run.add_argument("--validation", choices=["half", "rest", "none"], default="half")
+    run.add_argument("--nc1", action=argparse.BooleanOptionalAction, default=True, help="costs a pass over the images")
     run.add_argument("--out", type=Path, default=Path("rows.csv"))
     run.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     run.add_argument("--blocks", nargs="+", default=["blocks.3.1", "blocks.4.1", "blocks.5.1", "blocks.6.0"])
@@ -229,6 +321,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.rows))
+        return
+    if options.command == "paired":
+        print(paired(options.rows))
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
