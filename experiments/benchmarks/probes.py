@@ -4,16 +4,16 @@ Rows:
 
 - ``probe``: a ridge head with 45 strengths and exact leave-one-out errors; RidgeCV with the same strengths on the same
   one-hot targets, which finds leave-one-out errors too; and 45 logistic regressions by L-BFGS over the strengths 1e-6
-  to 1e5 of DINOv3's evaluation and up to 1,000 iterations, once as fast as they come (float32, features scaled to a
-  deviation of 1, scikit-learn's tolerance) and once as that evaluation has them (float64, as they are, tolerance
-  1e-12); the test labels choose the best of them, in its favour. CPU seconds are compared within each turn, every
-  other turn backwards; the logistic fits, which take minutes, run once.
+  to 1e5 of DINOv3's evaluation and up to 1,000 iterations, as fast as they come (float32, features scaled to a
+  deviation of 1, scikit-learn's tolerance) and, with ``--tight``, as that evaluation has them (float64, as they are,
+  tolerance 1e-12), which takes much longer still; the test labels choose the best of them, in its favour. CPU seconds
+  are compared within each turn, every other turn backwards; the logistic fits, which take minutes, run once.
 - ``large``: the same head on 50,000 made features of width 2,048, by the one pass that forms ``z^T z`` in float64.
 
-Features are made (noisy class means with a decaying spectrum), or those of FILE, a dictionary by `torch.save` with
-``features`` (N, d), ``labels`` (N,) and ``train`` (N,), which says what trains.
+Features are made (noisy class means with a decaying spectrum), and those of each FILE, a dictionary by `torch.save`
+with ``features`` (N, d), ``labels`` (N,) and ``train`` (N,), which says what trains.
 
-    python experiments/benchmarks/probes.py [--features FILE] [--repeats 5] [--only probe|large] [--out FILE.md]
+    python experiments/benchmarks/probes.py [--features FILE ...] [--tight] [--repeats 5] [--only probe|large]
 """
 
 import itertools
@@ -33,6 +33,7 @@ from torch import Tensor
 from ncfinetune.probes import ridge
 
 STRENGTHS = 45
+HEADER = "| features | N | d | K | ours, s | RidgeCV / ours | logistic / ours | at 1e-12 | % | RidgeCV | logistic |"
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -92,27 +93,21 @@ def logistic(data: Split, fast: bool) -> float:
     return best
 
 
-def probe(path: Path | None, repeats: int) -> list[str]:
+def probe(path: Path | None, repeats: int, tight: bool) -> str:
     name, data = split(path)
     classes = int(data[1].max()) + 1
     lams = ridge(data[0], data[1], classes).curve.lams.numpy()
     ways = {"ours": lambda: ours(data, classes), "RidgeCV": lambda: ridge_cv(data, classes, lams)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
     turns = [{way: seconds(ways[way]) for way in order} for order in orders]
-    loose, accuracy = seconds(lambda: logistic(data, fast=True))
-    tight, tight_accuracy = seconds(lambda: logistic(data, fast=False))
+    fits = [seconds(lambda fast=fast: logistic(data, fast)) for fast in (True, False)[: 1 + tight]]
     spent = {way: statistics.median(turn[way][0] for turn in turns) for way in ways}
     ratios = [turn["RidgeCV"][0] / turn["ours"][0] for turn in turns]
     size = f"{len(data[0]):,} | {data[0].shape[1]:,} | {classes}"
-    right = [
-        f"{100 * value:.2f}" for value in (turns[0]["ours"][1], turns[0]["RidgeCV"][1], max(accuracy, tight_accuracy))
-    ]
-    return [
-        "| features | N | d | K | ours, s | RidgeCV / ours | logistic / ours | at 1e-12 | % | RidgeCV | logistic |",
-        "|" + "---|" * 11,
-        f"| {name} | {size} | {spent['ours']:.2f} | {spread(ratios, 1)} | {loose / spent['ours']:.0f} | "
-        f"{tight / spent['ours']:.0f} | {' | '.join(right)} |",
-    ]
+    slower = [f"{took / spent['ours']:.0f}" for took, _ in fits] + [""] * (2 - len(fits))
+    right = [100 * value for value in (turns[0]["ours"][1], turns[0]["RidgeCV"][1], max(value for _, value in fits))]
+    cells = [name, size, f"{spent['ours']:.2f}", spread(ratios, 1), *slower, *(f"{value:.2f}" for value in right)]
+    return f"| {' | '.join(cells)} |"
 
 
 def product(features: Tensor) -> float:
@@ -138,15 +133,19 @@ def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 3
 
 def main() -> None:
     parser = options_of(__doc__, "probes.md")
-    parser.add_argument("--features", type=Path)
+    parser.add_argument("--features", type=Path, nargs="+", default=[])
+    parser.add_argument("--tight", action="store_true")
     parser.add_argument("--only", choices=["probe", "large"])
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
     torch.set_num_threads(1)
     with written(options.out) as say:
         say(f"torch {torch.__version__}, {platform.machine()}, one thread, {options.repeats} turns: median (range).\n")
-        for line in probe(options.features, options.repeats) if options.only != "large" else []:
-            say(line)
+        if options.only != "large":
+            say(HEADER)
+            say("|" + "---|" * 11)
+            for path in [None, *options.features]:
+                say(probe(path, options.repeats, options.tight))
         for line in ["", *large(options.repeats)] if options.only != "probe" else []:
             say(line)
 
