@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--backbone", default="mobilenetv2_100")
+    parser.add_argument("--size", type=int, help="pixels a side to which images are resized")
     parser.add_argument("--mean", type=float, required=True)
     parser.add_argument("--std", type=float, required=True)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 80])
@@ -144,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = Backbone(options.backbone, checkpoint=options.checkpoint).eval()
-    images, train, val = read(options.root)
+    images, train, val = read(options.root, options.size)
     labels, classes = torch.cat([train, val]), int(train.max()) + 1
     start = time.process_time()
     features = features_of(backbone, images, options.mean, options.std)

@@ -1,7 +1,8 @@
 """Ways of fine-tuning over blocks, numbers of labels, seeds and learning rates, on images in class folders.
 
-ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size. A seed draws the training images and the
-classifier's start. ``--validation`` says which images choose learning rate and block, and so which are left to test:
+ROOT has ``train/CLASS/*`` and ``val/CLASS/*``, all images of one size unless ``--size`` makes them so. A seed draws the
+training images and the classifier's start. ``--validation`` says which images choose learning rate and block, and so
+which are left to test:
 
 - ``half``: half of ``val``, always the same; the other half is the test set. `table` shows the best rates and blocks.
 - ``rest``: images of ``train`` that are not drawn, 20 a class at most; all of ``val`` tests. So are rates chosen by
@@ -10,8 +11,10 @@ classifier's start. ``--validation`` says which images choose learning rate and 
   splits all images anew into as many, so that seeds differ. `paired` compares the methods with ridge regression on the
   same splits, whose rows closed_forms.py writes.
 
-Every run takes the same number of steps; times are CPU seconds of `fit`, one thread. Rows are written as they come;
-what a file has already is not run again, so that a study that broke off goes on.
+Every run takes the same number of steps. Times are CPU seconds of one thread: those of training, refits included, and
+one pass of the network over the training images where a method has a cache or a closed form as its start. What frozen
+layers make of images is stored on disk and shared between runs. Rows are written as they come; what a file has already
+is not run again, so that a study that broke off goes on.
 
     python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
     python experiments/finetune/study.py table rows.csv
@@ -32,12 +35,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import InterpolationMode, Resize
 
-from ncfinetune import FineTuner
+from ncfinetune import Backbone, FineTuner
 from ncfinetune.calibration import calibration_error
 from ncfinetune.collapse import class_moments, nc1
 
@@ -71,9 +75,10 @@ Part = tuple[Tensor, Tensor]
 Row = dict[str, str]
 
 
-def read(root: Path) -> tuple[Tensor, Tensor, Tensor]:
+def read(root: Path, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels of the images of ``train`` and then of ``val``, the labels of the former and those of the latter."""
-    parts = [ImageFolder(str(root / part)) for part in ("train", "val")]
+    resize = None if size is None else Resize((size, size), InterpolationMode.BICUBIC)
+    parts = [ImageFolder(str(root / part), resize) for part in ("train", "val")]
     pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for part in parts for image, _ in part]
     return torch.stack(pixels), *(torch.tensor(part.targets) for part in parts)
 
@@ -113,71 +118,100 @@ def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Images(LightningDataModule):
-    """Parts of a data set in memory, without augmentation."""
+    """Images in memory, without augmentation; all that do not train are validated."""
 
-    def __init__(self, train: Part, val: Part, test: Part, batch_size: int, mean: float, std: float) -> None:
+    def __init__(self, train: Part, others: Part, batch_size: int, mean: float, std: float) -> None:
         super().__init__()
-        self.parts = {"train": train, "val": val, "test": test}
+        self.train, self.others = train, others
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self.num_classes = int(train[1].max()) + 1
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True)
+        return self._loader(self.train, shuffle=True)
 
     def train_plain_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train")
+        return self._loader(self.train)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
+        return self._loader(self.others)
 
     def on_after_batch_transfer(self, batch: Part, dataloader_idx: int) -> Part:
         return (batch[0].float() / 255 - self.mean) / self.std, batch[1]
 
-    def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(*self.parts[part]), batch_size=self.batch_size, shuffle=shuffle)
+    def _loader(self, part: Part, shuffle: bool = False) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(*part), batch_size=self.batch_size, shuffle=shuffle)
+
+
+class Watch(Callback):
+    """CPU seconds of training without validation, and the class probabilities that validation found."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._logits: list[Tensor] = []
+
+    @property
+    def probabilities(self) -> Tensor:
+        return torch.cat(self._logits).float().softmax(1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds -= time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds += time.process_time()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds += time.process_time()
+        listen = lambda module, args, output: self._logits.append(output)  # noqa: E731
+        self._handle = pl_module.classifier.register_forward_hook(listen)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._handle.remove()
+        self.seconds -= time.process_time()
 
 
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
     """One run, as a row."""
     seed_everything(run["seed"], verbose=False)
-    data = Images(*parts, run["batch_size"], options.mean, options.std)
+    train, *others = parts
+    images, labels = (torch.cat(both) for both in zip(*others, strict=True))
+    data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
+    cached = knobs["train"] in ("none", run["block"])
     model = FineTuner(
         data.num_classes,
         {"name": options.backbone, "channels_last": True, "lora": knobs.pop("lora", None)},
         options.checkpoint,
         optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
-        cache="memory" if knobs["train"] in ("none", run["block"]) else "none",
+        **({"cache": "disk", "cache_dir": str(options.cache_dir)} if cached else {}),
         **knobs,
     )
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "precision": run["precision"],
-        "devices": 1,
-    }
-    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, num_sanity_val_steps=0, **quiet)
-    start = time.process_time()
+    watch = Watch()
+    trainer = Trainer(
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        callbacks=watch,
+        precision=run["precision"],
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, data)
-    seconds = time.process_time() - start
-    tester = Trainer(**quiet)
-    validated = len(parts[1][1]) > 0
-    probabilities, labels = torch.cat(tester.predict(model, data)), parts[2][1]
+    right = (watch.probabilities.argmax(1) == labels).double()
+    validated = len(others[0][1])
+    passes = len(train[1]) * options.pass_seconds if cached or "head_init" in knobs else 0
     return {
         **run,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "val": tester.validate(model, data, verbose=False)[0]["val/acc"] if validated else "",
-        "test": (probabilities.argmax(1) == labels).double().mean().item(),
-        "calibration": calibration_error(probabilities, labels).item(),
+        "val": right[:validated].mean().item() if validated else "",
+        "test": right[validated:].mean().item(),
+        "calibration": calibration_error(watch.probabilities[validated:], labels[validated:]).item(),
         "nc1": collapse(model, data) if options.nc1 else "",
-        "seconds": round(seconds, 1),
+        "seconds": round(watch.seconds + passes, 2),
     }
 
 
@@ -190,7 +224,7 @@ def collapse(model: FineTuner, data: Images) -> float:
     for batch in data.train_plain_dataloader():
         model(data.on_after_batch_transfer(batch, 0)[0])
     handle.remove()
-    return nc1(class_moments(torch.cat(caught), data.parts["train"][1], data.num_classes)).item()
+    return nc1(class_moments(torch.cat(caught), data.train[1], data.num_classes)).item()
 
 
 def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -202,9 +236,22 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
+def pass_seconds(options: argparse.Namespace, images: Tensor, count: int = 64) -> float:
+    """CPU seconds in which the network runs over an image."""
+    backbone = Backbone(options.backbone, checkpoint=options.checkpoint, channels_last=True).eval()
+    batches = ((images[:count].float() / 255 - options.mean) / options.std).split(options.batch_size)
+    with torch.no_grad(), torch.autocast("cpu", enabled=options.precision == "bf16-mixed"):
+        backbone(batches[0])
+        start = time.process_time()
+        for batch in batches:
+            backbone(batch)
+    return (time.process_time() - start) / len(images[:count])
+
+
 def study(options: argparse.Namespace) -> None:
-    images, train, val = read(options.root)
+    images, train, val = read(options.root, options.size)
     labels = torch.cat([train, val])
+    options.pass_seconds = pass_seconds(options, images)
     done = {tuple(row[name] for name in RUN) for row in rows(options.out)} if options.out.exists() else set()
     if done and tuple(rows(options.out)[0]) != FIELDS:
         raise SystemExit(f"{options.out} has other columns than {', '.join(FIELDS)}; give --out another file")
@@ -305,11 +352,13 @@ def main() -> None:
     run.add_argument("root", type=Path)
     run.add_argument("--checkpoint", required=True)
     run.add_argument("--backbone", default="mobilenetv2_100")
+    run.add_argument("--size", type=int, help="pixels a side to which images are resized")
     run.add_argument("--mean", type=float, default=0.5)
     run.add_argument("--std", type=float, default=0.5)
     run.add_argument("--validation", choices=["half", "rest", "none"], default="half")
     run.add_argument("--nc1", action=argparse.BooleanOptionalAction, default=True, help="costs a pass over the images")
     run.add_argument("--out", type=Path, default=Path("rows.csv"))
+    run.add_argument("--cache-dir", type=Path, default=Path("runs/cache"))
     run.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     run.add_argument("--blocks", nargs="+", default=["blocks.3.1", "blocks.4.1", "blocks.5.1", "blocks.6.0"])
     run.add_argument("--shots", nargs="+", type=int, default=[5, 20, 80])
