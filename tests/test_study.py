@@ -1,9 +1,12 @@
 """The few-label studies of experiments/finetune, on a handful of tiny images."""
 
+import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +15,13 @@ import torch
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "finetune"
+METHODS_OF_TABLE = ("linear probe", "layer FT", "SCL FT", "full FT")
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("study")
 
 
 @pytest.fixture
@@ -47,14 +57,88 @@ def test_closed_forms_make_a_table(textures: Path) -> None:
     assert [row.split("|")[4].strip() for row in rows if "| ridge |" in row] == ["0.00 ± 0.00"] * 2
 
 
+WORDS = ["--backbone", "mobilenetv3_small_050", "--blocks", "blocks.2.0", "--steps", "3", "--rates", "0.001"]
+
+
+def _study(root: Path, rows: str, *words: str) -> str:
+    places = ["--checkpoint", str(root / "weights.pth"), "--cache-dir", str(root / "cache"), "--out", rows]
+    return _run("study.py", "run", str(root), *places, *WORDS, *words)
+
+
 @pytest.mark.slow
 def test_study_writes_its_rows_goes_on_and_makes_a_table(textures: Path) -> None:
     rows = str(textures / "rows.csv")
-    words = ["run", str(textures), "--checkpoint", str(textures / "weights.pth"), "--out", rows]
-    words += ["--backbone", "mobilenetv3_small_050", "--blocks", "blocks.2.0", "--shots", "4", "--steps", "3"]
-    words += ["--rates", "0.001"]
-    assert _run("study.py", *words, "--seeds", "0").count("method=") == 5
-    assert _run("study.py", *words, "--seeds", "0", "1").count("method=") == 5  # what is there is not run again
+    words = ["--shots", "4", "--precision", "32-true", "--methods", *METHODS_OF_TABLE]
+    assert _study(textures, rows, *words, "--seeds", "0").count("method=") == 4
+    assert _study(textures, rows, *words, "--seeds", "0", "1").count("method=") == 4  # what is there is not run again
     lines = _run("study.py", "table", rows).splitlines()
-    assert len(lines) == 2 + 5
+    assert len(lines) == 2 + 4
     assert all("| 2 |" in line and "±" in line for line in lines[2:])
+    plan = textures / "plan.csv"
+    names = "method,block,shots,seed,lr,steps,batch_size,precision"
+    plan.write_text(f"{names}\nlinear probe,,4,0,0.001,3,32,32-true\nlinear probe,,4,5,0.01,3,32,32-true\n")
+    new = [line for line in _study(textures, rows, "--plan", str(plan)).splitlines() if "method=" in line]
+    assert len(new) == 1
+    assert "seed=5 lr=0.01" in new[0]
+
+
+@pytest.mark.slow
+def test_methods_are_paired_with_ridge_on_the_same_splits(textures: Path, study: ModuleType) -> None:
+    closed, rows = textures / "closed.csv", str(textures / "rows.csv")
+    words = ["--shots", "4", "6", "--precision", "32-true", "--validation", "none", "--no-nc1"]
+    methods = [name for name in study.METHODS if name not in METHODS_OF_TABLE]
+    output = _study(textures, rows, *words, "--seeds", "0", "1", "--methods", *methods)
+    assert output.count("method=") == 2 * 2 * len(methods)
+    words = [str(textures), "--checkpoint", str(textures / "weights.pth"), "--backbone", "mobilenetv3_small_050"]
+    words += ["--mean", "0.5", "--std", "0.5", "--shots", "4", "6", "--seeds", "2"]
+    _run("closed_forms.py", *words, "--out", str(closed.with_suffix(".md")))
+    cells = [line.split(" | ") for line in _run("study.py", "paired", str(closed), rows).splitlines()[2:]]
+    assert len(cells) == 2 * (8 + len(methods))
+    assert [line[6] for line in cells if line[1] == "ridge"] == ["0.00 ± 0.00"] * 2
+    tested = {
+        name: [float(row["test"]) for row in study.rows(Path(path)) if (row["method"], row["shots"]) == (name, "4")]
+        for name, path in (("ridge", closed), ("LP-FT", rows))
+    }
+    gains = [100 * (tuned - ridge) for tuned, ridge in zip(tested["LP-FT"], tested["ridge"], strict=True)]
+    gain = next(line for line in cells if line[1] == "LP-FT")[6]
+    assert gain == f"{sum(gains) / 2:.2f} ± {abs(gains[0] - gains[1]) / 2:.2f}"
+
+
+@pytest.mark.parametrize("way", ["half", "rest", "none"])
+@pytest.mark.parametrize("shots", [2, 5])
+def test_no_image_trains_and_tests(way: str, shots: int, study: ModuleType) -> None:
+    train, val = torch.arange(3).repeat_interleave(5), torch.arange(3).repeat_interleave(4)
+    if way == "rest" and shots == 5:
+        with pytest.raises(SystemExit, match="with 5 images a class there is no rest; take fewer"):
+            study.divide(way, train, val, shots, 0)
+        return
+    labels = torch.cat([train, val])
+    parts = [study.divide(way, train, val, shots, seed) for seed in (0, 1)]
+    for chosen, validated, tested in parts:
+        assert labels[chosen].bincount().tolist() == [shots] * 3
+        together = torch.cat([chosen, validated, tested])
+        assert len(together) == len(together.unique())
+        assert len(validated) == {"half": 6, "rest": 3 * (5 - shots), "none": 0}[way]
+        assert len(tested) == (6 if way == "half" else 12)
+    (first, _, test), (second, _, other_test) = parts
+    anew = way == "none" and shots == 5
+    assert set(first.tolist()) != set(second.tolist()) or (way == "half" and shots == 5)
+    assert (set(test.tolist()) != set(other_test.tolist())) == anew
+
+
+def test_rows_that_cannot_be_paired_are_refused(tmp_path: Path, study: ModuleType) -> None:
+    def written(name: str, **row: str) -> Path:
+        path = tmp_path / name
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, study.FIELDS, restval="")
+            table.writeheader()
+            table.writerow({"shots": "5", "test": "0.5", "calibration": "0.1", "trained": "1", "seconds": "1"} | row)
+        return path
+
+    ridge = written("ridge.csv", method="ridge", seed="0")
+    other = written("other.csv", method="full FT", seed="1", lr="0.1")
+    chosen = written("chosen.csv", method="full FT", seed="0", lr="0.1", val="0.5")
+    with pytest.raises(SystemExit, match=r"a row of ridge for each split, got none at 5 images for \['1'\]"):
+        study.paired([ridge, other])
+    with pytest.raises(SystemExit, match="expected rows of --validation none"):
+        study.paired([ridge, chosen])

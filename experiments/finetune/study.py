@@ -14,7 +14,8 @@ which are left to test:
 Every run takes the same number of steps. Times are CPU seconds of one thread: those of training, refits included, and
 one pass of the network over the training images where a method has a cache or a closed form as its start. What frozen
 layers make of images is stored on disk and shared between runs. Rows are written as they come; what a file has already
-is not run again, so that a study that broke off goes on.
+is not run again, so that a study that broke off goes on. Where methods differ in their rates or in the number of their
+splits, ``--plan`` has a file say which runs there are.
 
     python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
     python experiments/finetune/study.py table rows.csv
@@ -228,7 +229,12 @@ def collapse(model: FineTuner, data: Images) -> float:
 
 
 def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Runs, cheap methods first, all seeds of one thing together."""
+    """Runs of the plan in its order; without one cheap methods first, all seeds of one thing together."""
+    if options.plan is not None:
+        for row in rows(options.plan):
+            numbers = {name: int(row[name]) for name in ("shots", "seed", "steps", "batch_size")}
+            yield {**{name: row[name] for name in RUN}, **numbers, "lr": float(row["lr"])}
+        return
     kind = {name: getattr(options, name) for name in ("steps", "batch_size", "precision")}
     for method, shots in itertools.product(options.methods, options.shots):
         blocks = options.blocks if METHODS[method]["train"] == "BLOCK" else [""]
@@ -355,6 +361,7 @@ def main() -> None:
     run.add_argument("--size", type=int, help="pixels a side to which images are resized")
     run.add_argument("--mean", type=float, default=0.5)
     run.add_argument("--std", type=float, default=0.5)
+    run.add_argument("--plan", type=Path, help=f"CSV of the runs to do, in place of all combinations: {', '.join(RUN)}")
     run.add_argument("--validation", choices=["half", "rest", "none"], default="half")
     run.add_argument("--nc1", action=argparse.BooleanOptionalAction, default=True, help="costs a pass over the images")
     run.add_argument("--out", type=Path, default=Path("rows.csv"))
