@@ -169,6 +169,7 @@ def main() -> None:
                     run = measure(row, *data, classes)
                     found[name].append(run)
                     rows.writerow(in_the_study(name, shots, seed, run, pass_seconds * len(parts[0])))
+            csv_file.flush()
             for name, runs in found.items():
                 seconds = statistics.median(run["seconds"] for run in runs)
                 cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]
