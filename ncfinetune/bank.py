@@ -20,12 +20,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.passes import evenly
+from ncfinetune.samples import known_labels
 from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune scan part 1"
@@ -38,7 +40,8 @@ class Bank:
 
     Args:
         facts: What they are of, as plain data: ``models`` (name, specification, fingerprint of the weights, and
-            ``{layer: [width, parameters]}`` in depth order), ``data``, ``classes``, ``preprocessing`` and ``part``.
+            ``{layer: [width, parameters]}`` in depth order), ``data``, ``classes``, ``preprocessing``, a
+            fingerprint of the ``images``, and the ``part``.
         features: ``{"MODEL/LAYER": (N, d_l)}``.
         labels: ``(N,)``.
         batches: Which batch of the pass each image was in, ``(N,)``.
@@ -213,7 +216,7 @@ def fill(
     images, reader = _TrainingImages(data, most, part), _Reader(sources, data, part)
     known = asked(sources, said, part)  # before a pass in half precision changes the weights' type
     trainer.predict(reader, images, return_predictions=False)
-    facts = {"classes": classes_of(data), "preprocessing": getattr(data, "preprocessing", None)}
+    facts = {"classes": classes_of(data), "preprocessing": getattr(data, "preprocessing", None), "images": images.mark}
     return reader.bank({**known, **facts})
 
 
@@ -261,6 +264,8 @@ class _TrainingImages(LightningDataModule):
                 "has no train_plain_dataloader()"
             )
         self.data, self.most, self.part = data, most, part
+        # What tells these images from others of the same options: fingerprint of one of them and of all labels.
+        self.mark: str | None = None
 
     def prepare_data(self) -> None:
         self.data.prepare_data()
@@ -270,7 +275,9 @@ class _TrainingImages(LightningDataModule):
         self.data.setup("fit")
 
     def predict_dataloader(self) -> Any:
-        return evenly(self.data.train_plain_dataloader(), self.most, self.part)
+        loader = self.data.train_plain_dataloader()
+        self.mark = _mark(loader)
+        return evenly(loader, self.most, self.part)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.data.on_before_batch_transfer(batch, dataloader_idx)
@@ -283,6 +290,16 @@ class _TrainingImages(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.data.teardown("fit")
+
+
+def _mark(loader: Any) -> str | None:
+    """Fingerprint of the sample in the middle of a data set and of all labels that it knows; None of a stream."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    tensors = [part for part in next(iter(evenly(loader, 1)), ()) if isinstance(part, Tensor)]
+    labels = known_labels(loader.dataset)
+    known = {} if labels is None else {"labels": torch.as_tensor(labels)}
+    return fingerprint({**{str(place): tensor for place, tensor in enumerate(tensors)}, **known})
 
 
 class _Reader(LightningModule):
@@ -350,10 +367,12 @@ def _are_labels(labels: Any) -> TypeGuard[Tensor]:
 def _stages(source: Source, images: Tensor) -> dict[str, Tensor]:
     try:
         return source.backbone.stages(images, source.layers)
-    except (AssertionError, RuntimeError) as error:  # of a network that is made for one size
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from error
+    except (AssertionError, RuntimeError) as error:
         size, made_for = tuple(images.shape[1:]), source.backbone.input_size()
+        if size == made_for or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
         raise ValueError(
             f"{source.name} cannot take images of {_times(size)}, and is made for {_times(made_for)} "
             f"({' '.join(str(error).split())}); give --data.image_size {made_for[1]}, or another network"

@@ -27,12 +27,11 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
-    TensorDataset,
     WeightedRandomSampler,
 )
 
 from ncfinetune.copies import CopyError, copy_of
+from ncfinetune.samples import known_labels, spread
 
 # Attributes of every torch module; all others are defined by its class.
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -360,32 +359,6 @@ class _EveryNth:
                 return
 
 
-def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:
-    """At most ``most`` of the indices, evenly spread, and over each class if the labels of the data set are known."""
-    if most >= len(indices):
-        return indices
-    drawn = np.asarray(indices)
-    labels = known_labels(dataset)
-    order = np.arange(len(drawn)) if labels is None else np.argsort(labels[drawn], kind="stable")
-    middles = (np.arange(most) + 0.5) * len(drawn) / most
-    return [int(index) for index in drawn[np.sort(order[middles.astype(int)])]]
-
-
-def known_labels(dataset: Any) -> Any:
-    """The integer labels ``(N,)`` of a data set in ``targets`` or ``labels``; None if it has none."""
-    if isinstance(dataset, Subset):
-        inner = known_labels(dataset.dataset)
-        return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
-    candidates: list[Any] = list(dataset.tensors[1:]) if isinstance(dataset, TensorDataset) else []
-    candidates += [getattr(dataset, name, None) for name in ("targets", "labels")]
-    for labels in candidates:
-        if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):
-            values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-            if values.ndim == 1 and values.dtype.kind in "iu":
-                return values
-    return None
-
-
 def drawn_labels(loader: Any) -> Any:
     """Integer labels of the samples that a loader draws in an epoch, each once; None if they are unknown.
 
@@ -412,7 +385,9 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
     """
     sampler = _own_sampler(loader)
-    if isinstance(sampler, SequentialSampler | RandomSampler | WeightedRandomSampler):
+    if isinstance(sampler, SequentialSampler | RandomSampler):
+        return range(len(sampler.data_source))
+    if isinstance(sampler, WeightedRandomSampler):
         return range(len(cast(Sized, loader.dataset)))
     drawn = copy_of(sampler, loader.dataset)
     return sorted(set(itertools.chain.from_iterable(drawn) if sampler is loader.batch_sampler else drawn))

@@ -163,8 +163,8 @@ def _write_csv(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Seq
 
 
 def _write_json(path: Path, bank: Bank, layers: Sequence[LayerScore], models: Sequence[ModelScore]) -> None:
-    facts = {"images": len(bank.labels), **bank.facts}
-    content = {"facts": facts, "layers": [*map(_numbers, layers)], "models": [*map(_numbers, models)]}
+    scores = {"layers": [*map(_numbers, layers)], "models": [*map(_numbers, models)]}
+    content = {"images": len(bank.labels), **scores, "facts": bank.facts}
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 

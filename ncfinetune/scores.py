@@ -31,7 +31,7 @@ class LayerScore:
         width: Width ``d_l`` of its pooled features.
         parameters: Its number of parameters; of the penultimate features, the network's.
         loo_accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1.
-        loo_accuracy_error: Its standard error, ``sqrt(p (1 - p) / N)``.
+        loo_accuracy_error: Its standard error, as `standard_error`.
         loo_squared_error: Their mean squared error against one-hot targets, summed over classes, which chose the
             strength of regularisation.
         nc1: NC1, as `ncfinetune.collapse.nc1`.
@@ -134,7 +134,7 @@ def _score(
         width,
         parameters,
         accuracy,
-        math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        standard_error(accuracy, len(labels)),
         float(head.curve.loss.min()),
         _defined(lambda: nc1(moments)),
         _defined(folds.nc1),
@@ -142,6 +142,15 @@ def _score(
         float(numerical_rank(features, labels, classes)) if rank else None,
         right,
     )
+
+
+def standard_error(share: float, samples: int) -> float:
+    """Standard error of a share of so many samples, which is not 0 where all or none of them count.
+
+    ``sqrt(p (1 - p) / (N + 4))`` with two successes and two failures added to the share ``p`` (Agresti, Coull 1998).
+    """
+    moved = (share * samples + 2) / (samples + 4)
+    return math.sqrt(moved * (1 - moved) / (samples + 4))
 
 
 def _defined(number: Callable[[], Tensor]) -> float:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
+from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
 from ncfinetune.trials import Bench, Images, Method, Trial, closed_trial, folds_of
 
+# Standard errors, and squared error, by which tuning has to gain: the best of some candidates that do nothing comes to
+# more than one standard error, and 0.01 is about half a point of accuracy.
+_CLEAR, _WORTH = 2.0, 0.01
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
 # Skip connections of a closed form at most, and images a step where the datamodule does not say.
@@ -37,8 +41,8 @@ Say whether tuning pays on some training images, without a validation image, and
 Closed-form heads are judged by leaving each image out. Layer FT is tried at blocks evenly over depth, from the closed
 form as a start, on folds of the images: all blocks on the first fold, the better half on each fold after it, and SCL FT
 at the block that is best in the end. Tuning is suggested only if it lowers the squared error of the probabilities on
-images left out by more than one standard error of the paired differences; then the method with the fewest parameters
-that is within one standard error of the best.
+images left out clearly, by two standard errors of the paired differences; then the method with the fewest parameters
+that is within one standard error of the best. Accuracies are predicted without an image that had a part in the fit.
 
   ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
 """
@@ -50,8 +54,9 @@ class Row:
 
     Args:
         method: Its name.
-        accuracy: Predicted share of new images decided rightly: of a closed form the leave-one-out accuracy; of a tuned
-            method that of the closed form it started from, and its mean gain in paired trials.
+        accuracy: Predicted share of new images decided rightly: of a closed form the leave-one-out accuracy, with skip
+            connections that of the folds; of a tuned method that of the last closed form, and its gain over it in
+            paired trials.
         error: Standard error of that.
         gain: How much lower the squared error of its probabilities was than the closed form's; None for closed forms.
         gain_error: Standard error of the paired differences.
@@ -113,9 +118,10 @@ def main(words: Sequence[str]) -> int:
         rows = suggest(networks[0], bank, bench, options.blocks, options.full)
     chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))
-    print(f"\n{verdict(rows, chosen)}")
+    text = verdict(rows, chosen, _recipe(options))
+    print(f"\n{text}")
     if options.out:
-        content = {"suggestion": chosen.method, "verdict": verdict(rows, chosen), "rows": [asdict(row) for row in rows]}
+        content = {"suggestion": chosen.method, "verdict": text, "rows": [asdict(row) for row in rows]}
         with replacing(Path(options.out)) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -129,6 +135,9 @@ def _check(options: Any) -> None:
         raise ValueError(f"expected --lr above 0, got {options.lr}")
     if options.out and Path(options.out).suffix != ".json":
         raise ValueError(f"expected --out of a .json file, got {options.out!r}")
+    if options.out:  # before all fits
+        with replacing(Path(options.out)) as part:
+            part.write_text("{}\n", encoding="utf-8")
 
 
 @contextmanager
@@ -162,8 +171,8 @@ def suggest(source: Source, bank: Bank, bench: Bench, blocks: int, full: bool = 
     """
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
-    closed = _closed_rows(penultimate, layers, bench)
     reference = closed_trial(penultimate, layers, bench.labels, bench.num_classes, bench.folds, _SKIPS)
+    closed = _closed_rows(penultimate, layers, bench, reference)
     tried = _evenly(list(layers), blocks)
     methods = [Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}) for name in tried]
     if full:
@@ -206,11 +215,11 @@ def choose(rows: Sequence[Row]) -> Row:
     """The tuned method with the fewest parameters of those that are within one standard error of the best.
 
     That is the rule of one standard error of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3). Where the best
-    does not gain more than its standard error, the strongest closed form.
+    does not gain clearly, by two standard errors and by 0.01, the closed form with the highest predicted accuracy.
     """
     best = max(rows, key=_gain)
-    if not _gain(best) > (best.gain_error or 0):
-        return next(row for row in reversed(rows) if row.gain is None)
+    if not _gain(best) > max(_WORTH, _CLEAR * (best.gain_error or 0)):
+        return max((row for row in rows if row.gain is None), key=lambda row: row.accuracy)
     return min((row for row in rows if _gain(row) >= _gain(best) - (best.gain_error or 0)), key=lambda row: row.trained)
 
 
@@ -218,29 +227,48 @@ def _gain(row: Row) -> float:
     return -math.inf if row.gain is None else row.gain
 
 
-def verdict(rows: Sequence[Row], chosen: Row) -> str:
-    """What is suggested, what is as good, and how to run it."""
+def verdict(rows: Sequence[Row], chosen: Row, recipe: str) -> str:
+    """What is suggested, what is as good, and how to run it.
+
+    Args:
+        rows: The table.
+        chosen: The suggestion.
+        recipe: Options of the optimiser and the epochs that methods were tried with.
+    """
     predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(rows, key=_gain)
     if chosen.gain is None:
-        said = f"no tuning: {chosen.method} ({predicted}) is as good; {best.method}, the best tuned, {_against(best)}"
+        said = f"no tuning: {chosen.method} ({predicted}); {best.method}, the best tuned, {_against(best)}"
     else:
         near = [r.method for r in rows if r is not chosen and _gain(r) >= _gain(best) - (best.gain_error or 0)]
         within = f"; within one standard error of the best: {', '.join(near)}" if near else ""
         said = f"suggestion: {chosen.method} ({predicted}), which {_against(chosen)}{within}"
     options = " ".join(f"--model.{name} {shlex.quote(_word(value))}" for name, value in chosen.knobs.items())
-    return f"{said}\nncfinetune fit --model FineTuner {options}{' --trainer.max_epochs 0' * (chosen.gain is None)} ..."
+    how = "--trainer.max_epochs 0" if chosen.gain is None else recipe
+    return f"{said}\nncfinetune fit --model FineTuner {options} {how} ..."
 
 
 def _against(row: Row) -> str:
-    return f"lowers the closed form's squared error by {row.gain:.3f} ± {row.gain_error:.3f}"
+    gain = _gain(row)
+    moves = "lowers" if gain > 0 else "raises"
+    return f"{moves} the squared error of the closed form by {abs(gain):.3f} ± {row.gain_error:.3f}"
+
+
+def _recipe(options: Any) -> str:
+    """The options of ``fit`` for the optimiser and epochs that methods are tried with."""
+    scheduler = f"--model.lr_scheduler CosineAnnealingLR --model.lr_scheduler.T_max {options.epochs}"
+    optimizer = f"--model.optimizer AdamW --model.optimizer.lr {options.lr:g} --model.optimizer.weight_decay 0.01"
+    return f"{optimizer} {scheduler} --trainer.max_epochs {options.epochs}"
 
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _closed_rows(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench) -> list[Row]:
-    """Closed forms, the strongest last: ridge regression, with skip connections if any lower its error clearly."""
+def _closed_rows(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, reference: Trial) -> list[Row]:
+    """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
+
+    The accuracy of one with skip connections is that of the folds, whose own images had no part in choosing them.
+    """
     labels, classes = bench.labels, bench.num_classes
     rows = [
         _closed("nearest mean", "mean", lambda: nearest_mean(penultimate, labels, classes)),
@@ -251,7 +279,9 @@ def _closed_rows(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench
         features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
         name = f"ridge, skip from {', '.join(skips)}"
         joins = {"skip_from": skips, "skip_join": "concat"}
-        rows.append(_closed(name, "ridge", lambda: ridge(features, labels, classes), joins))
+        joined = _closed(name, "ridge", lambda: ridge(features, labels, classes), joins)
+        accuracy = float(reference.right.double().mean())
+        rows.append(replace(joined, accuracy=accuracy, error=standard_error(accuracy, len(labels))))
     return rows
 
 
@@ -260,7 +290,7 @@ def _closed(name: str, kind: str, fit: Callable[[], Head], joins: Mapping[str, A
     head = fit()
     seconds = time.perf_counter() - start
     accuracy = 1 - float(head.loo_error)
-    error = math.sqrt(accuracy * (1 - accuracy) / len(head.loo_scores))
+    error = standard_error(accuracy, len(head.loo_scores))
     trained = head.weight.numel() + head.bias.numel()
     knobs = {"train": "none", **(joins or {}), "head_init": kind}
     return Row(name, accuracy, error, None, None, trained, seconds, knobs)

@@ -22,8 +22,9 @@ _ROWS = 1024
 # The fixed-point iteration of LogME ends at a relative change below the first, which takes some ten steps, or at the
 # second.
 _CHANGE, _STEPS = 1e-10, 500
-# The least noise, against the largest squared singular value: float64 tells no lower from none.
-_LEAST_NOISE = 1e-12
+# The least noise, and the inverse of the greatest, against the largest squared singular value: float64 tells no lower
+# from none, and no higher from features that explain nothing.
+_RANGE = 1e-12
 
 
 def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -61,8 +62,8 @@ def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     The evidence of ``y ~ N(0, F F^T / alpha + I / beta)`` is maximised over ``alpha`` and ``beta`` by MacKay's fixed
     point, for all classes at once in the coordinates of one singular value decomposition (You et al. 2021, arXiv
     2102.11005, algorithm 1; the iteration in ``alpha/beta`` as You et al. 2022, arXiv 2110.10545). As there, features
-    are not centred. Where features explain a target wholly the evidence may have no bound; ``alpha/beta`` stops at
-    1e-12 of the largest squared singular value.
+    are not centred. Where features explain a target wholly the evidence may have no bound; ``alpha/beta`` stays between
+    1e-12 and 1e12 of the largest squared singular value.
 
         >>> labels = torch.arange(60) % 2
         >>> noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -87,14 +88,15 @@ def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     left, scales, _ = torch.linalg.svd(rows, full_matrices=False)
     squares, loads = scales.square()[:, None], (left.T @ targets).square()
     outside = (targets.square().sum(0) - loads.sum(0)).clamp(min=0)
-    samples, least = len(rows), _LEAST_NOISE * squares[0]
+    samples, scale = len(rows), torch.where(squares[0] > 0, squares[0], 1.0)
+    least, most = scale * _RANGE, scale / _RANGE
     ratio = torch.ones_like(outside)
     for _ in range(_STEPS):
         shrunk = squares + ratio
         dof, norm = (squares / shrunk).sum(0), (squares * loads / shrunk.square()).sum(0)
         residual = (loads * (ratio / shrunk).square()).sum(0) + outside
         # alpha = dof / norm and beta = (samples - dof) / residual
-        new = (dof * residual / (norm * (samples - dof))).clamp(min=least)
+        new = torch.where(norm > 0, dof * residual / (norm * (samples - dof)), torch.inf).clamp(least, most)
         change, ratio = ((new - ratio) / ratio).abs().max(), new
         if not change > _CHANGE:
             break

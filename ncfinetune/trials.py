@@ -78,10 +78,12 @@ def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
     """Which of so many folds each image is in, ``(N,)``: each class is spread over all of them.
 
     Raises:
-        ValueError: No class has two images, so that nothing could be decided of any left out.
+        ValueError: No class has two images, so that nothing could be decided of any left out; more folds than images.
     """
-    if int(labels.unique(return_counts=True)[1].max()) < 2:
+    if int(torch.unique(labels, return_counts=True)[1].max()) < 2:
         raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
+    if number > len(labels):
+        raise ValueError(f"expected no more folds than there are images, got {number} for {len(labels)}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     folds = torch.empty_like(labels)

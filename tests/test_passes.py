@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ncfinetune import Backbone
 from ncfinetune.adversarial import PGD
-from ncfinetune.passes import eval_mode, evenly, known_labels, spread
+from ncfinetune.passes import eval_mode, evenly
+from ncfinetune.samples import known_labels, spread
 
 
 class Caching(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ncfinetune.callbacks import OnlineProbe
 from ncfinetune.callbacks.classify import count, fit_ridge
-from ncfinetune.passes import spread
+from ncfinetune.samples import spread
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

@@ -159,10 +159,12 @@ def test_the_better_half_goes_on(capsys):
 @pytest.mark.parametrize(
     ("rows", "name"),
     [
-        ([row("ridge"), row("ridge, skip"), row("layer", 0.05)], "ridge, skip"),
-        ([row("ridge"), row("layer", 0.15), row("full", 0.2, trained=9)], "full"),
-        ([row("ridge"), row("layer", 0.15, trained=9), row("full", 0.2)], "layer"),
-        ([row("ridge"), row("layer", 0.05, trained=9), row("full", 0.2)], "full"),
+        ([row("LDA"), row("ridge"), row("layer", 0.15)], "LDA"),
+        ([row("LDA"), row("ridge", accuracy=0.6), row("layer", 0.15)], "ridge"),
+        ([row("ridge"), row("layer", 0.005, error=0)], "ridge"),
+        ([row("ridge"), row("layer", 0.25), row("full", 0.3, trained=9)], "full"),
+        ([row("ridge"), row("layer", 0.25, trained=9), row("full", 0.3)], "layer"),
+        ([row("ridge"), row("layer", 0.15, trained=9), row("full", 0.3)], "full"),
     ],
 )
 def test_the_fewest_parameters_within_one_standard_error_of_the_best_are_chosen(rows, name):
@@ -171,17 +173,17 @@ def test_the_fewest_parameters_within_one_standard_error_of_the_best_are_chosen(
 
 def test_verdicts_say_what_to_type():
     closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
-    rows = [closed, row("SCL FT b", 0.05)]
-    assert verdict(rows, closed) == (
-        "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted) is as good; SCL FT b, the best tuned, lowers the "
-        "closed form's squared error by 0.050 ± 0.100\n"
-        'ncfinetune fit --model FineTuner --model.train none --model.skip_from \'["a", "b"]\' '
-        "--trainer.max_epochs 0 ..."
-    )
+    for gain, moves in ((0.05, "lowers"), (-0.05, "raises")):
+        assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1") == (
+            f"no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the best tuned, {moves} the squared "
+            "error of the closed form by 0.050 ± 0.100\n"
+            'ncfinetune fit --model FineTuner --model.train none --model.skip_from \'["a", "b"]\' '
+            "--trainer.max_epochs 0 ..."
+        )
     rows = [row("ridge"), row("b", 0.25, trained=9), row("c", 0.3)]
-    assert verdict(rows, rows[1]) == (
-        "suggestion: b (50.0 ± 5.0 % predicted), which lowers the closed form's squared error by 0.250 ± 0.100; "
-        "within one standard error of the best: c\nncfinetune fit --model FineTuner --model.train b ..."
+    assert verdict(rows, rows[1], "--x 1") == (
+        "suggestion: b (50.0 ± 5.0 % predicted), which lowers the squared error of the closed form by 0.250 ± 0.100; "
+        "within one standard error of the best: c\nncfinetune fit --model FineTuner --model.train b --x 1 ..."
     )
 
 

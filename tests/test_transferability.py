@@ -1,5 +1,7 @@
 """Scores of transferability against closed forms and against slow references that share no code with them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,16 @@ def test_logme_of_features_that_are_the_targets_is_far_above_that_of_noisy_ones(
     labels = torch.arange(30) % 3
     noisy = torch.eye(3)[labels] + 0.01 * torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
     assert logme(noisy, labels, 3).item() + 3 < logme(torch.eye(3)[labels], labels, 3).item() < torch.inf
+
+
+def test_logme_of_features_that_explain_nothing_is_that_of_noise():
+    labels = torch.arange(30) % 3
+    power = 1 / 3  # mean square of a one-hot target
+    noise = -0.5 * (math.log(2 * math.pi * power) + 1)
+    assert logme(torch.zeros(30, 4), labels, 3).item() == pytest.approx(noise, rel=1e-9)
+    offset = torch.full((30, 1), 1e-9)
+    across = torch.cat([offset, -offset]).repeat(1, 2)
+    assert logme(across, labels.repeat(2), 3).item() == pytest.approx(noise, rel=1e-9)
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 200])

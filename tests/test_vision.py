@@ -27,7 +27,7 @@ from ncfinetune.datamodules import (
     StanfordCars,
     vision,
 )
-from ncfinetune.passes import known_labels
+from ncfinetune.samples import known_labels
 
 # What a fixture writes: for each part the number of each image's colour, and its label.
 Written = dict[str, list[tuple[int, int]]]
