@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
         "--out",
         type=str,
         nargs="+",
-        help="files for the table (.csv, .json) and the figure (.png); a folder, TensorBoard",
+        help="files for the table (.csv, .json) and the figure (.png); a folder gets event files for TensorBoard",
     )
     options = parser.parse_args(list(words))
     outs = [Path(name) for name in options.out or []]

@@ -26,7 +26,7 @@ from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, Images, Method, Trial, closed_trial, folds_of
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
 
 # Standard errors, and squared error, by which tuning has to gain: the best of some candidates that do nothing comes to
 # more than one standard error, and 0.01 is about half a point of accuracy.
@@ -101,20 +101,19 @@ def main(words: Sequence[str]) -> int:
     with _quiet():
         # Read once, since a datamodule may split or shuffle its images anew at each pass.
         images, labels = read_images(quiet_trainer(options), data, options.max_images)
-        classes, batch_size = len(classes_of(data)), getattr(data, "batch_size", None) or _BATCH
-        held = Images(images, labels, torch.arange(len(labels)), classes, batch_size)
-        bank = fill(quiet_trainer(options), networks, held, said(options), len(labels))
         bench = Bench(
             networks[0].backbone,
             images,
             labels,
-            classes,
+            len(classes_of(data)),
             folds_of(labels, options.folds),
-            batch_size,
+            getattr(data, "batch_size", None) or _BATCH,
             options.lr,
             options.epochs,
             lambda epochs: quiet_trainer(options, max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0),
         )
+        everything = bench.data(torch.arange(len(labels)))
+        bank = fill(quiet_trainer(options), networks, everything, said(options), len(labels))
         rows = suggest(networks[0], bank, bench, options.blocks, options.full)
     chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))

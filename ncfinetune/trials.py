@@ -146,11 +146,14 @@ class Bench:
     epochs: int
     trainer: Callable[[int], Trainer]
 
+    def data(self, rows: Tensor) -> LightningDataModule:
+        """A datamodule with these training images, ``rows`` ``(n,)``; a batch has all of them, if they are few."""
+        return _Rows(self, rows)
+
     def run(self, method: Method, trial: Trial, fold: int) -> None:
         """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
         rows = (self.folds == fold).nonzero().squeeze(1)
-        train = (self.folds != fold).nonzero().squeeze(1)
-        data = Images(self.images, self.labels, train, self.num_classes, self.batch_size)
+        data = self.data((self.folds != fold).nonzero().squeeze(1))
         start = time.perf_counter()
         with isolate_rng():
             torch.manual_seed(fold)
@@ -172,21 +175,13 @@ class Bench:
         trial.add(rows, probabilities.argmax(1), probabilities, self.labels[rows])
 
 
-class Images(LightningDataModule):
-    """Some images in memory, as they are evaluated, to train on.
+class _Rows(LightningDataModule):
+    """Some images of a bench, to train on."""
 
-    Args:
-        images: ``(N, C, H, W)``.
-        labels: ``(N,)``.
-        rows: Which of them, ``(n,)``.
-        num_classes: Number of classes ``K``.
-        batch_size: Images a step; all of them, if there are fewer.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor, num_classes: int, batch_size: int) -> None:
+    def __init__(self, bench: Bench, rows: Tensor) -> None:
         super().__init__()
-        self.samples = Subset(TensorDataset(images, labels), rows.tolist())
-        self.num_classes, self.batch_size = num_classes, min(batch_size, len(rows))
+        self.samples = Subset(TensorDataset(bench.images, bench.labels), rows.tolist())
+        self.num_classes, self.batch_size = bench.num_classes, min(bench.batch_size, len(rows))
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.samples, batch_size=self.batch_size, shuffle=True, drop_last=True)
