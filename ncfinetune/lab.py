@@ -48,7 +48,9 @@ def lab_parser(command: str, description: str, most: int) -> PlainParser:
     add("--precision", type=str, default="32-true", help="as the Trainer's")
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
     # In place of the first words of LightningDataModule's docstring.
-    parser.groups["data"].title = "a class of ncfinetune.datamodules or your own, or an overlay of experiments/data"
+    (parser.groups or {})[
+        "data"
+    ].title = "a class of ncfinetune.datamodules or your own, or an overlay of experiments/data"
     return parser
 
 
