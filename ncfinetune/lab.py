@@ -47,10 +47,9 @@ def lab_parser(command: str, description: str, most: int) -> PlainParser:
     add("--accelerator", type=str, default="auto", help="as the Trainer's")
     add("--precision", type=str, default="32-true", help="as the Trainer's")
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    groups = parser.groups or {}
     # In place of the first words of LightningDataModule's docstring.
-    (parser.groups or {})[
-        "data"
-    ].title = "a class of ncfinetune.datamodules or your own, or an overlay of experiments/data"
+    groups["data"].title = "a class of ncfinetune.datamodules or your own, or an overlay of experiments/data"
     return parser
 
 
