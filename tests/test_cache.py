@@ -274,7 +274,8 @@ class RandomInData(Digits):
 @pytest.mark.parametrize("data", [RandomOnDevice, RandomInData])
 def test_random_augmentation_is_refused(data: type[Digits], tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"stores what .* of each training image once, but these differ .*augmentation"
+        ValueError,
+        match=r"stores the frozen layers. output for each training image once, but the images differ .*augmentation",
     ):
         _fit(tmp_path, _model(cache="memory"), data([0, 1, 2], shots=8, batch_size=7))
 

@@ -152,7 +152,9 @@ def test_adversary_trains_on_examples_within_its_radius_in_pixels(tmp_path: Path
 
 
 def test_adversary_without_a_known_normalisation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"do not say by which mean and std .* give PGD\(mean=..., std=...\)"):
+    with pytest.raises(
+        ValueError, match=r"the datamodule has no mean and std of the normalisation; give PGD\(mean=..., std=...\)"
+    ):
         _trainer(tmp_path).fit(Supervised(3, SMALL, adversary=PGD(0.1)), _plain())
     _trainer(tmp_path, fast_dev_run=True).fit(Supervised(3, SMALL, adversary=PGD(0.1, mean=[0], std=[1])), _plain())
 
@@ -181,7 +183,7 @@ def test_probabilities_of_classes_are_labels(tmp_path: Path) -> None:
         ({"loss": "mse", "label_smoothing": 0.1}, 'label_smoothing=0.1 is for loss="ce"'),
         ({"mse_weight": 15}, 'mse_weight and mse_target are for loss="mse"'),
         ({"loss": "mse", "mse_target": 0}, "expected mse_weight and mse_target above 0, got 1.0 and 0"),
-        ({"projection_dim": 64}, 'projection="none" passes on the 10 features as they are, but projection_dim=64'),
+        ({"projection_dim": 64}, 'projection="none" keeps the 10 features, but projection_dim=64'),
         ({"projection": "conv"}, "expected projection none, linear or mlp, got 'conv'"),
         ({"projection": "mlp", "projection_dim": 0}, "expected projection_dim of at least 1, got 0"),
         ({"adversary": {"radius": -1}}, "expected a PGD radius of at least 0"),
@@ -267,7 +269,7 @@ def test_batches_that_cannot_be_contrasted(loader: DataLoader, message: str, tmp
 def test_wrong_arguments_of_contrastive_learners(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a temperature above 0, got -1"):
         SupCon(SMALL, temperature=-1)
-    with pytest.raises(ValueError, match='projection="none" passes on the 10 features'):
+    with pytest.raises(ValueError, match='projection="none" keeps the 10 features'):
         SupCon(SMALL, projection="none", projection_dim=128)
     with pytest.raises(ValueError, match="SimCLR has no classifier to predict with"):
         _trainer(tmp_path).predict(SimCLR(SMALL), _plain())

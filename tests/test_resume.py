@@ -362,7 +362,7 @@ def test_what_a_callback_had_unfrozen_still_trains(tmp_path: Path, caplog: pytes
         with caplog.at_level("INFO"):
             resumed = fit(tmp_path / f"step={step}.ckpt")
         assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
-        assert ("as in the run that stopped; a callback had changed that" in caplog.text) == changed
+        assert ("as in the interrupted run again; a callback had changed that" in caplog.text) == changed
 
 
 def _small(folder: Path, epochs: int, **arguments: Any) -> tuple[Trainer, Path]:
