@@ -7,6 +7,7 @@ import logging
 import math
 import shlex
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,10 +40,11 @@ _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
 
 Closed-form heads are judged by leaving each image out. Layer FT is tried at blocks evenly over depth, from the closed
-form as a start, on folds of the images: all blocks on the first fold, the better half on each fold after it, and SCL FT
-at the block that is best in the end. Tuning is suggested only if it lowers the squared error of the probabilities on
-images left out clearly, by two standard errors of the paired differences; then the method with the fewest parameters
-that is within one standard error of the best. Accuracies are predicted without an image that had a part in the fit.
+form as a start, on folds of the images: all blocks on the first fold, the better half on each fold after it. SCL FT at
+the block that is best in the end, and with --full full fine-tuning, are tried on every fold. Tuning is suggested only
+if it lowers the squared error of the probabilities on images left out clearly, by two standard errors of the paired
+differences; then the method with the fewest parameters that is within one standard error of the best. Accuracies are
+predicted without an image that had a part in the fit.
 
   ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
 """
@@ -135,8 +137,10 @@ def _check(options: Any) -> None:
     if options.out and Path(options.out).suffix != ".json":
         raise ValueError(f"expected --out of a .json file, got {options.out!r}")
     if options.out:  # before all fits
-        with replacing(Path(options.out)) as part:
-            part.write_text("{}\n", encoding="utf-8")
+        folder = Path(options.out).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 @contextmanager
@@ -174,13 +178,12 @@ def suggest(source: Source, bank: Bank, bench: Bench, blocks: int, full: bool = 
     closed = _closed_rows(penultimate, layers, bench, reference)
     tried = _evenly(list(layers), blocks)
     methods = [Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}) for name in tried]
-    if full:
-        methods.append(Method("full FT", {"train": "all", "head_init": "ridge"}))
     trials = halve(bench, methods, reference)
-    blockwise = [method for method in trials if method.knobs["train"] != "all"]
-    best = max(blockwise, key=lambda method: trials[method].gain(reference, "loss")[0])
+    best = max(trials, key=lambda method: trials[method].gain(reference, "loss")[0])
     block = best.knobs["train"]
     trials |= halve(bench, [Method(f"SCL FT {block}", {**best.knobs, "skip_from": block})], reference)
+    if full:
+        trials |= halve(bench, [Method("full FT", {"train": "all", "head_init": "ridge"})], reference)
     return closed + [_tuned(method, trial, reference, closed[-1]) for method, trial in trials.items()]
 
 
