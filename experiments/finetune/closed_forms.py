@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/closed_forms.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    backbone = Backbone(options.backbone, checkpoint=options.checkpoint).eval()
+    backbone = Backbone(options.backbone, checkpoint=options.checkpoint, channels_last=True).eval()
     images, train, val = read(options.root, options.size)
     labels, classes = torch.cat([train, val]), int(train.max()) + 1
     start = time.process_time()
