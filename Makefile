@@ -8,7 +8,7 @@ SEEDS := 0 1 2
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # What touches most of torch, Lightning, torchmetrics, timm and jsonargparse for the time it takes.
-OLDEST_TESTS := $(addprefix tests/test_,metrics.py tracker.py cli.py datamodules.py delta.py doctests.py finetune.py)
+OLDEST_TESTS := $(addprefix tests/test_,metrics.py tracker.py cli.py datamodules.py delta.py doctests.py finetune.py report.py scan.py)
 
 .PHONY: demo test test-slow test-oldest test-gpu soak lint
 
