@@ -292,6 +292,17 @@ def test_processes_count_together(shared: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(torch.load(tmp_path / f"{rank}.pt").numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_test_images_are_counted_once_over_all_processes(devices: int, tmp_path: Path) -> None:
+    options = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
+    data = Digits([0, 1, 2], batch_size=50)
+    data.setup("test")
+    number = len(data.test_dataloader().dataset)
+    assert number % 2 == 1  # so that a sampler that makes shares equal would repeat one
+    found = _trainer(tmp_path, **options).test(Supervised(3, SMALL), data, verbose=False)[0]
+    assert found["test/images"] == number
+
+
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_weights_are_not_rounded_with_the_logits(loss: Any, soft: bool) -> None:
