@@ -164,7 +164,9 @@ def test_deep_images_are_predicted_in_the_range_of_training(suffix: str, tmp_pat
     tuned.save_for_timm(tmp_path / "merged.safetensors")
     with safe_open(tmp_path / "merged.safetensors", framework="pt") as file:
         assert '"value_range": [0' in file.metadata()["data"]
-    with pytest.warns(UserWarning, match=r"by value_range=\[0.*, 4095.*\], and the data are by value_range=None; give"):
+    with pytest.warns(
+        UserWarning, match=r"with value_range=\[0.*, 4095.*\], but the datamodule normalises with value_range=None"
+    ):
         tuned.compare_data(None, {**tuned.preprocessing, "value_range": None})
 
 
