@@ -118,12 +118,11 @@ def _named_data(options: Any) -> Any:
 
 
 def quiet_trainer(options: Any, **arguments: Any) -> Trainer:
-    """A trainer on one device that leaves nothing behind; what predicts shows a bar on stderr.
+    """A trainer on one device that writes and prints nothing.
 
     Raises:
         ValueError: There is no such accelerator or precision here.
     """
-    bar = {"enable_progress_bar": False} if "max_epochs" in arguments else {"callbacks": [_Progress()]}
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -132,18 +131,26 @@ def quiet_trainer(options: Any, **arguments: Any) -> Trainer:
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
-            **bar,
-            **arguments,
+            **{"enable_progress_bar": False, **arguments},
         )
     except (MisconfigurationException, ModuleNotFoundError) as error:
         raise ValueError(f"--accelerator {options.accelerator}: {error}") from error
+
+
+def pass_trainer(options: Any) -> Trainer:
+    """A trainer for a pass over images, which shows a bar on stderr.
+
+    Raises:
+        ValueError: As `quiet_trainer`.
+    """
+    return quiet_trainer(options, callbacks=[_Progress()], enable_progress_bar=True)
 
 
 class _Progress(TQDMProgressBar):
     """A bar on stderr, where it does not mix with the table."""
 
     def init_predict_tqdm(self) -> Any:
-        return Tqdm(desc="scan", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
+        return Tqdm(desc="images", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def on_exception(self, *args: Any) -> None:
         """Take the bar away, so that the error has a line of its own."""

@@ -1,6 +1,6 @@
 """``ncfinetune report``: logged runs become one table and one picture.
 
-Everything is read from what runs left behind: their ``config.yaml`` and their event files or ``metrics.csv``.
+It reads the files that a run writes: its ``config.yaml``, and its event files or ``metrics.csv``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, asked, difference, fill, merge
 from ncfinetune.cli_errors import PlainParser
-from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
+from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, said, sources
 from ncfinetune.scores import LayerScore, ModelScore, layer_scores, model_scores
 
 # Images that tell layers apart: the standard error of an accuracy is then 0.7 points at most.
@@ -84,8 +84,8 @@ def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: 
     if path.exists():
         there = Bank.load(path).facts
         facts = asked(networks, said(options), part)
-        if there["part"] != facts["part"] or (other := difference(facts, there)):
-            other = other if there["part"] == facts["part"] else f"part {'/'.join(map(str, there['part']))}"
+        same = there["part"] == facts["part"]
+        if other := difference(facts, there) if same else f"part {'/'.join(map(str, there['part']))}":
             raise ValueError(f"{path} is there, and of another scan: {other}; name another file, or delete it")
         print(f"{path} is there")
         return
@@ -96,7 +96,7 @@ def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: 
 
 def _fill(options: Any, parser: PlainParser, networks: Sequence[Source], part: tuple[int, int]) -> Bank:
     data = datamodule(options, parser)
-    return fill(quiet_trainer(options), networks, data, said(options), options.max_images, part)
+    return fill(pass_trainer(options), networks, data, said(options), options.max_images, part)
 
 
 def _check(outs: Sequence[Path]) -> None:

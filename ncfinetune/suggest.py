@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
-from ncfinetune.lab import aligned, datamodule, lab_parser, percent, quiet_trainer, said, sources
+from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.scores import standard_error
@@ -102,7 +102,7 @@ def main(words: Sequence[str]) -> int:
     data = datamodule(options, parser)
     with _quiet():
         # Read once, since a datamodule may split or shuffle its images anew at each pass.
-        images, labels = read_images(quiet_trainer(options), data, options.max_images)
+        images, labels = read_images(pass_trainer(options), data, options.max_images)
         bench = Bench(
             networks[0].backbone,
             images,
@@ -115,7 +115,7 @@ def main(words: Sequence[str]) -> int:
             lambda epochs: quiet_trainer(options, max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0),
         )
         everything = bench.data(torch.arange(len(labels)))
-        bank = fill(quiet_trainer(options), networks, everything, said(options), len(labels))
+        bank = fill(pass_trainer(options), networks, everything, said(options), len(labels))
         rows = suggest(networks[0], bank, bench, options.blocks, options.full)
     chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))

@@ -188,7 +188,7 @@ class NCFinetuneCLI(LightningCLI):
         self._command = command
         super().__init__(*args, **kwargs)
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method there
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and knows no command
         """The given command alone, since Lightning builds a parser for each, which takes a third of a second."""
         return {self._command: LightningCLI.subcommands()[self._command]}
 

@@ -1,4 +1,4 @@
-"""Learners: what trains, what is frozen, what is saved, what is refused."""
+"""Learners: what is trained, what is frozen, what is saved, what is refused."""
 
 from pathlib import Path
 

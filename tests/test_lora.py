@@ -1,4 +1,4 @@
-"""LoRA by peft in a backbone: what trains, and what files, deltas, trackers and merged networks have of it."""
+"""LoRA by peft in a backbone: the trained parameters, and how files, deltas, trackers and merges keep it."""
 
 import copy
 import sys

@@ -11,7 +11,7 @@ Rows:
 - ``large``: the same head on 50,000 made features of width 2,048, by the one pass that forms ``z^T z`` in float64.
 
 Features are made (noisy class means with a decaying spectrum), and those of each FILE, a dictionary by `torch.save`
-with ``features`` (N, d), ``labels`` (N,) and ``train`` (N,), which says what trains.
+with ``features`` (N, d), ``labels`` (N,) and ``train`` (N,), the mask of the training rows.
 
     python experiments/benchmarks/probes.py [--features FILE ...] [--tight] [--repeats 5] [--only probe|large]
 """

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import InterpolationMode, Resize
@@ -162,12 +162,14 @@ class Watch(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds += time.process_time()
-        listen = lambda module, args, output: self._logits.append(output)  # noqa: E731
-        self._handle = pl_module.classifier.register_forward_hook(listen)
+        self._handle = pl_module.classifier.register_forward_hook(self._keep)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._handle.remove()
         self.seconds -= time.process_time()
+
+    def _keep(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        self._logits.append(logits)
 
 
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
