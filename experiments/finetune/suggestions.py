@@ -2,12 +2,13 @@
 
 A try draws training images by its seed. `suggest.suggest` sees these alone. The exhaustive search fits layer FT and
 SCL FT at every block, full FT and the closed forms on all of them, with the same learning rate, epochs and batch size,
-and tests them; the best test accuracy among so many is flattered by chance. Rows are written as they come; tries that
-a file has already are not run again.
+and tests them; the best test accuracy among so many is flattered by chance. Rows are written as they come; what a file
+has already is not run again.
 
     python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
     python experiments/finetune/suggestions.py run ROOT --checkpoint WEIGHTS --backbone mobilenetv2_100 --out rows.csv
-    python experiments/finetune/suggestions.py table rows.csv
+    python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --search exhaustive --out exhaustive.csv
+    python experiments/finetune/suggestions.py table rows.csv [more.csv]
 
 ``digits`` are the handwritten digits 5-9 for the network that experiments/digits/pretrain.yaml trained on 0-4; ROOT is
 a folder of images as `datamodules.ImageFolder` takes it, with a test part.
@@ -24,20 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Source, fill, read_images
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.probes import ridge
+from ncfinetune.probes import lda, nearest_mean, ridge
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import choose, suggest
 from ncfinetune.trials import Bench, Method, Trial, folds_of
 
 DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
-FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "test", "seconds")
+FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error")
+FIELDS += ("test", "seconds")
+SEARCHES = ("suggest", "exhaustive")
 
 
 def trainer(epochs: int = 1) -> Trainer:
@@ -47,11 +50,11 @@ def trainer(epochs: int = 1) -> Trainer:
     )
 
 
-def drawn(options: argparse.Namespace, shots: int, seed: int) -> LightningDataModule:
+def drawn(options: argparse.Namespace, shots: int, seed: int) -> Any:
     if options.data == "digits":
         return Digits(classes=[5, 6, 7, 8, 9], shots=shots, seed=seed, batch_size=25)
     return ImageFolder(
-        root=options.data, image_size=224, shots=shots, seed=seed, batch_size=16, mean=[0.5] * 3, std=[0.5] * 3
+        root=options.data, image_size=options.size, shots=shots, seed=seed, batch_size=16, mean=[0.5] * 3, std=[0.5] * 3
     )
 
 
@@ -68,9 +71,11 @@ def exhaustive(bench: Bench, features: dict[str, Tensor], test: dict[str, Tensor
     found = {}
     layers = {name: rows for name, rows in features.items() if name != PENULTIMATE}
     skips = choose_skips(features[PENULTIMATE], layers, bench.labels[train], 3)
-    for name, names in (("ridge", [PENULTIMATE]), ("ridge, skips", [PENULTIMATE, *skips])):
+    closed = {"nearest mean": nearest_mean, "LDA": lda, "ridge": ridge, "ridge, skips": ridge}
+    for name, fit in closed.items():
+        names = [PENULTIMATE, *skips] if name == "ridge, skips" else [PENULTIMATE]
         start = time.perf_counter()
-        head = ridge(torch.cat([features[n] for n in names], 1), bench.labels[train], bench.num_classes)
+        head = fit(torch.cat([features[n] for n in names], 1), bench.labels[train], bench.num_classes)
         right = head.scores(torch.cat([test[n] for n in names], 1)).argmax(1) == bench.labels[held]
         found[name] = float(right.double().mean()), time.perf_counter() - start
     methods = [Method("full FT", {"train": "all", "head_init": "ridge"})]
@@ -84,25 +89,25 @@ def exhaustive(bench: Bench, features: dict[str, Tensor], test: dict[str, Tensor
     return found
 
 
-def attempt(options: argparse.Namespace, shots: int, seed: int) -> list[dict[str, Any]]:
-    """The rows of a try."""
+def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of a search."""
     spec: dict[str, Any] = DIGITS if options.data == "digits" else {"name": options.backbone}
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
+    known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
     start = time.perf_counter()
     bank = fill(trainer(), [source], data, {}, 10**6)
     images, _ = read_images(trainer(), data, 10**6)
-    size = data.batch_size
-    kind = (bank.num_classes, folds_of(bank.labels, 3), size, options.lr, options.epochs, trainer)
-    rows = suggest(source, bank, Bench(backbone, images, bank.labels, *kind), options.blocks, full=options.full)
-    seconds = time.perf_counter() - start
-    known = {"data": Path(options.data).name, "shots": shots, "seed": seed}
-    suggested = choose(rows)
-    found = [
-        {**known, "search": "suggest", "method": row.method, "chosen": int(row is suggested), "seconds": seconds}
-        | {"predicted": row.accuracy, "error": row.error}
-        for row in rows
-    ]
+    how = (data.batch_size, options.lr, options.epochs, trainer)
+    if search == "suggest":
+        bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
+        rows = suggest(source, bank, bench, options.blocks, full=options.full)
+        seconds, suggested = time.perf_counter() - start, choose(rows)
+        return [
+            {**known, "method": row.method, "chosen": int(row is suggested), "predicted": row.accuracy}
+            | {"error": row.error, "gain": row.gain, "gain_error": row.gain_error, "seconds": seconds}
+            for row in rows
+        ]
     test_images, test_labels = tested(data)
     backbone.eval()
     with torch.no_grad():
@@ -110,39 +115,42 @@ def attempt(options: argparse.Namespace, shots: int, seed: int) -> list[dict[str
     test = {name: torch.cat([part[name] for part in parts]) for name in source.layers}
     features = {name: bank.of("net", name) for name in source.layers}
     labels, folds = torch.cat([bank.labels, test_labels]), torch.cat([torch.ones_like(bank.labels), 0 * test_labels])
-    whole = Bench(backbone, torch.cat([images, test_images]), labels, kind[0], folds, *kind[2:])
-    for method, (accuracy, took) in exhaustive(whole, features, test).items():
-        found.append({**known, "search": "exhaustive", "method": method, "test": accuracy, "seconds": took})
-    return found
+    bench = Bench(backbone, torch.cat([images, test_images]), labels, bank.num_classes, folds, *how)
+    found = exhaustive(bench, features, test)
+    return [{**known, "method": name, "test": accuracy, "seconds": took} for name, (accuracy, took) in found.items()]
 
 
 def run(options: argparse.Namespace) -> None:
-    done = {(row["shots"], row["seed"]) for row in read(options.out)} if options.out.exists() else set()
+    done = {tuple(row[key] for key in ("search", "shots", "seed")) for row in read(options.out)}
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not done:
             table.writeheader()
         for seed in options.seeds:
             for shots in options.shots:
-                if (str(shots), str(seed)) not in done:
-                    table.writerows(attempt(options, shots, seed))
-                    file.flush()
-                    print(shots, seed, flush=True)
+                for search in options.search:
+                    if (search, str(shots), str(seed)) not in done:
+                        table.writerows(attempt(options, search, shots, seed))
+                        file.flush()
+                        print(search, shots, seed, flush=True)
 
 
 def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def table(path: Path) -> str:
+def table(paths: list[Path]) -> str:
     """Regret and prediction of each rule, by data and shots."""
     tries: dict[tuple[str, int], list[list[dict[str, str]]]] = defaultdict(list)
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in read(path):
+    for row in (row for path in paths for row in read(path)):
         grouped[row["data"], row["shots"], row["seed"]].append(row)
     for (data, shots, _), rows in grouped.items():
-        tries[data, int(shots)].append(rows)
+        if {row["search"] for row in rows} == set(SEARCHES):
+            tries[data, int(shots)].append(rows)
     lines = [
         "| data | shots | tries | rule | regret, points | within 0.5 | predicted less tested | within 3 | cost % |",
         "|" + "---|" * 9,
@@ -194,7 +202,7 @@ def share(hits: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("table").add_argument("rows", type=Path)
+    commands.add_parser("table").add_argument("rows", type=Path, nargs="+")
     tries = commands.add_parser("run")
     tries.add_argument("data", help="digits, or a folder of images")
     tries.add_argument("--checkpoint", required=True)
@@ -202,6 +210,8 @@ def main() -> None:
     tries.add_argument("--out", type=Path, required=True)
     tries.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
     tries.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
+    tries.add_argument("--search", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    tries.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
     tries.add_argument("--epochs", type=int, default=30)
     tries.add_argument("--lr", type=float, default=1e-3)
     tries.add_argument("--blocks", type=int, default=6)
