@@ -137,13 +137,13 @@ def quiet_trainer(options: Any, **arguments: Any) -> Trainer:
         raise ValueError(f"--accelerator {options.accelerator}: {error}") from error
 
 
-def pass_trainer(options: Any) -> Trainer:
+def pass_trainer(options: Any, **arguments: Any) -> Trainer:
     """A trainer for a pass over images, which shows a bar on stderr.
 
     Raises:
         ValueError: As `quiet_trainer`.
     """
-    return quiet_trainer(options, callbacks=[_Progress()], enable_progress_bar=True)
+    return quiet_trainer(options, callbacks=[_Progress()], enable_progress_bar=True, **arguments)
 
 
 class _Progress(TQDMProgressBar):

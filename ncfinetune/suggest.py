@@ -8,43 +8,45 @@ import math
 import shlex
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
+from ncfinetune.linearised import gradient_features, linearised
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of, skip_ridge
 
 # Standard errors, and squared error, by which tuning has to gain: the best of some candidates that do nothing comes to
 # more than one standard error, and 0.01 is about half a point of accuracy.
 _CLEAR, _WORTH = 2.0, 0.01
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
-# Skip connections of a closed form at most, and images a step where the datamodule does not say.
-_SKIPS, _BATCH = 3, 32
+# Skip connections of a closed form at most, folds that a closed form is judged by at most, and images a step where the
+# datamodule does not say.
+_SKIPS, _CLOSED_FOLDS, _BATCH = 3, 10, 32
 _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
 
-Closed-form heads are judged by leaving each image out. Layer FT is tried at blocks evenly over depth, from the closed
-form as a start, on folds of the images: all blocks on the first fold, the better half on each fold after it. SCL FT at
-the block that is best in the end, and with --full full fine-tuning, are tried on every fold. Tuning is suggested only
-if it lowers the squared error of the probabilities on images left out clearly, by two standard errors of the paired
-differences; then the method with the fewest parameters that is within one standard error of the best. Accuracies are
-predicted without an image that had a part in the fit.
+Closed-form heads are judged on images left out. So is the first-order expansion of the network in each block's
+parameters, which says what layer FT of the block could gain over the best of them without a fit. The blocks of which
+it expects most are then tried by layer FT, from the closed form as a start, on folds of the images: all of them on the
+first fold, the better half on each fold after it. SCL FT at the block that is best in the end, and with --full full
+fine-tuning, are tried on every fold. With --blocks 0 no block is tried, and the expansion decides.
 
   ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
 """
@@ -56,14 +58,13 @@ class Row:
 
     Args:
         method: Its name.
-        accuracy: Predicted share of new images decided rightly: of a closed form the leave-one-out accuracy, with skip
-            connections that of the folds; of a tuned method that of the last closed form, and its gain over it in
-            paired trials.
+        accuracy: Predicted share of new images decided rightly: of a closed form that of images left out, one of each
+            class together; of a tuned method that of the last closed form, and its gain over it on images left out.
         error: Standard error of that.
-        gain: How much lower the squared error of its probabilities was than the closed form's; None for closed forms.
+        gain: How much lower its squared error on images left out was than the closed form's; None for closed forms.
         gain_error: Standard error of the paired differences.
         trained: Number of trained parameters.
-        seconds: Mean duration of a fit.
+        seconds: Mean duration of a fit; None if it was not fitted.
         knobs: Its arguments of a `FineTuner`.
     """
 
@@ -73,7 +74,7 @@ class Row:
     gain: float | None
     gain_error: float | None
     trained: int
-    seconds: float
+    seconds: float | None
     knobs: Mapping[str, Any]
 
 
@@ -86,8 +87,8 @@ def main(words: Sequence[str]) -> int:
     """
     parser = lab_parser("suggest", _DESCRIPTION, _MOST)
     add: Any = parser.add_argument
-    add("--blocks", type=int, default=6, help="blocks to try, evenly over depth, the last one among them")
-    add("--folds", type=int, default=3, help="folds of the training images")
+    add("--blocks", type=int, default=3, help="blocks to try on folds, those of which the expansion expects most")
+    add("--folds", type=int, default=3, help="folds of the training images that blocks are tried on")
     add("--epochs", type=int, default=30, help="epochs of a fit")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW at the start of its cosine")
     add("--full", type=bool, default=False, help="try full fine-tuning too, which takes many times as long")
@@ -116,7 +117,9 @@ def main(words: Sequence[str]) -> int:
         )
         everything = bench.data(torch.arange(len(labels)))
         bank = fill(pass_trainer(options), networks, everything, said(options), len(labels))
-        rows = suggest(networks[0], bank, bench, options.blocks, options.full)
+        rows = suggest(
+            networks[0], bank, bench, pass_trainer(options, inference_mode=False), options.blocks, options.full
+        )
     chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))
     text = verdict(rows, chosen, _recipe(options))
@@ -129,7 +132,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _check(options: Any) -> None:
-    for name, least in (("blocks", 1), ("folds", 2), ("epochs", 1)):
+    for name, least in (("blocks", 0), ("folds", 2), ("epochs", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"expected --{name} of at least {least}, got {getattr(options, name)}")
     if not options.lr > 0:
@@ -159,14 +162,15 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def suggest(source: Source, bank: Bank, bench: Bench, blocks: int, full: bool = False) -> list[Row]:
-    """A row for each closed form, and for each tuned method that was tried on all folds.
+def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: int, full: bool = False) -> list[Row]:
+    """A row for each closed form, for each block by its expansion, and for each tuned method tried on all folds.
 
     Args:
         source: The network, with the layers of the bank.
         bank: Features of the images.
         bench: The images, and how a method is fitted.
-        blocks: Number of blocks to try.
+        trainer: Gives the device of the expansion; its ``inference_mode`` is off.
+        blocks: Number of blocks to try on folds.
         full: Try full fine-tuning too.
 
     Raises:
@@ -174,23 +178,44 @@ def suggest(source: Source, bank: Bank, bench: Bench, blocks: int, full: bool = 
     """
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
-    reference = closed_trial(penultimate, layers, bench.labels, bench.num_classes, bench.folds, _SKIPS)
-    closed = _closed_rows(penultimate, layers, bench, reference)
-    tried = _evenly(list(layers), blocks)
-    methods = [Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}) for name in tried]
-    trials = halve(bench, methods, reference)
-    best = max(trials, key=lambda method: trials[method].gain(reference, "loss")[0])
-    block = best.knobs["train"]
-    trials |= halve(bench, [Method(f"SCL FT {block}", {**best.knobs, "skip_from": block})], reference)
+    skip_fit = partial(skip_ridge, penultimate, layers, bench.labels, bench.num_classes, _SKIPS)
+    closed = _closed_rows(penultimate, layers, bench, skip_fit)
+    expected = _expected(trainer, penultimate, list(layers), bench, skip_fit, closed[-1])
+    reference = closed_trial(skip_fit, bench.labels, bench.folds)
+    best = sorted(expected, key=lambda row: -_gain(row))[:blocks]
+    trials = halve(bench, [Method(row.method, row.knobs) for row in best], reference)
+    if trials:
+        tuned = max(trials, key=lambda method: trials[method].gain(reference, "loss")[0])
+        block = tuned.knobs["train"]
+        trials |= halve(bench, [Method(f"SCL FT {block}", {**tuned.knobs, "skip_from": block})], reference)
     if full:
         trials |= halve(bench, [Method("full FT", {"train": "all", "head_init": "ridge"})], reference)
-    return closed + [_tuned(method, trial, reference, closed[-1]) for method, trial in trials.items()]
+    tried = [_tuned(method, trial, reference, closed[-1]) for method, trial in trials.items()]
+    names = {row.method for row in tried}
+    return [*closed, *(row for row in expected if row.method not in names), *tried]
 
 
-def _evenly(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of the names at even distances, the last among them."""
-    number = min(most, len(names))
-    return [names[(place * len(names)) // number - 1] for place in range(1, number + 1)]
+def _expected(
+    trainer: Trainer,
+    penultimate: Tensor,
+    blocks: Sequence[str],
+    bench: Bench,
+    skip_fit: Callable[[Tensor], tuple[Head, Tensor]],
+    closed: Row,
+) -> list[Row]:
+    """What layer FT of each block with parameters could gain over the closed form, by the network's expansion."""
+    labels, classes, backbone = bench.labels, bench.num_classes, bench.backbone
+    sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in blocks}
+    blocks = [name for name in blocks if sizes[name]]
+    weight = ridge(penultimate, labels, classes).weight
+    gradients = gradient_features(trainer, backbone, bench.images, weight, blocks)
+    reference = Trial.left_out(skip_fit(torch.ones_like(labels, dtype=torch.bool))[0], labels)
+    rows = []
+    for name in blocks:
+        trial = Trial.left_out(linearised(penultimate, gradients.pop(name), labels, classes), labels)
+        trial.trained = sizes[name] + weight.numel() + classes
+        rows.append(_tuned(Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}), trial, reference, closed))
+    return rows
 
 
 def halve(bench: Bench, methods: Sequence[Method], reference: Trial) -> dict[Method, Trial]:
@@ -219,10 +244,19 @@ def choose(rows: Sequence[Row]) -> Row:
     That is the rule of one standard error of Breiman, Friedman, Olshen and Stone (1984, section 3.4.3). Where the best
     does not gain clearly, by two standard errors and by 0.01, the closed form with the highest predicted accuracy.
     """
-    best = max(rows, key=_gain)
+    tuned = _judged(rows)
+    best = max(tuned, key=_gain)
     if not _gain(best) > max(_WORTH, _CLEAR * (best.gain_error or 0)):
         return max((row for row in rows if row.gain is None), key=lambda row: row.accuracy)
-    return min((row for row in rows if _gain(row) >= _gain(best) - (best.gain_error or 0)), key=lambda row: row.trained)
+    return min(
+        (row for row in tuned if _gain(row) >= _gain(best) - (best.gain_error or 0)), key=lambda row: row.trained
+    )
+
+
+def _judged(rows: Sequence[Row]) -> list[Row]:
+    """Tuned methods that were tried; where none was, those that are judged by the expansion."""
+    tuned = [row for row in rows if row.gain is not None]
+    return [row for row in tuned if row.seconds is not None] or tuned
 
 
 def _gain(row: Row) -> float:
@@ -237,11 +271,11 @@ def verdict(rows: Sequence[Row], chosen: Row, recipe: str) -> str:
         chosen: The suggestion.
         recipe: Options of the optimiser and the epochs that methods were tried with.
     """
-    predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(rows, key=_gain)
+    predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(_judged(rows), key=_gain)
     if chosen.gain is None:
         said = f"no tuning: {chosen.method} ({predicted}); {best.method}, the best tuned, {_against(best)}"
     else:
-        near = [r.method for r in rows if r is not chosen and _gain(r) >= _gain(best) - (best.gain_error or 0)]
+        near = [r.method for r in _judged(rows) if r is not chosen and _gain(r) >= _gain(best) - (best.gain_error or 0)]
         within = f"; within one standard error of the best: {', '.join(near)}" if near else ""
         said = f"suggestion: {chosen.method} ({predicted}), which {_against(chosen)}{within}"
     options = " ".join(f"--model.{name} {shlex.quote(_word(value))}" for name, value in chosen.knobs.items())
@@ -266,43 +300,46 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _closed_rows(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, reference: Trial) -> list[Row]:
+def _closed_rows(
+    penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, skip_fit: Callable[[Tensor], tuple[Head, Tensor]]
+) -> list[Row]:
     """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
 
-    The accuracy of one with skip connections is that of the folds, whose own images had no part in choosing them.
+    Each fold leaves out one image of each class: a class of which alone an image is left out has a smaller share of the
+    others, so that leaving out single images understates the accuracy where there are few.
     """
     labels, classes = bench.labels, bench.num_classes
-    rows = [
-        _closed("nearest mean", "mean", lambda: nearest_mean(penultimate, labels, classes)),
-        _closed("LDA", "lda", lambda: lda(penultimate, labels, classes)),
-        _closed("ridge", "ridge", lambda: ridge(penultimate, labels, classes)),
-    ]
+    least = int(labels.bincount(minlength=classes).min())
+    folds = folds_of(labels, min(max(least, 2), _CLOSED_FOLDS))
+
+    def row(name: str, fit: Callable[[Tensor], tuple[Head, Tensor]], knobs: Mapping[str, Any]) -> Row:
+        trial = closed_trial(fit, labels, folds)
+        accuracy = float(trial.right.double().mean())
+        head, _ = fit(torch.ones_like(labels, dtype=torch.bool))
+        trained, error = head.weight.numel() + head.bias.numel(), standard_error(accuracy, len(labels))
+        seconds = sum(trial.seconds) / len(trial.seconds)
+        return Row(name, accuracy, error, None, None, trained, seconds, {"train": "none", **knobs})
+
+    def of_penultimate(kind: Callable[..., Head], train: Tensor) -> tuple[Head, Tensor]:
+        return kind(penultimate[train], labels[train], classes), penultimate
+
+    kinds: dict[str, tuple[str, Callable[..., Head]]] = {
+        "nearest mean": ("mean", nearest_mean),
+        "LDA": ("lda", lda),
+        "ridge": ("ridge", ridge),
+    }
+    rows = [row(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
     if skips := choose_skips(penultimate, layers, labels, _SKIPS):
-        features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
-        name = f"ridge, skip from {', '.join(skips)}"
-        joins = {"skip_from": skips, "skip_join": "concat"}
-        joined = _closed(name, "ridge", lambda: ridge(features, labels, classes), joins)
-        accuracy = float(reference.right.double().mean())
-        rows.append(replace(joined, accuracy=accuracy, error=standard_error(accuracy, len(labels))))
+        knobs = {"skip_from": skips, "skip_join": "concat", "head_init": "ridge"}
+        rows.append(row(f"ridge, skip from {', '.join(skips)}", skip_fit, knobs))
     return rows
-
-
-def _closed(name: str, kind: str, fit: Callable[[], Head], joins: Mapping[str, Any] | None = None) -> Row:
-    start = time.perf_counter()
-    head = fit()
-    seconds = time.perf_counter() - start
-    accuracy = 1 - float(head.loo_error)
-    error = standard_error(accuracy, len(head.loo_scores))
-    trained = head.weight.numel() + head.bias.numel()
-    knobs = {"train": "none", **(joins or {}), "head_init": kind}
-    return Row(name, accuracy, error, None, None, trained, seconds, knobs)
 
 
 def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:
     (gain, gain_error), (more, more_error) = (trial.gain(reference, name) for name in ("loss", "right"))
     accuracy = min(1.0, max(0.0, closed.accuracy - more))
     error = math.hypot(closed.error, more_error)
-    seconds = sum(trial.seconds) / len(trial.seconds)
+    seconds = sum(trial.seconds) / len(trial.seconds) if trial.seconds else None
     return Row(method.name, accuracy, error, gain, gain_error, trial.trained, seconds, method.knobs)
 
 
@@ -313,5 +350,5 @@ def _cells(row: Row) -> dict[str, str]:
         "predicted %": percent(row.accuracy, row.error),
         "squared error lower by": gain,
         "trained": f"{row.trained:,}",
-        "seconds a fit": f"{row.seconds:.2f}",
+        "seconds a fit": "-" if row.seconds is None else f"{row.seconds:.2f}",
     }

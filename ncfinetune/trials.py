@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from ncfinetune.backbone import Backbone
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.finetune import FineTuner
-from ncfinetune.probes import ridge
+from ncfinetune.probes import Head, ridge
 from ncfinetune.skips import choose_skips
 
 
@@ -61,6 +61,14 @@ class Trial:
         """A trial of nothing yet."""
         return cls(torch.full((samples,), torch.nan), torch.full((samples,), torch.nan))
 
+    @classmethod
+    def left_out(cls, head: Head, labels: Tensor) -> Trial:
+        """What a head's leave-one-out scores make of the images, with the scores' own squared error."""
+        trial = cls.empty(len(labels))
+        scores = head.loo_scores.cpu()
+        trial.add(torch.arange(len(labels)), scores.argmax(1), scores, labels)
+        return trial
+
     def add(self, rows: Tensor, decided: Tensor, probabilities: Tensor, labels: Tensor) -> None:
         """Add what became of a fold's images, at the ``rows`` ``(n,)``: their classes and probabilities ``(n, K)``."""
         targets = F.one_hot(labels, probabilities.shape[1])
@@ -91,27 +99,38 @@ def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
     return folds
 
 
-def closed_trial(
-    penultimate: Tensor, layers: Mapping[str, Tensor], labels: Tensor, num_classes: int, folds: Tensor, most: int
-) -> Trial:
-    """Ridge heads on all folds, each with the skip connections that its own training images choose, ``most`` of them.
+def skip_ridge(
+    penultimate: Tensor, layers: Mapping[str, Tensor], labels: Tensor, num_classes: int, most: int, train: Tensor
+) -> tuple[Head, Tensor]:
+    """A ridge head with the skip connections that its training images choose, and the features it takes, ``(N, d)``.
 
     Args:
         penultimate: ``(N, d)``.
         layers: Features of each block, ``{name: (N, d_l)}``.
         labels: ``(N,)``.
         num_classes: Number of classes ``K``.
-        folds: Which fold each image is in, ``(N,)``.
         most: Skip connections at most.
+        train: Which images to fit to, ``(N,)``.
+    """
+    own = {name: features[train] for name, features in layers.items()}
+    skips = choose_skips(penultimate[train], own, labels[train], most)
+    features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
+    return ridge(features[train], labels[train], num_classes), features
+
+
+def closed_trial(fit: Callable[[Tensor], tuple[Head, Tensor]], labels: Tensor, folds: Tensor) -> Trial:
+    """A closed form on all folds, each decided by the head that was fitted without it.
+
+    Args:
+        fit: Fits a head to images ``(N,)``, and gives it with the features that it takes.
+        labels: ``(N,)``.
+        folds: Which fold each image is in, ``(N,)``.
     """
     trial = Trial.empty(len(labels))
     for fold in range(int(folds.max()) + 1):
         train, rows = folds != fold, (folds == fold).nonzero().squeeze(1)
         start = time.perf_counter()
-        own = {name: features[train] for name, features in layers.items()}
-        skips = choose_skips(penultimate[train], own, labels[train], most)
-        features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
-        head = ridge(features[train], labels[train], num_classes)
+        head, features = fit(train)
         weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
         trial.seconds.append(time.perf_counter() - start)
         # The scores decide: at an infinite temperature, that of scores which say nothing, all probabilities are equal.

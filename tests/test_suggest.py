@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
 from ncfinetune.probes import ridge
 from ncfinetune.suggest import Row, choose, halve, verdict
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of, skip_ridge
 
 SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
 SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
@@ -72,7 +73,7 @@ def test_closed_form_is_fitted_without_the_fold():
     penultimate = torch.randn(30, 4, generator=generator) + labels[:, None]
     layers = {"a": torch.randn(30, 2, generator=generator), "b": torch.eye(3)[labels]}
     folds = folds_of(labels, 3)
-    trial = closed_trial(penultimate, layers, labels, 3, folds, 1)
+    trial = closed_trial(partial(skip_ridge, penultimate, layers, labels, 3, 1), labels, folds)
     for fold in range(3):
         train, rows = folds != fold, folds == fold
         features = torch.cat([penultimate, layers["b"]], 1)
@@ -88,7 +89,7 @@ def test_scores_decide_where_their_temperature_is_infinite():
     labels = torch.arange(12) % 3
     penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
     folds = folds_of(labels, 2)
-    trial = closed_trial(penultimate, {}, labels, 3, folds, 1)
+    trial = closed_trial(partial(skip_ridge, penultimate, {}, labels, 3, 1), labels, folds)
     for fold in range(2):
         train, rows = folds != fold, folds == fold
         head = ridge(penultimate[train], labels[train], 3)
@@ -187,6 +188,7 @@ def test_verdicts_say_what_to_type():
     )
 
 
+@pytest.mark.slow
 def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys):
     out = tmp_path / "suggestion.json"
     words = ["--checkpoint", weights, "--epochs", "2", "--folds", "2", "--blocks", "1", "--full", "true"]
@@ -195,11 +197,29 @@ def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys
     content = json.loads(out.read_text())
     methods = [found["method"] for found in content["rows"]]
     assert methods[:3] == ["nearest mean", "LDA", "ridge"]
-    assert methods[-3:] == ["layer FT layer4.1", "SCL FT layer4.1", "full FT"]
+    expected = {found["method"]: found["gain"] for found in content["rows"] if found["gain"] and not found["seconds"]}
+    assert len(expected) == 7
+    tried = [found["method"] for found in content["rows"] if found["gain"] and found["seconds"]]
+    block = tried[0].removeprefix("layer FT ")
+    assert tried == [f"layer FT {block}", f"SCL FT {block}", "full FT"]
+    assert f"layer FT {block}" not in expected
     assert all(name in shown.out for name in methods)
     assert content["verdict"] in shown.out
     assert content["suggestion"] in methods
     assert all(0 <= found["accuracy"] <= 1 for found in content["rows"])
+
+
+def test_without_trials_the_expansion_decides(weights, tmp_path, capsys):
+    out = tmp_path / "suggestion.json"
+    assert main([*WORDS, "--checkpoint", weights, "--blocks", "0", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    expected = [found for found in content["rows"] if found["gain"] is not None]
+    assert len(expected) == 8
+    assert all(found["seconds"] is None for found in expected)
+    backbone = Backbone(**SMALL)
+    sizes = {f"layer FT {name}": sum(p.numel() for p in backbone.layer(name).parameters()) for name in backbone.layers}
+    assert {found["method"]: found["trained"] - 10 * 11 for found in expected} == sizes
+    assert "fold" not in capsys.readouterr().err
 
 
 class Shuffled(LightningDataModule):

@@ -43,8 +43,8 @@ FIELDS += ("test", "seconds")
 SEARCHES = ("suggest", "exhaustive")
 
 
-def trainer(epochs: int = 1) -> Trainer:
-    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+def trainer(epochs: int = 1, **arguments: Any) -> Trainer:
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **arguments}
     return Trainer(
         max_epochs=epochs, limit_val_batches=0, devices=1, accelerator="cpu", enable_model_summary=False, **quiet
     )
@@ -101,7 +101,7 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     how = (data.batch_size, options.lr, options.epochs, trainer)
     if search == "suggest":
         bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
-        rows = suggest(source, bank, bench, options.blocks, full=options.full)
+        rows = suggest(source, bank, bench, trainer(inference_mode=False), options.blocks, full=options.full)
         seconds, suggested = time.perf_counter() - start, choose(rows)
         return [
             {**known, "method": row.method, "chosen": int(row is suggested), "predicted": row.accuracy}
@@ -214,7 +214,7 @@ def main() -> None:
     tries.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
     tries.add_argument("--epochs", type=int, default=30)
     tries.add_argument("--lr", type=float, default=1e-3)
-    tries.add_argument("--blocks", type=int, default=6)
+    tries.add_argument("--blocks", type=int, default=3)
     tries.add_argument("--full", action="store_true")
     options = parser.parse_args()
     if options.command == "table":
