@@ -22,6 +22,7 @@ from ncfinetune.frozen import average_anew, refuse_averages
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
+from ncfinetune.linearised import choose_block
 from ncfinetune.partly_frozen import PartlyFrozen
 from ncfinetune.passes import evaluation, ready_batches
 from ncfinetune.probes import simplex_etf
@@ -67,6 +68,8 @@ class FineTuner(PartlyFrozen):
         train: ``none``, ``all``, or one or several names or patterns: layers such as ``layer3.1``, ``blocks.1?`` or
             ``*norm*``; a pattern that fits no layer selects parameters, such as ``*.bias`` or ``*.bn*.weight``. If only
             parameters of a layer are trained, the layer stays in eval mode and keeps its batch-norm statistics.
+            ``auto`` chooses at the start of a fit the block whose tuning lowers the leave-one-out error of ridge
+            regression most by the network's first-order expansion, or none; see `linearised.choose_block`.
         skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier. ``auto`` chooses
             at the start of a fit the layers that clearly lower the leave-one-out error of ridge regression; see
             `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.
@@ -182,8 +185,10 @@ class FineTuner(PartlyFrozen):
         return self.head(*self.features(x))
 
     def setup(self, stage: str) -> None:
-        """Choose the layers of ``skip_from="auto"``, and refuse callbacks that average a refitted classifier."""
+        """Choose the layers of ``auto``, and refuse callbacks that average a refitted classifier."""
         super().setup(stage)
+        if self.hparams["train"] == "auto":
+            self._choose_block(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
         if stage == "fit" and self.refit != "none":
@@ -261,13 +266,21 @@ class FineTuner(PartlyFrozen):
             nn.init.zeros_(self.classifier.bias)
         self.head.requires_grad_(self.head_lr_factor > 0)
 
+    def _choose_block(self, stage: str) -> None:
+        """Choose the block to tune by the network's expansion on the training images."""
+        knobs.check_chooses("train", stage)
+        block = self.trainer.strategy.broadcast(choose_block(self.trainer, self, self.backbone, self.num_classes))
+        rank_zero_info(f"train: {block or 'no block, since none is expected to lower the error'}")
+        knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
+        self._tune(block or "none")
+        self._split.tune(self.chosen.places())
+        self.train()
+        self.hparams.update({"train": block or "none"})
+        average_anew(self.trainer, self)
+
     def _choose_skips(self, stage: str) -> None:
         """Choose the layers that lower the closed form's error on the training images, and build the head for them."""
-        if stage != "fit":
-            raise ValueError(
-                'skip_from="auto" chooses layers when a fit starts; load what a fit has saved by '
-                "FineTuner.load_from_checkpoint"
-            )
+        knobs.check_chooses("skip_from", stage)
         join = self.hparams["skip_join"]
         features, layers, labels = layer_features(self.trainer, self, self.backbone)
         start = features if join == "concat" else None

@@ -98,6 +98,19 @@ def _listed(skip_from: Any) -> str:
     return "layers to be chosen" if skip_from == "auto" else ", ".join(listed_skips(skip_from))
 
 
+def check_chooses(option: str, stage: str) -> None:
+    """Refuse to choose layers of ``auto`` in anything but a fit.
+
+    Raises:
+        ValueError: It is no fit.
+    """
+    if stage != "fit":
+        raise ValueError(
+            f'{option}="auto" chooses layers when a fit starts; load what a fit has saved by '
+            "FineTuner.load_from_checkpoint"
+        )
+
+
 def check_decay(train: Any, layer_decay: float | None) -> None:
     """Refuse layer-wise learning rates without trained layers.
 

@@ -51,12 +51,8 @@ class PartlyFrozen(Classifier):
         if checkpoint is not None:
             self.backbone.load(checkpoint)
         self.allow_random = allow_random
-        self.chosen = choose(self.backbone, self.backbone.net, train)
         self._frozen = Frozen()
-        self.backbone.requires_grad_(False)
-        for tensors in self.chosen.tensors(self.backbone.net).values():
-            for tensor in tensors:
-                tensor.requires_grad_(True)
+        self._tune(train)
         check_adapters(train, self.backbone.adapters, self.backbone.net)
 
     def setup(self, stage: str) -> None:
@@ -211,10 +207,18 @@ class PartlyFrozen(Classifier):
         with eval_mode(self):
             return delta.save_for_timm(path, self.backbone, classifier, data)
 
+    def _tune(self, train: str | list[str]) -> None:
+        """Freeze the backbone but for what ``train`` names; ``auto`` names nothing yet."""
+        self.chosen = choose(self.backbone, self.backbone.net, "none" if train == "auto" else train)
+        self.backbone.requires_grad_(False)
+        for tensors in self.chosen.tensors(self.backbone.net).values():
+            for tensor in tensors:
+                tensor.requires_grad_(True)
+
     def tunes_the_same(self, train: str | list[str]) -> bool:
         """Whether ``train`` names the layers and parameters that this model tunes."""
         net = self.backbone.net
-        return choose(self.backbone, net, train).paths(self, net) == self.chosen.paths(self, net)
+        return train != "auto" and choose(self.backbone, net, train).paths(self, net) == self.chosen.paths(self, net)
 
     def _tuned_and_frozen(self, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tuned and the frozen tensors of the state."""

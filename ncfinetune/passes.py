@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -37,6 +38,8 @@ from ncfinetune.samples import known_labels, spread
 _OF_TORCH = frozenset(vars(nn.Module()))
 # Marks the end of a loader's iterator, since a batch may be any object.
 _END = object()
+# Images that suffice to tell layers apart; the cost of a choice grows with their third power.
+_CHOOSING = 2000
 
 
 @contextmanager
@@ -134,6 +137,29 @@ def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
             "fit with a datamodule that has a train_plain_dataloader()"
         )
     return in_order(offered())
+
+
+def rows_to_choose_by(trainer: Trainer, module: LightningModule, option: str) -> Iterable[Any]:
+    """Training images without augmentation, to choose layers by in ``setup``; 2,000 of them, evenly spread, if more.
+
+    The module is moved to the strategy's device, which the strategy does after ``setup`` only.
+
+    Args:
+        trainer: The trainer.
+        module: What the images go through.
+        option: The option that chooses, for the error.
+
+    Raises:
+        ValueError: The trainer has no datamodule with a ``train_plain_dataloader``, or a strategy that trains in forked
+            or spawned processes, which return weights only.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{option} needs a strategy such as ddp, since strategies that fork or spawn processes return only "
+            "weights and not the chosen layers; or name the layers that a fit in one process chooses"
+        )
+    trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
+    return evenly(plain_loader(trainer, option), _CHOOSING)
 
 
 def _offered(trainer: Trainer) -> Any:

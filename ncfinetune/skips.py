@@ -9,19 +9,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.passes import evaluation, evenly, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
 from ncfinetune.probes import ridge
 
 # Standard errors by which a layer has to lower the leave-one-out error: the best of about 20 useless layers reaches two
 # by chance.
 _CLEAR = 2.0
-# Images that suffice to tell layers apart; the cost of the choice grows with their third power.
-_CHOOSING = 2000
 
 
 def choose_skips(start: Tensor | None, layers: Mapping[str, Tensor], labels: Tensor, most: int = 1) -> list[str]:
@@ -78,24 +75,13 @@ def layer_features(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Penultimate features ``(N, d)``, features ``(N, d_l)`` of each block and labels ``(N,)`` of training images.
 
-    The images are not augmented; of more than 2,000 images, 2,000 are taken, evenly spread. For `setup`, in which the
-    strategy has not moved the module yet.
-
     Raises:
-        ValueError: The trainer has no datamodule with a ``train_plain_dataloader``, or a strategy that trains in forked
-            or spawned processes, which return weights only.
+        ValueError: As `passes.rows_to_choose_by`.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError(
-            'skip_from="auto" needs a strategy such as ddp, since strategies that fork or spawn processes return only '
-            "weights and not the chosen layers; or name the layers that a fit in one process chooses"
-        )
-    trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
-    rows = plain_loader(trainer, 'skip_from="auto"')
+    rows = rows_to_choose_by(trainer, module, 'skip_from="auto"')
     names = [*backbone.layers, PENULTIMATE]
     with evaluation(trainer, module):
-        batches = ready_batches(trainer, evenly(rows, _CHOOSING))
-        parts = [(backbone.stages(images, names), labels) for images, labels in batches]
+        parts = [(backbone.stages(images, names), labels) for images, labels in ready_batches(trainer, rows)]
     features = {name: torch.cat([stages[name] for stages, _ in parts]) for name in names}
     return features.pop(PENULTIMATE), features, torch.cat([labels for _, labels in parts])
 

@@ -49,11 +49,15 @@ class Split:
                 "this Backbone already serves another FineTuner with a skip connection; build another Backbone"
             )
         self.backbone = backbone
-        self._tuned = tuple(tuned)
+        self.tune(tuned)
         self._gradient = gradient
         self._caught: dict[nn.Module, Tensor] = {}
         self._tail: Tail | None = None
         self.skip_from(skips)
+
+    def tune(self, tuned: Iterable[str]) -> None:
+        """Take these layers as the tuned ones; the network must not be cut."""
+        self._tuned = tuple(tuned)
 
     def skip_from(self, skips: Sequence[str]) -> None:
         """Add skip connections from these layers; there must be none yet."""

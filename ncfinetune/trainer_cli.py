@@ -106,10 +106,12 @@ def _run(words: list[str]) -> int | None:
 
 
 def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Replace ``skip_from="auto"`` by the layers that the run has chosen."""
-    chosen = checkpoint.get("hyper_parameters", {}).get("skip_from")
-    if model.init_args.get("skip_from") == "auto" and chosen is not None:
-        model.init_args.skip_from, model.init_args.max_skips = chosen, 1
+    """Replace ``auto`` by the layers that the run has chosen."""
+    chosen = checkpoint.get("hyper_parameters", {})
+    if model.init_args.get("train") == "auto":
+        model.init_args.train = chosen.get("train", "auto")
+    if model.init_args.get("skip_from") == "auto" and chosen.get("skip_from") is not None:
+        model.init_args.skip_from, model.init_args.max_skips = chosen["skip_from"], 1
 
 
 def _launched() -> dict[str, int]:

@@ -148,16 +148,18 @@ def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_pa
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_layers_that_a_run_has_chosen_are_those_of_its_checkpoint(tmp_path: Path) -> None:
     chooses = ["--model.skip_from", "auto", "--model.skip_join", "only", "--model.max_skips", "2"]
+    chooses += ["--model.train", "auto"]
     run = _fit(tmp_path, "a", "--model", "FineTuner", *RANDOM, *PIECES[2:], *chooses)
     checkpoint = next((run / "checkpoints").glob("*.ckpt"))
-    chosen = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["skip_from"]
+    chosen = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
     for command in ("test", "predict"):
         assert main([command, *trained]) is None
         told = yaml.safe_load((run / f"config_{command}.yaml").read_text())["model"]["init_args"]
-        assert (told["skip_from"], told["max_skips"]) == (chosen, 1)
+        assert (told["train"], told["skip_from"], told["max_skips"]) == (chosen["train"], chosen["skip_from"], 1)
     assert main(["fit", *trained, "--trainer.max_epochs", "2"]) is None
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["skip_from"] == "auto"
+    kept = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    assert kept["train"] == kept["skip_from"] == "auto"
 
 
 def test_a_run_of_no_epoch_leaves_its_configuration_too(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from tiny import SMALL, trainer_in
+from tiny import SMALL, plain_sgd, trainer_in
 
-from ncfinetune import Backbone
-from ncfinetune.linearised import gradient_features, linearised
+from ncfinetune import Backbone, FineTuner
+from ncfinetune import linearised as module
+from ncfinetune.datamodules import Digits
+from ncfinetune.linearised import block_to_tune, gradient_features, linearised
 from ncfinetune.probes import ridge
 
 LAYERS = ["layer1.0", "layer4.1"]
@@ -82,3 +84,85 @@ def test_gradients_that_do_not_vary_change_nothing():
     features = torch.randn(12, 20, generator=generator) + labels[:, None]
     found = linearised(features, torch.full((12, 5), 3.0), labels, 3)
     assert torch.allclose(found.loo_scores, ridge(features, labels, 3).loo_scores, atol=1e-9)
+
+
+def test_block_with_the_least_error_is_tuned_or_none():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    features, noise = torch.randn(30, 4, generator=generator) + labels[:, None], torch.zeros(30, 3)
+    useful, better = torch.eye(3)[labels] + torch.randn(30, 3, generator=generator) / 2, torch.eye(3)[labels]
+    assert block_to_tune(features, {"a": noise, "b": better, "c": useful}, labels, 3) == "b"
+    worse = torch.randn(30, 3, generator=generator)
+    alone = ridge(features, labels, 3).curve.loss.min()
+    assert linearised(features, worse, labels, 3).curve.loss.min() > alone
+    assert block_to_tune(features, {"a": worse}, labels, 3) is None
+    assert block_to_tune(features, {}, labels, 3) is None
+
+
+def automatic(**knobs):
+    torch.manual_seed(0)
+    options = {"train": "auto", "allow_random": True, "optimizer": plain_sgd, **knobs}
+    return FineTuner(3, Backbone(**{**SMALL, "zero_init_last": False}), **options)
+
+
+def digits():
+    return Digits([0, 1, 2], shots=8, batch_size=8, augmentation="plain")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"head_init": "ridge", "cache": "memory", "layer_decay": 0.5},
+        pytest.param({"skip_from": "auto", "skip_join": "concat"}, marks=pytest.mark.slow),
+    ],
+)
+def test_fit_tunes_the_block_that_the_expansion_names(knobs, tmp_path, caplog):
+    model, data, fresh = automatic(**knobs), digits(), automatic(**knobs).eval()
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
+    with caplog.at_level("INFO"):
+        trainer.fit(model, data)
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_plain_dataloader()]
+    images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    with torch.no_grad():
+        features = fresh.backbone(images)
+    weight, layers = ridge(features, labels, 3).weight, list(fresh.backbone.layers)
+    passes = trainer_in(tmp_path, inference_mode=False)
+    gradients = gradient_features(passes, fresh.backbone, images, weight, layers)
+    expected = block_to_tune(features, gradients, labels, 3)
+    assert expected is not None
+    assert model.hparams["train"] == expected
+    assert f"train: {expected}" in caplog.text
+    trained = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.backbone.named_parameters() if name.startswith(f"net.{expected}.")}
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    before, after = fresh.state_dict(), model.state_dict()
+    moved = {name for name in before if name.startswith("backbone") and not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith(f"backbone.net.{expected}.") for name in moved)
+
+    path = trainer.checkpoint_callback.best_model_path
+    again = FineTuner.load_from_checkpoint(path).eval()
+    assert torch.equal(again(images), model.eval()(images))
+    resumed = automatic(**knobs)
+    trainer_in(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=path)
+    assert resumed.hparams["train"] == expected
+
+
+def test_without_an_expected_gain_no_block_is_tuned(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module, "block_to_tune", lambda *arguments: None)
+    model = automatic()
+    with caplog.at_level("INFO"):
+        trainer_in(tmp_path).fit(model, digits())
+    assert "train: no block, since none is expected to lower the error" in caplog.text
+    assert model.hparams["train"] == "none"
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    with pytest.raises(ValueError, match="head_lr_factor=0 nothing would be trained"):
+        trainer_in(tmp_path).fit(automatic(head_lr_factor=0, head_init="ridge"), digits())
+
+
+def test_nothing_but_a_fit_chooses_a_block(tmp_path):
+    with pytest.raises(ValueError, match='train="auto" chooses layers when a fit starts; load what a fit has saved'):
+        trainer_in(tmp_path).test(automatic(), digits(), verbose=False)
