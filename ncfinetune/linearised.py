@@ -3,9 +3,10 @@
 To first order, moving a layer's parameters by ``delta`` changes the scores of an image by their gradient times
 ``delta``: a linear model, whose features are gradients (Mu, Liang, Li 2020, "Gradients as features for deep
 representation learning"; Maddox et al. 2021, "Fast adaptation with linearized neural networks"). Ridge regression on
-them has exact leave-one-out scores, so that no fit of the network is needed to compare its layers.
+them has exact scores of images left out, so that no fit of the network is needed to compare its layers.
 
-Legend: ``N`` images, ``K`` classes, ``d`` width of the penultimate features, ``m`` width of a sketch.
+Legend: ``N`` images, ``K`` classes, ``d`` width of the penultimate features, ``m`` width of a sketch, ``R`` ways of
+folding the images.
 """
 
 from __future__ import annotations
@@ -21,49 +22,49 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
-from ncfinetune.probes import Head, ridge
+from ncfinetune.probes import ridge_left_out
+from ncfinetune.samples import balanced_folds
 
 # Variance of the gradients over that of the features. The strength of ridge regression shrinks both.
 _SHARES = (0.1, 1.0, 10.0)
 # Images that are on the device together.
 _BATCH = 32
-# Of 2 draws and 4,096 places the products' error is a few percent, which ranks blocks as the exact products do.
-_DRAWS, _WIDTH = 2, 4096
+# Of 4 draws and 4,096 places the products' error is a few percent, less than what tells blocks apart.
+_DRAWS, _WIDTH = 4, 4096
 
 
 def gradient_features(
     trainer: Trainer,
     backbone: Backbone,
     images: Tensor,
-    weight: Tensor,
     layers: Sequence[str],
     draws: int = _DRAWS,
     width: int = _WIDTH,
 ) -> dict[str, Tensor]:
-    """Sketched gradients of the scores in each layer's parameters, ``{layer: (N, m)}``, on the CPU.
+    """Sketched gradients of the penultimate features in each layer's parameters, ``{layer: (N, m)}``, on the CPU.
 
-    Inner products of two rows estimate those of the two images' gradients, summed over the classes, without bias: the
-    scores are summed with random signs, ``draws`` times (Hutchinson 1990), and the entries of each gradient are added
+    Inner products of two rows estimate those of the two images' gradients, summed over the features, without bias: the
+    features are summed with random signs, ``draws`` times (Hutchinson 1990), and the entries of each gradient are added
     with random signs into ``width`` places (Charikar, Chen, Farach-Colton 2002, "Finding frequent items in data
-    streams"). All layers share one backward pass of an image and a draw.
+    streams"). All layers share one backward pass of an image and a draw. Labels have no part in it: gradients of the
+    scores of a classifier that was fitted to the images would tell the labels of those left out.
 
     Args:
         trainer: Gives device and precision; its ``inference_mode`` is off.
         backbone: The network; its weights and what of them is frozen stay as they are.
         images: ``(N, C, H, W)``.
-        weight: Weight of a linear classifier of the penultimate features, ``(K, d)``.
         layers: Names of layers with parameters.
-        draws: Sums of the scores.
+        draws: Sums of the features.
         width: Places of a sketch, ``m``.
     """
     loader = DataLoader(TensorDataset(images), batch_size=_BATCH)
     with require_gradients(backbone, layers):
-        parts: Any = trainer.predict(_Pass(GradientSketch(backbone, weight, layers, draws, width)), loader)
+        parts: Any = trainer.predict(_Pass(GradientSketch(backbone, layers, draws, width)), loader)
     return dict(zip(layers, torch.cat(parts).unbind(1), strict=True))
 
 
 def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> str | None:
-    """The layer whose tuning lowers the leave-one-out squared error most, to first order; None if none lowers it.
+    """The layer whose tuning lowers the squared error of images left out most, to first order; None if none lowers it.
 
     Args:
         features: ``(N, d)``.
@@ -74,9 +75,11 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     Raises:
         ValueError: As `ncfinetune.probes.ridge`.
     """
-    losses = {name: _loss(linearised(features, rows, labels, num_classes)) for name, rows in gradients.items()}
-    best = min(losses, key=losses.__getitem__, default=None)
-    return best if best is not None and losses[best] < _loss(ridge(features, labels, num_classes)) else None
+    data = labels, num_classes, balanced_folds(labels)
+    errors = {name: squared_error(linearised(features, rows, *data), labels) for name, rows in gradients.items()}
+    best = min(errors, key=errors.__getitem__, default=None)
+    least = squared_error(ridge_left_out(features, *data), labels)
+    return best if best is not None and errors[best] < least else None
 
 
 def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int) -> str | None:
@@ -90,8 +93,7 @@ def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, 
     with evaluation(trainer, module), require_gradients(backbone, blocks):
         parts = [(backbone(images), labels) for images, labels in ready_batches(trainer, rows)]
         features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        weight = ridge(features, labels, num_classes).weight
-        sketch = GradientSketch(backbone, weight, blocks).to(features.device)
+        sketch = GradientSketch(backbone, blocks).to(features.device)
         sketches = torch.cat([sketch(images) for images, _ in ready_batches(trainer, rows)])
     return block_to_tune(features, dict(zip(blocks, sketches.unbind(1), strict=True)), labels, num_classes)
 
@@ -110,23 +112,25 @@ def require_gradients(backbone: Backbone, layers: Sequence[str]) -> Iterator[Non
             parameter.requires_grad_(flag)
 
 
-def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes: int) -> Head:
-    """Ridge regression on penultimate features and a layer's gradients, with the least leave-one-out squared error.
+def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes: int, folds: Tensor) -> Tensor:
+    """Scores of images left out, ``(R, N, K)``, by ridge regression on penultimate features and a layer's gradients.
 
-    Both are scaled to a mean variance of one first; how much the gradients weigh is chosen among 0.1, 1 and 10.
+    Both are scaled to a mean variance of one first; how much the gradients weigh is chosen among 0.1, 1 and 10 by the
+    squared error of the scores.
 
     Args:
         features: ``(N, d)``.
         gradients: From `gradient_features`, ``(N, m)``.
         labels: ``(N,)``.
         num_classes: Number of classes ``K``.
+        folds: Which images are left out together, in ``R`` ways, ``(R, N)``; see `samples.balanced_folds`.
 
     Raises:
         ValueError: As `ncfinetune.probes.ridge`.
     """
     one, other = _scaled(features), _scaled(gradients)
-    heads = [ridge(torch.cat([one, share**0.5 * other], 1), labels, num_classes) for share in _SHARES]
-    return min(heads, key=_loss)
+    mixed = (torch.cat([one, share**0.5 * other], 1) for share in _SHARES)
+    return min((ridge_left_out(x, labels, num_classes, folds) for x in mixed), key=lambda s: squared_error(s, labels))
 
 
 def _scaled(features: Tensor) -> Tensor:
@@ -137,9 +141,10 @@ def _scaled(features: Tensor) -> Tensor:
     return features / length if length > 0 else features
 
 
-def _loss(head: Head) -> float:
-    assert head.curve is not None
-    return float(head.curve.loss.min())
+def squared_error(scores: Tensor, labels: Tensor) -> float:
+    """Mean squared error of scores ``(R, N, K)``, summed over classes."""
+    targets = torch.nn.functional.one_hot(labels, scores.shape[-1])
+    return float((scores - targets).square().sum(-1).mean())
 
 
 class _Pass(LightningModule):
@@ -156,25 +161,21 @@ class GradientSketch(nn.Module):
 
     Args:
         backbone: The network, in eval mode.
-        weight: ``(K, d)``.
         layers: Names of layers with parameters.
-        draws: Sums of the scores.
+        draws: Sums of the features.
         width: Places of a sketch, ``m``.
     """
 
     directions: Tensor
     hashes: Any
 
-    def __init__(
-        self, backbone: Backbone, weight: Tensor, layers: Sequence[str], draws: int = _DRAWS, width: int = _WIDTH
-    ) -> None:
+    def __init__(self, backbone: Backbone, layers: Sequence[str], draws: int = _DRAWS, width: int = _WIDTH) -> None:
         super().__init__()
         self.backbone, self.width = backbone, width
         self.parts = [list(backbone.layer(layer).parameters()) for layer in layers]
         generator = torch.Generator().manual_seed(0)
-        signs = _signs(draws, weight.shape[0], generator=generator)
         # Buffers move to the device with the module.
-        self.register_buffer("directions", (signs @ weight.cpu().float()) / draws**0.5)
+        self.register_buffer("directions", _signs(draws, backbone.dim, generator=generator) / draws**0.5)
         sizes = [sum(parameter.numel() for parameter in part) for part in self.parts]
         self.hashes = nn.ModuleList(
             nn.ModuleList(_Hash(size, width, generator) for size in sizes) for _ in range(draws)

@@ -139,6 +139,42 @@ def ridge(
     return Head(weight, fit.share - weight @ fit.mean, loo_scores, curve.error[best], strengths[best], curve)
 
 
+def ridge_left_out(features: Tensor, labels: Tensor, num_classes: int, folds: Tensor) -> Tensor:
+    """Scores of each sample by the `ridge` head that is fitted without the sample's fold, ``(R, N, K)``.
+
+    The strength is the one that leave-one-out error chooses on all samples. With the hat matrix ``H`` of the fit, which
+    counts the bias, and the residuals ``e``, the scores of a fold ``F`` without it are ``Y_F - (I - H_FF)^-1 e_F``.
+
+        >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
+        >>> alone = ridge_left_out(features, labels, 4, torch.arange(12)[None])
+        >>> torch.allclose(alone[0], ridge(features, labels, 4).loo_scores)
+        True
+
+    Args:
+        features: ``(N, d)``.
+        labels: ``(N,)``.
+        num_classes: Number of classes ``K``.
+        folds: Which fold each sample is in, in ``R`` ways, ``(R, N)``; two folds at least.
+
+    Raises:
+        ValueError: As `ridge`.
+    """
+    fit = _checked(features, labels, num_classes, None, None)
+    spectrum = dual_form(fit) if len(features) <= features.shape[1] else primal(fit)
+    strengths = _default_lams(fit, spectrum)
+    lam = strengths[ridge_curve(fit, spectrum, strengths)[0].loss.argmin()]
+    residuals = spectrum.residuals(fit, spectrum.weight(fit, lam), lam)
+    rows, inverse = spectrum.rows(fit, slice(None)), 1 / (spectrum.values + lam)
+    hat = (rows * (spectrum.values * inverse if spectrum.dual else inverse)) @ rows.T + 1 / len(labels)
+    scores = fit.targets().expand(len(folds), -1, -1).clone()
+    for way, fold_of in zip(scores, folds.to(labels.device), strict=True):
+        for fold in fold_of.unique():
+            members = (fold_of == fold).nonzero().squeeze(1)
+            own = torch.eye(len(members), dtype=hat.dtype, device=hat.device) - hat[members][:, members]
+            way[members] -= torch.linalg.solve(own, residuals[members])
+    return scores
+
+
 def lda(
     features: Tensor,
     labels: Tensor,

@@ -26,19 +26,19 @@ from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.linearised import gradient_features, linearised
-from ncfinetune.probes import Head, lda, nearest_mean, ridge
+from ncfinetune.probes import Head, lda, nearest_mean, ridge, ridge_left_out
+from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of, skip_ridge
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
 
 # Standard errors, and squared error, by which tuning has to gain: the best of some candidates that do nothing comes to
 # more than one standard error, and 0.01 is about half a point of accuracy.
 _CLEAR, _WORTH = 2.0, 0.01
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
-# Skip connections of a closed form at most, folds that a closed form is judged by at most, and images a step where the
-# datamodule does not say.
-_SKIPS, _CLOSED_FOLDS, _BATCH = 3, 10, 32
+# Skip connections of a closed form at most, and images a step where the datamodule does not say.
+_SKIPS, _BATCH = 3, 32
 _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
 
@@ -180,7 +180,7 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
     penultimate = layers.pop(PENULTIMATE)
     skip_fit = partial(skip_ridge, penultimate, layers, bench.labels, bench.num_classes, _SKIPS)
     closed = _closed_rows(penultimate, layers, bench, skip_fit)
-    expected = _expected(trainer, penultimate, list(layers), bench, skip_fit, closed[-1])
+    expected = _expected(trainer, penultimate, layers, bench, closed[-1])
     reference = closed_trial(skip_fit, bench.labels, bench.folds)
     best = sorted(expected, key=lambda row: -_gain(row))[:blocks]
     trials = halve(bench, [Method(row.method, row.knobs) for row in best], reference)
@@ -196,24 +196,20 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
 
 
 def _expected(
-    trainer: Trainer,
-    penultimate: Tensor,
-    blocks: Sequence[str],
-    bench: Bench,
-    skip_fit: Callable[[Tensor], tuple[Head, Tensor]],
-    closed: Row,
+    trainer: Trainer, penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, closed: Row
 ) -> list[Row]:
     """What layer FT of each block with parameters could gain over the closed form, by the network's expansion."""
     labels, classes, backbone = bench.labels, bench.num_classes, bench.backbone
-    sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in blocks}
-    blocks = [name for name in blocks if sizes[name]]
-    weight = ridge(penultimate, labels, classes).weight
-    gradients = gradient_features(trainer, backbone, bench.images, weight, blocks)
-    reference = Trial.left_out(skip_fit(torch.ones_like(labels, dtype=torch.bool))[0], labels)
+    sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in layers}
+    blocks = [name for name in layers if sizes[name]]
+    gradients = gradient_features(trainer, backbone, bench.images, blocks)
+    data = labels, classes, balanced_folds(labels)
+    joined = torch.cat([penultimate, *(layers[name] for name in closed.knobs.get("skip_from", []))], 1)
+    reference = Trial.left_out(ridge_left_out(joined, *data), labels)
     rows = []
     for name in blocks:
-        trial = Trial.left_out(linearised(penultimate, gradients.pop(name), labels, classes), labels)
-        trial.trained = sizes[name] + weight.numel() + classes
+        trial = Trial.left_out(linearised(penultimate, gradients.pop(name), *data), labels)
+        trial.trained = sizes[name] + classes * (penultimate.shape[1] + 1)
         rows.append(_tuned(Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}), trial, reference, closed))
     return rows
 
@@ -305,15 +301,13 @@ def _closed_rows(
 ) -> list[Row]:
     """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
 
-    Each fold leaves out one image of each class: a class of which alone an image is left out has a smaller share of the
-    others, so that leaving out single images understates the accuracy where there are few.
+    They are judged on the folds of `samples.balanced_folds`.
     """
     labels, classes = bench.labels, bench.num_classes
-    least = int(labels.bincount(minlength=classes).min())
-    folds = folds_of(labels, min(max(least, 2), _CLOSED_FOLDS))
+    folds = balanced_folds(labels)
 
     def row(name: str, fit: Callable[[Tensor], tuple[Head, Tensor]], knobs: Mapping[str, Any]) -> Row:
-        trial = closed_trial(fit, labels, folds)
+        trial = Trial.mean([closed_trial(fit, labels, way) for way in folds])
         accuracy = float(trial.right.double().mean())
         head, _ = fit(torch.ones_like(labels, dtype=torch.bool))
         trained, error = head.weight.numel() + head.bias.numel(), standard_error(accuracy, len(labels))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,18 @@ class Trial:
         return cls(torch.full((samples,), torch.nan), torch.full((samples,), torch.nan))
 
     @classmethod
-    def left_out(cls, head: Head, labels: Tensor) -> Trial:
-        """What a head's leave-one-out scores make of the images, with the scores' own squared error."""
-        trial = cls.empty(len(labels))
-        scores = head.loo_scores.cpu()
-        trial.add(torch.arange(len(labels)), scores.argmax(1), scores, labels)
-        return trial
+    def mean(cls, trials: Sequence[Trial]) -> Trial:
+        """The mean of trials on the same folds in several ways."""
+        right, loss = (torch.stack([getattr(trial, name) for trial in trials]).mean(0) for name in ("right", "loss"))
+        return cls(right, loss, [second for trial in trials for second in trial.seconds], trials[0].trained)
+
+    @classmethod
+    def left_out(cls, scores: Tensor, labels: Tensor) -> Trial:
+        """What scores of images left out, ``(R, N, K)``, make of them, with the scores' own squared error."""
+        trials = [cls.empty(len(labels)) for _ in scores]
+        for trial, way in zip(trials, scores.cpu(), strict=True):
+            trial.add(torch.arange(len(labels)), way.argmax(1), way, labels)
+        return cls.mean(trials)
 
     def add(self, rows: Tensor, decided: Tensor, probabilities: Tensor, labels: Tensor) -> None:
         """Add what became of a fold's images, at the ``rows`` ``(n,)``: their classes and probabilities ``(n, K)``."""
@@ -80,23 +86,6 @@ class Trial:
         paired = getattr(other, name) - getattr(self, name)
         paired = paired[~paired.isnan()].double()
         return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
-
-
-def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
-    """Which of so many folds each image is in, ``(N,)``: each class is spread over all of them.
-
-    Raises:
-        ValueError: No class has two images, so that nothing could be decided of any left out; more folds than images.
-    """
-    if int(torch.unique(labels, return_counts=True)[1].max()) < 2:
-        raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
-    if number > len(labels):
-        raise ValueError(f"expected no more folds than there are images, got {number} for {len(labels)}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    folds = torch.empty_like(labels)
-    folds[order] = torch.arange(len(labels)) % number
-    return folds
 
 
 def skip_ridge(

@@ -7,8 +7,9 @@ from tiny import SMALL, plain_sgd, trainer_in
 from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
-from ncfinetune.linearised import block_to_tune, gradient_features, linearised
-from ncfinetune.probes import ridge
+from ncfinetune.linearised import block_to_tune, gradient_features, linearised, squared_error
+from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.samples import balanced_folds
 
 LAYERS = ["layer1.0", "layer4.1"]
 
@@ -38,23 +39,24 @@ def products(rows):
 
 
 def test_inner_products_are_those_of_the_gradients(backbone, tmp_path):
-    images, weight = images_of(5), torch.randn(1, backbone.dim, generator=torch.Generator().manual_seed(1))
-    trainer = trainer_in(tmp_path, inference_mode=False)
-    # Of one class the sign is squared; with far more places than parameters next to no two entries share a place.
-    sketched = gradient_features(trainer, backbone, images, weight, LAYERS, draws=1, width=2**22)
-    expected = gradients_of(backbone, images, lambda features: weight[0] @ features)
+    images, trainer = images_of(5), trainer_in(tmp_path, inference_mode=False)
+    # With far more places than parameters next to no two entries share a place.
+    sketched = gradient_features(trainer, backbone, images, LAYERS, draws=1, width=2**22)
+    signs = module.GradientSketch(backbone, LAYERS, draws=1, width=1).directions[0]
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    expected = gradients_of(backbone, images, lambda features: signs @ features)
     for layer in LAYERS:
         assert torch.allclose(products(sketched[layer]), products(expected[layer]), rtol=2e-3, atol=0)
 
 
 def test_draws_and_sketches_have_no_bias(backbone, tmp_path):
-    images, weight = images_of(3), torch.randn(3, backbone.dim, generator=torch.Generator().manual_seed(1))
-    trainer = trainer_in(tmp_path, inference_mode=False)
-    sketched = gradient_features(trainer, backbone, images, weight, LAYERS, draws=64, width=2**13)
-    by_class = [gradients_of(backbone, images, lambda features, row=row: row @ features) for row in weight]
+    images, trainer = images_of(3), trainer_in(tmp_path, inference_mode=False)
+    sketched = gradient_features(trainer, backbone, images, LAYERS, draws=64, width=2**13)
+    places = range(backbone.dim)
+    by_feature = [gradients_of(backbone, images, lambda features, place=place: features[place]) for place in places]
     for layer in LAYERS:
-        expected = sum(products(rows[layer]) for rows in by_class)
-        # The relative standard deviation of 64 draws of three classes is 0.14 at most, that of the sketch 0.01.
+        expected = sum(products(rows[layer]) for rows in by_feature)
+        # The relative standard deviation of 64 draws is sqrt(2 / 64) = 0.18 at most, that of the sketch 0.01.
         assert (products(sketched[layer]) - expected).norm() < 0.3 * expected.norm()
 
 
@@ -63,7 +65,7 @@ def test_network_is_left_as_it_was(backbone, tmp_path):
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     flags = [parameter.requires_grad for parameter in backbone.parameters()]
     trainer = trainer_in(tmp_path, inference_mode=False)
-    gradient_features(trainer, backbone, images_of(2), torch.ones(2, backbone.dim), LAYERS, width=8)
+    gradient_features(trainer, backbone, images_of(2), LAYERS, width=8)
     assert [parameter.requires_grad for parameter in backbone.parameters()] == flags
     assert all(parameter.grad is None for parameter in backbone.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
@@ -74,7 +76,8 @@ def test_gradients_that_tell_the_classes_apart_lower_the_error():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 3
     features, gradients = torch.randn(30, 4, generator=generator), 1e3 * torch.eye(3)[labels] + 7.0
-    assert linearised(features, gradients, labels, 3).loo_error == 0
+    scores = linearised(features, gradients, labels, 3, balanced_folds(labels))
+    assert torch.equal(scores.argmax(2), labels.expand(len(scores), -1))
     assert ridge(features, labels, 3).loo_error > 0.3
 
 
@@ -82,8 +85,9 @@ def test_gradients_that_do_not_vary_change_nothing():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % 3
     features = torch.randn(12, 20, generator=generator) + labels[:, None]
-    found = linearised(features, torch.full((12, 5), 3.0), labels, 3)
-    assert torch.allclose(found.loo_scores, ridge(features, labels, 3).loo_scores, atol=1e-9)
+    alone = torch.arange(12)[None]
+    found = linearised(features, torch.full((12, 5), 3.0), labels, 3, alone)
+    assert torch.allclose(found[0], ridge(features, labels, 3).loo_scores, atol=1e-9)
 
 
 def test_block_with_the_least_error_is_tuned_or_none():
@@ -93,8 +97,9 @@ def test_block_with_the_least_error_is_tuned_or_none():
     useful, better = torch.eye(3)[labels] + torch.randn(30, 3, generator=generator) / 2, torch.eye(3)[labels]
     assert block_to_tune(features, {"a": noise, "b": better, "c": useful}, labels, 3) == "b"
     worse = torch.randn(30, 3, generator=generator)
-    alone = ridge(features, labels, 3).curve.loss.min()
-    assert linearised(features, worse, labels, 3).curve.loss.min() > alone
+    folds = balanced_folds(labels)
+    alone = squared_error(ridge_left_out(features, labels, 3, folds), labels)
+    assert squared_error(linearised(features, worse, labels, 3, folds), labels) > alone
     assert block_to_tune(features, {"a": worse}, labels, 3) is None
     assert block_to_tune(features, {}, labels, 3) is None
 
@@ -127,9 +132,9 @@ def test_fit_tunes_the_block_that_the_expansion_names(knobs, tmp_path, caplog):
     images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     with torch.no_grad():
         features = fresh.backbone(images)
-    weight, layers = ridge(features, labels, 3).weight, list(fresh.backbone.layers)
+    layers = list(fresh.backbone.layers)
     passes = trainer_in(tmp_path, inference_mode=False)
-    gradients = gradient_features(passes, fresh.backbone, images, weight, layers)
+    gradients = gradient_features(passes, fresh.backbone, images, layers)
     expected = block_to_tune(features, gradients, labels, 3)
     assert expected is not None
     assert model.hparams["train"] == expected

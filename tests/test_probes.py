@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ncfinetune import calibration, closed_forms, folds
-from ncfinetune.probes import Head, lda, nearest_mean, ridge, simplex_etf
+from ncfinetune.probes import Head, lda, nearest_mean, ridge, ridge_left_out, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
 # N, d, K: more samples than features, fewer, as many, two a class, two classes.
@@ -53,6 +53,18 @@ def test_leave_one_out_scores_are_those_of_refits(name: str, shape: tuple[int, i
     wrong = (head.loo_scores.argmax(1) != labels).double()
     weight = weights["sample_weight"] * (1 + labels) if weighted else torch.ones_like(wrong)
     torch.testing.assert_close(head.loo_error, (weight * wrong).sum() / weight.sum())
+
+
+@pytest.mark.parametrize("dim", [5, 60])
+def test_scores_without_a_fold_are_those_of_refits(dim: int) -> None:
+    features, labels = _data(40, dim, 4)
+    ways = torch.stack([torch.arange(40) % 3, torch.arange(40) // 10])
+    scores, lam = ridge_left_out(features, labels, 4, ways), ridge(features, labels, 4).lam
+    assert lam is not None
+    for way, found in zip(ways, scores, strict=True):
+        for fold in way.unique():
+            refitted = ridge(features[way != fold], labels[way != fold], 4, lams=[lam.item()])
+            torch.testing.assert_close(found[way == fold], refitted.scores(features[way == fold]))
 
 
 @pytest.mark.parametrize("name", ["ridge", "lda"])

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from ncfinetune import Backbone
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
-from ncfinetune.probes import ridge
+from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.suggest import Row, choose, halve, verdict
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, folds_of, skip_ridge
+from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
 
 SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
 SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
@@ -56,6 +57,27 @@ def test_folds_spread_each_class():
 def test_one_image_of_each_class_has_no_folds():
     with pytest.raises(ValueError, match="expected two images of some class at least, got one of each"):
         folds_of(torch.arange(4), 2)
+
+
+def test_balanced_folds_leave_out_one_of_each_class():
+    labels = torch.arange(5).repeat(6)
+    ways = balanced_folds(labels)
+    assert ways.shape == (6, 30)
+    assert not torch.equal(ways[0], ways[1])
+    assert all(sorted(labels[way == fold].tolist()) == [0, 1, 2, 3, 4] for way in ways for fold in range(6))
+    assert balanced_folds(torch.arange(3).repeat(100)).shape == (1, 300)
+    assert int(balanced_folds(torch.arange(3).repeat(100)).max()) == 9
+    assert int(balanced_folds(torch.tensor([0] * 9 + [1])).max()) == 1
+
+
+def test_single_images_left_out_are_pessimistic_and_balanced_folds_are_not():
+    """Features that say nothing: chance is a half, and what leans on the shares of the others is wrong each time."""
+    labels = torch.arange(2).repeat(10)
+    features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 1e-6
+    assert ridge(features, labels, 2, lams=[1e3]).loo_error == 1
+    constant = torch.zeros(20, 3)
+    balanced = ridge_left_out(constant, labels, 2, balanced_folds(labels))
+    torch.testing.assert_close(balanced, torch.full_like(balanced, 0.5))
 
 
 def test_gain_is_paired_over_what_both_have():

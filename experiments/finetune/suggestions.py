@@ -33,9 +33,10 @@ from ncfinetune.bank import Source, fill, read_images
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import lda, nearest_mean, ridge
+from ncfinetune.samples import folds_of
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import choose, suggest
-from ncfinetune.trials import Bench, Method, Trial, folds_of
+from ncfinetune.trials import Bench, Method, Trial
 
 DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
 FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error")
