@@ -53,7 +53,7 @@ def balanced_folds(labels: Tensor) -> Tensor:
         ValueError: No class has two samples.
     """
     labels = labels.cpu()
-    least = int(labels.unique(return_counts=True)[1].min())
+    least = int(torch.unique(labels, return_counts=True)[1].min())
     number, ways = min(max(least, 2), 10), max(1, 200 // len(labels))
     return torch.stack([folds_of(labels, number, seed) for seed in range(ways)])
 

@@ -6,7 +6,7 @@ and tests them; the best test accuracy among so many is flattered by chance. Row
 has already is not run again.
 
     python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
-    python experiments/finetune/suggestions.py run ROOT --checkpoint WEIGHTS --backbone mobilenetv2_100 --out rows.csv
+    python experiments/finetune/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
     python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --search exhaustive --out exhaustive.csv
     python experiments/finetune/suggestions.py table rows.csv [more.csv]
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -92,7 +93,7 @@ def exhaustive(bench: Bench, features: dict[str, Tensor], test: dict[str, Tensor
 
 def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> list[dict[str, Any]]:
     """The rows of a search."""
-    spec: dict[str, Any] = DIGITS if options.data == "digits" else {"name": options.backbone}
+    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
     known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
@@ -207,7 +208,7 @@ def main() -> None:
     tries = commands.add_parser("run")
     tries.add_argument("data", help="digits, or a folder of images")
     tries.add_argument("--checkpoint", required=True)
-    tries.add_argument("--backbone", default="mobilenetv2_100")
+    tries.add_argument("--backbone", default="{name: mobilenetv2_100, pad_type: same}", help="arguments of a Backbone")
     tries.add_argument("--out", type=Path, required=True)
     tries.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
     tries.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
