@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ncfinetune import __version__
+from ncfinetune.overlays import installed
 
 HELP = """usage: ncfinetune COMMAND [OPTIONS]
 
@@ -66,7 +67,7 @@ def main(args: list[str] | None = None) -> int | None:
 
 
 def _run(args: list[str] | None) -> int | None:
-    words = sys.argv[1:] if args is None else args
+    words = [installed(word) for word in (sys.argv[1:] if args is None else args)]
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         print(HELP, end="")
@@ -80,7 +81,7 @@ def _run(args: list[str] | None) -> int | None:
     elif command in _TRAINER_COMMANDS:
         from ncfinetune.trainer_cli import main as run
 
-        return run(args)
+        return run(words)
     else:
         known = ", ".join((*_TRAINER_COMMANDS, *_OTHER_COMMANDS))
         print(f"error: no command {command!r}; expected one of {known}", file=sys.stderr)

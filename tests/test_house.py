@@ -36,7 +36,7 @@ IMPORTS = {
     "chosen": {"layers"},
     "class_help": {"cli_errors"},
     "classifier": {"backbone", "copies", "inputs", "learner", "passes", "schedule"},
-    "cli": {"backbone", "ncfinetune", "report", "scan", "suggest", "trainer_cli", "weights"},
+    "cli": {"backbone", "ncfinetune", "overlays", "report", "scan", "suggest", "trainer_cli", "weights"},
     "cli_errors": set(),
     "closed_forms": set(),
     "collapse": {"moments"},
@@ -77,6 +77,7 @@ IMPORTS = {
     "metric_base": set(),
     "metrics": {"collapse", "inputs", "metric_base", "moments", "sketch"},
     "moments": {"accumulator", "inputs", "scatter"},
+    "overlays": set(),
     "partly_frozen": {"checksums", "chosen", "classifier", "delta", "frozen", "knobs", "passes"},
     "passes": {"copies", "samples"},
     "pool_search": {"channels", "passes", "pooling", "tokens", "tracing"},
@@ -282,7 +283,9 @@ def test_every_package_folder_is_installed() -> None:
     config.read(ROOT / "setup.cfg")
     folders = {path.parent for path in _modules().values()}
     mapped = dict(line.split(" = ") for line in config["options"]["package_dir"].split("\n") if line)
-    assert set(mapped) == set(config["options"]["packages"].split())
+    overlays = {f"ncfinetune.experiments.{path.parent.name}" for path in (ROOT / "experiments").glob("*/*.yaml")}
+    assert {*mapped} - {"ncfinetune.experiments"} | overlays == set(config["options"]["packages"].split())
+    assert mapped.pop("ncfinetune.experiments") == "experiments"
     assert {ROOT / folder for folder in mapped.values()} == folders
 
 

@@ -1,6 +1,7 @@
 """What an installation holds: every package, and no package of a common name beside ours."""
 
 import configparser
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ncfinetune
+from ncfinetune.overlays import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +52,7 @@ def test_make_pins_every_lower_bound() -> None:
 @pytest.mark.slow
 def test_wheel_holds_every_package_under_our_name(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building in the checkout would leave its build folder there
-    for name in ("ncfinetune", "callbacks", "datamodules"):
+    for name in ("ncfinetune", "callbacks", "datamodules", "experiments"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -63,3 +65,30 @@ def test_wheel_holds_every_package_under_our_name(tmp_path: Path) -> None:
         for path in (ROOT / folder).glob("*.py"):
             assert f"ncfinetune/{inside}{path.name}" in names
     assert "ncfinetune/py.typed" in names
+    overlays = {f"ncfinetune/{path.relative_to(ROOT)}" for path in (ROOT / "experiments").rglob("*.yaml")}
+    assert len(overlays) > 30
+    assert {name for name in names if name.startswith("ncfinetune/experiments/")} == overlays
+
+    # Outside the checkout, with the packages of this environment.
+    wheel, place, elsewhere = next(tmp_path.glob("*.whl")), tmp_path / "place", tmp_path / "elsewhere"
+    target = ["--quiet", "--no-deps", "--target", str(place), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True, timeout=600)
+    elsewhere.mkdir()
+    fit = ["fit", "--config", "experiments/digits/pretrain.yaml", "--trainer.fast_dev_run", "true"]
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    code = "import ncfinetune, sys; from ncfinetune.cli import main; print(ncfinetune.__file__); sys.exit(main())"
+    run = [sys.executable, "-c", code, *fit]
+    done = subprocess.run(run, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(place))
+
+
+def test_a_file_of_experiments_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, inside = "experiments/data/dtd.yaml", str(ROOT / "experiments" / "data" / "dtd.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert installed(known) == inside
+    assert installed(f"--config={known}") == f"--config={inside}"
+    assert installed("experiments/data/none.yaml") == "experiments/data/none.yaml"
+    (tmp_path / "experiments" / "data").mkdir(parents=True)
+    (tmp_path / known).touch()
+    assert installed(known) == known

@@ -1,4 +1,4 @@
-"""The few-label studies of experiments/finetune, on a handful of tiny images."""
+"""The few-label studies of experiments/studies, on a handful of tiny images."""
 
 import csv
 import importlib
@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "finetune"
+FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"
 METHODS_OF_TABLE = ("linear probe", "layer FT", "SCL FT", "full FT")
 
 

@@ -5,10 +5,10 @@ SCL FT at every block, full FT and the closed forms on all of them, with the sam
 and tests them; the best test accuracy among so many is flattered by chance. Rows are written as they come; what a file
 has already is not run again.
 
-    python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
-    python experiments/finetune/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
-    python experiments/finetune/suggestions.py run digits --checkpoint WEIGHTS --search exhaustive --out exhaustive.csv
-    python experiments/finetune/suggestions.py table rows.csv [more.csv]
+    python experiments/studies/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
+    python experiments/studies/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
+    python experiments/studies/suggestions.py run digits --checkpoint WEIGHTS --search exhaustive --out exhaustive.csv
+    python experiments/studies/suggestions.py table rows.csv [more.csv]
 
 ``digits`` are the handwritten digits 5-9 for the network that experiments/digits/pretrain.yaml trained on 0-4; ROOT is
 a folder of images as `datamodules.ImageFolder` takes it, with a test part.

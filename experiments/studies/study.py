@@ -17,9 +17,9 @@ layers make of images is stored on disk and shared between runs. Rows are writte
 is not run again, so that a study that broke off goes on. Where methods differ in their rates or in the number of their
 splits, ``--plan`` has a file say which runs there are.
 
-    python experiments/finetune/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
-    python experiments/finetune/study.py table rows.csv
-    python experiments/finetune/study.py paired closed_forms.csv rows.csv
+    python experiments/studies/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
+    python experiments/studies/study.py table rows.csv
+    python experiments/studies/study.py paired closed_forms.csv rows.csv
 """
 
 import argparse

@@ -16,7 +16,7 @@ Rows, on the penultimate features:
 - ``ridge, N skips``: penultimate features beside those of at most N blocks of `skips.choose_skips`.
 - ``ridge, skips only``: those of at most three blocks without the penultimate features.
 
-    python experiments/finetune/closed_forms.py ROOT --checkpoint WEIGHTS --mean 0.5 --std 0.5 [--shots 5 20 80]
+    python experiments/studies/closed_forms.py ROOT --checkpoint WEIGHTS --mean 0.5 --std 0.5 [--shots 5 20 80]
 """
 
 import argparse
