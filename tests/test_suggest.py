@@ -37,6 +37,11 @@ def row(method, gain=None, error=0.1, trained=100, accuracy=0.5):
     return Row(method, accuracy, 0.05, gain, None if gain is None else error, trained, 1.0, {"train": method})
 
 
+def expected(method, gain, **facts):
+    """A row of the expansion."""
+    return replace(row(method, gain, **facts), seconds=None)
+
+
 ROWS = [row("ridge"), row("layer FT", 0.05)]
 
 
@@ -182,9 +187,12 @@ def test_the_better_half_goes_on(capsys):
 @pytest.mark.parametrize(
     ("rows", "name"),
     [
-        ([row("LDA"), row("ridge"), row("layer", 0.15)], "LDA"),
-        ([row("LDA"), row("ridge", accuracy=0.6), row("layer", 0.15)], "ridge"),
-        ([row("ridge"), row("layer", 0.005, error=0)], "ridge"),
+        ([row("LDA"), row("ridge"), row("layer", -0.01)], "LDA"),
+        ([row("LDA"), row("ridge", accuracy=0.6), row("layer", 0.0)], "ridge"),
+        ([row("ridge"), row("layer", 0.01)], "layer"),
+        ([row("ridge"), expected("a", 0.25, trained=9), expected("b", 0.3)], "b"),
+        ([row("ridge"), expected("a", 0.5), row("b", 0.1), row("c", -0.1, trained=9)], "b"),
+        ([row("ridge"), expected("a", 0.5), row("b", -0.1)], "ridge"),
         ([row("ridge"), row("layer", 0.25), row("full", 0.3, trained=9)], "full"),
         ([row("ridge"), row("layer", 0.25, trained=9), row("full", 0.3)], "layer"),
         ([row("ridge"), row("layer", 0.15, trained=9), row("full", 0.3)], "full"),
