@@ -1,4 +1,4 @@
-# make demo, make test, make test-oldest, make lint. PYTHON= is the interpreter to build on, VENV= where the virtual environment goes.
+# make demo, make test, make test-oldest, make lint, make docs, make wheel. PYTHON= is the interpreter to build on, VENV= where the virtual environment goes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,11 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 # What touches most of torch, Lightning, torchmetrics, timm and jsonargparse for the time it takes.
 OLDEST_TESTS := $(addprefix tests/test_,metrics.py tracker.py cli.py datamodules.py delta.py doctests.py finetune.py report.py scan.py)
 
-.PHONY: demo test test-slow test-oldest test-gpu soak lint
+# What a user imports; the pages of all other modules would hide it.
+API := $(addprefix ncfinetune.,backbone supervised contrastive finetune callbacks datamodules metrics collapse moments \
+	probes skips linearised transferability losses)
+
+.PHONY: demo test test-slow test-oldest test-gpu soak lint docs wheel
 
 # Pre-train on the digits 0-4, fine-tune on 5-9 in four ways, compare. Each command can be run again by itself.
 # One thread: on matrices this small two are no faster, and many times slower where something else runs too.
@@ -53,6 +57,16 @@ soak: export OMP_NUM_THREADS = 1
 soak: $(VENV)/installed-test
 	nice $(BIN)/python experiments/benchmarks/soak.py $(SOAK)
 
+# The API page, from the docstrings: open docs/api/index.html.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m pdoc --docformat google --output-directory docs/api $(API)
+
+# What is released, checked as the package index will check it.
+wheel: $(VENV)/installed-release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +76,8 @@ lint: $(VENV)/installed-lint
 $(VENV)/installed-package: EXTRA :=
 $(VENV)/installed-test: EXTRA := [test]
 $(VENV)/installed-lint: EXTRA := [lint]
+$(VENV)/installed-docs: EXTRA := [docs]
+$(VENV)/installed-release: EXTRA := [release]
 $(VENV)/installed-%: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed, and $(PYTHON) is not; name one with PYTHON=."; exit 1; }
