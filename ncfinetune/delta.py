@@ -7,27 +7,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncfinetune.atomic import replacing
-from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
-from ncfinetune.weight_files import save as save_weights
 from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune delta 3"
 # Required metadata of a delta.
 _FACTS = ("base", "base_fingerprint", "fingerprint", "knobs", "class_names", "preprocessing")
-# Names of the preprocessing in timm's ``pretrained_cfg``.
-_TIMMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-# Relative to the largest logit: the difference that float32 rounding may cause between the two networks.
-_ROUNDING = 1e-3
-# The remedy where timm's network cannot hold ours.
-_INSTEAD = "keep the delta, or write the network without its classifier: model.backbone.save(path)"
 
 
 def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -44,7 +35,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str,
     Raises:
         ValueError: The file's name does not end in ``.safetensors``.
     """
-    _check_suffix(path)
+    check_suffix(path)
     metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
     metadata["fingerprint"] = fingerprint(tensors, metadata)
@@ -152,128 +143,11 @@ def average(base: Mapping[str, Tensor], state: Mapping[str, Tensor], strength: f
             state[name].copy_(torch.lerp(before, state[name], strength))
 
 
-def save_for_timm(
-    path: str | Path, backbone: Backbone, classifier: nn.Linear | None, data: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Write a backbone and its classifier for timm; returns the arguments of `timm.create_model` that load them.
-
-    Modules in timm's head other than the classifier are set to the identity or to 0. Before the file is written, the
-    logits (without a classifier the features) of timm's network for a few images are compared with ours. The
-    preprocessing and the class names in ``data`` are part of those arguments and of the file's metadata.
+def check_suffix(path: str | Path) -> None:
+    """Refuse a file of another suffix.
 
     Raises:
-        ValueError: timm has no such network; its head cannot hold the classifier; or the file's name does not end in
-            ``.safetensors``.
+        ValueError: The file's name does not end in ``.safetensors``.
     """
-    _check_suffix(path)
-    backbone = backbone.merged()
-    base = backbone.spec
-    arguments = {key: value for key, value in base.items() if key not in ("name", "stem")}
-    if base["stem"] != "imagenet":
-        raise ValueError(f"timm has no {base['name']} with stem={base['stem']!r}; keep the delta, which supports it")
-    arguments["num_classes"] = 0 if classifier is None else classifier.out_features
-    made_for = getattr(getattr(backbone.net, "patch_embed", None), "img_size", None)
-    if made_for and backbone.net.pretrained_cfg.get("fixed_input_size"):
-        # timm would build the network for the image size, while ours may accept any size.
-        arguments.setdefault("img_size", made_for)
-    if overlay := _in_timms_words(data):
-        arguments["pretrained_cfg_overlay"] = overlay
-    images = backbone.noise(2)
-    other: Any = timm.create_model(base["name"], **arguments).to(images).eval()
-    with torch.no_grad():
-        other.load_state_dict(backbone.net.state_dict(), strict=False)
-        expected = backbone(images)
-        if classifier is None:
-            error = _apart(other(images), expected)
-        else:
-            expected = classifier(expected)
-            error = _put_into(other, set(backbone.net.state_dict()), classifier, images, expected, base["name"])
-    if not error < _ROUNDING:
-        raise ValueError(
-            f"timm's {base['name']} gives other logits with the same weights (by {error:.2g} of the largest logit), "
-            f"since its head has more than the classifier; {_INSTEAD}"
-        )
-    save_weights(other.state_dict(), path, data)
-    return base["name"], {**arguments, "checkpoint_path": str(path)}
-
-
-def _in_timms_words(data: Mapping[str, Any]) -> dict[str, Any]:
-    images, names = data.get("preprocessing") or {}, data.get("class_names")
-    seen = {name: images[name] for name in _TIMMS if name in images}
-    overlay = {name: tuple(value) if isinstance(value, list) else value for name, value in seen.items()}
-    return {**overlay, **({"label_names": tuple(names)} if names else {})}
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    if found.shape != expected.shape:
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-
-
-def _put_into(net: Any, known: set[str], classifier: nn.Linear, images: Tensor, expected: Tensor, name: str) -> float:
-    """Copy a linear classifier into timm's own, and return by how much the logits differ then.
-
-    If timm's network has several classifiers, either their logits are averaged (DeiT, and CrossViT, where each
-    classifier takes a part of the features), or the others add to the first classifier's logits and are set to 0
-    (VOLO).
-    """
-    names = net.pretrained_cfg["classifier"]
-    heads = [net.get_submodule(head) for head in ([names] if isinstance(names, str) else names)]
-    error = float("inf")
-    for used in dict.fromkeys([tuple(heads), tuple(heads[:1])]):
-        parts = _parts([_inputs(head) for head in used], classifier.in_features)
-        if parts is None:
-            continue
-        _make_neutral(net, known)
-        shares = len(used) * classifier.in_features / sum(map(_inputs, used))
-        for head, part in zip(used, parts, strict=True):
-            head.weight.copy_((classifier.weight[:, part] * shares).view(head.weight.shape))
-            head.bias.copy_(classifier.bias)
-        error = _apart(net(images), expected)
-        if error < _ROUNDING:
-            return error
-    if error == float("inf"):
-        kinds = ", ".join(type(head).__name__ for head in heads)
-        raise ValueError(
-            f"the head of timm's {name} ({kinds} of {', '.join(str(_inputs(head)) for head in heads)} features) cannot "
-            f"hold a linear classifier of {classifier.in_features} features; {_INSTEAD}"
-        )
-    return error
-
-
-def _inputs(head: nn.Module) -> int:
-    """Input width of a linear layer or a 1x1 convolution; 0 for other modules."""
-    if not isinstance(head, nn.Linear | nn.Conv2d) or head.bias is None:
-        return 0
-    return head.weight.shape[1] if head.weight[0, 0].numel() == 1 else 0
-
-
-def _make_neutral(net: nn.Module, known: set[str]) -> None:
-    """Neutralise layers that the backbone does not have: normalisations to the identity, extra classifiers to 0."""
-    for name, module in net.named_modules():
-        if any(f"{name}.{key}" in known for key, _ in module.named_parameters(recurse=False)):
-            continue
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is not None:
-            module.reset_running_stats()
-            nn.init.zeros_(module.bias)
-            nn.init.constant_(module.weight, (1 + module.eps) ** 0.5)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-
-
-def _parts(widths: list[int], width: int) -> list[slice] | None:
-    """The features that each classifier takes: all, or consecutive parts; None if the widths do not add up."""
-    parts, start = [], 0
-    for own in widths:
-        parts.append(slice(start, start + own))
-        start = (start + own) % width
-        if own < 1 or parts[-1].stop > width:
-            return None
-    return parts if start == 0 else None
-
-
-def _check_suffix(path: str | Path) -> None:
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"expected a file name that ends in .safetensors, got {str(path)!r}")

@@ -16,6 +16,7 @@ from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.knobs import check_adapters, kept_by_deltas
 from ncfinetune.passes import eval_mode
+from ncfinetune.timm_network import save_for_timm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -205,7 +206,7 @@ class PartlyFrozen(Classifier):
         classifier = self.head if isinstance(self.head, nn.Linear) else None
         data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
         with eval_mode(self):
-            return delta.save_for_timm(path, self.backbone, classifier, data)
+            return save_for_timm(path, self.backbone, classifier, data)
 
     def _tune(self, train: str | list[str]) -> None:
         """Freeze the backbone but for what ``train`` names; ``auto`` names nothing yet."""
