@@ -199,6 +199,11 @@ class Backbone(nn.Module):
         del twin.spec["lora"]
         return twin.to(next(self.net.parameters())).train(self.training)
 
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights in place, for good: the network is then fit for inference alone."""
+        for adapter in self._adapters:
+            adapter.merge_adapter()
+
     @property
     def adapters(self) -> list[str]:
         """Paths in the network of peft's adapters, whose initial values no file of weights has."""

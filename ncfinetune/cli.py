@@ -30,8 +30,8 @@ commands:
                                     ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder \\
                                         --data.root photos
   suggest    whether tuning pays on your images, which block, and the accuracy to expect; the words are those of scan
-  export     a trained run's backbone as a file for timm and for FineTuner:
-                                    ncfinetune export RUN/checkpoints/NAME.ckpt backbone.safetensors
+  export     a trained network as a folder for timm (model/), as model.onnx or as model.pt2; its backbone alone as
+             backbone.safetensors:  ncfinetune export RUN/checkpoints/NAME.ckpt model.onnx
   layers     names, widths and parameters of a network's blocks, as --model.train and a tracker's layers take them:
                                     ncfinetune layers resnet18
   report     a table and a picture of runs, a row for each configuration; as one HTML page too:
@@ -59,7 +59,7 @@ def main(args: list[str] | None = None) -> int | None:
     """Run a command and say in one line what it refuses; ``args`` are ``sys.argv[1:]`` unless given."""
     try:
         return _run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("NCFINETUNE_TRACEBACK"):
             raise
         print(f"error: {_rank()}{_text(error)}", file=sys.stderr)
@@ -124,13 +124,9 @@ def _report(words: list[str]) -> int:
 
 
 def _export(words: list[str]) -> int:
-    if len(words) != 2 or words[0].startswith("-"):
-        print("usage: ncfinetune export CHECKPOINT FILE.safetensors (or FILE.pth)", file=sys.stderr)
-        return 2
-    from ncfinetune.weights import export
+    from ncfinetune.export import main as export
 
-    print(export(*words))
-    return 0
+    return export(words)
 
 
 def _layers(words: list[str]) -> int:

@@ -43,6 +43,12 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str,
         save_file(with_own_memory(tensors), part, metadata)
 
 
+def is_delta(path: str | Path) -> bool:
+    """Whether an intact safetensors file is a delta."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("format") == _FORMAT
+
+
 def facts(path: str | Path) -> dict[str, Any]:
     """The metadata of a delta: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
 

@@ -32,7 +32,7 @@ class NotTimmsError(ValueError):
 def timm_network(
     backbone: Backbone, classifier: nn.Linear | None, data: Mapping[str, Any]
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """timm's network with our weights, and the name and arguments with which `timm.create_model` makes it.
+    """A network of timm with our weights, and the name and arguments with which `timm.create_model` makes it.
 
     Modules in timm's head other than the classifier are set to the identity or to 0. The logits (without a classifier
     the features) of timm's network for a few images are compared with ours.

@@ -246,7 +246,9 @@ def test_merged_vision_transformer_has_its_size(tmp_path: Path) -> None:
 
 
 def test_network_that_timm_does_not_have_is_not_merged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, or write the network"):
+    with pytest.raises(
+        ValueError, match="timm has no resnet18 with stem='cifar'; keep the delta, or write the network"
+    ):
         FineTuner(3, SMALL).save_for_timm(tmp_path / "merged.safetensors")
 
 
