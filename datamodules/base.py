@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from .augmenting import BatchAugmentation
-from .decoding import Decoding
+from .decoding import CENTRE, Decoding
 from .images import Batch, FileImages, Labelled, Part, TensorImages, mixed_seed
 from .listing import image_paths
 from .loading import EpochLoader, Taken
@@ -103,8 +103,6 @@ class ImageDataModule(LightningDataModule, ABC):
         check_choice("normalize", normalize, Normalize)
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
-        # Share of a stored image's shorter side that evaluation uses.
-        self.centre = 1.0
         self._stored_size = input_size[1]
         size = image_size or self._stored_size
         self.input_size = (input_size[0], size, size)
@@ -122,7 +120,7 @@ class ImageDataModule(LightningDataModule, ABC):
             mixup,
             cutmix,
         )
-        self.decoding = Decoding(channels=input_size[0])
+        self.decoding = Decoding(channels=input_size[0], centre=1.0)
         self.mark_broken = False
         self._parts: Mapping[str, Part] = {}
         self._files: FileImages | None = None
@@ -151,7 +149,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "mean": [round(value, 6) for value in self.mean.tolist()],
             "std": [round(value, 6) for value in self.std.tolist()],
             "interpolation": "bilinear",
-            "crop_pct": self.centre,
+            "crop_pct": CENTRE if self.decoding.centre is None else self.decoding.centre,
             "crop_mode": "center",
             "stored_size": self._stored_size,
             "value_range": None if self.decoding.value_range is None else list(self.decoding.value_range),

@@ -6,6 +6,7 @@ Legend: ``V`` views, ``C`` channels, ``S`` side of a decoded image.
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Decoding:
             the file states: SMinSampleValue and SMaxSampleValue or fewer than 16 bits in a TIFF, and all 16 bits
             otherwise.
         banner: Rows of pixels at the bottom of each file that are not part of the picture.
+        centre: Share of the shorter side that evaluation uses, timm's ``crop_pct``. None is 7/8, but 1 for each image
+            that has the size already.
 
     Raises:
         ValueError: ``value_range`` is empty.
@@ -76,6 +79,7 @@ class Decoding:
     channels: int = 3
     value_range: tuple[float, float] | None = None
     banner: int = 0
+    centre: float | None = None
 
     def __post_init__(self) -> None:
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
@@ -90,12 +94,15 @@ def read_image(
 ) -> Tensor:
     """Decode a file and cut crops out of it, each resized to ``(S, S)``, bilinear and antialiased.
 
+    Evaluation resizes the whole image and then cuts out its centre, as torchvision's `Resize` and `CenterCrop` do, and
+    timm: pixels are the same as theirs, unless a JPEG has four times the side needed and is decoded at half its size.
+
     Args:
         path: The file. Grey, palette, CMYK and 16-bit images become RGB; transparency is ignored; the orientation
             that EXIF states is applied.
         size: Side ``S``.
-        boxes: Makes boxes (top, left, height, width) for an upright image of a height and width. None is one box for
-            evaluation: the middle 7/8 of the shorter side, or all of an image that has the size ``(S, S)`` already.
+        boxes: Makes boxes (top, left, height, width) for an upright image of a height and width. None is the centre,
+            for evaluation; see `Decoding`.
         content: The file's bytes if they have been read already; the path is then used in messages only.
         decoding: Channels, range and banner.
 
@@ -114,10 +121,10 @@ def read_image(
             if height < 1:
                 raise ValueError(f"it has {image.height} rows, {decoding.banner} of which are a banner")
             upright = (width, height) if swap else (height, width)
-            wanted = [
-                _stored(box, upright, swap, *flips)
-                for box in (_centre(*upright, size) if boxes is None else boxes(*upright))
-            ]
+            resized, centre = _centre(*upright, size, decoding.centre)
+            side = size * min(upright) / min(resized)
+            found = [[0.0, 0.0, side, side]] if boxes is None else boxes(*upright)
+            wanted = [_stored(box, upright, swap, *flips) for box in found]
             need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
             image.draft(None, (round(image.width * need[0]), round(image.height * need[1])))
             pixels = _eight_bits(image, decoding, deep)
@@ -128,20 +135,33 @@ def read_image(
     if decoding.banner:
         rows = pixels.height * height // (height + decoding.banner)
         pixels = pixels.crop((0, 0, pixels.width, rows))
-    x, y = pixels.width / width, pixels.height / height
-    corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
-    views = np.empty((len(corners), decoding.channels, size, size), np.uint8)
-    for view, corner in zip(views, corners, strict=True):
-        square = np.atleast_3d(np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner)))
-        view[:] = _turned(square, swap, *flips).transpose(2, 0, 1)
+    if boxes is None:
+        if swap:  # before resizing, which rounds to 8 bits between the columns and the rows
+            pixels, swap = pixels.transpose(Image.Transpose.TRANSPOSE), False
+        whole = pixels.resize(resized[::-1], Image.Resampling.BILINEAR)
+        top, left, _, _ = _stored(centre, resized, swap, *flips)
+        squares = [whole.crop((int(left), int(top), int(left) + size, int(top) + size))]
+    else:
+        x, y = pixels.width / width, pixels.height / height
+        corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
+        squares = [pixels.resize((size, size), Image.Resampling.BILINEAR, box=corner) for corner in corners]
+    views = np.empty((len(squares), decoding.channels, size, size), np.uint8)
+    for view, square in zip(views, squares, strict=True):
+        view[:] = _turned(np.atleast_3d(np.asarray(square)), swap, *flips).transpose(2, 0, 1)
     return torch.from_numpy(views)
 
 
-def _centre(height: int, width: int, size: int) -> list[Box]:
-    if (height, width) == (size, size):
-        return [[0.0, 0.0, float(size), float(size)]]
-    side = CENTRE * min(height, width)
-    return [[(height - side) / 2, (width - side) / 2, side, side]]
+def _centre(height: int, width: int, size: int, share: float | None) -> tuple[tuple[int, int], Box]:
+    """Height and width to which evaluation resizes an image, and the box that it then cuts out.
+
+    Both are rounded as torchvision and timm do.
+    """
+    if share is None:
+        share = 1.0 if (height, width) == (size, size) else CENTRE
+    shorter, short = math.floor(size / share), min(height, width)
+    resized = (int(shorter * height / short), int(shorter * width / short))
+    top, left = (round((side - size) / 2) for side in resized)
+    return resized, [top, left, size, size]
 
 
 def centre_seen(paths: Sequence[str], size: int) -> float:

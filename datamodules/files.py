@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Largest number of images that are searched for duplicates, which takes seconds; for more it would take minutes.
 _MOST_COMPARED = 100_000
-# Number of files of a part that are examined to see whether all have the requested size already.
+# Number of training files that are examined to see whether all have the requested size already.
 _LOOKED_AT = 8
 
 
@@ -31,8 +32,8 @@ class FileDataModule(IndexedImages, ABC):
     """Images in files of any size, decoded to RGB. Abstract.
 
     Training cuts a random crop out of the whole image while decoding it. Evaluation takes the middle 7/8 of the shorter
-    side, as in the usual 224 of 256 pixels, or all of an image that has the size already. Images are turned upright by
-    their EXIF orientation. The data's mean and standard deviation are assumed to be ImageNet's.
+    side, as in the usual 224 of 256 pixels, or all of it if the training images have the size already. Images
+    are turned upright by their EXIF orientation. The data's mean and standard deviation are assumed to be ImageNet's.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -55,15 +56,19 @@ class FileDataModule(IndexedImages, ABC):
     ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
         self.in_memory = in_memory
-        self.decoding = Decoding(value_range=value_range)
-        self.centre = CENTRE
+        self.decoding = Decoding(value_range=value_range, centre=CENTRE)
 
     def hold(self, part: Labelled) -> Labelled:
         """The part with its paths, or with decoded images if they are held in memory."""
-        if len(part) and not part.in_memory:
-            self.centre = centre_seen(part.take(np.arange(min(len(part), _LOOKED_AT))).paths, self.input_size[1])
         held = self.in_memory or self.device_cache
         return decode_all(part, self.input_size[1], self.decoding) if held else part
+
+    def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
+        train = parts["train"]
+        if not train.in_memory:
+            looked_at = train.take(np.arange(min(len(train), _LOOKED_AT))).paths
+            self.decoding = replace(self.decoding, centre=centre_seen(looked_at, self.input_size[1]))
+        return super()._held(parts)
 
 
 class ImageFolder(FileDataModule):

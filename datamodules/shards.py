@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .base import ImageDataModule
-from .decoding import CENTRE, COLOUR, Decoding, UnknownRangeError, UnreadableError, read_image
+from .decoding import COLOUR, Decoding, UnknownRangeError, UnreadableError, read_image
 from .files import IMAGENET_MEAN, IMAGENET_STD
 from .images import UNREADABLE, Batch, blank, crops, mixed_seed
 from .listing import IMAGE_SUFFIXES
@@ -95,7 +95,6 @@ class WebDataset(ImageDataModule):
             raise ValueError(f"expected each shard once and in one split, got {twice[0]} more often")
         self.sizes = sizes
         self.shuffle = shuffle
-        self.centre = CENTRE
 
     def parts(self) -> dict[str, Shards]:
         """The shards of each part, with their sizes."""

@@ -37,7 +37,7 @@ class Unlabelled(ImageDataModule):
             len(class_names), (channels, stored, stored), preprocessing["mean"], preprocessing["std"], **kwargs
         )
         self.class_names = class_names
-        self.centre = preprocessing.get("crop_pct", self.centre)
+        self.decoding = replace(self.decoding, centre=preprocessing.get("crop_pct", 1.0))
         if value_range := preprocessing.get("value_range"):
             self.decoding = replace(self.decoding, value_range=tuple(value_range))
 

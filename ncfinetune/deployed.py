@@ -6,14 +6,13 @@ Legend: ``N`` images, ``C`` channels, ``S`` side of the images that are put in, 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,9 @@ from ncfinetune.learner import Learner
 from ncfinetune.timm_network import ROUNDING, apart
 
 # Packages of the extra ``onnx``, by the names by which they are imported.
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# The first release whose exporter takes a program of torch.export.
-_TORCH = (2, 6)
+_PACKAGES = ("onnx", "onnxruntime")
+# Version of ONNX's operators, of 2022: old enough for most runtimes, new enough for layer normalisation.
+_OPSET = 17
 # What a file of protocol buffers holds, and so an ONNX file of one piece.
 _LARGEST = 2**31 - 2**20
 # Runs the network in some form on pixels.
@@ -52,6 +51,7 @@ class Deployed(nn.Module):
 
     mean: Tensor
     std: Tensor
+    resize: Tensor
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -62,13 +62,18 @@ class Deployed(nn.Module):
         self.stored = learner.preprocessing.get("stored_size", self.size)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(learner.preprocessing[name]).view(-1, 1, 1))
+        # Rows are the weights of the pixels of a line: ONNX and older torch cannot export antialiased resizing.
+        lines = torch.eye(self.stored)[None, None]
+        rows = nn.functional.interpolate(lines, (self.size, self.stored), mode="bilinear", antialias=True)
+        self.register_buffer("resize", rows[0, 0])
+        self.eval()  # torch.onnx restores the mode of this module in all that it holds
         self.outputs = ("logits", "probabilities") if isinstance(learner, Classifier) else ("features",)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits and probabilities, or features, of uint8 pixels ``(N, C, S, S)``."""
         images = pixels.to(torch.float32) / 255
         if self.stored != self.size:
-            images = nn.functional.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+            images = self.resize @ images @ self.resize.T
         found = self.learner((images - self.mean) / self.std)
         return (found, self.learner.probabilities(found)) if isinstance(self.learner, Classifier) else (found,)
 
@@ -119,25 +124,32 @@ def write_onnx(path: Path, deployed: Deployed) -> float:
 
     Raises:
         ModuleNotFoundError: The extra ``onnx`` is not installed.
-        ValueError: torch is too old, or cannot export the network; the network is too large for one file; or
-            onnxruntime gives other outputs.
+        ValueError: torch cannot export the network; it is too large for one file; or onnxruntime gives other outputs.
     """
     check_onnx(path)
     if sum(p.numel() * p.element_size() for p in deployed.state_dict().values()) > _LARGEST:
         raise ValueError(
             f"{str(path)!r}: the network has more than the 2 GB of one ONNX file; export it as a .pt2 file"
         )
-    program = _program(deployed)
+    content = io.BytesIO()
     with _quiet():
         try:
-            found: Any = torch.onnx.export(
-                program, (), dynamo=True, verbose=False, input_names=["pixels"], output_names=list(deployed.outputs)
+            # By tracing: the exporter by torch.export needs torch 2.6, and 20 times as long.
+            torch.onnx.export(
+                deployed,
+                (deployed.noise(2),),
+                content,
+                input_names=["pixels"],
+                output_names=list(deployed.outputs),
+                dynamic_axes={name: {0: "batch"} for name in ("pixels", *deployed.outputs)},
+                opset_version=_OPSET,
+                **({"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}),
             )
-        except Exception as error:  # the exporter wraps whatever a translation raises
+        except Exception as error:  # the exporter raises whatever an operator's translation raises
             raise ValueError(_untraceable(deployed, "torch.onnx", error)) from error
-    content = _finished(found.model_proto, deployed)
-    difference = _difference(path, deployed, _in_onnxruntime(content))
-    _write(path, content)
+    written = _with_metadata(content.getvalue(), deployed)
+    difference = _difference(path, deployed, _in_onnxruntime(written))
+    _write(path, written)
     return difference
 
 
@@ -146,12 +158,9 @@ def check_onnx(path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: The extra ``onnx`` is not installed.
-        ValueError: torch is too old.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(f"{str(path)!r} needs {', '.join(missing)}: pip install 'ncfinetune[onnx]'")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < _TORCH:
-        raise ValueError(f"{str(path)!r} needs torch 2.6 or newer, and this is {torch.__version__}; take a .pt2 file")
 
 
 def _program(deployed: Deployed) -> torch.export.ExportedProgram:
@@ -171,21 +180,14 @@ def _untraceable(deployed: Deployed, by: str, error: Exception) -> str:
     return f"{by} cannot follow {name}: {reason}; a folder for timm needs no graph"
 
 
-def _finished(proto: Any, deployed: Deployed) -> bytes:
-    """The file of an ONNX model, with our metadata and without the exporter's notes on every node."""
-    graph = proto.graph
-    for node in (*graph.node, *(node for function in proto.functions for node in function.node)):
-        del node.metadata_props[:]  # where in the source files of this machine it comes from
-    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        del value.metadata_props[:]
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
-    for key, text in deployed.metadata().items():
-        proto.metadata_props.add(key=key, value=text)
-    content: bytes = proto.SerializeToString()
-    return content
+def _with_metadata(content: bytes, deployed: Deployed) -> bytes:
+    """An ONNX file with our metadata."""
+    import onnx
+
+    model = onnx.load_model_from_string(content)
+    onnx.helper.set_model_props(model, deployed.metadata())
+    written: bytes = model.SerializeToString()
+    return written
 
 
 def _in_onnxruntime(content: bytes) -> Run:

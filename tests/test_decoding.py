@@ -38,7 +38,7 @@ def test_images_are_upright(orientation: int, kind: str, size: tuple[int, int]) 
     upright = ImageOps.exif_transpose(Image.open(out)).convert("RGB")
     upright.save(plain, "BMP")
     whole, expected = (read_image("x", 32, content=file.getvalue()).float() for file in (out, plain))
-    assert (whole - expected).abs().mean() < 1.5
+    assert (whole - expected).abs().max() <= (8 if kind == "JPEG" and size == (500, 700) else 0)
     boxes = [[10.0, 20.0, 60.0, 40.0], [5.0, 40.0, 50.0, 45.0]]
     asked = []
 

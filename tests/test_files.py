@@ -1,5 +1,6 @@
 """Folders of images, and what can be wrong with them."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from ncfinetune.datamodules import Digits, ImageFolder
-from ncfinetune.datamodules.images import read_image
+from ncfinetune.datamodules.decoding import Decoding, read_image
 from ncfinetune.datamodules.listing import same_content
 
 
@@ -154,16 +155,21 @@ def _photograph(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-@pytest.mark.parametrize(("width", "height"), [(300, 220), (640, 900)])
+@pytest.mark.parametrize(("width", "height"), [(300, 220), (61, 97), (640, 900)])
 def test_evaluation_sees_what_resizing_and_cropping_the_centre_shows(
     width: int, height: int, suffix: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"image.{suffix}"
     _photograph(width, height).save(path, quality=95)
     usual = v1.Compose([v1.Resize(128), v1.CenterCrop(112)])(Image.open(path).convert("RGB"))
-    apart = np.abs(np.asarray(usual, np.float32) - read_image(str(path), 112)[0].permute(1, 2, 0).numpy())
-    assert apart.mean() < 1.5
-    assert read_image(str(path), 112).shape == (1, 3, 112, 112)
+    found = read_image(str(path), 112)
+    assert found.shape == (1, 3, 112, 112)
+    apart = np.abs(np.asarray(usual, np.float32) - found[0].permute(1, 2, 0).numpy())
+    if suffix == "jpg" and min(width, height) > 4 * 112:  # decoded at half its size
+        assert 0 < apart.mean() < 0.6
+        assert apart.max() < 16
+    else:
+        assert apart.max() == 0
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -181,7 +187,33 @@ def test_crops_are_cut_out_of_the_whole_image(suffix: str, tmp_path: Path) -> No
 def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    assert np.array_equal(read_image(str(tmp_path / "image.png"), 16)[0].permute(1, 2, 0).numpy(), pixels)
+    for decoding in (Decoding(), Decoding(centre=1.0)):
+        found = read_image(str(tmp_path / "image.png"), 16, decoding=decoding)
+        assert np.array_equal(found[0].permute(1, 2, 0).numpy(), pixels)
+    cropped = read_image(str(tmp_path / "image.png"), 16, decoding=Decoding(centre=0.875))[0].permute(1, 2, 0).numpy()
+    usual = v1.Compose([v1.Resize(18), v1.CenterCrop(16)])(Image.fromarray(pixels))
+    assert np.array_equal(cropped, np.asarray(usual))
+
+
+def test_every_image_of_a_data_set_is_cropped_by_one_share(tmp_path: Path) -> None:
+    """The share that the preprocessing states, whatever the size of the single image."""
+    numbers = iter(range(216))
+    for train_sizes, share in (((16, 16), 1.0), ((16, 40), 0.875)):
+        root = tmp_path / str(share)
+        for part, sizes in (("train", train_sizes), ("test", (16, 30))):
+            for name, size in zip("ab", sizes, strict=True):
+                (root / part / name).mkdir(parents=True)
+                for number in range(2):
+                    place = root / part / name / f"{number}.png"
+                    write_image(place, next(numbers))  # no two of them are alike
+                    Image.open(place).resize((size, size + 9 * (size == 30))).save(place)
+        data = _make(root, image_size=16)
+        data.setup("fit")
+        assert data.preprocessing["crop_pct"] == share
+        usual = v1.Compose([v1.Resize(math.floor(16 / share)), v1.CenterCrop(16)])
+        images = next(iter(data.predict_dataloader()))[0].permute(0, 2, 3, 1).numpy()
+        for path, found in zip(sorted((root / "test").rglob("*.png")), images, strict=True):
+            assert np.array_equal(found, np.asarray(usual(Image.open(path).convert("RGB"))))
 
 
 @pytest.mark.parametrize(

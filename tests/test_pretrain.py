@@ -423,11 +423,13 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for words, message in {
         (str(tmp_path / "none.ckpt"), "a.pth"): "no checkpoint",
         (str(tmp_path / "plain.pth"), "a.pth"): "has no tensors below 'backbone.net.', only 126 (conv1.weight, ",
-        (str(tmp_path / "a.ckpt"), "a.txt"): "expected a file name that ends in .safetensors or .pth, got 'a.txt'",
+        (
+            str(tmp_path / "a.ckpt"),
+            "a.txt",
+        ): "expected a target that ends in .onnx, .pt2, .safetensors or .pth, or for a folder in /, got 'a.txt'",
         (str(tmp_path / "g.ckpt"), "a.pth"): "g.ckpt' as a checkpoint of tensors: it is damaged or no file of",
         (str(tmp_path / "g.safetensors"), "a.pth"): "g.safetensors' as a checkpoint of tensors: it is damaged",
         (str(tmp_path / "o.ckpt"), "a.pth"): "it holds objects of fractions.Fraction",
-        ("a.ckpt",): "usage: ncfinetune export CHECKPOINT FILE.safetensors",
     }.items():
         assert main(["export", *words]) == 2
         assert message in capsys.readouterr().err
