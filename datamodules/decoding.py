@@ -95,7 +95,8 @@ def read_image(
     """Decode a file and cut crops out of it, each resized to ``(S, S)``, bilinear and antialiased.
 
     Evaluation resizes the whole image and then cuts out its centre, as torchvision's `Resize` and `CenterCrop` do, and
-    timm: pixels are the same as theirs, unless a JPEG has four times the side needed and is decoded at half its size.
+    timm, to the same pixels. A JPEG of which half the size would still be twice that size is first decoded at half its
+    size, or at a quarter or an eighth, by Pillow's ``draft``.
 
     Args:
         path: The file. Grey, palette, CMYK and 16-bit images become RGB; transparency is ignored; the orientation
@@ -121,12 +122,9 @@ def read_image(
             if height < 1:
                 raise ValueError(f"it has {image.height} rows, {decoding.banner} of which are a banner")
             upright = (width, height) if swap else (height, width)
-            resized, centre = _centre(*upright, size, decoding.centre)
-            side = size * min(upright) / min(resized)
-            found = [[0.0, 0.0, side, side]] if boxes is None else boxes(*upright)
-            wanted = [_stored(box, upright, swap, *flips) for box in found]
-            need = [_DECODED_SIDE * size / min(box[side] for box in wanted) for side in (3, 2)]
-            image.draft(None, (round(image.width * need[0]), round(image.height * need[1])))
+            shorter = math.floor(size / _share(decoding.centre, upright, size))
+            wanted = [_stored(box, upright, swap, *flips) for box in (boxes(*upright) if boxes else [])]
+            image.draft(None, _needed(image, wanted, size) if boxes else (_DECODED_SIDE * shorter,) * 2)
             pixels = _eight_bits(image, decoding, deep)
     except UnknownRangeError as error:
         raise UnknownRangeError(f"cannot use {path}: {error}") from error
@@ -138,9 +136,7 @@ def read_image(
     if boxes is None:
         if swap:  # before resizing, which rounds to 8 bits between the columns and the rows
             pixels, swap = pixels.transpose(Image.Transpose.TRANSPOSE), False
-        whole = pixels.resize(resized[::-1], Image.Resampling.BILINEAR)
-        top, left, _, _ = _stored(centre, resized, swap, *flips)
-        squares = [whole.crop((int(left), int(top), int(left) + size, int(top) + size))]
+        squares = [_middle(pixels, shorter, size, *flips)]
     else:
         x, y = pixels.width / width, pixels.height / height
         corners = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in wanted]
@@ -151,17 +147,30 @@ def read_image(
     return torch.from_numpy(views)
 
 
-def _centre(height: int, width: int, size: int, share: float | None) -> tuple[tuple[int, int], Box]:
-    """Height and width to which evaluation resizes an image, and the box that it then cuts out.
+def _share(centre: float | None, upright: tuple[int, int], size: int) -> float:
+    """The share of the shorter side that evaluation uses."""
+    if centre is not None:
+        return centre
+    return 1.0 if upright == (size, size) else CENTRE
 
-    Both are rounded as torchvision and timm do.
+
+def _needed(image: Image.Image, boxes: Sequence[Box], size: int) -> tuple[int, int]:
+    """Width and height of a decoded image whose boxes all have the sides that are needed."""
+    across, down = (_DECODED_SIDE * size / min(box[side] for box in boxes) for side in (3, 2))
+    return round(image.width * across), round(image.height * down)
+
+
+def _middle(pixels: Image.Image, shorter: int, size: int, upside_down: bool, mirror: bool) -> Image.Image:
+    """The middle square of an image whose shorter side is resized first; rounded as torchvision and timm do.
+
+    Where the image is to be flipped, the middle is that of the flipped image.
     """
-    if share is None:
-        share = 1.0 if (height, width) == (size, size) else CENTRE
-    shorter, short = math.floor(size / share), min(height, width)
-    resized = (int(shorter * height / short), int(shorter * width / short))
-    top, left = (round((side - size) / 2) for side in resized)
-    return resized, [top, left, size, size]
+    short = min(pixels.size)
+    width, height = (int(shorter * side / short) for side in pixels.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    left, top = width - size - left if mirror else left, height - size - top if upside_down else top
+    whole = pixels.resize((width, height), Image.Resampling.BILINEAR)
+    return whole.crop((left, top, left + size, top + size))
 
 
 def centre_seen(paths: Sequence[str], size: int) -> float:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,18 +134,17 @@ def write_onnx(path: Path, deployed: Deployed) -> float:
         )
     content = io.BytesIO()
     with _quiet():
+        options: dict[str, Any] = {
+            "input_names": ["pixels"],
+            "output_names": list(deployed.outputs),
+            "dynamic_axes": {name: {0: "batch"} for name in ("pixels", *deployed.outputs)},
+            "opset_version": _OPSET,
+        }
+        if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+            # By tracing: the exporter by torch.export fails for BEiT, needs torch 2.6, and 10 to 20 times as long.
+            options["dynamo"] = False
         try:
-            # By tracing: the exporter by torch.export needs torch 2.6, and 20 times as long.
-            torch.onnx.export(
-                deployed,
-                (deployed.noise(2),),
-                content,
-                input_names=["pixels"],
-                output_names=list(deployed.outputs),
-                dynamic_axes={name: {0: "batch"} for name in ("pixels", *deployed.outputs)},
-                opset_version=_OPSET,
-                **({"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}),
-            )
+            torch.onnx.export(deployed, (deployed.noise(2),), content, **options)  # type: ignore[arg-type]
         except Exception as error:  # the exporter raises whatever an operator's translation raises
             raise ValueError(_untraceable(deployed, "torch.onnx", error)) from error
     written = _with_metadata(content.getvalue(), deployed)

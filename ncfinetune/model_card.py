@@ -31,7 +31,9 @@ from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # from timm 1.0.16 on; on the hub "hf-hub:..."
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("{mode}")
+image = Image.open("image.jpg")
+image.draft("RGB", ({side}, {side}))  # as in training: much larger JPEGs are decoded at a part of their size
+image = ImageOps.exif_transpose(image).convert("{mode}")
 with torch.no_grad():
     {outputs} = model(transform(image)[None])[0]
 {last}```"""
@@ -191,13 +193,14 @@ def _index(name: str, task: str | None, numbers: Mapping[str, float]) -> dict[st
 
 
 def _use(name: str, learner: Learner) -> str:
-    grey = (learner.preprocessing or {})["input_size"][0] == 1
+    seen = learner.preprocessing or {}
+    grey, side = seen["input_size"][0] == 1, 2 * math.floor(seen["input_size"][1] / seen.get("crop_pct", 0.875))
     classifies = isinstance(learner, Classifier)
     by_squares = getattr(learner, "loss_name", "ce") == "mse"
     shares = "logits.clamp(min=0) / logits.clamp(min=0).sum()" if by_squares else "logits.softmax(0)"
     last = _PROBABILITIES.format(probabilities=shares) if classifies else ""
     outputs = "logits" if classifies else "features"
-    return _USE.format(name=name, mode="L" if grey else "RGB", outputs=outputs, last=last)
+    return _USE.format(name=name, side=side, mode="L" if grey else "RGB", outputs=outputs, last=last)
 
 
 def _cell(text: str) -> str:
