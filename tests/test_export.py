@@ -13,13 +13,13 @@ import timm
 import torch
 import yaml
 from PIL import Image, ImageOps
-from tiny import SMALL
+from tiny import SMALL, trainer_in
 from torch import Tensor
 from torchvision import transforms as v1
 
 from ncfinetune import FineTuner, Learner, SimCLR, SupCon, Supervised
 from ncfinetune.cli import main
-from ncfinetune.datamodules import Unlabelled
+from ncfinetune.datamodules import Digits, Unlabelled
 from ncfinetune.export import export
 from ncfinetune.report_statistics import wilson
 
@@ -336,6 +336,23 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     net = timm.create_model("test_vit", img_size=32, num_classes=0, checkpoint_path=tmp_path / "backbone.safetensors")
     with torch.no_grad():
         _agree([net.eval()(images)], [plain.backbone(images)])
+
+
+def test_a_ridge_head_of_a_trainers_checkpoint(tmp_path: Path) -> None:
+    spec = {"name": "resnet18", "in_chans": 1, "channels": [4, 6, 8, 10]}
+    model = FineTuner(3, spec, head_init="ridge", allow_random=True)
+    data = Digits([7, 8, 9], shots=4, image_size=16)
+    trainer = trainer_in(tmp_path, max_epochs=0)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    export(tmp_path / "a.ckpt", tmp_path / "model")
+    net, images = _from_timm(tmp_path / "model"), torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        _agree([net(images)], [model.eval()(images)])
+    assert list(net.pretrained_cfg["label_names"]) == ["7", "8", "9"]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| method | linear probe, ridge start |" in card
+    assert '.convert("L")' in card
 
 
 def test_a_delta_is_exported_with_its_base(tmp_path: Path) -> None:
