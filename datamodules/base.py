@@ -71,6 +71,7 @@ class ImageDataModule(LightningDataModule, ABC):
         input_size: Shape ``(C, S, S)`` of an image in a batch.
         recipe: The recipe of ``augmentation`` at its ``strength``.
         decoding: Options for decoding image files.
+        predict_part: The part whose images are predicted, unless `predict_files` sets others.
         mark_broken: Whether a prediction continues if an image cannot be read, with zeros labelled -1 in its place. The
             command line sets it; otherwise an error names the file.
 
@@ -121,6 +122,7 @@ class ImageDataModule(LightningDataModule, ABC):
             cutmix,
         )
         self.decoding = Decoding(channels=input_size[0], centre=1.0)
+        self.predict_part = "test"
         self.mark_broken = False
         self._parts: Mapping[str, Part] = {}
         self._files: FileImages | None = None
@@ -193,22 +195,25 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images in the order of the data set, or those of `predict_files`."""
+        """The images of `predict_part` in the order of the data set, or those of `predict_files`."""
         if self._files is None:
-            loader = self._loader("test", as_stored=True)
+            loader = self._loader(self.predict_part, as_stored=True)
         else:
             loader = self._load(self._files, **self._in_order(self._files))
         if hasattr(loader.dataset, "mark_broken"):
             loader.dataset.mark_broken = self.mark_broken
         return loader
 
-    def predict_files(self, folder: str | Path) -> list[str]:
-        """Set the images below a folder as those to predict, with evaluation's preprocessing; returns their paths.
+    def predict_files(self, images: str | Path | Sequence[str | Path]) -> list[str]:
+        """Set the images to predict, with evaluation's preprocessing; returns their paths.
+
+        Args:
+            images: A folder, searched recursively, or the files themselves.
 
         Raises:
             FileNotFoundError: No such folder, or no images in it.
         """
-        paths = self._readable(image_paths(folder))
+        paths = self._readable(image_paths(images)) if isinstance(images, str | Path) else list(map(str, images))
         everything = Labelled.all(paths, [0] * len(paths))
         self._files = FileImages(everything, self._stored_size, decoding=replace(self.decoding, banner=0))
         return paths
@@ -250,7 +255,10 @@ class ImageDataModule(LightningDataModule, ABC):
     def _part(self, name: str) -> Any:
         """A part, which must have at least one image per process."""
         if name not in self._parts:
-            raise ValueError(f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}")
+            raise ValueError(
+                f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}; add some, or choose "
+                "another part (--split of predict and evaluate)"
+            )
         part, (processes, _) = self._parts[name], self._place()
         if len(part) < processes:
             raise ValueError(f"expected at least one {name} image per process, got {len(part)} for {processes}")

@@ -1,4 +1,4 @@
-"""Calibration of scores to probabilities by a temperature, and the calibration error.
+"""Calibration of scores to probabilities by a temperature, the reliability diagram and the calibration error.
 
 Legend: ``N`` samples, ``K`` classes.
 """
@@ -90,6 +90,30 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     Raises:
         ValueError: As `fit_temperature`; also probabilities outside 0..1, or no bins.
     """
+    samples, confidence, accuracy = reliability(probabilities, labels, bins)
+    return (samples * (accuracy - confidence).nan_to_num(0).abs()).sum() / samples.sum()
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """The reliability diagram: number of samples, mean confidence and accuracy of each bin of confidence.
+
+    Guo et al. 2017 (arXiv 1706.04599), eqs. 1 and 2; confidence and bins are those of `calibration_error`.
+
+        >>> samples, confidence, accuracy = reliability(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), 2)
+        >>> samples.tolist(), round(confidence[1].item(), 6), accuracy.tolist()
+        ([0.0, 2.0], 0.8, [nan, 0.5])
+
+    Args:
+        probabilities: ``(N, K)``.
+        labels: Classes, ``(N,)``.
+        bins: Number of bins.
+
+    Returns:
+        Three float64 tensors ``(bins,)`` on the device of the probabilities; means of an empty bin are nan.
+
+    Raises:
+        ValueError: As `calibration_error`.
+    """
     probabilities, labels = _checked(probabilities, labels)
     if bins < 1:
         raise ValueError(f"expected at least one bin, got {bins}")
@@ -97,9 +121,10 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
         raise ValueError("expected probabilities from 0 to 1, got values outside: take the softmax of logits first")
     confidence, decision = probabilities.max(1)
     members = (confidence * bins).ceil().long().sub_(1).clamp_(0, bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gaps.index_add_(0, members, (decision == labels).double() - confidence)
-    return gaps.abs().sum() / len(labels)
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
+    for row, values in zip(sums, (torch.ones_like(confidence), confidence, (decision == labels).double()), strict=True):
+        row.index_add_(0, members, values)
+    return sums[0], sums[1] / sums[0], sums[2] / sums[0]
 
 
 def _checked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -10,6 +14,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ncfinetune.atomic import replacing
 from ncfinetune.checksums import check_zip
+
+# Values of --ckpt_path that are not paths.
+_NAMED = ("best", "last", "hpc", "registry")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,3 +48,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" not in str(path):
             check_zip(path)
         return super().load_checkpoint(path, *args, **kwargs)
+
+
+def read_checkpoint(path: str) -> Mapping[str, Any] | None:
+    """The contents of a Lightning checkpoint, read as data, its tensors as they are needed.
+
+    None stands for a name such as ``best``, a file on another machine, a folder of a sharded checkpoint, and a file
+    with objects of other classes, which Lightning may be told to trust.
+
+    Raises:
+        ValueError: There is no such file, or it is no checkpoint of Lightning or a damaged one.
+    """
+    if path in _NAMED or re.match(r"\w+:", path) or Path(path).is_dir():
+        return None
+    if not Path(path).exists():
+        raise ValueError(f"no checkpoint {path!r}; a run writes its checkpoints to RUN/checkpoints")
+    try:
+        content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
+    except UnpicklingError:
+        return None
+    except Exception:  # another zip file, or a damaged one, which may raise anything
+        content = None
+    said = content if isinstance(content, dict) else {}
+    if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
+        raise ValueError(
+            f"{path!r} is no checkpoint of a run, or a damaged one; expected a file of RUN/checkpoints (give files of "
+            "weights alone as --model.checkpoint)"
+        )
+    return content

@@ -22,10 +22,14 @@ commands:
                                         --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'
   validate   loss, accuracy and collapse on the validation set
   test       the same on the test set
-             a trained run:         ncfinetune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt
-  predict    class probabilities of the test set, or with --images of a folder, as RUN/predictions.csv or as the .csv or
-             .parquet file that --predictions names; images that cannot be read have an error in their row, and the
-             exit status is then 3
+             a trained run:         ncfinetune test --ckpt_path RUN/checkpoints/NAME.ckpt
+  predict    class probabilities of a folder of images, on any machine, or without --images of the run's test set, as
+             RUN/predictions.csv or as the .csv or .parquet file that --predictions names; images that cannot be read
+             have an error in their row, and the exit status is then 3:
+                                    ncfinetune predict --ckpt_path RUN/checkpoints/NAME.ckpt --images FOLDER
+  evaluate   confusion matrix, precision and recall of each class, calibration, and the most confident mistakes, of the
+             run's test set (--split val: of its validation set), or with --images of a folder FOLDER/CLASS/*.jpg:
+                                    ncfinetune evaluate --ckpt_path RUN/checkpoints/NAME.ckpt
   scan       what each block of a network, or of several, knows of your classes, without training:
                                     ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder \\
                                         --data.root photos
@@ -41,18 +45,18 @@ options:
   -h, --help      this text; 'ncfinetune fit --help' lists the options of fit,
                   'ncfinetune fit --model.help' the models, and 'ncfinetune fit --model.help FineTuner' the options of
                   one; --data.help does the same for data
-  --safe          with fit, validate, test or predict: refuse a configuration that would run code of its own: classes
-                  other than ours, Lightning's and the optimisers of torch and timm, shell commands, other machines'
-                  files, and checkpoints with more than data
+  --safe          with fit, validate, test, predict or evaluate: refuse a configuration that would run code of its own:
+                  classes other than ours, Lightning's and the optimisers of torch and timm, shell commands, other
+                  machines' files, and checkpoints with more than data
   --version       version
   NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
 """
-_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "evaluate")
 # What to type where nothing follows a command.
 _FIT = """error: fit needs a model and data, which --model.help and --data.help list, or a --config FILE; for a start:
 ncfinetune fit --data Digits --model Supervised --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'"""
 _RUN = """error: %s needs a model and data; for those of a run:
-ncfinetune %s --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt"""
+ncfinetune %s --ckpt_path RUN/checkpoints/NAME.ckpt"""
 
 
 def main(args: list[str] | None = None) -> int | None:

@@ -1,4 +1,7 @@
-"""Files of class probabilities, written batch by batch: CSV, or Parquet with the extra ``parquet``."""
+"""Files of class probabilities, written batch by batch: CSV, or Parquet with the extra ``parquet``.
+
+Legend: ``N`` samples, ``K`` classes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def check_format(path: Path) -> None:
 
 
 class Table:
-    """A table of predictions with a row per sample: index or file, most probable class, class probabilities, error.
+    """A table of predictions: index or file, true class if known, most probable class, class probabilities, error.
 
     Rows are written when they are added, to ``NAME.partial`` beside the file, which is renamed when the table is
     complete: a file with the final name is complete, and an interrupted run leaves its predictions so far. A sample
@@ -40,6 +43,12 @@ class Table:
         path: The ``.csv`` or ``.parquet`` file to write. Parquet gets a row group for each `add`.
         key: Name of the first column, ``index`` or ``file``.
         names: Names of the ``K`` classes.
+        labelled: Whether there is a column ``label``.
+        top_k: Write so many most probable classes and their probabilities, ``top_1``, ``probability_1``, ``top_2`` and
+            so on, in place of a column for each class.
+
+    Raises:
+        ValueError: ``top_k`` is outside 1..K.
 
     Attributes:
         rows: Number of rows.
@@ -47,24 +56,42 @@ class Table:
         first_error: The first error; empty if there is none.
     """
 
-    def __init__(self, path: Path, key: str, names: Sequence[object]) -> None:
+    def __init__(
+        self, path: Path, key: str, names: Sequence[object], labelled: bool = False, top_k: int | None = None
+    ) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.rows = self.errors = 0
         self.first_error = ""
         self._classes = [str(name) for name in names]
-        columns = [key, "prediction", *self._classes, "error"]
+        check_top_k(top_k, len(self._classes))
+        self._labelled, self._top_k = labelled, top_k
+        columns: list[tuple[str, type]] = [(key, str if key == "file" else int)]
+        columns += [("label", str)] * labelled + [("prediction", str)]
+        if top_k is None:
+            columns += [(name, float) for name in self._classes]
+        else:
+            places = range(1, top_k + 1)
+            columns += [pair for k in places for pair in ((f"top_{k}", str), (f"probability_{k}", float))]
         with self._naming():
+            path.parent.mkdir(parents=True, exist_ok=True)
             kind: Any = _Parquet if path.suffix == ".parquet" else _CSV
-            self._file = kind(self.partial, columns)
+            self._file = kind(self.partial, [*columns, ("error", str)])
 
-    def add(self, samples: Sequence[int] | Sequence[str], probabilities: Tensor, errors: Sequence[str]) -> None:
+    def add(
+        self,
+        samples: Sequence[int] | Sequence[str],
+        probabilities: Tensor,
+        errors: Sequence[str],
+        labels: Sequence[int] = (),
+    ) -> None:
         """Write a batch.
 
         Args:
             samples: ``N`` indices or files.
             probabilities: ``(N, K)``.
             errors: Error of each sample that could not be read; empty for the others.
+            labels: True classes, for a labelled table; -1 is unknown.
 
         Raises:
             OSError: The disk is full; rows added before are kept.
@@ -72,14 +99,32 @@ class Table:
         """
         if probabilities.shape[1] != len(self._classes):
             raise ValueError(f"expected probabilities of {len(self._classes)} classes, got {probabilities.shape[1]}")
-        likeliest = probabilities.argmax(1).tolist()
-        numbers = [None if error else row for row, error in zip(probabilities.float().tolist(), errors, strict=True)]
-        names = [None if error else self._classes[index] for index, error in zip(likeliest, errors, strict=True)]
+        predicted = map(self._cells, probabilities.float())
+        given = (
+            [[None if label < 0 else self._classes[label]] for label in labels]
+            if self._labelled
+            else [[]] * len(errors)
+        )
+        rows = [
+            [sample, *label, *([None] * len(cells) if error else cells), error or None]
+            for sample, label, cells, error in zip(samples, given, predicted, errors, strict=True)
+        ]
         with self._naming():
-            self._file.write(samples, names, numbers, [error or None for error in errors])
+            self._file.write(rows)
         self.rows += len(samples)
         self.errors += sum(map(bool, errors))
         self.first_error = self.first_error or next(filter(None, errors), "")
+
+    def _label(self, label: int) -> list[str | None]:
+        return [None if label < 0 else self._classes[label]]
+
+    def _cells(self, shares: Tensor) -> list[str | float]:
+        """Prediction and probabilities of a sample."""
+        best = self._classes[int(shares.argmax())]
+        if self._top_k is None:
+            return [best, *shares.tolist()]
+        top = zip(*(part.tolist() for part in shares.topk(self._top_k)), strict=True)
+        return [best, *(cell for share, index in top for cell in (self._classes[index], share))]
 
     def finish(self) -> None:
         """Rename the complete file to its final name.
@@ -112,20 +157,18 @@ class Table:
 
 
 class _CSV:
-    def __init__(self, path: Path, columns: list[str]) -> None:
+    def __init__(self, path: Path, columns: list[tuple[str, type]]) -> None:
         self._path = path
         self._file = path.open("w", newline="", encoding="utf-8")
         self._table = csv.writer(self._file)
-        self._blank = [""] * (len(columns) - 3)
-        self._table.writerow(columns)
+        self._table.writerow([name for name, _ in columns])
         self._file.flush()
         # Size in whole batches: a batch that a full disk truncates is cut off again.
         self._whole = self._file.tell()
 
-    def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
-        for sample, name, shares, error in zip(samples, names, numbers, errors, strict=True):
-            cells = self._blank if shares is None else [f"{share:.6f}" for share in shares]
-            self._table.writerow([sample, name, *cells, error])
+    def write(self, rows: list[list[Any]]) -> None:
+        for row in rows:
+            self._table.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row])
         self._file.flush()
         self._whole = self._file.tell()
 
@@ -136,23 +179,30 @@ class _CSV:
 
 
 class _Parquet:
-    def __init__(self, path: Path, columns: list[str]) -> None:
+    def __init__(self, path: Path, columns: list[tuple[str, type]]) -> None:
         import pyarrow
         from pyarrow import parquet
 
-        key = pyarrow.string() if columns[0] == "file" else pyarrow.int64()
-        kinds = [key, pyarrow.string(), *[pyarrow.float32()] * (len(columns) - 3), pyarrow.string()]
-        self._schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float32()}
+        self._schema = pyarrow.schema([(name, kinds[kind]) for name, kind in columns])
         self._writer = parquet.ParquetWriter(path, self._schema)
 
-    def write(self, samples: Any, names: list[Any], numbers: list[list[float] | None], errors: list[Any]) -> None:
+    def write(self, rows: list[list[Any]]) -> None:
         import pyarrow
 
-        blank: list[float | None] = [None] * (len(self._schema) - 3)
-        shares = zip(*(row or blank for row in numbers), strict=True)
-        columns = [samples, names, *shares, errors]
+        columns = zip(*rows, strict=True)
         arrays = [pyarrow.array(column, kind.type) for column, kind in zip(columns, self._schema, strict=True)]
         self._writer.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:
         self._writer.close()
+
+
+def check_top_k(top_k: int | None, classes: int) -> None:
+    """Refuse a number of most probable classes that there are not.
+
+    Raises:
+        ValueError: It is not within 1..K.
+    """
+    if top_k is not None and not 1 <= top_k <= classes:
+        raise ValueError(f"expected top_k in 1..{classes}, the number of classes, got {top_k}")

@@ -1,4 +1,4 @@
-"""``ncfinetune fit | validate | test | predict``: LightningCLI with our classes, one link and one-line errors."""
+"""``ncfinetune fit | validate | test | predict | evaluate``: LightningCLI with our classes and one-line errors."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import re
 import sys
 import tempfile
 import textwrap
-import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, interruptions, predictions
+from ncfinetune import class_help, interruptions, predictions, trained
 from ncfinetune.atomic import replacing
-from ncfinetune.checkpoint_io import AtomicCheckpointIO
+from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.learner import check_launched
 from ncfinetune.safety import refuse_code
@@ -44,8 +42,8 @@ _LOGGER = {
 
 # Name of the file with the configuration of a training run.
 _CONFIG = "config.yaml"
-# Values of --ckpt_path that are not paths.
-_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+# Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
+_OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
 # Exit status of a prediction with images that cannot be read.
 BROKEN_IMAGES = 3
 
@@ -71,8 +69,8 @@ def main(args: list[str] | None = None) -> int | None:
 
 def _run(words: list[str]) -> int | None:
     safe = "--safe" in words
+    words = trained.complete([word for word in words if word != "--safe"])
     if safe:
-        words.remove("--safe")
         refuse_code(words)
     try:
         return (_SafeCLI if safe else NCFinetuneCLI)(
@@ -82,6 +80,7 @@ def _run(words: list[str]) -> int | None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            trainer_class=_Trainer,
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
@@ -103,6 +102,12 @@ def _run(words: list[str]) -> int | None:
             raise
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
+
+
+class _Trainer(Trainer):
+    """The Trainer with a method for the command ``evaluate``: LightningCLI takes a command's options from it."""
+
+    evaluate = Trainer.predict
 
 
 def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
@@ -183,8 +188,8 @@ class NCFinetuneCLI(LightningCLI):
     safe = False
     status: int | None = None
     _arguments: Any = None
-    _samples: list[str] | None = None
-    _table: predictions.Table | None = None
+    # Step of the checkpoint.
+    _step = 0
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
         self._command = command
@@ -192,7 +197,8 @@ class NCFinetuneCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and knows no command
         """The given command alone, since Lightning builds a parser for each, which takes a third of a second."""
-        return {self._command: LightningCLI.subcommands()[self._command]}
+        like = "predict" if self._command == "evaluate" else self._command
+        return {self._command: LightningCLI.subcommands()[like]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments of the command, and keep them."""
@@ -207,18 +213,20 @@ class NCFinetuneCLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
         )
-        parser.add_argument(
-            "--images",
-            type=str | None,
-            default=None,
-            help="With predict: a folder of images, in place of the test set.",
-        )
-        parser.add_argument(
-            "--predictions",
-            type=str | None,
-            default=None,
-            help="With predict: the .csv or .parquet file to write, in place of RUN/predictions.csv.",
-        )
+        add: Any = parser.add_argument
+        text = "With predict and evaluate: a folder of images, in place of the data's; folders in it that are named as "
+        add("--images", type=str | None, default=None, help=f"{text}classes are the true classes.")
+        text = "With predict: the .csv or .parquet file to write, in place of RUN/predictions.csv."
+        add("--predictions", type=str | None, default=None, help=text)
+        if self._command in trained.ALONE:
+            add("--split", type=Literal["train", "val", "test"], default="test", help="The part of the data.")
+            text = (
+                "With predict: write so many most probable classes in place of all; with evaluate: measure the top-k "
+            )
+            add("--top_k", type=int | None, default=None, help=f"{text}accuracy for this number too.")
+        if self._command == "evaluate":
+            text = "The folder to write, in place of RUN/evaluation/SPLIT, or of RUN/evaluation/FOLDER with --images."
+            add("--out", type=str | None, default=None, help=text)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would overwrite the configuration by the checkpoint's hyper-parameters.
@@ -228,24 +236,35 @@ class NCFinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Name the configuration of a training run differently from those of later tests in the same folder."""
-        for option in ("images", "predictions"):
-            if self.subcommand != "predict" and self._get(self.config, option) is not None:
-                self.parser.error(f"{option} is an option of predict, not of {self.subcommand}")
+        for option, commands in _OF.items():
+            if self.subcommand not in commands and self._get(self.config, option) is not None:
+                self.parser.error(f"{option} is an option of {' and '.join(commands)}, not of {self.subcommand}")
+        checkpoint_path = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit":
+            trained.place(str(self.subcommand), self.config[self.subcommand].trainer, checkpoint_path, self._arguments)
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
             _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
         name = _CONFIG if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         self._trust_nothing_remote()
-        checkpoint = _check_checkpoint(self._get(self.config, "ckpt_path"), self.parser)
+        checkpoint = self._read(checkpoint_path)
         if self.subcommand == "fit":
             self.save_config_kwargs["given"] = self.config.fit.clone()
             self.save_config_kwargs["given"].ckpt_path = None
-            interruptions.place(self.config.fit.trainer, self._get(self.config, "ckpt_path"), self._arguments)
+            interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
+            self._step = checkpoint.get("global_step", 0)
         if checkpoint is not None:
             _keep_chosen(self.config[self.subcommand].model, checkpoint)
+
+    def _read(self, path: str | None) -> Mapping[str, Any] | None:
+        """The contents of a checkpoint, before data and network are built; see `read_checkpoint`."""
+        try:
+            return None if path is None else read_checkpoint(path)
+        except ValueError as error:
+            self.parser.error(str(error))
 
     def _trust_nothing_remote(self) -> None:
         """Make Lightning read a remote checkpoint as data; by default it would run code in it."""
@@ -273,11 +292,9 @@ class NCFinetuneCLI(LightningCLI):
                 starts = ("checkpoint", "pretrained")
                 model.init_args.backbone = {k: v for k, v in model.init_args.backbone.items() if k not in starts}
         if self._get(self.config, "images") is not None and said.get("preprocessing"):
-            classes = checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
-            names = said.get("class_names") or [str(label) for label in range(classes)]
             loading = {name: config.data.init_args.get(name) for name in ("batch_size", "num_workers")}
             given = {name: value for name, value in loading.items() if value is not None}
-            arguments = {**given, "class_names": names, "preprocessing": said["preprocessing"]}
+            arguments = {**given, **trained.unlabelled(checkpoint)}
             path = "ncfinetune.datamodules.Unlabelled"
             config.data = Namespace({"class_path": path, "init_args": arguments})  # type: ignore[no-untyped-call]
 
@@ -303,113 +320,122 @@ class NCFinetuneCLI(LightningCLI):
         # All processes use the folder of rank 0; another process would take the next version number.
         if getattr(rank_zero_only, "rank", 0):
             return
-        run = self.trainer.log_dir or self.trainer.default_root_dir
+        run = self._run_folder
+        trainer.callbacks.append(trained.ForgetFailedStart(Path(run)))
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
             interruptions.last_of(self.trainer, Path(run))
-        _check_writable("run", run, "--trainer.logger.init_args.save_dir", self.parser)
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")
             _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
+        option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
+        # Last, since the folder that it makes remains: it reserves the number of the run.
+        _check_writable("run", run, f"--{option}", self.parser)
 
     def after_fit(self) -> None:
         """Test the last weights, with ``--test_after_fit``."""
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
+    @property
+    def _run_folder(self) -> str:
+        return self.trainer.log_dir or self.trainer.default_root_dir
+
     def predict(self, **kwargs: Any) -> None:
-        """Write class probabilities, by index in the test set or by file, to ``--predictions`` or the run's folder.
+        """Write class probabilities to ``--predictions`` or the run's folder, a row for each image.
 
         Raises:
             ValueError: There are several processes, or the model predicts no class probabilities.
         """
+        path = Path(self._get(self.config, "predictions") or Path(self._run_folder, "predictions.csv"))
+        self._predicted(path, kwargs)
+        print(f"predictions: {path}")
+
+    def evaluate(self, **kwargs: Any) -> None:
+        """Write and print what is right and wrong about the predictions of labelled images.
+
+        Raises:
+            ValueError: As `predict`; also images without a class.
+        """
+        from ncfinetune.evaluating import conclude
+
+        images = self._get(self.config, "images")
+        name = self._get(self.config, "split") if images is None else Path(images).absolute().name
+        folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
+        rows = self._predicted(folder / "predictions.csv", kwargs)
+        checkpoint = self._get(self.config, "ckpt_path")
+        run = interruptions.run_of(checkpoint)
+        facts = {
+            "data": name,
+            "images_of": images or type(self.datamodule).__name__,
+            "checkpoint": checkpoint,
+            "step": self._step,
+            "run": None if run is None else str(run),
+            "unreadable": rows.table.errors,
+        }
+        top_k = self._get(self.config, "top_k")
+        print(conclude(rows.probabilities, rows.labels, rows.names, rows.mistakes, folder, facts, top_k))
+
+    def _predicted(self, path: Path, kwargs: dict[str, Any]) -> Any:
+        """The predictions, which are written to a file; images that cannot be read are reported."""
+        from ncfinetune.predicting import PredictionRows, no_probabilities
+
         if self.trainer.world_size > 1:
-            raise ValueError("predict writes its rows in order, from one process; give --trainer.devices 1")
+            raise ValueError(f"{self.subcommand} writes its rows in order, from one process; give --trainer.devices 1")
         if hasattr(self.datamodule, "mark_broken"):
             self.datamodule.mark_broken = True
-        self._samples = self._files()
-        add_rows: Any = LambdaCallback(on_predict_batch_end=self._add_rows)
-        self.trainer.callbacks.append(add_rows)  # type: ignore[attr-defined]
+        images, evaluates = self._get(self.config, "images"), self.subcommand == "evaluate"
+        files = self._files(images)
+        # With evaluate the number is that of the accuracy.
+        top_k = None if evaluates else self._get(self.config, "top_k")
+        rows = PredictionRows(path, images, files, top_k, evaluates)
+        self.trainer.callbacks.append(rows)  # type: ignore[attr-defined]
         try:
             self.trainer.predict(**{**kwargs, "return_predictions": False})
         except BaseException:
-            if self._table is not None and self._table.keep():
-                print(f"{self._table.rows} predictions so far: {self._table.partial}", file=sys.stderr)
+            if rows.table is not None and rows.table.keep():
+                print(f"{rows.table.rows} predictions so far: {rows.table.partial}", file=sys.stderr)
             raise
-        if self._table is None:
-            raise ValueError(self._no_probabilities())
-        self._table.finish()
-        print(f"predictions: {self._table.path}")
-        if self._table.errors:
+        if rows.table is None:
+            raise ValueError(no_probabilities(self.model))
+        rows.table.finish()
+        if rows.table.errors:
             self.status = BROKEN_IMAGES
             print(
-                f"error: {self._table.errors} of {self._table.rows} images cannot be read; see the column error of "
-                f"their rows, first: {self._table.first_error}",
+                f"error: {rows.table.errors} of {rows.table.rows} images cannot be read; see the column error of "
+                f"their rows, first: {rows.table.first_error}",
                 file=sys.stderr,
             )
+        return rows
 
-    def _add_rows(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        """Write the predictions of a batch."""
-        if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
-            raise ValueError(self._no_probabilities())
-        if self._table is None:
-            names = getattr(self.datamodule, "class_names", None) or list(range(outputs.shape[1]))
-            run = self.trainer.log_dir or self.trainer.default_root_dir
-            path = Path(self._get(self.config, "predictions") or Path(run, "predictions.csv"))
-            self._table = predictions.Table(path, "index" if self._samples is None else "file", names)
-        rows = range(self._table.rows, self._table.rows + len(outputs))
-        errors = [""] * len(rows)
-        if getattr(self.datamodule, "mark_broken", False):
-            fault = getattr(trainer.predict_dataloaders.dataset, "fault", None)
-            for place in (batch[1] < 0).nonzero().flatten().tolist():
-                errors[place] = (fault and fault(rows[place])) or "cannot be read as an image"
-        samples = list(rows) if self._samples is None else [self._samples[row] for row in rows]
-        self._table.add(samples, outputs.cpu(), errors)
-
-    def _no_probabilities(self) -> str:
-        name = type(self.model).__name__
-        return f"predict writes the class probabilities (N, K) that predict_step returns; {name}'s doesn't"
-
-    def _files(self) -> list[str] | None:
-        """The image files to predict, which are set in the datamodule; None is its test set."""
-        folder = self._get(self.config, "images")
+    def _files(self, folder: str | None) -> list[str] | None:
+        """The image files to predict, which are set in the datamodule; None are those of ``--split``."""
+        data, split = self.datamodule, self._get(self.config, "split")
         if folder is None:
+            if hasattr(data, "predict_part"):
+                data.predict_part = split
+            elif self.subcommand == "evaluate" or split != "test":
+                data.predict_dataloader = lambda: _loader(data, split)
             return None
-        predict_files = getattr(self.datamodule, "predict_files", None)
-        if predict_files is None:
-            self.parser.error(
-                f"images needs a datamodule that has predict_files; {type(self.datamodule).__name__} hasn't"
-            )
+        if split != "test":
+            self.parser.error("split chooses among the data's images, which images replaces; give one of them")
+        if not hasattr(data, "predict_files"):
+            self.parser.error(f"images needs a datamodule that has predict_files; {type(data).__name__} hasn't")
         try:
-            return predict_files(folder)
+            return data.predict_files(folder)
         except FileNotFoundError as error:
             self.parser.error(str(error))
+
+
+def _loader(data: LightningDataModule, split: str) -> Any:
+    """The loader of a part of a datamodule that is not ours, which may set up a part only when it is asked for it."""
+    data.setup({"train": "fit", "val": "validate"}.get(split, split))
+    return getattr(data, f"{split}_dataloader")()
 
 
 class _SafeCLI(NCFinetuneCLI):
     """The command line under ``--safe``, which trusts no checkpoint."""
 
     safe = True
-
-
-def _check_checkpoint(path: str | None, parser: LightningArgumentParser) -> Mapping[str, Any] | None:
-    """Refuse a file that is no Lightning checkpoint, before data and network are built; returns its contents."""
-    if path is None or path in _NAMED_CHECKPOINTS or re.match(r"\w+:", path) or Path(path).is_dir():
-        return None
-    if not Path(path).exists():
-        parser.error(f"no checkpoint {path!r}; a run writes its checkpoints to RUN/checkpoints")
-    try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=True) if zipfile.is_zipfile(path) else None
-    except UnpicklingError:  # objects of other classes, which Lightning may be told to trust
-        return None
-    except Exception:  # another zip file, or a damaged one, which may raise anything
-        content = None
-    said = content if isinstance(content, dict) else {}
-    if "pytorch-lightning_version" not in said or not isinstance(said.get("state_dict"), dict):
-        parser.error(
-            f"{path!r} is no checkpoint of a run, or a damaged one; expected a file of RUN/checkpoints (give files of "
-            "weights alone as --model.checkpoint)"
-        )
-    return content
 
 
 def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:

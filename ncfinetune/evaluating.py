@@ -1,0 +1,78 @@
+"""What ``ncfinetune evaluate`` leaves: tables, pictures, and the same pictures in the run's TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ncfinetune import evaluation
+from ncfinetune.atomic import replacing
+from ncfinetune.evaluation_figures import Mistake, confusion, sheet
+from ncfinetune.events import event_files
+
+# Dots per inch: a name above an image of the sheet is read without zooming.
+_DPI = 100
+
+
+def conclude(
+    probabilities: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    names: Sequence[str],
+    mistakes: Sequence[Mistake],
+    folder: Path,
+    facts: Mapping[str, Any],
+    top_k: int | None = None,
+) -> str:
+    """Evaluate predictions, and write all files but the predictions; returns the text to print.
+
+    Args:
+        probabilities: ``(N, K)``, batch by batch.
+        labels: Classes ``(N,)``, likewise.
+        names: Names of the ``K`` classes.
+        mistakes: The images for the sheet.
+        folder: The folder to write to.
+        facts: What was evaluated, in built-in types: ``data`` is its name, ``unreadable`` a number of images, ``run`` a
+            folder or None, ``step`` the checkpoint's.
+        top_k: Measure the top-k accuracy for this number too.
+
+    Raises:
+        ValueError: No image could be read.
+        OSError: A file cannot be written.
+    """
+    if not sum(map(len, labels)):
+        raise ValueError(f"none of the {facts['unreadable']} images can be read; there is nothing to evaluate")
+    found = evaluation.evaluate(torch.cat(list(probabilities)), torch.cat(list(labels)), names, top_k)
+    title = str(facts["data"])
+    wrong = found.images - int(found.confusion.diagonal().sum())
+    pictures = {
+        "confusion": confusion(found, title),
+        "mistakes": sheet(mistakes, f"{title}: {wrong} mistakes, the {len(mistakes)} most confident"),
+    }
+    files = [*evaluation.write(found, folder, dict(facts)), "predictions.csv"]
+    for name, figure in pictures.items():
+        with replacing(folder / f"{name}.png") as part:
+            figure.savefig(part, dpi=_DPI, format="png")
+        files.append(f"{name}.png")
+    if facts["run"] is not None:
+        tagged = {f"evaluate_{title}/{name}": figure for name, figure in pictures.items()}
+        show(Path(facts["run"]), tagged, facts["step"])
+    lines = [evaluation.table(found, title)]
+    if found.absent:
+        lines.append(f"no images of {evaluation.some(found.absent)}: their recall was not measured")
+    return "\n".join([*lines, f"{folder}: {', '.join(files)}"])
+
+
+def show(run: Path, pictures: Mapping[str, Figure], step: int) -> None:
+    """Add pictures to a run's event files, if it has any: otherwise TensorBoard would list a further run."""
+    if not event_files(run):
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run)) as writer:
+        for name, figure in pictures.items():
+            writer.add_figure(name, figure, step, close=False)

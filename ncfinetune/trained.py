@@ -1,0 +1,144 @@
+"""What a command on a trained model need not be told: the run of its checkpoint, and the folders that it writes to."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ncfinetune.checkpoint_io import read_checkpoint
+from ncfinetune.interruptions import run_of
+from ncfinetune.weight_files import DATA
+
+# Commands that write no log, and run on any machine in one process.
+ALONE = ("predict", "evaluate")
+# What the Trainer of a run may have that another machine has not.
+_ANY_MACHINE = ("accelerator", "auto", "devices", "1", "num_nodes", "1", "strategy", "auto")
+# Files that a logger makes before anything is logged.
+_OF_LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """A command on a checkpoint alone with the configuration of the checkpoint's run, or else with its model.
+
+    ``predict`` and ``evaluate`` do not take the run's devices, since they are for any machine. Other commands, and
+    those with a configuration or a model, are returned as they are.
+
+    Args:
+        words: The command line's words, from the command on.
+
+    Raises:
+        ValueError: The checkpoint is in no run's folder and is not of a classifier of ours, or ``--images`` is missing.
+    """
+    command, *rest = words
+    checkpoint = _given(rest, "ckpt_path")
+    if command == "fit" or checkpoint is None or any(_given(rest, name) for name in ("config", "c", "model")):
+        return list(words)
+    if run := run_of(checkpoint):
+        pairs = zip(_ANY_MACHINE[::2], _ANY_MACHINE[1::2], strict=True)
+        elsewhere = [word for name, value in pairs for word in (f"--trainer.{name}", value)]
+        return [command, "--config", str(run / "config.yaml"), *(elsewhere if command in ALONE else []), *rest]
+    content = read_checkpoint(checkpoint)
+    if content is None:  # the command itself says what is wrong with it
+        return list(words)
+    model = ["--model", json.dumps(_model(checkpoint, content))]
+    if _given(rest, "data") is not None:
+        return [command, *model, *rest]
+    said = content.get(DATA) or {}
+    if not said.get("preprocessing") or _given(rest, "images") is None:
+        raise ValueError(
+            f"{checkpoint!r} is in no folder of a run, which would name the data; give --images FOLDER to predict or "
+            "evaluate, or --data, or the run's configuration by --config"
+        )
+    data = {"class_path": "ncfinetune.datamodules.Unlabelled", "init_args": unlabelled(content)}
+    return [command, *model, "--data", json.dumps(data), *rest]
+
+
+def unlabelled(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The class names and the preprocessing in a checkpoint, as arguments of `datamodules.Unlabelled`."""
+    said, classes = checkpoint[DATA], checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
+    names = said.get("class_names") or [str(label) for label in range(classes)]
+    return {"class_names": names, "preprocessing": said["preprocessing"]}
+
+
+def _model(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Class and arguments of a checkpoint's model."""
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    # Only the command line saves the class.
+    name = saved.get("_class_path") or f"ncfinetune.{'FineTuner' if 'skip_from' in saved else 'Supervised'}"
+    if "num_classes" not in saved or not re.fullmatch(r"ncfinetune\.\w+", name):
+        raise ValueError(f"{path!r} holds no classifier of ncfinetune; give the run's configuration by --config")
+    # The number of classes comes from the data.
+    arguments = {key: value for key, value in saved.items() if not key.startswith("_") and key != "num_classes"}
+    return {"class_path": name, "init_args": arguments}
+
+
+def _given(words: Sequence[str], option: str) -> str | None:
+    """The value of an option in words of the command line; None if it is not among them."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.lstrip("-") == option and word.startswith("-"):
+            return value if equals else following
+    return None
+
+
+def place(command: str, trainer: Any, checkpoint: str | None, words: Sequence[str]) -> None:
+    """Make a command on a run's checkpoint write to the run's folder, in which TensorBoard lists no further run.
+
+    ``predict`` and ``evaluate`` log nothing, so that they have no logger. ``validate`` and ``test`` log to the folder
+    ``validate`` or ``test`` in the run's, unless a logger's option is among the words: the Trainer logs their numbers
+    as those of step 0, where in the run's own curves they would be wrong.
+
+    Args:
+        command: The command.
+        trainer: The trainer's part of the configuration; changed in place.
+        checkpoint: The checkpoint.
+        words: The words of the command line.
+    """
+    # Their Trainer saves no checkpoint.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    run = run_of(checkpoint)
+    if command in ALONE:
+        trainer.logger = False
+        if trainer.default_root_dir is None and run is not None:
+            trainer.default_root_dir = str(run)
+    elif (
+        run is not None
+        and str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger")
+        and not any(word.startswith("--trainer.logger") for word in words)
+    ):
+        options = trainer.logger.init_args
+        options.save_dir, options.name, options.version = str(run), "", command
+
+
+class ForgetFailedStart(Callback):
+    """Removes the folder of a command that failed before its first batch, which TensorBoard would list as a run.
+
+    Only files that loggers make at the start are removed, and only from a folder that did not exist before.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._is_new = not folder.exists()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the folder, unless a configuration was saved in it after the first batch."""
+        if not (self._is_new and trainer.is_global_zero) or list(self._folder.glob("config*.yaml")):
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")  # closes its files
+        for pattern in _OF_LOGGERS:
+            for path in self._folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        for folder in (self._folder / "checkpoints", self._folder):
+            with suppress(OSError):  # there is none, or it holds something else
+                folder.rmdir()
