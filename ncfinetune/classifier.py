@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.copies import CopyError
+from ncfinetune.image_predictions import ImagePredictions, predict_images
 from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner
 from ncfinetune.passes import drawn_labels, draws_by_weights
@@ -206,6 +209,29 @@ class Classifier(Learner):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities ``(N, K)``."""
         return self.probabilities(self(batch[0]))
+
+    def predict_images(
+        self, images: str | Path | Sequence[str | Path], batch_size: int = 32, num_workers: int = 0
+    ) -> ImagePredictions:
+        """Predict image files with the preprocessing of the training, which checkpoints and deltas store.
+
+        Files that cannot be read are reported: with a warning, and with their error in the result.
+
+            >>> from ncfinetune import FineTuner
+            >>> model = FineTuner.load_from_checkpoint("RUN/checkpoints/best.ckpt")  # doctest: +SKIP
+            >>> for file, name, probability in model.predict_images("photos"):  # doctest: +SKIP
+            ...     print(file, name, probability)
+
+        Args:
+            images: A folder, searched recursively, or the files themselves.
+            batch_size: Images per batch.
+            num_workers: Worker processes that decode; 0 decodes in this process.
+
+        Raises:
+            ValueError: The model does not know its preprocessing, or there are no images.
+            FileNotFoundError: No such folder, or no images in it.
+        """
+        return predict_images(self, images, batch_size, num_workers)
 
     def on_train_epoch_end(self) -> None:
         """Raise for wrong label rows that were counted on the device during the epoch."""

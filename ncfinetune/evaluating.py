@@ -51,7 +51,7 @@ def conclude(
     wrong = found.images - int(found.confusion.diagonal().sum())
     pictures = {
         "confusion": confusion(found, title),
-        "mistakes": sheet(mistakes, f"{title}: {wrong} mistakes, the {len(mistakes)} most confident"),
+        "mistakes": sheet(mistakes, f"{title}: {wrong} mistakes in {found.images:,} images, the most confident first"),
     }
     files = [*evaluation.write(found, folder, dict(facts)), "predictions.csv"]
     for name, figure in pictures.items():

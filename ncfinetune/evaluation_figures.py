@@ -16,7 +16,7 @@ _MOST_NAMED = 40
 # Images in a row of the sheet: TensorBoard and a browser show such a row whole.
 _IN_A_ROW = 6
 # Longest text above an image, in characters.
-_LONGEST = 26
+_LONGEST = 28
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def sheet(mistakes: Sequence[Mistake], title: str) -> Figure:
         axes.axis("off")
     for axes, mistake in zip(grid, mistakes, strict=False):
         axes.imshow(mistake.image, interpolation="nearest")
-        text = [_short(mistake.name, end=True), f"is {_short(mistake.true)}"]
-        text.append(f"{mistake.probability:.3f} {_short(mistake.predicted, _LONGEST - 6)}")
+        text = [_short(mistake.name, end=True), f"true: {_short(mistake.true, _LONGEST - 6)}"]
+        text.append(f"predicted: {_short(mistake.predicted, _LONGEST - 10)} {mistake.probability:.2f}")
         axes.set_title("\n".join(text), fontsize="small", parse_math=False)
     return figure
 

@@ -67,12 +67,13 @@ class FineTuner(PartlyFrozen):
             one of several networks in it; see `Backbone`.
         train: ``none``, ``all``, or one or several names or patterns: layers such as ``layer3.1``, ``blocks.1?`` or
             ``*norm*``; a pattern that fits no layer selects parameters, such as ``*.bias`` or ``*.bn*.weight``. If only
-            parameters of a layer are trained, the layer stays in eval mode and keeps its batch-norm statistics.
-            ``auto`` chooses at the start of a fit the block whose tuning lowers the leave-one-out error of ridge
-            regression most by the network's first-order expansion, or none; see `linearised.choose_block`.
-        skip_from: Layer, or layers, whose pooled outputs join the features that reach the classifier. ``auto`` chooses
-            at the start of a fit the layers that clearly lower the leave-one-out error of ridge regression; see
-            `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.
+            parameters of a layer are trained, the layer stays in eval mode and keeps its batch-norm statistics. A
+            negative number counts the network's blocks from its end, for any network: -1 is the last block. ``auto``
+            chooses at the start of a fit the block whose tuning lowers the leave-one-out error of ridge regression most
+            by the network's first-order expansion, or none; see `linearised.choose_block`.
+        skip_from: Layer, or layers, by name or number, whose pooled outputs join the features that reach the
+            classifier. ``auto`` chooses at the start of a fit the layers that clearly lower the leave-one-out error of
+            ridge regression; see `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.
         skip_join: How the pooled outputs join the penultimate features: ``pad`` adds them, narrower ones padded with
             zeros; ``linear`` adds them after learned linear maps to the width of the features; ``concat`` concatenates
             them; ``only`` concatenates the pooled outputs and leaves the penultimate features out.
@@ -119,8 +120,8 @@ class FineTuner(PartlyFrozen):
         num_classes: int,
         backbone: str | dict[str, Any] | Backbone,
         checkpoint: str | dict[str, Any] | None = None,
-        train: str | list[str] = "none",
-        skip_from: str | list[str] | None = None,
+        train: int | str | list[int | str] = "none",
+        skip_from: int | str | list[int | str] | None = None,
         skip_join: SkipJoin = "pad",
         skip_gradient: SkipGradient = "both",
         max_skips: int = 1,
@@ -137,6 +138,8 @@ class FineTuner(PartlyFrozen):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
+        backbone = Backbone.build(backbone)
+        train, skip_from = (knobs.by_name(backbone, layers) for layers in (train, skip_from))
         knobs.check_choices(skip_join, skip_gradient, head_init, refit, cache)
         knobs.check_cache(train, cache, cache_dir)
         knobs.check_skips(train, skip_from, skip_join, skip_gradient, max_skips)
@@ -155,6 +158,8 @@ class FineTuner(PartlyFrozen):
             class_weight=class_weight,
             layer_decay=layer_decay,
         )
+        # Under the command line the hyper-parameters are those of the configuration.
+        self.hparams.update({"train": train, "skip_from": skip_from})
         self.head_init = head_init
         self.refit = refit
         # Whether the head has been initialised, and the number of the batch after which it was refitted last.

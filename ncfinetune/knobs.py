@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place
 from ncfinetune.heads import SkipJoin
 from ncfinetune.split import SkipGradient
@@ -92,6 +93,25 @@ def listed_skips(skip_from: Any) -> list[str]:
     if skip_from is None or skip_from == "auto":
         return []
     return [skip_from] if isinstance(skip_from, str) else list(skip_from)
+
+
+def by_name(backbone: Backbone, layers: Any) -> Any:
+    """Layers by name, where negative numbers count the blocks of a backbone from its end.
+
+    Raises:
+        ValueError: The backbone has no such block, or a number is not negative.
+    """
+    if isinstance(layers, list | tuple):
+        return [by_name(backbone, layer) for layer in layers]
+    if not isinstance(layers, int):
+        return layers
+    names = list(backbone.layers)
+    if not -len(names) <= layers < 0:
+        raise ValueError(
+            f"expected the name of a layer, or a number from -1, the last block, to -{len(names)}, the first one of "
+            f"{backbone.spec['name']}, got {layers}"
+        )
+    return names[layers]
 
 
 def _listed(skip_from: Any) -> str:

@@ -70,7 +70,7 @@ class PredictionRows(Callback):
         """
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             raise ValueError(no_probabilities(pl_module))
-        data: Any = trainer.datamodule
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader: Any = trainer.predict_dataloaders
         dataset = getattr(loader, "dataset", None)
         if self.table is None:
@@ -80,7 +80,7 @@ class PredictionRows(Callback):
         errors = _errors(dataset, batch, rows) if getattr(data, "mark_broken", False) else [""] * len(rows)
         samples = list(rows) if self._files is None else [self._files[row] for row in rows]
         labels = self._true(batch, rows)
-        self.table.add(samples, outputs.cpu(), errors, labels)  # type: ignore[arg-type]
+        self.table.add(samples, outputs.cpu(), errors, labels)
         if self._evaluates:
             self._keep(outputs, torch.tensor(labels), errors, samples, batch[0], data)
 

@@ -40,13 +40,20 @@ def _arguments(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fine_tuning(knobs: dict[str, Any]) -> str:
-    layers, skips = _listed(knobs.get("train") or "none"), _listed(knobs.get("skip_from") or [])
+    layers, skips = (_listed(_blocks(knobs.get(name) or [])) for name in ("train", "skip_from"))
+    layers = layers or "none"
     base = {"none": "linear probe", "all": "full FT"}.get(layers, f"layer FT {layers}")
     name = f"SCL FT {layers}" if skips == layers else f"{base}, skip from {skips}" if skips else base
     words = ["gradient through the skip"] if knobs.get("skip_gradient") == "skip" else []
     words += [f"{knobs['head_init']} start"] if knobs.get("head_init", "default") not in ("default", "zero") else []
     words += [f"{knobs['refit']} refit"] if knobs.get("refit", "none") != "none" else []
     return ", ".join([name, *words])
+
+
+def _blocks(names: Any) -> list[str]:
+    """Layers by name; a number is a block, counted from the last."""
+    listed = names if isinstance(names, list) else [names]
+    return [f"block {name}" if isinstance(name, int) else str(name) for name in listed]
 
 
 def _listed(names: Any) -> str:

@@ -220,10 +220,8 @@ class NCFinetuneCLI(LightningCLI):
         add("--predictions", type=str | None, default=None, help=text)
         if self._command in trained.ALONE:
             add("--split", type=Literal["train", "val", "test"], default="test", help="The part of the data.")
-            text = (
-                "With predict: write so many most probable classes in place of all; with evaluate: measure the top-k "
-            )
-            add("--top_k", type=int | None, default=None, help=f"{text}accuracy for this number too.")
+            text = "With predict: write so many most probable classes in place of all; with evaluate: measure the "
+            add("--top_k", type=int | None, default=None, help=f"{text}top-k accuracy for this number too.")
         if self._command == "evaluate":
             text = "The folder to write, in place of RUN/evaluation/SPLIT, or of RUN/evaluation/FOLDER with --images."
             add("--out", type=str | None, default=None, help=text)
