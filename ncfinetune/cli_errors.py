@@ -61,7 +61,9 @@ def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> 
     if base is None:
         return f"{key}: no class {name!r}"
     classes = {c.__name__: c.__module__ for c in concrete_subclasses(base)}
-    own = sorted(c for c, module in classes.items() if module.startswith("ncfinetune."))
+    # Other callbacks of ours belong to the command line itself.
+    home = "ncfinetune.callbacks." if base is Callback else "ncfinetune."
+    own = sorted(c for c, module in classes.items() if module.startswith(home))
     return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
 
 

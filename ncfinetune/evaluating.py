@@ -36,8 +36,8 @@ def conclude(
         names: Names of the ``K`` classes.
         mistakes: The images for the sheet.
         folder: The folder to write to.
-        facts: What was evaluated, in built-in types: ``data`` is its name, ``unreadable`` a number of images, ``run`` a
-            folder or None, ``step`` the checkpoint's.
+        facts: What was evaluated, in built-in types: ``data`` is its name, ``unreadable`` a number of images and
+            ``first_error`` why the first cannot be read, ``run`` a folder or None, ``step`` the checkpoint's.
         top_k: Measure the top-k accuracy for this number too.
 
     Raises:
@@ -45,7 +45,7 @@ def conclude(
         OSError: A file cannot be written.
     """
     if not sum(map(len, labels)):
-        raise ValueError(f"none of the {facts['unreadable']} images can be read; there is nothing to evaluate")
+        raise ValueError(f"none of the {facts['unreadable']} images can be read, first: {facts['first_error']}")
     found = evaluation.evaluate(torch.cat(list(probabilities)), torch.cat(list(labels)), names, top_k)
     title = str(facts["data"])
     wrong = found.images - int(found.confusion.diagonal().sum())

@@ -345,8 +345,9 @@ class NCFinetuneCLI(LightningCLI):
             ValueError: There are several processes, or the model predicts no class probabilities.
         """
         path = Path(self._get(self.config, "predictions") or Path(self._run_folder, "predictions.csv"))
-        self._predicted(path, kwargs)
+        rows = self._predicted(path, kwargs)
         print(f"predictions: {path}")
+        self._report_broken(rows)
 
     def evaluate(self, **kwargs: Any) -> None:
         """Write and print what is right and wrong about the predictions of labelled images.
@@ -369,12 +370,14 @@ class NCFinetuneCLI(LightningCLI):
             "step": self._step,
             "run": None if run is None else str(run),
             "unreadable": rows.table.errors,
+            "first_error": rows.table.first_error or None,
         }
         top_k = self._get(self.config, "top_k")
         print(conclude(rows.probabilities, rows.labels, rows.names, rows.mistakes, folder, facts, top_k))
+        self._report_broken(rows)
 
     def _predicted(self, path: Path, kwargs: dict[str, Any]) -> Any:
-        """The predictions, which are written to a file; images that cannot be read are reported."""
+        """The predictions, which are written to a file."""
         from ncfinetune.predicting import PredictionRows, no_probabilities
 
         if self.trainer.world_size > 1:
@@ -396,6 +399,10 @@ class NCFinetuneCLI(LightningCLI):
         if rows.table is None:
             raise ValueError(no_probabilities(self.model))
         rows.table.finish()
+        return rows
+
+    def _report_broken(self, rows: Any) -> None:
+        """Say how many images cannot be read, which is the exit status too."""
         if rows.table.errors:
             self.status = BROKEN_IMAGES
             print(
@@ -403,7 +410,6 @@ class NCFinetuneCLI(LightningCLI):
                 f"their rows, first: {rows.table.first_error}",
                 file=sys.stderr,
             )
-        return rows
 
     def _files(self, folder: str | None) -> list[str] | None:
         """The image files to predict, which are set in the datamodule; None are those of ``--split``."""

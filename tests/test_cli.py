@@ -87,8 +87,8 @@ def trained(_run_of_789: Path) -> Iterator[tuple[Path, list[str]]]:
     """The folder of a run on the digits 7, 8 and 9, and the words that name its configuration and checkpoint."""
     run, before = _run_of_789, set(_run_of_789.rglob("*"))
     yield run, ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
-    for path in set(run.rglob("*")) - before:
-        path.unlink()
+    for path in sorted(set(run.rglob("*")) - before, reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_fit_leaves_events_checkpoint_and_configuration(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_saved_configuration_runs_again_and_resumes(learner: list[str], tmp_pa
     assert torch.load(resumed, weights_only=True)["global_step"] == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["model"] == first
     assert main(["validate", *trained]) is None
-    assert yaml.safe_load((run / "config_validate.yaml").read_text())["model"] == first
+    assert yaml.safe_load((run / "validate" / "config_validate.yaml").read_text())["model"] == first
 
 
 @pytest.mark.slow
@@ -155,7 +155,8 @@ def test_layers_that_a_run_has_chosen_are_those_of_its_checkpoint(tmp_path: Path
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
     for command in ("test", "predict"):
         assert main([command, *trained]) is None
-        told = yaml.safe_load((run / f"config_{command}.yaml").read_text())["model"]["init_args"]
+        told = run / ("test" if command == "test" else "") / f"config_{command}.yaml"
+        told = yaml.safe_load(told.read_text())["model"]["init_args"]
         assert (told["train"], told["skip_from"], told["max_skips"]) == (chosen["train"], chosen["skip_from"], 1)
     assert main(["fit", *trained, "--trainer.max_epochs", "2"]) is None
     kept = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
@@ -175,7 +176,8 @@ def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.Cap
     run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
     assert main(["test", *trained, "--model.train", "layer2.0"]) is None
-    assert yaml.safe_load((run / "config_test.yaml").read_text())["model"]["init_args"]["train"] == "layer2.0"
+    config = yaml.safe_load((run / "test" / "config_test.yaml").read_text())
+    assert config["model"]["init_args"]["train"] == "layer2.0"
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,17 +201,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_a_trained_run_is_evaluated_by_its_configuration(command: str, trained: tuple[Path, list[str]]) -> None:
     run, words = trained
-    before = (run / "config.yaml").read_text()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     main([command, *words])
-    assert (run / "config.yaml").read_text() == before
-    assert (run / f"config_{command}.yaml").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    # Where TensorBoard lists a run, its name says of what; predictions are no run.
+    logs = [path.parent for path in run.parent.rglob("events.out.tfevents.*") if path not in before]
+    assert logs == [run / command] * (command != "predict")
+    assert (run / command / f"config_{command}.yaml").exists() == (command != "predict")
+    assert (run / "config_predict.yaml").exists() == (command == "predict")
 
 
 def test_predictions_are_a_table_of_class_probabilities(trained: tuple[Path, list[str]]) -> None:
     run, words = trained
     main(["predict", *words])
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
-    assert [*rows[0]] == ["index", "prediction", "7", "8", "9", "error"]
+    assert [*rows[0]] == ["index", "label", "prediction", "7", "8", "9", "error"]
+    data = Digits([7, 8, 9])
+    data.setup("test")
+    assert [row["label"] for row in rows] == ["789"[label] for label in data.parts()["test"].own_labels]
     for row in rows:
         assert sum(float(row[name]) for name in "789") == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == max("789", key=lambda name: float(row[name]))
@@ -221,7 +230,7 @@ def test_predictions_go_where_they_are_asked_to(tmp_path: Path, trained: tuple[P
         main(["predict", *words, "--predictions", str(tmp_path / "new" / name)])
     rows = list(csv.DictReader((tmp_path / "new" / "a.csv").read_text().splitlines()))
     table = parquet.read_table(tmp_path / "new" / "a.parquet")
-    assert table.column_names == ["index", "prediction", "7", "8", "9", "error"]
+    assert table.column_names == ["index", "label", "prediction", "7", "8", "9", "error"]
     assert table["error"].to_pylist() == [None] * len(rows)
     assert not list((tmp_path / "new").glob("*.partial"))
     assert table["prediction"].to_pylist() == [row["prediction"] for row in rows]
@@ -296,11 +305,11 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path, trained: tupl
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     main(["predict", *words, "--images", str(tmp_path / "photos")])
     got = list(csv.reader((run / "predictions.csv").read_text().splitlines()))
-    assert got[0] == ["file", *expected[0][1:]]
+    assert got[0] == ["file", *expected[0][2:]]
     assert [Path(row[0]).name for row in got[1:]] == ["a.png", "b.png", "c.PNG"]
     for row, known in zip(got[1:], expected[1:4], strict=True):
-        assert row[1] == known[1]
-        assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[2:-1]], abs=1e-5)
+        assert row[1] == known[2]
+        assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[3:-1]], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +358,9 @@ def test_broken_test_images_have_a_row_too(tmp_path: Path) -> None:
     Path("good/test/a/21.jpg").write_bytes(b"x")
     assert main(["predict", *QUIET, *_colour("good"), "--data.num_workers", "0", "--predictions", "p.csv"]) == 3
     rows = _csv(Path("p.csv"))
-    assert [(row["index"], bool(row["error"])) for row in rows] == [("0", False), ("1", True), ("2", False)]
+    files = [f"good/test/a/{number}.jpg" for number in (20, 21, 22)]
+    assert [row["file"] for row in rows] == files
+    assert [(row["label"], bool(row["error"])) for row in rows] == [("a", False), ("a", True), ("a", False)]
 
 
 def test_what_was_predicted_is_kept_where_a_run_breaks_off(
@@ -384,7 +395,7 @@ def test_images_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Capture
     assert "no folder 'nowhere'; expected one with images" in _refusal(capsys, *command, "nowhere")
     assert "no images in " in _refusal(capsys, *command, str(tmp_path))
     error = _refusal(capsys, "fit", *QUIET, *PIECES, "--images", str(tmp_path))
-    assert error == "error: images is an option of predict, not of fit"
+    assert error == "error: images is an option of predict and evaluate, not of fit"
 
 
 @pytest.mark.parametrize(
@@ -504,7 +515,7 @@ def test_folder_that_cannot_be_written_is_said_before_training(
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert (
-        "no command 'train'; expected one of fit, validate, test, predict, scan, suggest, export, layers, report"
+        "no command 'train'; expected one of fit, validate, test, predict, evaluate, scan, suggest, export, layers, report"
         in capsys.readouterr().err
     )
 
@@ -517,7 +528,7 @@ def test_a_command_without_words_says_what_to_type(capsys: pytest.CaptureFixture
     assert main(["predict"]) == 2
     assert capsys.readouterr().err == (
         "error: predict needs a model and data; for those of a run:\n"
-        "ncfinetune predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/NAME.ckpt\n"
+        "ncfinetune predict --ckpt_path RUN/checkpoints/NAME.ckpt\n"
     )
 
 

@@ -1,0 +1,361 @@
+"""Predictions and evaluations of a trained model: numbers, tables, pictures, and commands without the training folder."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from pyarrow import parquet
+from sklearn import metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import QUIET, RANDOM, _csv, _fit, _refusal
+from test_ship import NARROW, _checkpoint, _data, _folder
+
+from ncfinetune import FineTuner
+from ncfinetune.cli import main
+from ncfinetune.evaluation import evaluate, table, write
+from ncfinetune.evaluation_figures import Mistake, confusion, sheet
+from ncfinetune.predicting import folder_labels, picture
+from ncfinetune.predictions import Table
+from ncfinetune.trained import ForgetFailedStart, complete
+
+NAMES = ["apple", "lime", "plum"]
+
+
+def _outcome() -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of 60 images and five classes: the last has no images, and the fourth is never predicted."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (60,), generator=generator)
+    scores = torch.randn(60, 5, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 5)
+    scores[:, 3] -= 20
+    return scores.softmax(1), labels
+
+
+def test_numbers_are_those_of_scikit_learn() -> None:
+    shares, labels = _outcome()
+    found = evaluate(shares, labels, [*"abcde"], top_k=2)
+    decided, classes = shares.argmax(1), range(5)
+    assert found.confusion.tolist() == metrics.confusion_matrix(labels, decided, labels=classes).tolist()
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        labels, decided, labels=classes, zero_division=np.nan
+    )
+    for ours, theirs in ((found.precision, precision), (found.recall, recall), (found.support, support)):
+        np.testing.assert_allclose(ours, theirs)
+    np.testing.assert_allclose(found.f1.nan_to_num(0), np.nan_to_num(f1))
+    assert found.accuracy == metrics.accuracy_score(labels, decided)
+    assert found.top_k == {2: pytest.approx(metrics.top_k_accuracy_score(labels, shares, k=2, labels=classes))}
+    images, confidence, accuracy = found.reliability
+    inside = (shares.amax(1) > 9 / 15) & (shares.amax(1) <= 10 / 15)
+    assert images[9] == inside.sum() > 0
+    assert confidence[9].item() == pytest.approx(shares.amax(1)[inside].double().mean().item())
+    assert accuracy[9].item() == pytest.approx((decided == labels)[inside].double().mean().item())
+    assert found.absent == ["e"]
+    assert found.precision[3].isnan()
+    assert found.recall[4].isnan()
+
+
+def test_table_and_files_leave_open_what_was_not_measured(tmp_path: Path) -> None:
+    shares = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.2, 0.8, 0.0]])
+    found = evaluate(shares, torch.tensor([0, 0, 1, 1]), NAMES, top_k=2)
+    assert table(found, "test").splitlines() == [
+        "test: 4 images, accuracy 75.0 % (95 % interval 30.1 to 95.4), top-2 100.0 %, calibration error 0.375",
+        "class  images  precision  recall    F1",
+        "apple       2       0.67    1.00  0.80",
+        "lime        2       1.00    0.50  0.67",
+        "plum        0          -       -     -",
+        "most often confused: lime as apple 1x",
+    ]
+    assert write(found, tmp_path / "new", {"data": "test"}) == ["summary.json", "classes.csv", "confusion.csv"]
+    said = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert (said["data"], said["accuracy"], said["top_2_accuracy"]) == ("test", 0.75, 1.0)
+    assert said["mean_recall"] == 0.75
+    assert said["classes_without_images"] == ["plum"]
+    assert said["reliability"][0] == {"from": 0.0, "to": 0.0667, "images": 0, "confidence": None, "accuracy": None}
+    assert (tmp_path / "new" / "classes.csv").read_text().splitlines()[1:] == [
+        "apple,2,0.666667,1.000000,0.800000",
+        "lime,2,1.000000,0.500000,0.666667",
+        "plum,0,,,",
+    ]
+    counts = list(csv.reader((tmp_path / "new" / "confusion.csv").read_text().splitlines()))
+    assert counts == [
+        ["true class", *NAMES],
+        ["apple", "2", "0", "0"],
+        ["lime", "1", "1", "0"],
+        ["plum", "0", "0", "0"],
+    ]
+
+
+def test_of_many_classes_the_worst_are_listed() -> None:
+    shares = torch.eye(40)
+    labels = torch.arange(40)
+    labels[7] = 8
+    lines = table(evaluate(shares, labels, [f"c{label}" for label in range(40)]), "val").splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["c7", "c8"]
+    assert len(lines) == 2 + 20 + 2
+    assert lines[-2] == "(the classes with the lowest F1; 20 more in classes.csv)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 4}, r"expected top_k in 1\.\.3, the number of classes, got 4"),
+        ({"names": ["a"]}, r"expected probabilities of 1 classes, got shape \(2, 3\)"),
+        ({"labels": torch.tensor([0, 3])}, "expected labels from 0 to 2, got 0 to 3"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"labels": torch.tensor([0, 1]), "names": NAMES, "top_k": None, **change}
+    with pytest.raises(ValueError, match=message):
+        evaluate(torch.eye(3)[:2], arguments["labels"], arguments["names"], arguments["top_k"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_have_true_classes_and_the_most_probable_ones(suffix: str, tmp_path: Path) -> None:
+    written = Table(tmp_path / "new" / f"a.{suffix}", "file", NAMES, labelled=True, top_k=2)
+    written.add(["x", "y", "z"], torch.tensor([[0.25, 0.75, 0.0]] * 3), ["", "no image", ""], [0, 2, -1])
+    written.finish()
+    top = {"top_1": "lime", "probability_1": 0.75, "top_2": "apple", "probability_2": 0.25}
+    rows = [
+        {"file": "x", "label": "apple", "prediction": "lime", **top, "error": None},
+        {"file": "y", "label": "plum", "prediction": None, **dict.fromkeys(top), "error": "no image"},
+        {"file": "z", "label": None, "prediction": "lime", **top, "error": None},
+    ]
+    if suffix == "parquet":
+        assert parquet.read_table(written.path).to_pylist() == rows
+        return
+    text = [{k: f"{v:.6f}" if isinstance(v, float) else v or "" for k, v in row.items()} for row in rows]
+    assert _csv(written.path) == text
+    with pytest.raises(ValueError, match=r"expected top_k in 1\.\.3, the number of classes, got 0"):
+        Table(tmp_path / "b.csv", "file", NAMES, top_k=0)
+
+
+def test_pictures_have_every_class_and_file() -> None:
+    shares, labels = _outcome()
+    found = evaluate(shares, labels, ["a", "b", "$c", "d_d", "e"])
+    matrix = confusion(found, "test")
+    texts = {text.get_text() for text in matrix.findobj(lambda part: hasattr(part, "get_text"))}  # type: ignore[attr-defined]
+    assert {"a", "$c", "d_d", f"test: accuracy {100 * found.accuracy:.1f} % of 60"} <= texts
+    image = np.zeros((8, 8, 3), np.uint8)
+    mistakes = [Mistake(f"{'deep/' * 9}{number}.png", image, "$a", "b_1", 0.987) for number in range(7)]
+    titles = [axes.get_title() for axes in sheet(mistakes, "test").axes]
+    assert titles[6] == "...deep/deep/deep/deep/6.png\ntrue: $a\npredicted: b_1 0.99"
+    assert len(titles) == 12
+    for figure in (sheet([], "no mistakes"), confusion(evaluate(torch.eye(60), torch.arange(60), range(60)), "many")):  # type: ignore[arg-type]
+        assert isinstance(figure, Figure)
+
+
+def test_a_picture_is_what_the_network_saw() -> None:
+    image = torch.randint(256, (3, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    mean, std = [0.1, 0.5, 0.7], [0.2, 0.3, 0.4]
+    seen = (image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert np.array_equal(picture(seen, {"mean": mean, "std": std}), image.permute(1, 2, 0).numpy())
+    grey = picture(torch.linspace(-3, 5, 20).view(1, 5, 4), None)
+    assert grey.shape == (5, 4, 3)
+    assert (grey.min(), grey.max()) == (0, 255)
+
+
+def test_classes_of_a_folder_are_its_folders() -> None:
+    files = ["there/plum/a.png", "there/apple/deep/b.png", "there/c.png", "there/other/d.png"]
+    assert folder_labels(files, "there", NAMES) == [2, 0, -1, -1]
+    message = (
+        r"evaluate needs the class of each image: expected there/CLASS/ for the model's classes apple, lime, plum; "
+        r"2 of 4 images are elsewhere: c\.png, other"
+    )
+    with pytest.raises(ValueError, match=message):
+        folder_labels(files, "there", NAMES, needed=True)
+
+
+@pytest.fixture(scope="module")
+def _run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos and a run on them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _folder(folder / "photos", NAMES)
+        model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.head_init", "ridge", *RANDOM]
+        _fit(folder, "runs/version_0", *model, *_data(folder / "photos"), "--trainer.max_epochs", "0")
+    return folder
+
+
+@pytest.fixture
+def place(_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, in which the command runs."""
+    monkeypatch.chdir(shutil.copytree(_run, tmp_path / "here"))
+    return tmp_path / "here"
+
+
+def _event_folders(root: Path) -> set[Path]:
+    return {path.parent for path in root.rglob("events.out.tfevents.*")}
+
+
+def test_evaluate_needs_the_checkpoint_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "runs" / "version_0"
+    checkpoint = _checkpoint(run)
+    assert main(["evaluate", *QUIET[:4], "--ckpt_path", checkpoint, "--top_k", "2"]) is None
+    out = run / "evaluation" / "test"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("test: 18 images, accuracy ")
+    files = ["summary.json", "classes.csv", "confusion.csv", "predictions.csv", "confusion.png", "mistakes.png"]
+    assert printed[-1] == f"{out}: {', '.join(files)}"
+    assert sorted(path.name for path in out.iterdir()) == sorted(files)
+    rows = _csv(out / "predictions.csv")
+    right = [row["prediction"] == row["label"] for row in rows]
+    assert json.loads((out / "summary.json").read_text())["accuracy"] == sum(right) / 18
+    assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
+    with Image.open(out / "mistakes.png") as image:
+        assert image.width > 600
+    events = EventAccumulator(str(run), {"images": 0}).Reload()
+    assert {"evaluate_test/confusion", "evaluate_test/mistakes"} <= set(events.Tags()["images"])
+    assert _event_folders(place) == {run}
+    # In Python the same.
+    model = FineTuner.load_from_checkpoint(checkpoint, weights_only=True)
+    found = model.predict_images([row["file"] for row in rows], batch_size=5)
+    assert found.names == [row["prediction"] for row in rows]
+    expected = [[float(row[name]) for name in NAMES] for row in rows]
+    torch.testing.assert_close(found.probabilities, torch.tensor(expected), atol=2e-6, rtol=0)
+    best = next(iter(found))
+    assert best == (rows[0]["file"], rows[0]["prediction"], found.probabilities[0].max().item())
+    assert found.top(2)[0][0] == (best[1], best[2])
+
+
+def test_predict_needs_a_checkpoint_and_images_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = shutil.copytree(place / "photos" / "test", place / "elsewhere")
+    (photos / "unsorted").mkdir()
+    shutil.copy(photos / "plum" / "1.png", photos / "unsorted" / "a.png")
+    (photos / "lime" / "2.png").write_text("no image")
+    run = place / "runs" / "version_0"
+    shutil.copy(checkpoint := _checkpoint(run), place / "model.ckpt")
+    shutil.rmtree(place / "photos")
+    assert main(["predict", "--ckpt_path", checkpoint, "--images", str(photos), *QUIET[:2]]) == 3
+    rows = _csv(run / "predictions.csv")
+    assert [*rows[0]] == ["file", "label", "prediction", *NAMES, "error"]
+    assert [row["label"] for row in rows] == ["apple"] * 6 + ["lime"] * 6 + ["plum"] * 6 + [""]
+    assert [bool(row["error"]) for row in rows] == [number == 8 for number in range(19)]
+    assert _event_folders(place) == {run}
+    # Without the run too.
+    assert main(["predict", "--ckpt_path", "model.ckpt", "--images", str(photos), *QUIET[:2]]) == 3
+    assert _csv(Path("predictions.csv")) == rows
+
+
+@pytest.mark.slow
+def test_a_labelled_folder_is_evaluated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = shutil.move(place / "photos" / "test", place / "elsewhere")
+    shutil.copy(_checkpoint(place / "runs" / "version_0"), place / "model.ckpt")
+    evaluate = ["evaluate", "--ckpt_path", "model.ckpt", "--images", str(photos)]
+    (photos / "plum").rename(photos / "zebra")
+    error = _refusal(capsys, *evaluate)
+    assert f"expected {photos}/CLASS/ for the model's classes apple, lime, plum; 6 of 18 images are elsewhere" in error
+    shutil.rmtree(photos / "zebra")
+    (photos / "lime" / "2.png").write_text("no image")
+    assert main([*evaluate, "--out", "found", *QUIET[:2]]) == 3
+    printed = capsys.readouterr()
+    assert "elsewhere: 11 images, accuracy" in printed.out
+    assert "no images of plum: their recall was not measured" in printed.out
+    assert "error: 1 of 12 images cannot be read; see the column error of their rows, first: cannot read" in printed.err
+    for path in photos.rglob("*.png"):
+        path.write_text("no image")
+    assert "error: none of the 12 images can be read, first: cannot read" in _refusal(capsys, *evaluate)
+
+
+def test_images_that_cannot_be_read_are_reported_in_python(tmp_path: Path) -> None:
+    model = FineTuner(2, {"name": "resnet18", "stem": "cifar", "channels": [4, 6, 8, 10]})
+    with pytest.raises(ValueError, match="the model does not know how its images are preprocessed; expected one that"):
+        model.predict_images(tmp_path)
+    model.preprocessing = {"input_size": [3, 8, 8], "stored_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("")
+    with pytest.warns(UserWarning, match=r"2 of 3 images cannot be read, first: cannot read .*b\.png as an image"):
+        found = model.predict_images([tmp_path / name for name in ("b.png", "a.png", "nowhere.png")])
+    assert found.names[::2] == [None, None]
+    assert found.names[1] in ("0", "1")
+    assert found.probabilities.isnan().any(1).tolist() == [True, False, True]
+    assert [bool(error) for error in found.errors] == [True, False, True]
+    assert "No such file" in found.errors[2]
+    assert [len(top) for top in found.top(2)] == [0, 2, 0]
+    assert model.training
+    with pytest.raises(ValueError, match="expected image files to predict, got none"):
+        model.predict_images([])
+    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'; expected one with images"):
+        model.predict_images(tmp_path / "nowhere")
+
+
+def test_bad_commands_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "empty").mkdir()
+    shutil.copy(_checkpoint(place / "runs" / "version_0"), place / "model.ckpt")
+    error = _refusal(capsys, "predict", "--ckpt_path", "model.ckpt", "--images", "empty")
+    assert "no images in 'empty'; expected files .jpg" in error
+    error = _refusal(capsys, "evaluate", "--ckpt_path", "model.ckpt", "--images", "photos", "--split", "val")
+    assert error == "error: split chooses among the data's images, which images replaces; give one of them"
+    error = _refusal(capsys, "evaluate", "--ckpt_path", "model.ckpt")
+    assert "'model.ckpt' is in no folder of a run, which would name the data; give --images FOLDER" in error
+    error = _refusal(capsys, "predict", "--ckpt_path", "nowhere.ckpt", "--images", "empty")
+    assert error == "error: no checkpoint 'nowhere.ckpt'; a run writes its checkpoints to RUN/checkpoints"
+    error = _refusal(capsys, "evaluate", "--ckpt_path", "model.ckpt", "--images", "photos", "--predictions", "a.csv")
+    assert error == "error: predictions is an option of predict, not of evaluate"
+
+
+def test_a_checkpoint_of_python_says_which_model_it_is(tmp_path: Path) -> None:
+    words = ["predict", "--ckpt_path", str(tmp_path / "a.ckpt"), "--images", "photos"]
+    data = {"class_names": ["a", "b"], "preprocessing": {"mean": [0.5]}}
+    for knobs, name in (({"skip_from": None}, "FineTuner"), ({"loss": "mse"}, "Supervised")):
+        knobs = {**knobs, "num_classes": 2, "backbone": {"name": "resnet18"}}
+        saved = {"pytorch-lightning_version": "2.5.0", "state_dict": {}, "hyper_parameters": knobs, "data": data}
+        torch.save(saved, tmp_path / "a.ckpt")
+        command, _, model, _, images, *rest = complete(words)
+        given = {key: value for key, value in knobs.items() if key != "num_classes"}
+        assert json.loads(model) == {"class_path": f"ncfinetune.{name}", "init_args": given}
+        assert json.loads(images)["init_args"] == data
+        assert [command, *rest] == words
+    for other in (["--config", "a.yaml"], ["--model=FineTuner"], ["-c", "a.yaml"]):
+        assert complete([*words, *other]) == [*words, *other]
+    torch.save({**saved, "hyper_parameters": {"_class_path": "os.path", "num_classes": 2}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt' holds no classifier of ncfinetune; give the run's configuration by"):
+        complete(words)
+
+
+def test_a_start_that_fails_leaves_no_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = [
+        "fit",
+        *QUIET,
+        "--trainer.max_epochs",
+        "1",
+        "--model",
+        "FineTuner",
+        "--model.backbone",
+        NARROW,
+        *_data(place / "photos"),
+    ]
+    before = set((place / "runs").rglob("*"))
+    assert "allow_random" in _refusal(capsys, *fit)
+    assert set((place / "runs").rglob("*")) == before
+    words = ["--ckpt_path", _checkpoint(place / "runs" / "version_0"), "--data.root", "photos/test"]
+    shutil.move("photos/test/plum", "photos/test/zebra")
+    for command in ("test", "evaluate"):
+        assert "was trained on the classes apple, lime, plum, but the datamodule has" in _refusal(
+            capsys, command, *words, "--data.test_fraction", "0.5"
+        )
+    assert set((place / "runs").rglob("*")) == before
+
+
+@pytest.mark.parametrize("kept", ["config.yaml", "mine.txt", None])
+def test_only_what_a_failed_start_made_is_removed(kept: str | None, tmp_path: Path) -> None:
+    class Idle:
+        is_global_zero, loggers = True, ()
+
+    forget = ForgetFailedStart(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("events.out.tfevents.1.a.1.0", "hparams.yaml", *([kept] if kept else [])):
+        (tmp_path / "run" / name).write_text("")
+    ForgetFailedStart(tmp_path / "run").on_exception(Idle(), None, ValueError())  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "hparams.yaml").exists()  # the folder is not new
+    forget.on_exception(Idle(), None, ValueError())  # type: ignore[arg-type]
+    left = {path.name for path in (tmp_path / "run").glob("*")}
+    whole = {"events.out.tfevents.1.a.1.0", "hparams.yaml", "checkpoints", "config.yaml"}
+    assert left == {"config.yaml": whole, "mine.txt": {"mine.txt"}, None: set()}[kept]
+    assert (tmp_path / "run").exists() == bool(kept)
