@@ -138,19 +138,19 @@ class FineTuner(PartlyFrozen):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
-        backbone = Backbone.build(backbone)
-        train, skip_from = (knobs.by_name(backbone, layers) for layers in (train, skip_from))
         knobs.check_choices(skip_join, skip_gradient, head_init, refit, cache)
         knobs.check_cache(train, cache, cache_dir)
         knobs.check_skips(train, skip_from, skip_join, skip_gradient, max_skips)
         knobs.check_head(train, head_init, refit, head_lr_factor, skip_join)
         knobs.check_decay(train, layer_decay)
+        base = Backbone.build(backbone)
+        tuned, skips = (knobs.by_name(base, layers) for layers in (train, skip_from))
         super().__init__(
             checkpoint,
-            train,
+            tuned,
             allow_random,
             num_classes=num_classes,
-            backbone=backbone,
+            backbone=base,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             lr_interval=lr_interval,
@@ -158,14 +158,13 @@ class FineTuner(PartlyFrozen):
             class_weight=class_weight,
             layer_decay=layer_decay,
         )
-        # Under the command line the hyper-parameters are those of the configuration.
-        self.hparams.update({"train": train, "skip_from": skip_from})
+        self.hparams.update({"train": tuned, "skip_from": skips})
         self.head_init = head_init
         self.refit = refit
         # Whether the head has been initialised, and the number of the batch after which it was refitted last.
         self._head_ready = head_init not in get_args(ClosedForm)
         self._refitted: int | None = None
-        self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skip_from), skip_gradient)
+        self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skips), skip_gradient)
         # With skip_from="auto" no layers are chosen yet; `setup` chooses them and builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
         self.head = new_head(self._split.widths, num_classes, None if skip_from is None else join)

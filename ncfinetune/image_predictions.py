@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from ncfinetune.passes import eval_mode
 from ncfinetune.predictions import check_top_k
-
-if TYPE_CHECKING:
-    from ncfinetune.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,9 @@ class ImagePredictions:
 
 
 def predict_images(
-    model: Classifier, images: str | Path | Sequence[str | Path], batch_size: int = 32, num_workers: int = 0
+    model: Any, images: str | Path | Sequence[str | Path], batch_size: int = 32, num_workers: int = 0
 ) -> ImagePredictions:
-    """Predict image files with a trained model; see `Classifier.predict_images`.
+    """Predict image files with a trained `Classifier`; see its `predict_images`.
 
     Raises:
         ValueError: The model does not know its preprocessing, or there are no images.

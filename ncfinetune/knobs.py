@@ -92,7 +92,7 @@ def listed_skips(skip_from: Any) -> list[str]:
     """The layers that ``skip_from`` names; none while ``auto`` has not chosen them."""
     if skip_from is None or skip_from == "auto":
         return []
-    return [skip_from] if isinstance(skip_from, str) else list(skip_from)
+    return list(skip_from) if isinstance(skip_from, list | tuple) else [skip_from]
 
 
 def by_name(backbone: Backbone, layers: Any) -> Any:
@@ -115,7 +115,7 @@ def by_name(backbone: Backbone, layers: Any) -> Any:
 
 
 def _listed(skip_from: Any) -> str:
-    return "layers to be chosen" if skip_from == "auto" else ", ".join(listed_skips(skip_from))
+    return "layers to be chosen" if skip_from == "auto" else ", ".join(map(str, listed_skips(skip_from)))
 
 
 def check_chooses(option: str, stage: str) -> None:

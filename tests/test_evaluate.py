@@ -1,4 +1,4 @@
-"""Predictions and evaluations of a trained model: numbers, tables, pictures, and commands without the training folder."""
+"""Predictions and evaluations of a trained model: numbers, tables, pictures, and commands elsewhere."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The YAML files of the pre-training study, on a handful of made-up images."""
+"""The YAML files of the pre-training study, the starts, and the benchmarks, on a handful of made-up images."""
 
 import subprocess
 import sys
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torchvision.utils import save_image
 
+from ncfinetune import FineTuner
 from ncfinetune.cli import main
 
 STUDY = Path(__file__).resolve().parent.parent / "experiments" / "pretrain"
@@ -70,6 +72,42 @@ def test_the_benchmark_of_the_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
         "synchronisations",
     ):
         assert f"| {row}" in table
+
+
+@pytest.mark.parametrize(
+    ("method", "network"),
+    [
+        ("scl", "{name: test_vit, img_size: 32}"),
+        pytest.param("scl", "test_resnet", marks=pytest.mark.slow),
+        *(
+            pytest.param(method, network, marks=pytest.mark.slow)
+            for method in ("probe", "layer", "full")
+            for network in ("{name: test_vit, img_size: 32}", "test_resnet")
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_cifar10")
+def test_a_start_fits_any_network(method: str, network: str, tmp_path: Path) -> None:
+    start = STUDY.parent / "start" / f"{method}.yaml"
+    data = ["--data", str(STUDY.parent / "data" / "image_folder.yaml"), "--data.root", "data/cifar10"]
+    data += ["--data.image_size", "32", "--data.batch_size", "8", "--data.num_workers", "0"]
+    quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
+    quick += ["--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1"]
+    main(["fit", "--config", str(start), *data, *quick, "--model.backbone", network, "--model.allow_random", "true"])
+    checkpoints = tmp_path / "runs" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "delta.safetensors", "last.ckpt"]
+    assert FineTuner.load_from_checkpoint(checkpoints / "best.ckpt").class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("method", ["probe", "layer", "scl", "full"])
+def test_a_start_ends_and_keeps_the_best(method: str) -> None:
+    start = yaml.safe_load((STUDY.parent / "start" / f"{method}.yaml").read_text())
+    trainer = start["trainer"]
+    callbacks = {one["class_path"]: one["init_args"] for one in trainer["callbacks"]}
+    assert trainer["max_epochs"] <= 50
+    assert callbacks["EarlyStopping"]["monitor"] == callbacks["ModelCheckpoint"]["monitor"] == "val/loss"
+    assert callbacks["ModelCheckpoint"]["save_last"]
+    assert start["model"]["init_args"]["head_init"] == "ridge"
 
 
 def test_study_is_all_there() -> None:

@@ -9,6 +9,7 @@ from tiny import SMALL, plain_sgd, trainer_in
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.collapse import class_moments
 from ncfinetune.datamodules import Digits
+from ncfinetune.settings import method_name
 
 
 def _images() -> torch.Tensor:
@@ -197,3 +198,15 @@ def test_skip_without_a_tuned_layer_is_said(caplog: pytest.LogCaptureFixture) ->
     assert (
         'train="none": a linear probe on the penultimate features joined with the features of layer3.0' in caplog.text
     )
+
+
+def test_blocks_are_counted_from_the_last() -> None:
+    model = FineTuner(3, SMALL, train=-1, skip_from=[-1, "layer2.0"], skip_join="concat")
+    assert list(model.chosen.layers) == ["layer4.1"]
+    assert (model.hparams["train"], model.hparams["skip_from"]) == ("layer4.1", ["layer4.1", "layer2.0"])
+    assert model.tunes_the_same("layer4.1")
+    assert list(FineTuner(3, "test_vit", train=[-1, -2]).chosen.layers) == ["blocks.4", "blocks.5"]
+    assert method_name({"class_path": "FineTuner", "init_args": {"train": -2, "skip_from": -2}}) == "SCL FT block -2"
+    for wrong in (0, -9):
+        with pytest.raises(ValueError, match=rf"or a number from -1, the last block, to -8, the first .*, got {wrong}"):
+            FineTuner(3, SMALL, train=wrong)

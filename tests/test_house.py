@@ -71,7 +71,7 @@ IMPORTS = {
     "frozen": {"checksums"},
     "grouping": {"runs", "settings"},
     "heads": {"calibration", "moments", "probes"},
-    "image_predictions": {"classifier", "passes", "predictions"},
+    "image_predictions": {"passes", "predictions"},
     "inputs": set(),
     "interruptions": {"resume"},
     "knobs": {"backbone", "cache", "heads", "split"},
