@@ -170,7 +170,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if not self._parts:
             self._parts = self._read()
             counts = (f"{name} {part.describe(self.num_classes)}" for name, part in self._parts.items())
-            rank_zero_info(f"{type(self).__name__} images: {', '.join(counts)}")
+            if self._parts:
+                rank_zero_info(f"{type(self).__name__} images: {', '.join(counts)}")
         if self.normalize == "backbone":
             self._normalize_as_pretrained()
 

@@ -223,7 +223,7 @@ class NCFinetuneCLI(LightningCLI):
             text = "With predict: write so many most probable classes in place of all; with evaluate: measure the "
             add("--top_k", type=int | None, default=None, help=f"{text}top-k accuracy for this number too.")
         if self._command == "evaluate":
-            text = "The folder to write, in place of RUN/evaluation/SPLIT, or of RUN/evaluation/FOLDER with --images."
+            text = "The folder to write, in place of RUN/evaluation/SPLIT, or RUN/evaluation/images_FOLDER."
             add("--out", type=str | None, default=None, help=text)
 
     def _parse_ckpt_path(self) -> None:
@@ -358,7 +358,8 @@ class NCFinetuneCLI(LightningCLI):
         from ncfinetune.evaluating import conclude
 
         images = self._get(self.config, "images")
-        name = self._get(self.config, "split") if images is None else Path(images).absolute().name
+        # Set apart from a split of the data, as a folder may be named as one.
+        name = self._get(self.config, "split") if images is None else f"images_{Path(images).absolute().name}"
         folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
         rows = self._predicted(folder / "predictions.csv", kwargs)
         checkpoint = self._get(self.config, "ckpt_path")

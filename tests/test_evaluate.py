@@ -255,7 +255,7 @@ def test_a_labelled_folder_is_evaluated(place: Path, capsys: pytest.CaptureFixtu
     (photos / "lime" / "2.png").write_text("no image")
     assert main([*evaluate, "--out", "found", *QUIET[:2]]) == 3
     printed = capsys.readouterr()
-    assert "elsewhere: 11 images, accuracy" in printed.out
+    assert "images_elsewhere: 11 images, accuracy" in printed.out
     assert "no images of plum: their recall was not measured" in printed.out
     assert "error: 1 of 12 images cannot be read; see the column error of their rows, first: cannot read" in printed.err
     for path in photos.rglob("*.png"):
