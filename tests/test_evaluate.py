@@ -21,7 +21,7 @@ from ncfinetune import FineTuner
 from ncfinetune.cli import main
 from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
-from ncfinetune.predicting import folder_labels, picture
+from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
 from ncfinetune.trained import ForgetFailedStart, complete
 
@@ -148,6 +148,20 @@ def test_pictures_have_every_class_and_file() -> None:
     assert len(titles) == 12
     for figure in (sheet([], "no mistakes"), confusion(evaluate(torch.eye(60), torch.arange(60), range(60)), "many")):  # type: ignore[arg-type]
         assert isinstance(figure, Figure)
+
+
+def test_the_most_confident_mistakes_of_all_batches_are_kept(tmp_path: Path) -> None:
+    rows = PredictionRows(tmp_path / "a.csv", None, None, None, True)
+    rows.names = ["a", "b"]
+    likeliest = torch.linspace(0.51, 0.95, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    for first in (0, 20, 40):
+        shares = torch.stack([likeliest, 1 - likeliest], 1)[first : first + 20]
+        labels = torch.tensor([1] * 18 + [0, 1])  # the last but one is right, the last cannot be read
+        errors, names = [""] * 19 + ["no image"], list(range(first, first + 20))
+        rows._keep(shares, labels, errors, names, torch.zeros(20, 3, 4, 4), None)
+    wrong = sorted((n for n in range(60) if n % 20 < 18), key=lambda n: -likeliest[n])
+    assert [mistake.name for mistake in rows.mistakes] == [str(n) for n in wrong[:24]]
+    assert sum(map(len, rows.labels)) == 57
 
 
 def test_a_picture_is_what_the_network_saw() -> None:
