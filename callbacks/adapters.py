@@ -235,6 +235,15 @@ def known_num_classes(trainer: Any, module: nn.Module, asker: str, classifier: s
     )
 
 
+def class_names(trainer: Any, module: nn.Module, num_classes: int) -> list[str] | None:
+    """The ``class_names`` of the datamodule or of the module; None if neither has as many as there are classes."""
+    for owner in (getattr(trainer, "datamodule", None), module):
+        names = getattr(owner, "class_names", None)
+        if isinstance(names, list | tuple) and len(names) == num_classes:
+            return [str(name) for name in names]
+    return None
+
+
 def classifiers(module: nn.Module, num_classes: int | None, name: str = "auto") -> dict[str, nn.Module]:
     """The layer of that name, or, for ``auto``, all linear layers with ``num_classes`` outputs, by path.
 

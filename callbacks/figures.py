@@ -5,7 +5,9 @@ Legend: ``M`` samples, ``P`` classes that have samples, ``d`` feature width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -15,12 +17,26 @@ from torch import Tensor
 from ncfinetune.collapse import ClassMoments, cosine_matrix
 
 _MAX_NAMED_CLASSES = 30
+_LONGEST_NAME = 14
+# TensorBoard shows pictures in tiles of 330 to 700 pixels: on a figure of 4 inches a letter of 9 points has 10 pixels
+# in the smallest tile, and at 200 dots per inch the picture is sharp in the largest.
+_WIDTH, _DPI = 4.0, 200
+
+
+class Shown(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=100)
+        return content.getvalue()
 
 
 def of_pass(
     history: Mapping[int, Mapping[str, float]],
     moments: Mapping[str, ClassMoments],
     sample: tuple[Tensor, Tensor] | None = None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Figure]:
     """All figures of a pass, by name: nc1 over depth if it was measured, and the classes in the last layer.
 
@@ -28,16 +44,17 @@ def of_pass(
         history: ``{epoch: {layer: nc1}}``, layers in depth order.
         moments: ``{layer: class moments}`` of the pass, in depth order.
         sample: Features ``(M, d)`` and labels ``(M,)`` of the last layer.
+        names: Names of the classes; None shows their labels.
     """
     pictures = {}
     if len(next(iter(history.values()), {})) > 1:
         pictures["depth"] = depth(history, "nc1")
     if moments:
         layer, last = list(moments.items())[-1]
-        pictures[f"cosines_{layer}"] = cosines(last)
-        pictures[f"spread_{layer}"] = spread(last)
+        pictures[f"cosines_{layer}"] = cosines(last, names)
+        pictures[f"spread_{layer}"] = spread(last, names)
         if sample is not None:
-            pictures[f"projection_{layer}"] = projection(last, *sample)
+            pictures[f"projection_{layer}"] = projection(last, *sample, names)
     return pictures
 
 
@@ -48,54 +65,56 @@ def depth(history: Mapping[int, Mapping[str, float]], metric: str) -> Figure:
         history: ``{epoch: {layer: value}}``, layers in depth order.
         metric: Its name.
     """
-    figure, axes = _axes(7, 4)
+    figure, axes = _axes()
     colours = _shades(len(history))
     for (epoch, values), colour in zip(history.items(), colours, strict=True):
         labelled = epoch in (min(history), max(history)) or len(history) <= 8
         axes.plot(list(values), list(values.values()), "o-", color=colour, label=str(epoch) if labelled else None)
     axes.set(yscale="log", ylabel=metric, title=f"{metric} over depth")
-    axes.tick_params(axis="x", rotation=35)
+    _turn(axes)
     axes.grid(alpha=0.3)
     axes.legend(title="epochs", frameon=False, fontsize="small")
     return figure
 
 
-def cosines(moments: ClassMoments) -> Figure:
+def cosines(moments: ClassMoments, names: Sequence[str] | None = None) -> Figure:
     """Cosines between the centred class means, as differences from -1/(P-1), their value at full collapse."""
-    figure, axes = _axes(5.2, 4.4)
+    figure, axes = _axes()
     matrix = cosine_matrix(moments)
     ideal = -1 / (len(matrix) - 1)
     difference = (matrix - ideal).fill_diagonal_(0).cpu().numpy()
     image = axes.imshow(difference, cmap="PuOr", vmin=-1, vmax=1)
     figure.colorbar(image, ax=axes, label=f"cosine less its ideal, {ideal:.3g}")
-    axes.set(title="angles between class means", xlabel="class", ylabel="class")
+    axes.set(title="angles between class means")
     if len(matrix) <= _MAX_NAMED_CLASSES:
-        labels = moments.present.nonzero().squeeze(1).tolist()
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set_yticks(range(len(labels)), labels)
+        shown = _class_names(moments, names)
+        size = "small" if len(shown) <= 12 else 4
+        axes.set_xticks(range(len(shown)), shown, fontsize=size)
+        axes.set_yticks(range(len(shown)), shown, fontsize=size)
+        _turn(axes)
     return figure
 
 
-def spread(moments: ClassMoments) -> Figure:
+def spread(moments: ClassMoments, names: Sequence[str] | None = None) -> Figure:
     """Standard deviation within each class against the distance of its mean from the global mean."""
-    figure, axes = _axes(5.2, 4.4)
+    figure, axes = _axes()
     present = moments.present
     within = moments.variance[present].sqrt().cpu().numpy()
     between = moments.centred.norm(dim=1).cpu().numpy()
     axes.scatter(between, within, s=24, color="#0072B2")
     if len(within) <= _MAX_NAMED_CLASSES:
-        for label, x, y in zip(present.nonzero().squeeze(1).tolist(), between, within, strict=True):
-            axes.annotate(str(label), (float(x), float(y)), xytext=(4, 4), textcoords="offset points", fontsize="small")
+        for name, x, y in zip(_class_names(moments, names), between, within, strict=True):
+            axes.annotate(name, (float(x), float(y)), xytext=(4, 4), textcoords="offset points", fontsize="small")
     top = 1.1 * float(max(within.max(), between.max()))
     axes.plot([0, top], [0, top], color="0.7", linewidth=1, zorder=0)
-    axes.set(xlim=(0, top), ylim=(0, top), title="spread within classes against between")
-    axes.set(xlabel="distance of the class mean from the global mean", ylabel="standard deviation within the class")
+    axes.set(xlim=(0, top), ylim=(0, top), title="spread within and between classes")
+    axes.set(xlabel="distance of the class mean from the global mean", ylabel="standard deviation within class")
     return figure
 
 
-def projection(moments: ClassMoments, features: Tensor, labels: Tensor) -> Figure:
+def projection(moments: ClassMoments, features: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> Figure:
     """Features ``(M, d)`` and class means on the two directions in which the class means differ most."""
-    figure, axes = _axes(5.2, 4.4)
+    figure, axes = _axes()
     centred = moments.centred.cpu()
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     if len(directions) < 2:  # one-dimensional features
@@ -104,20 +123,63 @@ def projection(moments: ClassMoments, features: Tensor, labels: Tensor) -> Figur
     means = (centred @ directions.T).numpy()
     kinds = moments.present.nonzero().squeeze(1).tolist()
     colours = _shades(len(kinds), "turbo")
-    for label, mean, colour in zip(kinds, means, colours, strict=True):
+    for label, name, mean, colour in zip(kinds, _class_names(moments, names), means, colours, strict=True):
         own = points[(labels == label).numpy()]
         axes.scatter(own[:, 0], own[:, 1], s=6, color=colour, alpha=0.5, linewidths=0)
         axes.scatter(mean[0], mean[1], s=70, marker="X", color=colour, edgecolors="black", linewidths=0.8)
         if len(kinds) <= _MAX_NAMED_CLASSES:
-            axes.annotate(str(label), (float(mean[0]), float(mean[1])), xytext=(5, 5), textcoords="offset points")
-    axes.set(title="features (dots) and class means (crosses)", xlabel="first direction", ylabel="second direction")
+            at = float(mean[0]), float(mean[1])
+            axes.annotate(name, at, xytext=(5, 5), textcoords="offset points", fontsize="small")
+    axes.set(title="features (dots), class means (crosses)")
     axes.set_aspect("equal", "datalim")
     return figure
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=100)
+def over_epochs(curves: Mapping[str, Mapping[str, Mapping[int, float]]], split: str) -> Shown:
+    """A panel for each metric: its value over epochs, a line for each layer, light to dark with depth.
+
+    Args:
+        curves: ``{metric: {layer: {epochs trained: value}}}``, layers in depth order.
+        split: The measured set, for the title.
+    """
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = Shown(figsize=(_WIDTH * columns, 3 * rows), layout="constrained", facecolor="white", dpi=_DPI)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    lines: dict[str, Any] = {}
+    order = list(dict.fromkeys(layer for layers in curves.values() for layer in layers))
+    colours = dict(zip(order, _shades(len(order)), strict=True))
+    for axes, (metric, layers) in zip(panels, curves.items(), strict=False):
+        for layer, values in layers.items():
+            (lines[layer],) = axes.plot(list(values), list(values.values()), ".-", color=colours[layer])
+        if min((value for values in layers.values() for value in values.values()), default=0) > 0:
+            axes.set_yscale("log")
+        axes.set(title=metric, xlabel="epochs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    for axes in panels:
+        axes.remove()
+    figure.legend(lines.values(), lines, loc="outside right upper", title="layers", fontsize="small", frameon=False)
+    figure.suptitle(f"{split} images")
+    return figure
+
+
+def _axes() -> tuple[Shown, Axes]:
+    figure = Shown(figsize=(_WIDTH, 0.85 * _WIDTH), layout="constrained", facecolor="white", dpi=_DPI)
     return figure, figure.subplots()
+
+
+def _class_names(moments: ClassMoments, names: Sequence[str] | None) -> list[str]:
+    """Short names of the classes that have samples."""
+    labels = moments.present.nonzero().squeeze(1).tolist()
+    full = [str(label) if names is None else names[label] for label in labels]
+    return [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in full]
+
+
+def _turn(axes: Axes) -> None:
+    axes.tick_params(axis="x", rotation=35)
+    for text in axes.get_xticklabels():
+        text.set(horizontalalignment="right", rotation_mode="anchor")
 
 
 def _shades(number: int, name: str = "viridis_r") -> list[tuple[float, float, float, float]]:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.passes import TrainingSet, evaluation, flat, ready_batches
 
-from . import adapters, logs
+from . import adapters, figures, logs, pages, pictures, records
 from .adapters import BatchReader
 from .layer_metrics import METRICS, Result
 from .meter import CollapseMeter
 from .notices import Notices
 from .observer import LayerObserver, Pooling
+from .records import Records
 from .schedule import PassSchedule
 
 _NAME = "NeuralCollapseTracker"
@@ -44,9 +46,13 @@ class NeuralCollapseTracker(Callback):
     decisions on the validation set with the nearest class mean of the training set, and is logged when both sets were
     measured with the same weights. `ncfinetune.collapse` defines the other metrics.
 
-    TensorBoard also receives figures, after the 1st, 2nd, 3rd, 5th, 9th, 17th, ... and last pass over the training set,
-    and at the end of ``fit`` the last values as metrics of its HPARAMS page, which shows them only if the logger has
-    ``default_hp_metric=False``.
+    TensorBoard, Weights & Biases and MLflow also receive figures, after the 1st, 2nd, 3rd, 5th, 9th, 17th, ... and last
+    pass over the training set. TensorBoard's page CUSTOM SCALARS has a chart for each metric with all layers, and its
+    page HPARAMS accuracy and collapse of each run, if the logger has ``default_hp_metric=False``. In a notebook, `plot`
+    and `to_frame` show all numbers.
+
+    ``Trainer.test``, and ``validate``, print and return ``nc1`` of the last layer only; loggers, ``callback_metrics``
+    and ``values`` have all numbers.
 
         >>> from lightning import Trainer
         >>> tracker = NeuralCollapseTracker(num_classes=10, layers=["layer*.*", "penultimate"], metrics=["nc1", "cdnv"])
@@ -81,7 +87,8 @@ class NeuralCollapseTracker(Callback):
 
     Attributes:
         values: The last value of each logged number, in float64.
-        history: ``{split: {epochs trained: {layer: nc1}}}``; part of the checkpoint.
+        records: ``{split: {epochs trained: {metric: {layer: value}}}}``; part of the checkpoint. The split of one of
+            several loaders is ``val/dataloader_idx_1``, for example.
 
     Raises:
         ValueError: In the constructor: an argument out of range. Before the first step: no such layer, no classifier,
@@ -117,7 +124,7 @@ class NeuralCollapseTracker(Callback):
         self.figures = figures
         self.prog_bar = prog_bar
         self.values: dict[str, float] = {}
-        self.history: dict[str, dict[int, dict[str, float]]] = {}
+        self.records: Records = {}
         self._schedule = PassSchedule(_NAME, train_every_n_epochs)
         self._notices = Notices(_NAME)
         self._training_set = _unread()
@@ -126,6 +133,46 @@ class NeuralCollapseTracker(Callback):
         self._beside: dict[str, float] = {}  # results of the training set in the current validation
         self._passes_done = 0
         self._drawn_at: int | None = None
+        self._class_names: list[str] | None = None
+        self._described = False
+        self._first_epoch: int | None = None
+
+    def __repr__(self) -> str:
+        """Layers, metrics and the last values."""
+        asked = f"{_NAME}(layers={self.layers}, metrics={list(self.metrics)})"
+        return f"{asked}: {records.in_words(self.records)}" if self.records else asked
+
+    def _repr_png_(self) -> bytes | None:
+        """The plot, which notebooks show for the tracker."""
+        return records.plot(self.records)._repr_png_() if self.records else None
+
+    @property
+    def history(self) -> dict[str, dict[int, dict[str, float]]]:
+        """The records of nc1: ``{split: {epochs trained: {layer: nc1}}}``."""
+        return {
+            split: {epoch: metrics["nc1"] for epoch, metrics in passes.items() if "nc1" in metrics}
+            for split, passes in self.records.items()
+        }
+
+    def to_frame(self) -> Any:
+        """All numbers as a pandas DataFrame with the columns ``epoch split layer metric value``.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return records.to_frame(self.records)
+
+    def plot(self, split: str | None = None, metrics: str | Sequence[str] | None = None) -> Figure:
+        """A matplotlib figure with a panel for each metric: its value over epochs, a line for each layer.
+
+        Args:
+            split: ``train``, ``val`` or ``test``; None is the first that was measured.
+            metrics: Names of metrics; None is all.
+
+        Raises:
+            ValueError: Nothing was measured, or not that split or metric.
+        """
+        return records.plot(self.records, split, metrics)
 
     @property
     def state_key(self) -> str:
@@ -134,11 +181,11 @@ class NeuralCollapseTracker(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All results so far, so that a resumed run continues its curves and figures."""
-        return {"values": self.values, "history": self.history, "passes": self._passes_done}
+        return {"values": self.values, "records": self.records, "passes": self._passes_done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the results so far."""
-        self.values, self.history = state_dict["values"], state_dict["history"]
+        self.values, self.records = state_dict["values"], state_dict["records"]
         self._passes_done = state_dict["passes"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -159,16 +206,24 @@ class NeuralCollapseTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the layers if that was not done in `setup`."""
         self._attach(trainer, pl_module)
+        self._described, self._first_epoch = False, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
         if trainer.global_step == 0:
-            self.values, self.history, self._passes_done, self._drawn_at = {}, {}, 0, None
+            self.values, self.records, self._passes_done, self._drawn_at = {}, {}, 0, None
             if self.train_every_n_epochs:
                 self._measure_training_set(trainer, pl_module)
         self._schedule.start(trainer)
         before = {name: value for name, value in self.values.items() if "/train/" in name}
         logs.log_before_training(trainer, before, pl_module.device)
+        pages.lay_out(trainer, self.metrics)
+        self._first_epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the HPARAMS page after the first epoch, when it is known what the run logs."""
+        if self._first_epoch is not None and trainer.current_epoch > self._first_epoch:
+            self._describe(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set if it is due and was not measured in the epoch's validation."""
@@ -180,8 +235,8 @@ class NeuralCollapseTracker(Callback):
         self._draw(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the last values as metrics of the hyper-parameters."""
-        logs.log_last_values(trainer, self.values, layer=self._meter.observer.names[-1])
+        """Write the HPARAMS page, if the run had a single epoch or none."""
+        self._describe(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a pass over the validation sets."""
@@ -216,7 +271,7 @@ class NeuralCollapseTracker(Callback):
         if not trainer.sanity_checking:
             results = self._meter.finish("val", trainer.strategy)
             found = self._remember(trainer, "val", results, limited=trainer.limit_val_batches != 1.0)
-            logs.log_epoch(pl_module, self._beside | found, self.prog_bar)
+            self._log_validation(trainer, pl_module, self._beside | found)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a pass over the test sets."""
@@ -245,7 +300,11 @@ class NeuralCollapseTracker(Callback):
         """Log the results of the test set."""
         results = self._meter.finish("test", trainer.strategy)
         found = self._remember(trainer, "test", results, limited=trainer.limit_test_batches != 1.0)
-        logs.log_epoch(pl_module, found, self.prog_bar)
+        logs.log_evaluation(trainer, pl_module, found, self._last_layer)
+
+    @property
+    def _last_layer(self) -> str:
+        return self._meter.observer.names[-1]
 
     @property
     def _meter(self) -> CollapseMeter:
@@ -259,7 +318,22 @@ class NeuralCollapseTracker(Callback):
         reader = BatchReader(_NAME, num_classes, self.batch_to_labels, self.forward)
         needs_classifier = bool({"nc3", "nc4"} & set(self.metrics))
         observer = LayerObserver(pl_module, self.layers, reader, self.classifier, needs_classifier, self.pool)
+        self._class_names = adapters.class_names(trainer, pl_module, num_classes)
         self._attached = CollapseMeter(observer, num_classes, self.metrics, self.ignore_index, trainer.world_size > 1)
+
+    def _log_validation(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+        if trainer.state.fn == "fit":
+            logs.log_epoch(pl_module, values, self.prog_bar)
+        else:
+            logs.log_evaluation(trainer, pl_module, values, self._last_layer)
+
+    def _describe(self, trainer: Trainer) -> None:
+        if self._described:
+            return
+        own = [name for name in self.values if logs.of_layer(name) == self._last_layer]
+        others = [name for name in trainer.callback_metrics if name not in self.values]
+        pages.describe(trainer, pages.metric_columns(own, others))
+        self._described = True
 
     def _remember(self, trainer: Trainer, split: str, results: Sequence[Result], limited: bool) -> dict[str, float]:
         """The results of a pass on each of its data sets, by log name; also kept in ``values`` and ``history``."""
@@ -270,9 +344,8 @@ class NeuralCollapseTracker(Callback):
             if limited and not getattr(trainer, "fast_dev_run", False):
                 self._notices.classes(result, f"{split}{suffix}", self._meter.num_classes)
             self._notices.rounding(result, f"{split}{suffix}")
-            if "nc1" in result.values and not suffix:
-                epochs = trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)
-                self.history.setdefault(split, {})[epochs] = result.values["nc1"]
+            epochs = trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)
+            self.records.setdefault(f"{split}{suffix}", {})[epochs] = result.values
             found |= result.by_log_name(split, suffix)
         self.values |= found
         return found
@@ -285,7 +358,7 @@ class NeuralCollapseTracker(Callback):
 
     def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         batches = self._training_set.batches(trainer, max_batches=self.max_train_batches)
-        self._meter.begin([self._training_set.loader], sample=self.figures and bool(logs.boards(trainer)))
+        self._meter.begin([self._training_set.loader], sample=self.figures and bool(pictures.accepting(trainer)))
         with evaluation(trainer, pl_module):
             self._meter.run(ready_batches(trainer, batches))
         (self._train_result,) = self._meter.finish("train", trainer.strategy)
@@ -298,9 +371,11 @@ class NeuralCollapseTracker(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         """Draw the last pass over the training set, at most once per step."""
-        if self.figures and self._train_result is not None and self._drawn_at != trainer.global_step:
-            logs.draw_pass(trainer, self.history.get("train", {}), self._train_result)
-            self._drawn_at = trainer.global_step
+        result, step = self._train_result, trainer.global_step
+        if self.figures and result is not None and self._drawn_at != step and pictures.accepting(trainer):
+            drawn = figures.of_pass(self.history.get("train", {}), result.moments, result.sample, self._class_names)
+            pictures.log_figures(trainer, {f"neural_collapse/{name}": figure for name, figure in drawn.items()}, step)
+            self._drawn_at = step
 
 
 def _check(train_every_n_epochs: int, max_train_batches: int | None) -> None:

@@ -6,21 +6,24 @@ Legend: ``N`` images, ``V`` views, ``C`` channels, ``H W`` height and width, ``S
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from .decoding import COLOUR, Boxes, Decoding, UnknownRangeError, UnreadableError, read_image
 from .recipes import Recipe, draw_boxes
 from .splits import describe_counts, spread_classes
 
 Batch = tuple[Tensor, Tensor]
+T = TypeVar("T")
 # The label of an image that cannot be read, if prediction continues without it.
 UNREADABLE = -1
 
@@ -239,7 +242,7 @@ def decode_all(part: Labelled, size: int, decoding: Decoding) -> Labelled:
         images[index] = read_image(paths[index], size, decoding=decoding)[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for _ in threads.map(decode, range(len(paths))):
+        for _ in _watched(threads.map(decode, range(len(paths))), "decoding", len(paths)):
             pass
     return Labelled.all(images, part.own_labels)
 
@@ -259,4 +262,11 @@ def broken_files(paths: list[str], decoding: Decoding) -> list[str]:
         return False
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return [path for path, broken in zip(paths, threads.map(is_broken, paths), strict=True) if broken]
+        tried = _watched(threads.map(is_broken, paths), "looking for broken images", len(paths))
+        return [path for path, broken in zip(paths, tried, strict=True) if broken]
+
+
+def _watched(results: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The results, with a bar on rank 0 if they take over two seconds and a terminal is there to see it."""
+    unseen = True if getattr(rank_zero_only, "rank", 0) else None  # None: where stderr is no terminal
+    return tqdm(results, what, total, leave=False, delay=2, dynamic_ncols=True, unit=" images", disable=unseen)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ncfinetune import __version__
 from ncfinetune.overlays import installed
+from ncfinetune.quiet import quiet
 
 HELP = """usage: ncfinetune COMMAND [OPTIONS]
 
@@ -62,7 +63,8 @@ ncfinetune %s --ckpt_path RUN/checkpoints/NAME.ckpt"""
 def main(args: list[str] | None = None) -> int | None:
     """Run a command and say in one line what it refuses; ``args`` are ``sys.argv[1:]`` unless given."""
     try:
-        return _run(args)
+        with quiet():
+            return _run(args)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("NCFINETUNE_TRACEBACK"):
             raise

@@ -32,6 +32,7 @@ from torch.utils.data import (
 )
 
 from ncfinetune.copies import CopyError, copy_of
+from ncfinetune.progress import watched
 from ncfinetune.samples import known_labels, spread
 
 # Attributes of every torch module; all others are defined by its class.
@@ -103,8 +104,8 @@ def on_device(trainer: Trainer, batch: Any) -> Any:
 
 
 def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader after the transfer to the device, as a step gets them."""
-    batches = iter(loader)
+    """The batches of a loader after the transfer to the device, as a step gets them; with a bar if that takes long."""
+    batches = watched(trainer, loader, "pass over images")
     while True:
         with _data_precision():
             batch = next(batches, _END)

@@ -81,6 +81,26 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     return ", ".join([name, *(f"{key} {_word(value)}" for key, value in chosen.items())])
 
 
+def headline(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is, in the few words that tell most runs apart: method, network, rate, data, shots and epochs.
+
+    Args:
+        config: The resolved configuration of a fit.
+    """
+    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    knobs, images = _arguments(model), _arguments(data)
+    network = knobs.get("backbone")
+    rate = _arguments(knobs.get("optimizer") or {}).get("lr", knobs.get("lr"))
+    return {
+        "method": method_name(model),
+        "network": str(network.get("name") if isinstance(network, Mapping) else network),
+        "lr": rate,
+        "data": task_name(data, without=("shots", "fraction", "classes")),
+        "shots": next((str(images[key]) for key in ("shots", "fraction") if images.get(key)), "all"),
+        "epochs": trainer.get("max_epochs"),
+    }
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What of a configuration makes it another experiment, by dotted name: ``model.optimizer.lr``.
 

@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,11 +24,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, interruptions, predictions, trained
+from ncfinetune import class_help, interruptions, predictions, settings, summary, trained
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
-from ncfinetune.learner import check_launched
+from ncfinetune.learner import Learner, check_launched
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
 
@@ -311,6 +312,7 @@ class NCFinetuneCLI(LightningCLI):
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
         check_launched(self.trainer)
+        summary.shorten(self.trainer)
         trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -328,6 +330,14 @@ class NCFinetuneCLI(LightningCLI):
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
         # Last, since the folder that it makes remains: it reserves the number of the run.
         _check_writable("run", run, f"--{option}", self.parser)
+
+    def before_fit(self) -> None:
+        """Log what the run is in a few words, and say nothing of an interval that no number of ours is logged at."""
+        if isinstance(self.model, Learner):
+            warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+        named = settings.headline(self.config.fit.as_dict())
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams({"run": named})
 
     def after_fit(self) -> None:
         """Test the last weights, with ``--test_after_fit``."""

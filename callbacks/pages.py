@@ -1,0 +1,89 @@
+"""TensorBoard's pages: the charts of CUSTOM SCALARS, and the columns of HPARAMS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+# The group of hyper-parameters that names a run in a few words, as ``ncfinetune fit`` logs it.
+RUN = "run"
+_SETS = {"train": "training", "val": "validation"}
+
+
+def boards(trainer: Trainer) -> list[Any]:
+    """The loggers that write TensorBoard's files; empty except on rank 0."""
+    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
+    return [
+        logger
+        for logger in loggers
+        if isinstance(getattr(logger, "hparams", None), Mapping) and hasattr(logger.experiment, "add_custom_scalars")
+    ]
+
+
+def lay_out(trainer: Trainer, metrics: Sequence[str]) -> None:
+    """Write the layout of the page CUSTOM SCALARS: accuracy and loss first, then all layers of a metric in one chart.
+
+    TensorBoard shows one layout for all runs below its folder. Charts name their curves by pattern, so that runs with
+    other layers have the same layout.
+
+    Args:
+        trainer: The trainer.
+        metrics: The metrics that are logged, in the order of their charts.
+    """
+    layout = {"accuracy and loss": {"accuracy": ["Multiline", [".*acc"]], "loss": ["Multiline", [".*loss"]]}}
+    for split, words in _SETS.items():
+        charts = {f"{metric}, {words} images": ["Multiline", [f"{metric}/{split}/.*"]] for metric in metrics}
+        layout[f"collapse of the layers, {words} images"] = charts
+    for logger in boards(trainer):
+        logger.experiment.add_custom_scalars(layout)
+
+
+def describe(trainer: Trainer, names: Iterable[str]) -> None:
+    """Write the columns of the page HPARAMS, and this run's hyper-parameters.
+
+    The page reads the values of a metric from its curve, so that it can be written before the end of a run. It takes
+    the columns from one run for all of them; they are therefore declared without regard to this run's values.
+
+    Args:
+        trainer: The trainer.
+        names: Log names of the metrics, in the order of their columns.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # its public name, api, needs TensorFlow
+
+    for logger in boards(trainer):
+        given = logger.hparams.get(RUN)
+        values = dict(_flat(given if isinstance(given, Mapping) else logger.hparams))
+        writer = logger.experiment._get_file_writer()
+        columns, metrics = map(summary_v2.HParam, values), map(summary_v2.Metric, names)
+        writer.add_summary(summary_v2.hparams_config_pb(list(columns), list(metrics)))
+        # Runs with the same trial are one row: each of ours has its own, though only the seed may differ.
+        known = {name: value for name, value in values.items() if value is not None}
+        writer.add_summary(summary_v2.hparams_pb(known, trial_id=str(logger.log_dir)))
+        logger.save()
+
+
+def metric_columns(own: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names of metrics for HPARAMS, which shows the first few by default: accuracies, then collapse, then the rest.
+
+    Args:
+        own: The tracker's numbers to show.
+        others: What else the run logs; each of the validation set has its like of the test set, which comes later.
+    """
+    names = [like for name in others for like in (re.sub("^val/", "test/", name), name)]
+
+    def place(name: str) -> int:
+        return 0 if re.search("acc", name) else 1 if name.startswith("nc1/") else 2
+
+    return sorted(dict.fromkeys([*own, *names]), key=place)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Plain hyper-parameters by their path; others as text, and None as it is."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, int | float | str | None) else str(value)

@@ -1,0 +1,36 @@
+"""The size of a model in one line, in place of Lightning's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
+
+
+class SizeOfModel(ModelSummary):
+    """Says how many parameters a model has and trains.
+
+    Lightning's table has a row for each child of the module, and the floating-point operations of a forward pass, which
+    it does not make without an ``example_input_array``: it says 0.
+    """
+
+    @staticmethod
+    def summarize(
+        summary_data: Any, total_parameters: int, trainable_parameters: int, model_size: float, *_: Any, **__: Any
+    ) -> None:
+        """Say it."""
+        trained, total = (
+            get_human_readable_count(number).strip() for number in (trainable_parameters, total_parameters)
+        )
+        rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.1f} MB")
+
+
+def shorten(trainer: Trainer) -> None:
+    """Replace the summary that a trainer has by default."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for place, callback in enumerate(callbacks):
+        if type(callback) in (ModelSummary, RichModelSummary):
+            callbacks[place] = SizeOfModel()
