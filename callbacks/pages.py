@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -59,9 +60,10 @@ def describe(trainer: Trainer, names: Iterable[str]) -> None:
         writer = logger.experiment._get_file_writer()
         columns, metrics = map(summary_v2.HParam, values), map(summary_v2.Metric, names)
         writer.add_summary(summary_v2.hparams_config_pb(list(columns), list(metrics)))
-        # Runs with the same trial are one row: each of ours has its own, though only the seed may differ.
+        # Runs with the same trial would be one row, whose column has room for some 16 letters.
+        folder = Path(logger.log_dir)
         known = {name: value for name, value in values.items() if value is not None}
-        writer.add_summary(summary_v2.hparams_pb(known, trial_id=str(logger.log_dir)))
+        writer.add_summary(summary_v2.hparams_pb(known, trial_id=f"{folder.name} in {folder.parent}"))
         logger.save()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 # Settings that do not make a run another one: its seed, where its files are, and what it shows.
@@ -82,7 +83,7 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
 
 
 def headline(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, in the few words that tell most runs apart: method, network, rate, data, shots and epochs.
+    """What a run is, in few words: TensorBoard's page HPARAMS shows five columns of some 16 letters without being asked.
 
     Args:
         config: The resolved configuration of a fit.
@@ -90,15 +91,20 @@ def headline(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
     knobs, images = _arguments(model), _arguments(data)
     network = knobs.get("backbone")
-    rate = _arguments(knobs.get("optimizer") or {}).get("lr", knobs.get("lr"))
+    few = [f"{key} {_word(images[key])}" for key in ("shots", "fraction", "classes") if images.get(key)]
     return {
         "method": method_name(model),
         "network": str(network.get("name") if isinstance(network, Mapping) else network),
-        "lr": rate,
-        "data": task_name(data, without=("shots", "fraction", "classes")),
-        "shots": next((str(images[key]) for key in ("shots", "fraction") if images.get(key)), "all"),
+        "lr": _arguments(knobs.get("optimizer") or {}).get("lr"),
+        "data": ", ".join([_data_name(data), *few]),
         "epochs": trainer.get("max_epochs"),
     }
+
+
+def _data_name(data: Mapping[str, Any]) -> str:
+    """The class of public data, whose root is where it was downloaded to; the folder of a user's own."""
+    name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
+    return Path(str(_arguments(data).get("root"))).name if name == "ImageFolder" else name
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
