@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -220,6 +221,7 @@ class Learner(LightningModule, ABC):
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] if self.lr is None else self.lr
         factors = [self.lr_factor(group) for group in optimizer.param_groups]
+        _warn_of_one_rate(self.trainer, factors)
         if self._lr_scheduler is None:
             scale_rates(optimizer, None, factors)
             return optimizer
@@ -249,8 +251,14 @@ class Learner(LightningModule, ABC):
         return self.lr, self._lr_batch and _images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse processes that would train independently, and read class names and preprocessing of the data."""
+        """Refuse processes that would train independently and finders in a resumed run; read what the data are.
+
+        Raises:
+            ValueError: There are such processes, or such callbacks.
+        """
         check_launched(self.trainer)
+        if stage == "fit":
+            _refuse_finders_of_resumed(self.trainer)
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
@@ -348,6 +356,29 @@ def check_launched(trainer: Trainer) -> None:
         raise ValueError(
             f"torchrun launched {launched} processes, but the Trainer has {trainer.world_size}; give it as many "
             "(devices a node, and num_nodes), or start one process"
+        )
+
+
+def _refuse_finders_of_resumed(trainer: Trainer) -> None:
+    """Refuse callbacks whose search, which restores a checkpoint of its own, would begin a resumed run at step 0."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    finders = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
+    if finders and trainer.ckpt_path is not None:
+        raise ValueError(
+            f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
+            "found, which a run's config.yaml has in its place"
+        )
+
+
+def _warn_of_one_rate(trainer: Trainer, factors: list[float]) -> None:
+    """Warn of a callback that would set one learning rate for parameter groups with different factors."""
+    averaging = (c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    rate = next((callback._swa_lrs for callback in averaging), None)
+    if isinstance(rate, float) and len(set(factors)) > 1:
+        rates = ", ".join(f"{rate * factor:g}" for factor in factors)
+        rank_zero_warn(
+            f"StochasticWeightAveraging sets swa_lrs={rate:g} for all {len(factors)} parameter groups, whose rates "
+            f"layer_decay and head_lr_factor set apart; give a rate for each: swa_lrs=[{rates}]"
         )
 
 

@@ -12,9 +12,13 @@ from contextlib import contextmanager
 
 # Lightning's loggers, whose messages begin with these words for reasons that are no matter of the run.
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
-_NOISE = ("💡 Tip:", "TPU available: False")
+_NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set")
 # Warnings of a library about its own code or another library's, by the beginning of their text.
-_OF_LIBRARIES = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
+_OF_LIBRARIES = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # The default device of StochasticWeightAveraging, which the command line saves as text.
+    r"\s*Unable to serialize instance cpu",
+)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
 
 
 def headline(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is, in few words: TensorBoard's page HPARAMS shows five columns of some 16 letters without being asked.
+    """What a run is, in few words: TensorBoard's page HPARAMS shows five columns of some 16 letters by default.
 
     Args:
         config: The resolved configuration of a fit.

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, interruptions, predictions, settings, summary, trained
+from ncfinetune import class_help, found, interruptions, predictions, settings, summary, trained
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
@@ -120,6 +120,14 @@ def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
         model.init_args.skip_from, model.init_args.max_skips = chosen["skip_from"], 1
 
 
+def _name_devices(callbacks: Any) -> None:
+    """Replace devices among the arguments of callbacks by their names, since a YAML file cannot hold a device."""
+    for callback in callbacks if isinstance(callbacks, list) else ():
+        for name, value in vars(callback.get("init_args", Namespace())).items():
+            if isinstance(value, torch.device):
+                callback.init_args[name] = str(value)
+
+
 def _launched() -> dict[str, int]:
     """Numbers of devices and nodes that torchrun has launched processes for, as defaults of the Trainer."""
     if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
@@ -151,6 +159,8 @@ class _SaveConfigAfterBatch(SaveConfigCallback):
         """
         if self.already_saved:
             return
+        if stage == "fit":
+            found.record(self.config, trainer, pl_module)
         folder, name = (
             trainer.log_dir or trainer.default_root_dir,
             self.config_filename,
@@ -249,6 +259,7 @@ class NCFinetuneCLI(LightningCLI):
         self._trust_nothing_remote()
         checkpoint = self._read(checkpoint_path)
         if self.subcommand == "fit":
+            _name_devices(self.config.fit.trainer.callbacks)
             self.save_config_kwargs["given"] = self.config.fit.clone()
             self.save_config_kwargs["given"].ckpt_path = None
             interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
@@ -332,12 +343,11 @@ class NCFinetuneCLI(LightningCLI):
         _check_writable("run", run, f"--{option}", self.parser)
 
     def before_fit(self) -> None:
-        """Log what the run is in a few words, and say nothing of an interval that no number of ours is logged at."""
+        """Have it logged what the run is, and say nothing of an interval at which our learners log no number."""
         if isinstance(self.model, Learner):
             warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-        named = settings.headline(self.config.fit.as_dict())
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams({"run": named})
+        trainer: Any = self.trainer
+        trainer.callbacks.append(found.Headline(settings.headline(self.config.fit.as_dict())))
 
     def after_fit(self) -> None:
         """Test the last weights, with ``--test_after_fit``."""
