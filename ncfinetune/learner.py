@@ -9,6 +9,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -177,7 +178,11 @@ class Learner(LightningModule, ABC):
             checkpoint[_NUMBERS] = last_numbers(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load class names and preprocessing from the checkpoint, and compare the datamodule with them."""
+        """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.
+
+        Raises:
+            ValueError: A callback would begin the resumed run anew.
+        """
         said = checkpoint.get(DATA, {})
         self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -185,6 +190,7 @@ class Learner(LightningModule, ABC):
             self._trained_before = checkpoint.get(_TRAINED, {})
             self._numbers_before = checkpoint.get(_NUMBERS, {})
             take_up_after_last_batch(checkpoint)
+            _refuse_finders_of_resumed(self.trainer)
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
@@ -251,14 +257,8 @@ class Learner(LightningModule, ABC):
         return self.lr, self._lr_batch and _images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse processes that would train independently and finders in a resumed run; read what the data are.
-
-        Raises:
-            ValueError: There are such processes, or such callbacks.
-        """
+        """Refuse processes that would train independently, and read class names and preprocessing of the data."""
         check_launched(self.trainer)
-        if stage == "fit":
-            _refuse_finders_of_resumed(self.trainer)
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
@@ -359,11 +359,15 @@ def check_launched(trainer: Trainer) -> None:
         )
 
 
+# Names of the checkpoints that finders save before their search, and load after it.
+_OF_FINDERS = (".lr_find_", ".scale_batch_size_")
+
+
 def _refuse_finders_of_resumed(trainer: Trainer) -> None:
     """Refuse callbacks whose search, which restores a checkpoint of its own, would begin a resumed run at step 0."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     finders = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
-    if finders and trainer.ckpt_path is not None:
+    if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
         raise ValueError(
             f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
             "found, which a run's config.yaml has in its place"

@@ -25,7 +25,7 @@ class SizeOfModel(ModelSummary):
         trained, total = (
             get_human_readable_count(number).strip() for number in (trainable_parameters, total_parameters)
         )
-        rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.1f} MB")
+        rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.3g} MB")
 
 
 def shorten(trainer: Trainer) -> None:

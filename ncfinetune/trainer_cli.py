@@ -123,9 +123,8 @@ def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:
 def _name_devices(callbacks: Any) -> None:
     """Replace devices among the arguments of callbacks by their names, since a YAML file cannot hold a device."""
     for callback in callbacks if isinstance(callbacks, list) else ():
-        for name, value in vars(callback.get("init_args", Namespace())).items():
-            if isinstance(value, torch.device):
-                callback.init_args[name] = str(value)
+        arguments = vars(callback.init_args) if "init_args" in callback else {}
+        arguments.update({name: str(value) for name, value in arguments.items() if isinstance(value, torch.device)})
 
 
 def _launched() -> dict[str, int]:

@@ -1,0 +1,146 @@
+"""Lightning's finders and averages from the command line: what a run writes, resumes and warns of."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from tiny import SMALL, trainer_in
+
+from ncfinetune import FineTuner
+from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.cli import main
+from ncfinetune.datamodules import Digits
+from ncfinetune.found import record
+
+BACKBONE = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+FINDERS = [
+    *("--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.max_trials=2", "--trainer.callbacks.init_val=4"),
+    *("--trainer.callbacks.steps_per_trial=1", "--trainer.callbacks+=LearningRateFinder"),
+    *("--trainer.callbacks.num_training_steps=15", "--trainer.callbacks.early_stop_threshold=null"),
+]
+
+
+def _fit(folder: Path, *words: str) -> tuple[int | None, Path]:
+    model = ["--model", "FineTuner", "--model.backbone", BACKBONE, "--model.train", "layer4.1"]
+    given = [*model, "--model.allow_random=true", "--data", "Digits", "--data.classes=[0,1,2]", "--data.shots=16"]
+    place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.version=run"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    config = [] if "--config" in words else given
+    return main(["fit", *config, *quiet, *place, *words]), folder / "run"
+
+
+@pytest.mark.slow
+def test_what_finders_found_is_in_the_configuration_which_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, run = _fit(tmp_path, *FINDERS, "--trainer.max_epochs=3")
+    assert status is None
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["init_args"]["batch_size"] == 8
+    assert not [c for c in config["trainer"]["callbacks"] or () if "Finder" in c["class_path"]]
+    (checkpoint,) = (run / "checkpoints").glob("epoch*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["global_step"] == 3 * 48 // 8
+    rates = {group["lr"] for group in content["optimizer_states"][0]["param_groups"]}
+    assert rates == {config["model"]["init_args"]["optimizer"]["init_args"]["lr"]}
+    capsys.readouterr()
+    status, _ = _fit(tmp_path, *FINDERS, "--trainer.max_epochs=4", "--ckpt_path", str(checkpoint))
+    assert status == 2
+    assert "error: BatchSizeFinder would begin the resumed run at step 0; leave it out" in capsys.readouterr().err
+    again = ["--config", str(run / "config.yaml"), "--trainer.max_epochs=4", "--ckpt_path", str(checkpoint)]
+    assert _fit(tmp_path, *again)[0] is None
+    (checkpoint,) = (run / "checkpoints").glob("epoch=3*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4 * 48 // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("EMAWeightAveraging", []), ("StochasticWeightAveraging", ["--trainer.callbacks.swa_lrs=0.01"])],
+)
+def test_averages_run_and_leave_a_configuration_that_runs(name: str, options: list[str], tmp_path: Path) -> None:
+    status, run = _fit(tmp_path, f"--trainer.callbacks+={name}", *options, "--trainer.max_epochs=2")
+    assert status is None
+    again = "--config", str(run / "config.yaml"), "--trainer.max_epochs=1"
+    assert _fit(tmp_path / "again", *again)[0] is None
+
+
+def _config(finders: list[str], **arguments: Any) -> Namespace:
+    callbacks = [Namespace(class_path=f"lightning.pytorch.callbacks.{name}") for name in ("Timer", *finders)]
+    model = Namespace(class_path="ncfinetune.FineTuner", init_args=Namespace(optimizer=None, **arguments))
+    data = Namespace(class_path="ncfinetune.datamodules.Digits", init_args=Namespace(batch_size=64))
+    return Namespace(model=model, data=data, trainer=Namespace(callbacks=callbacks))
+
+
+def test_what_was_found_takes_the_place_of_its_finder() -> None:
+    class Found:
+        lr = 0.03
+        datamodule = Namespace(batch_size=8)
+
+    config = _config(["LearningRateFinder"], lr_batch=256)
+    record(config, Found(), Found())  # type: ignore[arg-type]
+    assert config.model.init_args.lr_batch is None
+    assert config.model.init_args.optimizer.as_dict() == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}}
+    assert config.data.init_args.batch_size == 64
+    assert [callback.class_path for callback in config.trainer.callbacks] == ["lightning.pytorch.callbacks.Timer"]
+    config = _config(["BatchSizeFinder"])
+    record(config, Found(), Found())  # type: ignore[arg-type]
+    assert config.model.init_args.optimizer is None
+    assert config.data.init_args.batch_size == 8
+    config.model.class_path = "theirs.Model"
+    config.trainer.callbacks = _config(["LearningRateFinder"]).trainer.callbacks
+    record(config, Found(), Found())  # type: ignore[arg-type]
+    assert len(config.trainer.callbacks) == 2
+
+
+def _tuner(**knobs: Any) -> FineTuner:
+    optimizer = partial(torch.optim.SGD, lr=0.01)
+    return FineTuner(3, SMALL, train="layer4.1", allow_random=True, optimizer=optimizer, **knobs)
+
+
+def _data() -> Digits:
+    return Digits([0, 1, 2], shots=8, batch_size=8)
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_a_resumed_run_is_not_begun_anew_by_a_finder(finder: type[Callback], tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.fit(_tuner(), _data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"{finder.__name__} would begin the resumed run at step 0; leave it out"):
+        trainer_in(tmp_path, callbacks=[finder()], max_epochs=2).fit(_tuner(), _data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"cache": "memory", "head_init": "ridge"}, {"skip_from": "auto"}])
+def test_a_run_after_a_search_is_that_of_the_found_rate(knobs: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, random numbers, tracked numbers: the search leaves nothing but the rate."""
+    ends = []
+    rate = None
+    for searches in (True, False):
+        torch.manual_seed(0)
+        model, tracker = _tuner(**knobs), NeuralCollapseTracker(layers=["layer4.1", "auto"])
+        model.lr = rate
+        finder = LearningRateFinder(num_training_steps=15, early_stop_threshold=None)
+        trainer = trainer_in(tmp_path, callbacks=[finder, tracker] if searches else [tracker], max_epochs=6)
+        trainer.fit(model, _data())
+        rate = model.lr
+        ends.append((model.state_dict(), tracker.values))
+    assert rate not in (None, 0.01)
+    assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-12, nan_ok=True)
+
+
+def test_one_rate_of_an_average_for_layers_that_have_their_own(tmp_path: Path) -> None:
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    with pytest.warns(UserWarning, match=r"sets swa_lrs=0.01 for all 2 parameter groups.*swa_lrs=\[0.01, 0.1\]"):
+        trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())
+    average = StochasticWeightAveraging(swa_lrs=[0.01, 0.1], swa_epoch_start=1)
+    trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())

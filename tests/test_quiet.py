@@ -1,0 +1,108 @@
+"""What the command line prints, and what it leaves unsaid."""
+
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import Progress
+from tiny import SMALL, plain_sgd
+
+from ncfinetune import Supervised, progress
+from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.cli import main
+from ncfinetune.datamodules import Digits
+from ncfinetune.quiet import quiet
+
+TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+
+
+def test_fit_and_test_say_what_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    words = ["--model", "Supervised", "--model.backbone", TINY, "--data", "Digits", "--data.shots=4"]
+    words += ["--trainer.callbacks+=NeuralCollapseTracker", "--trainer.callbacks.layers=[layer*.*,auto]"]
+    words += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--test_after_fit=true"]
+    words += ["--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert main(["fit", *words]) is None
+    said = "\n".join([*caplog.messages, *(str(warning.message) for warning in warned), *capfd.readouterr()])
+    for noise in ("💡", "TPU", "FLOPs", "LeafSpec", "logging interval"):
+        assert noise not in said
+    assert "model: 10.9 K of 10.9 K parameters are trained, 0.0438 MB" in said
+    table = [line for line in said.splitlines() if line.startswith("│")]
+    assert len(table) <= 5
+    assert any("test/acc" in line for line in table)
+
+
+def test_a_project_that_imports_the_package_keeps_its_messages() -> None:
+    loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("pytorch", "fabric")]
+    before = [list(logger.filters) for logger in loggers], list(warnings.filters)
+    with quiet():
+        assert not loggers[0].filter(_record("💡 Tip: buy this"))
+        assert loggers[0].filter(_record("`Trainer.fit` stopped"))
+    assert loggers[0].filter(_record("💡 Tip: buy this"))
+    assert ([list(logger.filters) for logger in loggers], list(warnings.filters)) == before
+
+
+def _record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("", logging.INFO, "", 0, text, None, None)
+
+
+class _Shows:
+    """A trainer that shows bars of one of Lightning's kinds."""
+
+    def __init__(self, **bar: Any) -> None:
+        self.progress_bar_callback = type("Bar", (), {"is_disabled": False, **bar})()
+
+
+@pytest.mark.parametrize("patience", [0.0, 9.0])
+def test_a_pass_has_a_bar_of_rich_if_it_takes_long(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    shown = Progress(console=Console(file=io.StringIO(), force_terminal=True))
+    seen = []
+    for item in progress.watched(_Shows(progress=shown), [5, 6, 7], "pass"):
+        seen.append((item, [(task.description, task.total, task.completed, task.visible) for task in shown.tasks]))
+    late = patience == 0
+    assert seen[0] == (5, [("pass", 3, 0, False)])
+    assert seen[2] == (7, [("pass", 3, 2, late)])
+    assert shown.tasks == []
+
+
+def test_a_pass_has_a_bar_of_tqdm_if_no_other_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(progress, "tqdm", lambda items, *args, **options: called.append((args, options)) or items)
+    assert list(progress.watched(_Shows(), iter([1, 2]), "pass")) == [1, 2]
+    ((args, options),) = called
+    assert args == ("pass", None)
+    assert options["delay"] == progress.PATIENCE
+    for trainer in (_Shows(is_disabled=True), object()):
+        assert list(progress.watched(trainer, [1, 2], "pass")) == [1, 2]
+    assert len(called) == 1
+
+
+@pytest.mark.slow
+def test_lightnings_bar_can_show_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    screen = io.StringIO()
+    bar = RichProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 120}, refresh_rate=1)
+    trainer = Trainer(
+        max_epochs=2,
+        callbacks=[NeuralCollapseTracker(3, figures=False), bar],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    torch.manual_seed(0)
+    trainer.fit(Supervised(3, SMALL, optimizer=plain_sgd), Digits([0, 1, 2], batch_size=4))
+    assert "pass over images" in screen.getvalue()
