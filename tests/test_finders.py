@@ -31,11 +31,12 @@ def _fit(folder: Path, *words: str) -> tuple[int | None, Path]:
     given = [*model, "--model.allow_random=true", "--data", "Digits", "--data.classes=[0,1,2]", "--data.shots=16"]
     place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.version=run"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
-    config = [] if "--config" in words else given
-    return main(["fit", *config, *quiet, *place, *words]), folder / "run"
+    start = words if "--config" in words else (*given, *words)  # a file overrides the words before it
+    return main(["fit", *start, *quiet, *place]), folder / "run"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the resumed run's
 def test_what_finders_found_is_in_the_configuration_which_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +120,9 @@ def test_a_resumed_run_is_not_begun_anew_by_a_finder(finder: type[Callback], tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"cache": "memory", "head_init": "ridge"}, {"skip_from": "auto"}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"cache": "memory", "head_init": "ridge"}, {"skip_from": "auto", "skip_join": "concat"}]
+)
 def test_a_run_after_a_search_is_that_of_the_found_rate(knobs: dict[str, Any], tmp_path: Path) -> None:
     """Weights, random numbers, tracked numbers: the search leaves nothing but the rate."""
     ends = []
@@ -129,7 +132,7 @@ def test_a_run_after_a_search_is_that_of_the_found_rate(knobs: dict[str, Any], t
         model, tracker = _tuner(**knobs), NeuralCollapseTracker(layers=["layer4.1", "auto"])
         model.lr = rate
         finder = LearningRateFinder(num_training_steps=15, early_stop_threshold=None)
-        trainer = trainer_in(tmp_path, callbacks=[finder, tracker] if searches else [tracker], max_epochs=6)
+        trainer = trainer_in(tmp_path, callbacks=[finder, tracker] if searches else [tracker], max_epochs=5)
         trainer.fit(model, _data())
         rate = model.lr
         ends.append((model.state_dict(), tracker.values))
