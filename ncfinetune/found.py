@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 
 def record(config: Namespace, trainer: Trainer, module: LightningModule) -> None:
@@ -46,19 +47,16 @@ def _remove(config: Namespace, finder: str) -> bool:
     return removed
 
 
-class Headline(Callback):
-    """Logs what the run is in a few words, as the hyper-parameters ``run/...``, with the learning rate that was found.
+def announcing(named: Mapping[str, Any]) -> Callback:
+    """A callback that logs what the run is as hyper-parameters ``run/...``, with the learning rate that was found.
 
-    Args:
-        named: The hyper-parameters.
+    It must come after the finders among the callbacks, so that they have searched.
     """
 
-    def __init__(self, named: Mapping[str, Any]) -> None:
-        self.named = named
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log them; finders, which come earlier among the callbacks, have searched."""
-        rate = getattr(pl_module, "lr", None)
+    def announce(trainer: Trainer, module: LightningModule) -> None:
+        rate = getattr(module, "lr", None)
         found = {} if rate is None else {"lr": rate}
         for logger in trainer.loggers:
-            logger.log_hyperparams({"run": {**self.named, **found}})
+            logger.log_hyperparams({"run": {**named, **found}})
+
+    return LambdaCallback(on_fit_start=announce)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
 
-class SizeOfModel(ModelSummary):
+class _SizeOfModel(ModelSummary):
     """Says how many parameters a model has and trains.
 
     Lightning's table has a row for each child of the module, and the floating-point operations of a forward pass, which
@@ -33,4 +33,4 @@ def shorten(trainer: Trainer) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for place, callback in enumerate(callbacks):
         if type(callback) in (ModelSummary, RichModelSummary):
-            callbacks[place] = SizeOfModel()
+            callbacks[place] = _SizeOfModel()

@@ -346,7 +346,7 @@ class NCFinetuneCLI(LightningCLI):
         if isinstance(self.model, Learner):
             warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         trainer: Any = self.trainer
-        trainer.callbacks.append(found.Headline(settings.headline(self.config.fit.as_dict())))
+        trainer.callbacks.append(found.announcing(settings.headline(self.config.fit.as_dict())))
 
     def after_fit(self) -> None:
         """Test the last weights, with ``--test_after_fit``."""

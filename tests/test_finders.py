@@ -41,7 +41,7 @@ def test_what_finders_found_is_in_the_configuration_which_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, run = _fit(tmp_path, *FINDERS, "--trainer.max_epochs=3")
+    status, run = _fit(tmp_path, *FINDERS, "--data.batch_size=4", "--trainer.max_epochs=3")
     assert status is None
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["init_args"]["batch_size"] == 8
