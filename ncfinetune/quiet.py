@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Lightning's loggers, whose messages begin with these words for reasons that are no matter of the run.
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
 _NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set")
 # Warnings of a library about its own code or another library's, by the beginning of their text.
 _OF_LIBRARIES = (
