@@ -25,6 +25,8 @@ from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
 from ncfinetune.probes import ridge_left_out
 from ncfinetune.samples import balanced_folds
 
+# Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
+WORTH = 0.01
 # Variance of the gradients over that of the features. The strength of ridge regression shrinks both.
 _SHARES = (0.1, 1.0, 10.0)
 # Images that are on the device together.
@@ -64,7 +66,7 @@ def gradient_features(
 
 
 def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> str | None:
-    """The layer whose tuning lowers the squared error of images left out most, to first order; None if none lowers it.
+    """The layer whose tuning lowers the squared error of images left out most, to first order; None if not by 0.01.
 
     Args:
         features: ``(N, d)``.
@@ -79,7 +81,7 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     errors = {name: squared_error(linearised(features, rows, *data), labels) for name, rows in gradients.items()}
     best = min(errors, key=errors.__getitem__, default=None)
     least = squared_error(ridge_left_out(features, *data), labels)
-    return best if best is not None and errors[best] < least else None
+    return best if best is not None and errors[best] < least - WORTH else None
 
 
 def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int) -> str | None:

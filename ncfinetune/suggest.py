@@ -25,7 +25,7 @@ from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.linearised import gradient_features, linearised
+from ncfinetune.linearised import WORTH, gradient_features, linearised
 from ncfinetune.probes import Head, lda, nearest_mean, ridge, ridge_left_out
 from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.scores import standard_error
@@ -44,7 +44,7 @@ parameters, which says what layer FT of the block could gain over the best of th
 it expects most are then tried by layer FT, from the closed form as a start, on folds of the images: all of them on the
 first fold, the better half on each fold after it. SCL FT at the block that is best in the end, and with --full full
 fine-tuning, are tried on every fold. With --blocks 0 no block is tried, and the expansion decides. Tuning is suggested
-if it lowers the squared error on images left out; the table has the standard errors.
+if it lowers the squared error on images left out by 0.01; the table has the standard errors.
 
   ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
 """
@@ -233,7 +233,7 @@ def halve(bench: Bench, methods: Sequence[Method], reference: Trial) -> dict[Met
 
 
 def choose(rows: Sequence[Row]) -> Row:
-    """The closed form with the highest predicted accuracy, or a tuned method, if one lowers its squared error.
+    """The closed form with the highest predicted accuracy, or a tuned method, if one lowers the squared error by 0.01.
 
     Of methods that were tried it is the one with the fewest parameters of those within one standard error of the best
     (the rule of Breiman, Friedman, Olshen and Stone 1984, section 3.4.3), else the block of which the expansion expects
@@ -242,7 +242,7 @@ def choose(rows: Sequence[Row]) -> Row:
     """
     tuned = _judged(rows)
     best = max(tuned, key=_gain)
-    if not _gain(best) > 0:
+    if not _gain(best) > WORTH:
         return max((row for row in rows if row.gain is None), key=lambda row: row.accuracy)
     if best.seconds is None:
         return best
