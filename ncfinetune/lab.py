@@ -150,9 +150,7 @@ class _Progress(TQDMProgressBar):
     """A bar on stderr, where it does not mix with the table."""
 
     def init_predict_tqdm(self) -> Any:
-        # The delay is that of its first line, "0it", before the number of batches is known.
-        options: Any = {"leave": False, "dynamic_ncols": True, "file": sys.stderr, "delay": 1}
-        return Tqdm(desc="images", disable=self.is_disabled, **options)
+        return Tqdm(desc="images", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def on_exception(self, *args: Any) -> None:
         """Take the bar away, so that the error has a line of its own."""

@@ -227,7 +227,8 @@ class Learner(LightningModule, ABC):
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] if self.lr is None else self.lr
         factors = [self.lr_factor(group) for group in optimizer.param_groups]
-        _warn_of_one_rate(self.trainer, factors)
+        if self._trainer is not None:
+            _warn_of_one_rate(self.trainer, factors)
         if self._lr_scheduler is None:
             scale_rates(optimizer, None, factors)
             return optimizer

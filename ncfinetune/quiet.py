@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Lightning's loggers, whose messages begin with these words for reasons that are no matter of the run.
+# Lightning's loggers, whose messages begin with these words for reasons that are no matter of the run. Where another
+# library imports pytorch_lightning, lightning's messages go to the loggers of that.
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "pytorch_lightning.utilities.rank_zero",
+    "lightning_fabric.utilities.rank_zero",
 )
 _NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set")
 # Warnings of a library about its own code or another library's, by the beginning of their text.

@@ -45,11 +45,14 @@ def test_fit_and_test_say_what_matters(
 
 
 def test_a_project_that_imports_the_package_keeps_its_messages() -> None:
-    loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("pytorch", "fabric")]
+    # Importing pytorch_lightning, as some libraries do, sends lightning's messages to its loggers.
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in names]
     before = [list(logger.filters) for logger in loggers], list(warnings.filters)
     with quiet():
-        assert not loggers[0].filter(_record("💡 Tip: buy this"))
-        assert loggers[0].filter(_record("`Trainer.fit` stopped"))
+        for logger in loggers:
+            assert not logger.filter(_record("💡 Tip: buy this"))
+            assert logger.filter(_record("`Trainer.fit` stopped"))
     assert loggers[0].filter(_record("💡 Tip: buy this"))
     assert ([list(logger.filters) for logger in loggers], list(warnings.filters)) == before
 
