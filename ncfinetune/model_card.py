@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -166,7 +167,17 @@ def _numbers(run: Run, step: int | None) -> dict[str, float]:
     places = dict.fromkeys(("test/acc", "test/images"), step)
     places |= {tag: max(step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate", "nc1/val/penultimate")}
     found = {tag: [value for at, value in run.points.get(tag, ()) if at == place] for tag, place in places.items()}
-    return {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
+    logged = {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
+    return logged | _evaluated(run, step)
+
+
+def _evaluated(run: Run, step: int) -> dict[str, float]:
+    """What the command ``evaluate`` found on the test images with the checkpoint of this step."""
+    with suppress(OSError, ValueError):
+        said = json.loads((run.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
+        if said["step"] == step:
+            return {"test/acc": said["accuracy"], "test/images": said["images"]}
+    return {}
 
 
 def _measured(numbers: Mapping[str, float]) -> dict[str, str]:

@@ -54,12 +54,12 @@ class Run:
     def logged(self) -> Points:
         """Steps and values by tag in this folder, as they were written; damage is said on stderr.
 
-        Event files count where `CSVLogger` wrote the same tags beside them.
+        Event files count where `CSVLogger` wrote the same tags beside them. A test of one of the run's checkpoints by
+        the command ``test`` is in the folder ``test``.
         """
-        (table, faults), (events, more) = read_csv(self.path), read_events(self.path)
-        for fault in (*faults, *more):
-            print(f"warning: {fault}", file=sys.stderr)
-        return {**table, **events}
+        own, tested = _read(self.path), _read(self.path / "test")
+        tests = {tag: points for tag, points in tested.items() if "test" in tag.split("/")}
+        return own | {tag: points + own.get(tag, []) for tag, points in tests.items()}
 
     @cached_property
     def points(self) -> Points:
@@ -167,6 +167,13 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
             f"no runs below {shown}; expected folders with a config.yaml and TensorBoard event files or a {CSV_NAME}"
         )
     return runs
+
+
+def _read(folder: Path) -> Points:
+    (table, faults), (events, more) = read_csv(folder), read_events(folder)
+    for fault in (*faults, *more):
+        print(f"warning: {fault}", file=sys.stderr)
+    return {**table, **events}
 
 
 def _is_readable(run: Run) -> bool:

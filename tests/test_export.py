@@ -509,6 +509,13 @@ def test_the_card_says_what_the_run_logged_at_the_checkpoints_step(tmp_path: Pat
     export(checkpoint, tmp_path / "birds")  # the numbers of other steps are not its own
     card = (tmp_path / "birds" / "README.md").read_text()
     assert not [word for word in ("accuracy", "NC1", "model-index") if word in card]
+    (run / "evaluation" / "test").mkdir(parents=True)
+    summary = run / "evaluation" / "test" / "summary.json"
+    for step, known in ((5, True), (6, False)):
+        summary.write_text(json.dumps({"step": step, "accuracy": 0.8, "images": 40}))
+        export(checkpoint, tmp_path / "birds")
+        card = (tmp_path / "birds" / "README.md").read_text()
+        assert ("| test accuracy | 80.0 %, 95 % interval" in card) == known
     (run / "config.yaml").unlink()
     export(checkpoint, tmp_path / "birds")
     card = (tmp_path / "birds" / "README.md").read_text()

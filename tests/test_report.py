@@ -103,6 +103,21 @@ def test_runs_that_differ_in_their_seed_alone_are_a_row(tmp_path: Path) -> None:
     }
 
 
+def test_a_test_of_a_checkpoint_by_its_own_command_counts(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(), test=None)
+    with SummaryWriter(str(run / "test")) as writer:
+        for tag, value in {"test/acc": 0.75, "test/images": 100, "nc1/test/penultimate": 3.0, "val/acc": 0.9}.items():
+            writer.add_scalar(tag, value, 0)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"], row["test images"]) == ("1", "75.0", "100")
+    assert row["validation accuracy %"] == "30.0"
+    # A test at the end of the fit itself is that of its last weights, which the other columns are of.
+    _write(tmp_path / "other", _config(seed=1), test=0.5, images=100)
+    with SummaryWriter(str(tmp_path / "other" / "test")) as writer:
+        writer.add_scalar("test/acc", 0.75, 0)
+    assert [run.last("test/acc") for run in find_runs([tmp_path])] == [0.5, 0.75]
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_run_that_was_resumed_in_another_folder_is_one(
     named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
