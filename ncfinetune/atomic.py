@@ -24,7 +24,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors makes files that their owner alone can read
         sync(part)
         part.replace(path)
     # torch and safetensors raise errors of other classes if the disk is full.

@@ -110,6 +110,14 @@ def test_an_export_that_cannot_be_written_leaves_the_old_one(
     assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [(path.name, b"old")]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_saved_file_can_be_read_by_those_who_can_read_any_new_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / f".{name}.part").touch(0o600)  # what a killed process has left
+    Backbone("resnet18", channels=[4, 6, 8, 10]).save(tmp_path / name)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_folder_that_cannot_be_made_is_named(
     trained: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
