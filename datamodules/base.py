@@ -125,7 +125,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.predict_part = "test"
         self.mark_broken = False
         self._parts: Mapping[str, Part] = {}
-        self._files: FileImages | None = None
+        self._files: list[str] | None = None
         self._run_seed = 0
 
     @property
@@ -200,7 +200,10 @@ class ImageDataModule(LightningDataModule, ABC):
         if self._files is None:
             loader = self._loader(self.predict_part, as_stored=True)
         else:
-            loader = self._load(self._files, **self._in_order(self._files))
+            # Here, since the data's setup, which may choose the crop, can come after `predict_files`.
+            unknown = Labelled.all(self._files, [0] * len(self._files))
+            files = FileImages(unknown, self._stored_size, decoding=replace(self.decoding, banner=0))
+            loader = self._load(files, **self._in_order(files))
         if hasattr(loader.dataset, "mark_broken"):
             loader.dataset.mark_broken = self.mark_broken
         return loader
@@ -215,8 +218,7 @@ class ImageDataModule(LightningDataModule, ABC):
             FileNotFoundError: No such folder, or no images in it.
         """
         paths = self._readable(image_paths(images)) if isinstance(images, str | Path) else list(map(str, images))
-        everything = Labelled.all(paths, [0] * len(paths))
-        self._files = FileImages(everything, self._stored_size, decoding=replace(self.decoding, banner=0))
+        self._files = paths
         return paths
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 # Share of an image's shorter side that evaluation uses, around the centre: 224 of 256 pixels.
 CENTRE = 0.875
+# Number of training files that are examined to see whether all have the requested size already.
+LOOKED_AT = 8
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
 _DECODED_SIDE = 2
 # Operations that make stored pixels upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
@@ -173,17 +176,17 @@ def _middle(pixels: Image.Image, shorter: int, size: int, upside_down: bool, mir
     return whole.crop((left, top, left + size, top + size))
 
 
-def centre_seen(paths: Sequence[str], size: int) -> float:
+def centre_seen(files: Sequence[str | BinaryIO], size: int) -> float:
     """Share of these files' shorter side that evaluation uses: 1 if they have the size already."""
     try:
-        sizes = set(map(_size, paths))
+        sizes = set(map(_size, files))
     except _DAMAGE:  # reported when the file is decoded
         return CENTRE
     return 1.0 if sizes == {(size, size)} else CENTRE
 
 
-def _size(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
+def _size(file: str | BinaryIO) -> tuple[int, int]:
+    with Image.open(file) as image:
         return image.size
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from .decoding import CENTRE, Decoding, centre_seen
+from .decoding import CENTRE, LOOKED_AT, Decoding, centre_seen
 from .images import Labelled, broken_files, decode_all
 from .indexed import PARTS, SPLIT_SEED, IndexedImages
 from .labels import Row, class_names, read_labels
@@ -24,8 +24,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Largest number of images that are searched for duplicates, which takes seconds; for more it would take minutes.
 _MOST_COMPARED = 100_000
-# Number of training files that are examined to see whether all have the requested size already.
-_LOOKED_AT = 8
 
 
 class FileDataModule(IndexedImages, ABC):
@@ -66,7 +64,7 @@ class FileDataModule(IndexedImages, ABC):
     def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
         train = parts["train"]
         if not train.in_memory:
-            looked_at = train.take(np.arange(min(len(train), _LOOKED_AT))).paths
+            looked_at = train.take(np.arange(min(len(train), LOOKED_AT))).paths
             self.decoding = replace(self.decoding, centre=centre_seen(looked_at, self.input_size[1]))
         return super()._held(parts)
 

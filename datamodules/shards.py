@@ -6,6 +6,7 @@ Legend: ``N`` samples of a batch, ``V`` views, ``C`` channels, ``S`` side of a d
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import random
@@ -15,7 +16,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .base import ImageDataModule
-from .decoding import COLOUR, Decoding, UnknownRangeError, UnreadableError, read_image
+from .decoding import CENTRE, COLOUR, LOOKED_AT, Decoding, UnknownRangeError, UnreadableError, centre_seen, read_image
 from .files import IMAGENET_MEAN, IMAGENET_STD
 from .images import UNREADABLE, Batch, blank, crops, mixed_seed
 from .listing import IMAGE_SUFFIXES
@@ -85,7 +87,7 @@ class WebDataset(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
-        self.decoding = Decoding(value_range=value_range)
+        self.decoding = Decoding(value_range=value_range, centre=CENTRE)
         if shuffle < 1:
             raise ValueError(f"expected shuffle of at least 1, got {shuffle}")
         patterns = {"train": train, "val": val, "test": test}
@@ -98,7 +100,10 @@ class WebDataset(ImageDataModule):
 
     def parts(self) -> dict[str, Shards]:
         """The shards of each part, with their sizes."""
-        return {part: Shards(urls, np.array(sizes_of(part, urls, self.sizes))) for part, urls in self.urls.items()}
+        parts = {part: Shards(urls, np.array(sizes_of(part, urls, self.sizes))) for part, urls in self.urls.items()}
+        centre = centre_seen(list(_first_images(parts["train"])), self.input_size[1])
+        self.decoding = replace(self.decoding, centre=centre)
+        return parts
 
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         # Batches of several workers would alternate, each from the worker's own range.
@@ -297,6 +302,14 @@ class ShardBatches(IterableDataset[Batch]):
                 raise
             return blank(self.decoding.channels, self.size), UNREADABLE
         return images if boxes and self.views > 1 else images[0], label
+
+
+def _first_images(part: Shards) -> Iterator[io.BytesIO]:
+    """The first image files of a part; none of a shard that cannot be read, which is reported when it is used."""
+    with suppress(ValueError):
+        for shard, first, last in part.sections(np.arange(len(part.urls)), 0, min(LOOKED_AT, len(part))):
+            for _, sample in part.read(shard, first, last):
+                yield from (io.BytesIO(sample[key]) for key in _IMAGE_KEYS if key in sample)
 
 
 def _label(text: bytes, num_classes: int, name: str) -> int:

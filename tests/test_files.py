@@ -288,6 +288,19 @@ def test_files_of_a_folder_are_predicted_as_the_test_images_are(tmp_path: Path) 
     assert torch.equal(torch.cat([images for images, _ in data.predict_dataloader()]), expected)
 
 
+def test_files_may_be_named_before_the_data_are_set_up(tmp_path: Path) -> None:
+    """The training images, which decide on the crop, are read in `setup` only."""
+    rng = np.random.default_rng(0)
+    for folder in (tmp_path / part / name for part in ("train", "test") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "0.png")
+    data = _make(tmp_path, val_fraction=0.0)
+    data.predict_files(tmp_path / "test")
+    data.setup("predict")
+    (found, _), (expected, _) = next(iter(data.predict_dataloader())), next(iter(data.test_dataloader()))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("size", [None, 16])
 def test_files_are_brought_to_size_as_stored_images_are(size: int | None, tmp_path: Path) -> None:
     data = Digits([7, 8, 9], image_size=size, num_workers=0)

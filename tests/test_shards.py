@@ -18,7 +18,7 @@ from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _tra
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
-from ncfinetune.datamodules import ImageFolder, Recipe, WebDataset
+from ncfinetune.datamodules import ImageFolder, Recipe, Unlabelled, WebDataset
 from ncfinetune.datamodules.shards import ShardBatches, Shards, count_samples, read_index
 
 CLASSES = 3
@@ -101,6 +101,26 @@ def test_samples_are_decoded_and_labelled(root: Path) -> None:
     assert _raw(data, "train_plain") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16]]
     assert _raw(data, "test") == [[104, 105, 106, 107], [108]]
     assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize(("size", "share"), [(14, 1.0), (8, 0.875)])
+def test_evaluation_of_shards_and_predictions_elsewhere_crop_the_same(size: int, share: float, tmp_path: Path) -> None:
+    """Images that have the size already are not cropped, in whatever way they come."""
+    shard, photos = [], tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (14, 14, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+        shard += [(f"{number}.png", (photos / f"{number}.png").read_bytes()), (f"{number}.cls", b"0")]
+    for part in ("train", "val"):
+        _write_tar(tmp_path / f"{part}-0.tar", shard)
+    data = _make(tmp_path, train=f"{tmp_path}/train-0.tar", image_size=size)
+    data.setup("fit")
+    elsewhere = Unlabelled(["ant", "bee", "cow"], data.preprocessing, num_workers=0)
+    elsewhere.predict_files(photos)
+    (evaluated, _), (predicted, _) = next(iter(data.val_dataloader())), next(iter(elsewhere.predict_dataloader()))
+    assert data.preprocessing["crop_pct"] == share
+    assert torch.equal(evaluated, predicted)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
