@@ -136,6 +136,8 @@ class NeuralCollapseTracker(Callback):
         self._class_names: list[str] | None = None
         self._described = False
         self._first_epoch: int | None = None
+        self._loaded_epochs: int | None = None  # that the weights of a checkpoint were trained for
+        self._keeps_records = False
 
     def __repr__(self) -> str:
         """Layers, metrics and the last values."""
@@ -183,8 +185,18 @@ class NeuralCollapseTracker(Callback):
         """All results so far, so that a resumed run continues its curves and figures."""
         return {"values": self.values, "records": self.records, "passes": self._passes_done}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note for how many epochs the weights were trained; without a fit the trainer stays at its own epoch."""
+        # Counts the epoch in which the checkpoint was saved, as a fit does.
+        begun = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+        self._loaded_epochs = begun if checkpoint["global_step"] else 0
+        self._keeps_records = trainer.state.fn != "fit" and bool(self.records)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the results so far."""
+        """Restore the results so far; a test of an earlier checkpoint keeps those of the epochs after it."""
+        if self._keeps_records:
+            self._keeps_records = False
+            return
         self.values, self.records = state_dict["values"], state_dict["records"]
         self._passes_done = state_dict["passes"]
 
@@ -206,7 +218,7 @@ class NeuralCollapseTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the layers if that was not done in `setup`."""
         self._attach(trainer, pl_module)
-        self._described, self._first_epoch = False, None
+        self._described, self._first_epoch, self._loaded_epochs = False, None, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
@@ -344,11 +356,17 @@ class NeuralCollapseTracker(Callback):
             if limited and not getattr(trainer, "fast_dev_run", False):
                 self._notices.classes(result, f"{split}{suffix}", self._meter.num_classes)
             self._notices.rounding(result, f"{split}{suffix}")
-            epochs = trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)
+            epochs = self._epochs(trainer)
             self.records.setdefault(f"{split}{suffix}", {})[epochs] = result.values
             found |= result.by_log_name(split, suffix)
         self.values |= found
         return found
+
+    def _epochs(self, trainer: Trainer) -> int:
+        """The epochs that the weights were trained for, with the current one."""
+        if self._loaded_epochs is not None:
+            return self._loaded_epochs
+        return trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)
 
     def _measure_for_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set within a validation, whose `nc4` uses the class means of the training set."""

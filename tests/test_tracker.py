@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import stranger
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +37,7 @@ def _loader(shuffle: bool = False) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=shuffle)
 
 
-def _trainer(folder: Path, *callbacks: NeuralCollapseTracker, **arguments: Any) -> Trainer:
+def _trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     logger = CSVLogger(folder, name="", version="run")
     return Trainer(
@@ -136,6 +137,24 @@ def test_no_pass_when_never(tmp_path: Path) -> None:
     trainer.fit(Stranger(), _loader(), _loader())
     assert {name for name in trainer.callback_metrics if name.startswith("nc1/")} == {"nc1/val/penultimate"}
     assert not any("/train/" in name or name.startswith("nc4") for name in trainer.callback_metrics)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+def test_checkpoints_are_recorded_at_the_epoch_of_their_weights(tmp_path: Path) -> None:
+    """A fit that is over stays at its last epoch, and a new Trainer at none, whatever checkpoint they load."""
+    tracker, saved = NeuralCollapseTracker(3), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer = _trainer(tmp_path, tracker, saved, max_epochs=3, enable_checkpointing=True)
+    trainer.fit(Stranger(), _loader(), _loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fitted = {epoch: dict(layers) for epoch, layers in tracker.history["val"].items()}
+    assert list(fitted) == [1, 2, 3]
+    elsewhere = NeuralCollapseTracker(3)
+    for name, epochs in {"epoch=0.ckpt": 1, "epoch=1.ckpt": 2, "last.ckpt": 3}.items():
+        trainer.validate(Stranger(), _loader(), ckpt_path=tmp_path / name, verbose=False)
+        assert tracker.history["val"] == {e: pytest.approx(layers) for e, layers in fitted.items()}
+        _trainer(tmp_path, elsewhere).test(Stranger(), _loader(), ckpt_path=tmp_path / name, verbose=False)
+        assert elsewhere.history["test"][epochs] == pytest.approx(fitted[epochs])
+    assert list(elsewhere.history["test"]) == [1, 2, 3]
 
 
 def test_test_set_is_measured_as_it_passes(tmp_path: Path) -> None:
