@@ -93,10 +93,10 @@ def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, 
     rows = rows_to_choose_by(trainer, module, 'train="auto"')
     blocks = [name for name in backbone.layers if any(True for _ in backbone.layer(name).parameters())]
     with evaluation(trainer, module), require_gradients(backbone, blocks):
-        parts = [(backbone(images), labels) for images, labels in ready_batches(trainer, rows)]
-        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        sketch = GradientSketch(backbone, blocks).to(features.device)
-        sketches = torch.cat([sketch(images) for images, _ in ready_batches(trainer, rows)])
+        sketch = GradientSketch(backbone, blocks).to(trainer.strategy.root_device)
+        # One pass, since a stream may be in another order, and an image augmented otherwise, in a second one.
+        parts = [(backbone(images), sketch(images), labels) for images, labels in ready_batches(trainer, rows)]
+        features, sketches, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return block_to_tune(features, dict(zip(blocks, sketches.unbind(1), strict=True)), labels, num_classes)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import SMALL, plain_sgd, trainer_in
+from torch.utils.data import DataLoader, IterableDataset
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
@@ -154,6 +155,32 @@ def test_fit_tunes_the_block_that_the_expansion_names(knobs, tmp_path, caplog):
     resumed = automatic(**knobs)
     trainer_in(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=path)
     assert resumed.hparams["train"] == expected
+
+
+def test_features_and_gradients_are_of_the_same_images(tmp_path, monkeypatch):
+    """A datamodule may give the images in another order in each pass."""
+    seen = []
+    monkeypatch.setattr(module, "block_to_tune", lambda *arguments: seen.append(arguments))
+    data, orders = digits(), []
+    plain = data.train_plain_dataloader
+
+    class Shuffled(IterableDataset):
+        def __iter__(self):
+            batches = list(plain())
+            orders.append(len(orders))
+            return iter(batches if len(orders) % 2 else batches[::-1])
+
+    data.train_plain_dataloader = lambda: DataLoader(Shuffled(), batch_size=None)
+    model, fresh = automatic(), automatic().eval()
+    trainer_in(tmp_path).fit(model, data)
+    ((features, gradients, _, _),) = seen
+    images = torch.cat([data.on_after_batch_transfer(batch, 0)[0] for batch in plain()])
+    with torch.no_grad():
+        order = torch.cdist(features, fresh.backbone(images)).argmin(1)
+    layer = next(iter(gradients))
+    passes = trainer_in(tmp_path, inference_mode=False)
+    expected = gradient_features(passes, fresh.backbone, images[order], list(fresh.backbone.layers))[layer]
+    assert torch.allclose(gradients[layer], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_without_an_expected_gain_no_block_is_tuned(tmp_path, caplog, monkeypatch):
