@@ -115,9 +115,6 @@ class Table:
         self.errors += sum(map(bool, errors))
         self.first_error = self.first_error or next(filter(None, errors), "")
 
-    def _label(self, label: int) -> list[str | None]:
-        return [None if label < 0 else self._classes[label]]
-
     def _cells(self, shares: Tensor) -> list[str | float]:
         """Prediction and probabilities of a sample."""
         best = self._classes[int(shares.argmax())]
