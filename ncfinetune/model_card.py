@@ -172,10 +172,10 @@ def _numbers(run: Run, step: int | None) -> dict[str, float]:
 
 
 def _evaluated(run: Run, step: int) -> dict[str, float]:
-    """What the command ``evaluate`` found on the test images with the checkpoint of this step."""
-    with suppress(OSError, ValueError):
+    """What the command ``evaluate`` found on the run's test images, not other data's, at the checkpoint's step."""
+    with suppress(OSError, ValueError, KeyError):
         said = json.loads((run.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
-        if said["step"] == step:
+        if said["step"] == step and said["images_of"] == task_name(run.part("data")):
             return {"test/acc": said["accuracy"], "test/images": said["images"]}
     return {}
 

@@ -29,6 +29,7 @@ from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.learner import Learner, check_launched
+from ncfinetune.passes import in_order
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
 
@@ -385,7 +386,7 @@ class NCFinetuneCLI(LightningCLI):
         run = interruptions.run_of(checkpoint)
         facts = {
             "data": name,
-            "images_of": images or type(self.datamodule).__name__,
+            "images_of": images or settings.task_name(self.config[self.subcommand].data.as_dict()),
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),
@@ -451,9 +452,16 @@ class NCFinetuneCLI(LightningCLI):
 
 
 def _loader(data: LightningDataModule, split: str) -> Any:
-    """The loader of a part of a datamodule that is not ours, which may set up a part only when it is asked for it."""
+    """The loader of a part of a datamodule that is not ours, which may set up a part only when it is asked for it.
+
+    Training images come in the order of the data set, which numbers the rows of predictions, and without augmentation
+    if the datamodule offers that.
+    """
     data.setup({"train": "fit", "val": "validate"}.get(split, split))
-    return getattr(data, f"{split}_dataloader")()
+    if split != "train":
+        return getattr(data, f"{split}_dataloader")()
+    loader: Any = getattr(data, "train_plain_dataloader", data.train_dataloader)()
+    return in_order(loader) if getattr(loader, "batch_size", None) is not None else loader
 
 
 class _SafeCLI(NCFinetuneCLI):

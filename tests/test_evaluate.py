@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from matplotlib.figure import Figure
 from PIL import Image
 from pyarrow import parquet
@@ -16,6 +17,7 @@ from sklearn import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import QUIET, RANDOM, _csv, _fit, _refusal
 from test_ship import NARROW, _checkpoint, _data, _folder
+from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import FineTuner
 from ncfinetune.cli import main
@@ -23,7 +25,10 @@ from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
+from ncfinetune.runs import Run
+from ncfinetune.settings import task_name
 from ncfinetune.trained import ForgetFailedStart, complete
+from ncfinetune.trainer_cli import _loader
 
 NAMES = ["apple", "lime", "plum"]
 
@@ -220,7 +225,9 @@ def test_evaluate_needs_the_checkpoint_alone(place: Path, capsys: pytest.Capture
     assert sorted(path.name for path in out.iterdir()) == sorted(files)
     rows = _csv(out / "predictions.csv")
     right = [row["prediction"] == row["label"] for row in rows]
-    assert json.loads((out / "summary.json").read_text())["accuracy"] == sum(right) / 18
+    said = json.loads((out / "summary.json").read_text())
+    assert said["accuracy"] == sum(right) / 18
+    assert said["images_of"] == task_name(Run(run).part("data"))  # a model card counts it for no other data
     assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
     with Image.open(out / "mistakes.png") as image:
         assert image.width > 600
@@ -373,3 +380,24 @@ def test_only_what_a_failed_start_made_is_removed(kept: str | None, tmp_path: Pa
     whole = {"events.out.tfevents.1.a.1.0", "hparams.yaml", "checkpoints", "config.yaml"}
     assert left == {"config.yaml": whole, "mine.txt": {"mine.txt"}, None: set()}[kept]
     assert (tmp_path / "run").exists() == bool(kept)
+
+
+def test_training_images_of_any_datamodule_are_predicted_in_their_order() -> None:
+    images = TensorDataset(torch.arange(10.0), torch.arange(10))
+
+    class Theirs(LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(images, batch_size=4, shuffle=True, drop_last=True)
+
+    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == list(range(10))
+
+
+def test_training_images_of_any_datamodule_are_predicted_without_augmentation() -> None:
+    class Theirs(LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            raise AssertionError
+
+        def train_plain_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4)
+
+    assert len(_loader(Theirs(), "train")) == 3

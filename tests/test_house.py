@@ -141,6 +141,7 @@ IMPORTS = {
         "found",
         "interruptions",
         "learner",
+        "passes",
         "predicting",
         "predictions",
         "safety",
