@@ -196,7 +196,7 @@ def _joined(members: Sequence[Run], folders: Folders) -> list[Run]:
         earlier = next((end for end in reversed(ends) if folders.goes_on(run, end)), None)
         if earlier is not None:
             ends.remove(earlier)
-        ends.append(run if earlier is None else run.after(earlier))
+        ends.append(run if earlier is None else run.going_on(earlier))
     return ends
 
 

@@ -87,8 +87,8 @@ def _compared(experiments: Sequence[Experiment]) -> str | None:
 
 
 def _pairs(experiment: Experiment, x: str, tag: str) -> list[tuple[float, float]]:
-    """The last values of a tag, and an accuracy in %, of each run that has logged both."""
-    found = [(run.last(x), run.last(tag)) for run in experiment.runs]
+    """The last values of a tag after training, and an accuracy in %, of each run that has logged both."""
+    found = [(run.after(x), run.last(tag)) for run in experiment.runs]
     return [(left, 100 * right) for left, right in found if left is not None and right is not None]
 
 
@@ -97,7 +97,7 @@ def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
     before = [experiments[0].mean("nc1/train/" + layer, Run.before) for layer in layers]
     axes.plot(range(len(layers)), before, color="0.8", linewidth=5, label="before")
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
-        after = [experiment.mean("nc1/train/" + layer) for layer in layers]
+        after = [experiment.mean("nc1/train/" + layer, Run.after) for layer in layers]
         axes.plot(range(len(layers)), after, "o-", color=colour, label=_plain(experiment.label), markersize=4)
     axes.set(yscale="log", ylabel="NC1 of the training features\n(lower: more collapsed)")
     axes.set_xticks(range(len(layers)), [*map(_plain, layers)], rotation=30)

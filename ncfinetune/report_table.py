@@ -96,7 +96,7 @@ def _row(experiment: Experiment, baseline: Experiment | None) -> dict[str, str]:
         "points over baseline": _over(experiment, baseline),
         **accuracies,
         "NC1 before": _spread(experiment.values("nc1/train/penultimate", Run.before), ".3g"),
-        "NC1 after": _spread(experiment.values("nc1/train/penultimate"), ".3g"),
+        "NC1 after": _spread(experiment.values("nc1/train/penultimate", Run.after), ".3g"),
     }
 
 

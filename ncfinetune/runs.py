@@ -70,7 +70,7 @@ class Run:
         before = {tag: [p for p in points if p[0] < start] for tag, points in self.earlier.points.items()}
         return {tag: before.get(tag, []) + self.logged.get(tag, []) for tag in {**before, **self.logged}}
 
-    def after(self, earlier: Run) -> Run:
+    def going_on(self, earlier: Run) -> Run:
         """This run as one that went on with another; nothing is read, or said, a second time."""
         joined = Run(self.path, earlier)
         joined.__dict__.update(config=self.config, logged=self.logged)
@@ -100,6 +100,11 @@ class Run:
         points = self.points.get(tag)
         return points[0][1] if points and points[0][0] == 0 else None
 
+    def after(self, tag: str) -> float | None:
+        """The last value logged under a tag; None if that was before the training."""
+        points = self.points.get(tag, [])
+        return None if len(points) == 1 and points[0][0] == 0 and self._epochs() else self.last(tag)
+
     def part(self, name: str) -> dict[str, Any]:
         """A part of the configuration, empty if it lacks that."""
         part = self.config.get(name)
@@ -117,7 +122,7 @@ class Run:
         """What it did not reach of what its configuration asks for; None if it is finished, or does not say.
 
         A test that was logged after the last epoch says that it is finished, however few epochs there were. A run that
-        a callback may stop early has no number of epochs to reach.
+        a callback may stop early has no number of epochs to reach but the first.
         """
         ends = [max(points, key=_step)[0] for tag, points in self.points.items() if points and "/" in tag]
         tests = [max(points, key=_step)[0] for tag, points in self.points.items() if points and tag.startswith("test/")]
@@ -125,13 +130,16 @@ class Run:
             return None
         if self.config.get("test_after_fit") is True:
             return f"{self._progress() or 'it was trained to its end'}, and has no test value"
-        return None if self._may_stop_early() else self._progress()
+        return None if self._may_stop_early() and self._epochs() else self._progress()
+
+    def _epochs(self) -> int:
+        return int(max((epoch for _, epoch in self.points.get("epoch", ()) if math.isfinite(epoch)), default=-1)) + 1
 
     def _progress(self) -> str | None:
         """How far it came; None if it has the epochs or steps that it was to have."""
         trainer = self.part("trainer")
         epochs, steps = _count(trainer.get("max_epochs")), _count(trainer.get("max_steps"))
-        done = int(max((epoch for _, epoch in self.points.get("epoch", ()) if math.isfinite(epoch)), default=-1)) + 1
+        done = self._epochs()
         step = max((max(points, key=_step)[0] for points in self.points.values() if points), default=-1) + 1
         if trainer and trainer.get("max_epochs") is None and steps is None:
             epochs = _DEFAULT_EPOCHS

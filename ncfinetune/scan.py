@@ -31,7 +31,7 @@ had a part in it.
   ncfinetune scan --backbone '{name: resnet18, stem: cifar}' --checkpoint backbone.safetensors --data Digits
 
 The work can be shared by any scheduler, since a part that is there is not computed again:
-  seq 1 8 | xargs -P 2 -I I ncfinetune scan --part I/8 --out parts/I.safetensors --backbone ... --data ...
+  seq 1 8 | xargs -P 2 -I % ncfinetune scan --part %/8 --out parts/%.safetensors --backbone ... --data ...
   ncfinetune scan --merge parts/*.safetensors --out scan.csv
 """
 

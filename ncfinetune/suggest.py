@@ -120,7 +120,7 @@ def main(words: Sequence[str]) -> int:
         )
     chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))
-    text = verdict(rows, chosen, _recipe(options))
+    text = verdict(rows, chosen, _recipe(options), _given(options, words))
     print(f"\n{text}")
     if options.out:
         content = {"suggestion": chosen.method, "verdict": text, "rows": [asdict(row) for row in rows]}
@@ -261,13 +261,14 @@ def _gain(row: Row) -> float:
     return -math.inf if row.gain is None else row.gain
 
 
-def verdict(rows: Sequence[Row], chosen: Row, recipe: str) -> str:
+def verdict(rows: Sequence[Row], chosen: Row, recipe: str, given: str) -> str:
     """What is suggested, what is as good, and how to run it.
 
     Args:
         rows: The table.
         chosen: The suggestion.
-        recipe: Options of the optimiser and the epochs that methods were tried with.
+        recipe: Options of ``fit`` for the optimiser and the epochs that methods were tried with.
+        given: Options of ``fit`` for the network and the data.
     """
     predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(_judged(rows), key=_gain)
     if chosen.gain is None:
@@ -278,13 +279,29 @@ def verdict(rows: Sequence[Row], chosen: Row, recipe: str) -> str:
         said = f"suggestion: {chosen.method} ({predicted}), which {_against(chosen)}{within}"
     options = " ".join(f"--model.{name} {shlex.quote(_word(value))}" for name, value in chosen.knobs.items())
     how = "--trainer.max_epochs 0" if chosen.gain is None else recipe
-    return f"{said}\nncfinetune fit --model FineTuner {options} {how} ..."
+    return f"{said}\nncfinetune fit --model FineTuner {given} {options} {how}"
 
 
 def _against(row: Row) -> str:
     gain = _gain(row)
     moves = "lowers" if gain > 0 else "raises"
     return f"{moves} the squared error of the closed form by {abs(gain):.3f} ± {row.gain_error:.3f}"
+
+
+def _given(options: Any, words: Sequence[str]) -> str:
+    """The options of ``fit`` for the network and the data that this command was given."""
+    backbone = options.backbone[0]
+    spec = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    if options.checkpoint:
+        spec["checkpoint"] = options.checkpoint[0]
+    elif options.pretrained:
+        spec.setdefault("pretrained", True)
+    given = ["--model.backbone", json.dumps(spec), *(["--model.allow_random", "true"] if options.allow_random else [])]
+    of_data = False
+    for word in words:
+        of_data = word.startswith("--data") if word.startswith("--") else of_data
+        given += [word] if of_data else []
+    return shlex.join(given)
 
 
 def _recipe(options: Any) -> str:

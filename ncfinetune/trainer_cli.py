@@ -69,6 +69,17 @@ def main(args: list[str] | None = None) -> int | None:
     return _run(words)
 
 
+# What the help of a command begins with.
+_DESCRIPTIONS = {
+    "fit": "Train a model; its checkpoints, logs and configuration are in one folder, RUN.",
+    "validate": "Measure a model on the validation images; of a run's checkpoint into RUN/validate.",
+    "test": "Measure a model on the test images; of a run's checkpoint into RUN/test.",
+    "predict": "Class probabilities of the test images, or of a folder (--images), as a table.",
+    "evaluate": "Accuracy with its interval, precision and recall of each class, calibration, confusions, and a sheet "
+    "of the most confident mistakes, on the test images or on a folder with a folder for each class (--images).",
+}
+
+
 def _run(words: list[str]) -> int | None:
     safe = "--safe" in words
     words = trained.complete([word for word in words if word != "--safe"])
@@ -83,6 +94,7 @@ def _run(words: list[str]) -> int | None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             trainer_class=_Trainer,
+            parser_kwargs={words[0]: {"description": _DESCRIPTIONS[words[0]]}},
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,

@@ -103,6 +103,24 @@ def test_runs_that_differ_in_their_seed_alone_are_a_row(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_that_may_stop_early_and_was_killed_in_its_first_epoch_is_unfinished(tmp_path: Path) -> None:
+    stops = {"trainer": {"callbacks": [{"class_path": "EarlyStopping"}]}}
+    for seed, epochs in enumerate((range(2), range(0))):
+        _write(tmp_path / str(seed), _config(seed=seed, **stops), epochs=epochs, test=None)
+    assert [run.lacks for run in find_runs([tmp_path])] == [None, "it reached epoch 0 of 3"]
+
+
+def test_collapse_that_was_measured_before_training_alone_is_not_that_after_it(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(), epochs=range(0), test=None)
+    with SummaryWriter(str(run)) as writer:
+        writer.add_scalar(NC1, 8.0, 0)
+        for epoch in range(3):
+            writer.add_scalar("epoch", epoch, 4 * epoch + 3)
+            writer.add_scalar("val/acc", 0.5, 4 * epoch + 3)
+    (row,) = _rows(tmp_path)
+    assert (row["NC1 before"], row.get("NC1 after", "-")) == ("8", "-")
+
+
 def test_a_test_of_a_checkpoint_by_its_own_command_counts(tmp_path: Path) -> None:
     run = _write(tmp_path / "run", _config(), test=None)
     with SummaryWriter(str(run / "test")) as writer:

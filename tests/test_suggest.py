@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from functools import partial
 
@@ -205,16 +206,16 @@ def test_the_fewest_parameters_within_one_standard_error_of_the_best_are_chosen(
 def test_verdicts_say_what_to_type():
     closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
     for gain, moves in ((0.05, "lowers"), (-0.05, "raises")):
-        assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1") == (
+        assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1", "--data D") == (
             f"no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the best tuned, {moves} the squared "
             "error of the closed form by 0.050 ± 0.100\n"
-            'ncfinetune fit --model FineTuner --model.train none --model.skip_from \'["a", "b"]\' '
-            "--trainer.max_epochs 0 ..."
+            'ncfinetune fit --model FineTuner --data D --model.train none --model.skip_from \'["a", "b"]\' '
+            "--trainer.max_epochs 0"
         )
     rows = [row("ridge"), row("b", 0.25, trained=9), row("c", 0.3)]
-    assert verdict(rows, rows[1], "--x 1") == (
+    assert verdict(rows, rows[1], "--x 1", "--data D") == (
         "suggestion: b (50.0 ± 5.0 % predicted), which lowers the squared error of the closed form by 0.250 ± 0.100; "
-        "within one standard error of the best: c\nncfinetune fit --model FineTuner --model.train b --x 1 ..."
+        "within one standard error of the best: c\nncfinetune fit --model FineTuner --data D --model.train b --x 1"
     )
 
 
@@ -249,7 +250,13 @@ def test_without_trials_the_expansion_decides(weights, tmp_path, capsys):
     backbone = Backbone(**SMALL)
     sizes = {f"layer FT {name}": sum(p.numel() for p in backbone.layer(name).parameters()) for name in backbone.layers}
     assert {found["method"]: found["trained"] - 10 * 11 for found in expected} == sizes
-    assert "fold" not in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "fold" not in shown.err
+    # The line at the end is a command.
+    line = shown.out.splitlines()[-1]
+    fit = [*shlex.split(line)[1:], "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    assert fit[0] == "fit"
+    assert main(fit) is None
 
 
 class Shuffled(LightningDataModule):
