@@ -35,12 +35,17 @@ _LEFT, _ANSWER = "ncfinetune/left", 1.0
 class SaveOnSIGTERM(Callback):
     """Saves a training run on SIGTERM, as sent at pre-emption, and prints the command that resumes it.
 
-    Lightning stops after the batch. An interrupted validation is repeated when the run is resumed.
+    Lightning stops after the batch. An interrupted validation is repeated when the run is resumed. Ctrl-C can come
+    within a step, whose weights are not saved: the command printed then is that of the last checkpoint.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save to ``RUN/checkpoints/stopped.ckpt`` if the exception is due to SIGTERM."""
-        if not isinstance(exception, SIGTERMException) or trainer.state.fn != TrainerFn.FITTING:
+        """Save to ``RUN/checkpoints/stopped.ckpt`` if the exception is due to SIGTERM; say how to resume."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if isinstance(exception, KeyboardInterrupt):
+            _say(f"interrupted in epoch {trainer.current_epoch} after step {trainer.global_step}; {_resuming(trainer)}")
+        if not isinstance(exception, SIGTERMException):
             return
         if trainer.validating:
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
@@ -56,6 +61,17 @@ class SaveOnSIGTERM(Callback):
             _say(f"{when}; progress since the last checkpoint is lost: {error}")
         else:
             _say(f"{when}; to resume: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
+
+
+def _resuming(trainer: Any) -> str:
+    """How to go on from the last checkpoint."""
+    paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
+    paths += [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
+    path = max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+    if path is None:
+        return "it has saved no checkpoint yet"
+    run = Path(trainer.log_dir or trainer.default_root_dir)
+    return f"to resume from the last checkpoint: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}"
 
 
 def lost_ranks(error: RuntimeError) -> str | None:

@@ -82,6 +82,36 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     assert Run(stopped).scalars == Run(whole).scalars
 
 
+class Interrupt(Callback):
+    """Ctrl-C after a batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_ctrl_c_says_how_to_go_on(step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupt = ["--trainer.callbacks+=test_interruptions.Interrupt", f"--trainer.callbacks.step={step}"]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            main([*RUN, *interrupt, *_place(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
+    run = tmp_path / "version_0"
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted in epoch")]
+    if step == 3:
+        assert said == "interrupted in epoch 0 after step 3; it has saved no checkpoint yet"
+        return
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    command = f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {checkpoint}"
+    assert said == f"interrupted in epoch 1 after step 7; to resume from the last checkpoint: {command}"
+
+
 def test_sigterm_on_a_full_disk_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
