@@ -37,14 +37,12 @@ class FineTuner(PartlyFrozen):
 
     The methods of Li et al. (arXiv 2212.12206) are settings of two options:
 
-    ================  =========  =============
-    method            ``train``  ``skip_from``
-    ================  =========  =============
-    linear probe      none       (null)
-    layer FT          a layer    (null)
-    SCL FT            a layer    the same
-    full FT           all        (null)
-    ================  =========  =============
+    | method       | ``train`` | ``skip_from`` |
+    |--------------|-----------|---------------|
+    | linear probe | none      | (null)        |
+    | layer FT     | a layer   | (null)        |
+    | SCL FT       | a layer   | the same      |
+    | full FT      | all       | (null)        |
 
     Bias tuning, norm tuning and other selections of parameters are patterns in ``train``, such as ``*.bias``. The
     classifier can be initialised in closed form from the frozen features; with ``max_epochs: 0`` that is all that is
