@@ -144,7 +144,8 @@ def write_onnx(path: Path, deployed: Deployed) -> float:
             # By tracing: the exporter by torch.export fails for BEiT, needs torch 2.6, and 10 to 20 times as long.
             options["dynamo"] = False
         try:
-            torch.onnx.export(deployed, (deployed.noise(2),), content, **options)  # type: ignore[arg-type]
+            write: Any = torch.onnx.export  # its annotations differ from release to release
+            write(deployed, (deployed.noise(2),), content, **options)
         except Exception as error:  # the exporter raises whatever an operator's translation raises
             raise ValueError(_untraceable(deployed, "torch.onnx", error)) from error
     written = _with_metadata(content.getvalue(), deployed)

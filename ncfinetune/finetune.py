@@ -67,8 +67,8 @@ class FineTuner(PartlyFrozen):
             ``*norm*``; a pattern that fits no layer selects parameters, such as ``*.bias`` or ``*.bn*.weight``. If only
             parameters of a layer are trained, the layer stays in eval mode and keeps its batch-norm statistics. A
             negative number counts the network's blocks from its end, for any network: -1 is the last block. ``auto``
-            chooses at the start of a fit the block whose tuning lowers the leave-one-out error of ridge regression most
-            by the network's first-order expansion, or none; see `linearised.choose_block`.
+            chooses at the start of a fit the block whose tuning lowers the squared error of images left out most, by
+            the network's first-order expansion, or none; see `linearised.choose_block`.
         skip_from: Layer, or layers, by name or number, whose pooled outputs join the features that reach the
             classifier. ``auto`` chooses at the start of a fit the layers that clearly lower the leave-one-out error of
             ridge regression; see `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune.resume import begin_again
+from ncfinetune.resume import begin_again, last_saved
 
 # Exit status of a process ended by SIGTERM: 128 + 15.
 STATUS = 128 + signal.SIGTERM
@@ -65,9 +65,7 @@ class SaveOnSIGTERM(Callback):
 
 def _resuming(trainer: Any) -> str:
     """How to go on from the last checkpoint."""
-    paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-    paths += [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
-    path = max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+    path = last_saved(trainer)
     if path is None:
         return "it has saved no checkpoint yet"
     run = Path(trainer.log_dir or trainer.default_root_dir)

@@ -26,6 +26,7 @@ from ncfinetune.checksums import check_zip
 from ncfinetune.inputs import may_look
 from ncfinetune.resume import (
     last_numbers,
+    last_saved,
     restore_numbers,
     state_of_process,
     states_of_processes,
@@ -364,10 +365,9 @@ def check_launched(trainer: Trainer) -> None:
 _OF_FINDERS = (".lr_find_", ".scale_batch_size_")
 
 
-def _refuse_finders_of_resumed(trainer: Trainer) -> None:
+def _refuse_finders_of_resumed(trainer: Any) -> None:
     """Refuse callbacks whose search, which restores a checkpoint of its own, would begin a resumed run at step 0."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    finders = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
+    finders = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
     if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
         raise ValueError(
             f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
@@ -375,9 +375,9 @@ def _refuse_finders_of_resumed(trainer: Trainer) -> None:
         )
 
 
-def _warn_of_one_rate(trainer: Trainer, factors: list[float]) -> None:
+def _warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
     """Warn of a callback that would set one learning rate for parameter groups with different factors."""
-    averaging = (c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
     rate = next((callback._swa_lrs for callback in averaging), None)
     if isinstance(rate, float) and len(set(factors)) > 1:
         rates = ", ".join(f"{rate * factor:g}" for factor in factors)
@@ -405,10 +405,7 @@ def _images_a_step(trainer: Trainer) -> int:
 
 def _not_finite(trainer: Trainer, loss: Tensor) -> str:
     rates = sorted({group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups})
-    saved = [
-        getattr(c, "last_model_path", "") or getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks
-    ]
-    checkpoint = next((path for path in saved if path), "none yet")
+    checkpoint = last_saved(trainer) or "none yet"
     return (
         f"the training loss is {loss.item()} by step {trainer.global_step}, at learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}; last checkpoint: {checkpoint}. "

@@ -70,7 +70,7 @@ class PredictionRows(Callback):
         """
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             raise ValueError(no_probabilities(pl_module))
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         loader: Any = trainer.predict_dataloaders
         dataset = getattr(loader, "dataset", None)
         if self.table is None:

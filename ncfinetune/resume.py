@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,3 +149,10 @@ def begin_again(progress: dict[str, Any]) -> None:
     for part in ("total", "current"):
         progress[part].update(ready=1, started=1, processed=0, completed=0)
     progress["is_last_batch"] = False
+
+
+def last_saved(trainer: Any) -> str | None:
+    """The newest file that a trainer's checkpoint callbacks have saved last, or as their best; None without one."""
+    names = ("last_model_path", "best_model_path")
+    paths = [getattr(callback, name, "") for callback in trainer.checkpoint_callbacks for name in names]
+    return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)

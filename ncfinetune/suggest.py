@@ -172,7 +172,7 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
         full: Try full fine-tuning too.
 
     Raises:
-        ValueError: Images of fewer than two classes, or features that are not finite.
+        ValueError: Images of fewer than two classes, features that are not finite, or no layer has parameters.
     """
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
@@ -200,6 +200,8 @@ def _expected(
     labels, classes, backbone = bench.labels, bench.num_classes, bench.backbone
     sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in layers}
     blocks = [name for name in layers if sizes[name]]
+    if not blocks:
+        raise ValueError(f"suggest tries layers with parameters, got --layers {' '.join(layers)} without any")
     gradients = gradient_features(trainer, backbone, bench.images, blocks)
     data = labels, classes, balanced_folds(labels)
     joined = torch.cat([penultimate, *(layers[name] for name in closed.knobs.get("skip_from", []))], 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
@@ -28,9 +27,8 @@ class _SizeOfModel(ModelSummary):
         rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.3g} MB")
 
 
-def shorten(trainer: Trainer) -> None:
+def shorten(trainer: Any) -> None:
     """Replace the summary that a trainer has by default."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for place, callback in enumerate(callbacks):
+    for place, callback in enumerate(trainer.callbacks):
         if type(callback) in (ModelSummary, RichModelSummary):
-            callbacks[place] = _SizeOfModel()
+            trainer.callbacks[place] = _SizeOfModel()

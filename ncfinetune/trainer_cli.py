@@ -422,9 +422,10 @@ class NCFinetuneCLI(LightningCLI):
         # With evaluate the number is that of the accuracy.
         top_k = None if evaluates else self._get(self.config, "top_k")
         rows = PredictionRows(path, images, files, top_k, evaluates)
-        self.trainer.callbacks.append(rows)  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        trainer.callbacks.append(rows)
         try:
-            self.trainer.predict(**{**kwargs, "return_predictions": False})
+            trainer.predict(**{**kwargs, "return_predictions": False})
         except BaseException:
             if rows.table is not None and rows.table.keep():
                 print(f"{rows.table.rows} predictions so far: {rows.table.partial}", file=sys.stderr)
