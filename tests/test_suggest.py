@@ -288,6 +288,10 @@ def test_images_and_labels_are_of_one_pass(weights, monkeypatch):
     [
         (["--layers", "penultimate", "--allow_random", "true"], "suggest tries blocks, got --layers penultimate alone"),
         (["--folds", "1"], "expected --folds of at least 2, got 1"),
+        (
+            ["--layers", "layer1.0.act1", "--allow_random", "true", "--data.shots", "4"],
+            "suggest tries layers with parameters, got --layers layer1.0.act1 without any",
+        ),
         (["--lr", "0"], "expected --lr above 0, got 0.0"),
         (["--out", "a.csv"], "expected --out of a .json file, got 'a.csv'"),
         (["--backbone", SPEC, SPEC, "--allow_random", "true"], "suggest takes one backbone, got 2; scan ranks several"),
