@@ -112,6 +112,7 @@ class Learner(LightningModule, ABC):
         ValueError: ``lr_batch`` is below 1; ``lr_interval`` is unknown, or there is no scheduler for it; a scheduler
             would undo the factors of the learning rate.
         FloatingPointError: In training, when the loss is not finite.
+        ValueError: In training, at the end of an epoch without a batch.
     """
 
     # The numbers that `log_mean` logs, each under train/, val/ and test/.
@@ -305,7 +306,9 @@ class Learner(LightningModule, ABC):
         self._resume_means(batch_idx > 0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of an epoch in a run that is resumed after its last batch."""
+        """Refuse an epoch without a batch; log the means of one in a run that is resumed after its last batch."""
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            raise ValueError(_no_batch(self.trainer.current_epoch))
         if self._processes:
             self._resume_means(True)
             for name, mean in self._means_of("train"):
@@ -401,6 +404,14 @@ def _images_a_step(trainer: Trainer) -> int:
     if size is None:
         raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
     return size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def _no_batch(epoch: int) -> str:
+    return (
+        f"expected a training loader that begins again in each epoch, got no batch in epoch {epoch}: a generator ends "
+        "after its first epoch, and litdata's StreamingDataLoader skips the epoch after one that was resumed midway; "
+        "give a DataLoader, or resume from a checkpoint of an epoch's end"
+    )
 
 
 def _not_finite(trainer: Trainer, loss: Tensor) -> str:

@@ -347,6 +347,20 @@ def test_loss_that_is_not_finite_stops_the_run(saved: bool, tmp_path: Path) -> N
         trainer.fit(model, _views())
 
 
+def test_an_epoch_without_a_batch_is_refused(tmp_path: Path) -> None:
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return iter(_plain())
+
+    with pytest.raises(ValueError) as error:
+        _trainer(tmp_path, max_epochs=2).fit(Supervised(3, {"name": "test_resnet", "in_chans": 1}), Data())
+    assert str(error.value) == (
+        "expected a training loader that begins again in each epoch, got no batch in epoch 1: a generator ends after "
+        "its first epoch, and litdata's StreamingDataLoader skips the epoch after one that was resumed midway; give a "
+        "DataLoader, or resume from a checkpoint of an epoch's end"
+    )
+
+
 def _first_loss(folder: Path, method, backbone: dict[str, Any], **arguments: Any) -> float:
     torch.manual_seed(0)
     model = Supervised(3, backbone) if method is Supervised else method(backbone)

@@ -9,15 +9,17 @@ import ddp
 import pytest
 import torch
 from image_files import write_image
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_shards import _write_shards
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ncfinetune import FineTuner, Supervised
 from ncfinetune.adversarial import PGD
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
-from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, WebDataset
+from ncfinetune.datamodules import Digits, ImageFolder, WebDataset
 from ncfinetune.resume import state_of_process, states_of_processes
 from ncfinetune.runs import Run
 
@@ -46,7 +48,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-Make = Callable[[Path, Path], ImageDataModule]
+class Stateful(LightningDataModule):
+    """Somebody else's data, whose training loader keeps its own place in the epoch."""
+
+    labels = torch.arange(18) % 3
+    images = torch.rand(18, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def train_dataloader(self) -> Any:
+        return StatefulDataLoader(TensorDataset(self.images, self.labels), 5, shuffle=True)
+
+    def train_plain_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.images, self.labels), 5)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.images, self.labels), 5)
+
+
+Make = Callable[[Path, Path], LightningDataModule]
 FILES: dict[str, Any] = {"image_size": 8, "batch_size": 5, "augmentation": "standard", "num_workers": 2}
 DATA: dict[str, Make] = {
     "memory": lambda folder, shards: Digits([1, 2, 3], shots=12, batch_size=5, augmentation="standard"),
@@ -56,6 +74,7 @@ DATA: dict[str, Make] = {
     "folder, 2 workers": lambda folder, shards: ImageFolder(str(folder), **FILES),
     "shards": lambda folder, shards: _shards(shards, num_workers=0),
     "shards, 2 workers": lambda folder, shards: _shards(shards, num_workers=2),
+    "a loader that keeps its place": lambda folder, shards: Stateful(),
 }
 
 
@@ -105,7 +124,7 @@ class Seen(ModelCheckpoint):
 
 
 def _fit(
-    model: LightningModule, data: ImageDataModule, folder: Path, ckpt_path: Path | None = None, **when: Any
+    model: LightningModule, data: LightningDataModule, folder: Path, ckpt_path: Path | None = None, **when: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], Seen]:
     seen = Seen(folder, **when)
     trainer = Trainer(
@@ -124,6 +143,7 @@ def _fit(
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 calls it
 @pytest.mark.parametrize(
     ("learner", "kind", "when"),
     [
@@ -142,6 +162,7 @@ def _fit(
                 ("supervised", "shards", EACH_STEP),
                 ("supervised", "shards, 2 workers", EACH_STEP),
                 ("supervised", "shards, 2 workers", EACH_EPOCH),
+                ("supervised", "a loader that keeps its place", EACH_STEP),
             ]
         ),
     ],
