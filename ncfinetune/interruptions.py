@@ -80,6 +80,8 @@ def lost_ranks(error: RuntimeError) -> str | None:
     if not (dist.is_available() and dist.is_initialized() and re.search(_CONNECTION, str(error))):
         return None
     own, others = dist.get_rank(), range(dist.get_world_size())
+    # torchrun terminates the processes that remain, which may be before they have reported.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{_LEFT}/{own}", "")
