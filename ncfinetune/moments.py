@@ -22,7 +22,7 @@ from ncfinetune import accumulator
 from ncfinetune.accumulator import Accumulator
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
-from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_products, float32_error
+from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_float32_products, add_products, float32_error
 
 # Numbers of a buffer processed at a time on a CPU, so that their float64 copy, 2 MB, stays in the processor's cache.
 _PIECE = 2**17
@@ -262,24 +262,45 @@ class MomentAccumulator(Accumulator):
     def _add(self, rows: Tensor, labels: Tensor, keep: Tensor | None) -> None:
         self._choose_shifts(rows, labels, keep)
         arithmetic = self._arithmetic(rows) if self.keeps_scatter else None
-        on_cpu = may_look(rows)
-        z = torch.empty_like(rows, dtype=torch.float64) if on_cpu and arithmetic != _NARROW else rows
+        z, squares, columns = self._shifted(rows, labels, keep, arithmetic)
+        self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
+        self.squares.index_add_(0, labels, squares)
+        if self.keeps_scatter:
+            self._multiply(z, squares, columns, arithmetic)
+
+    def _shifted(
+        self, rows: Tensor, labels: Tensor, keep: Tensor | None, arithmetic: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the shifted rows ``z`` to the sums; returns them, and their sums of squares by row and by column.
+
+        ``z`` overwrites rows that are to be multiplied in float32; sums by column are left 0 where they are not needed.
+        """
+        columns = self.shift.new_zeros(self.width)
+        if not may_look(rows):
+            _, z = next(_steps(rows, labels, self.shift, keep))
+            self.sums.index_add_(0, labels, z)
+            return z, torch.linalg.vector_norm(z, dim=1).square_(), columns
+        z = rows if arithmetic == _NARROW else torch.empty_like(rows, dtype=torch.float64)
         squares = torch.empty_like(labels, dtype=torch.float64)
         for part, step in _steps(rows, labels, self.shift, keep):
             self.sums.index_add_(0, labels[part], step)
-            squares[part] = torch.linalg.vector_norm(step, dim=1).square_()
-            if not on_cpu:
-                z = step  # all rows at once
-            elif self.keeps_scatter:
+            if self.keeps_scatter:
                 z[part] = step
-        self.count.index_add_(0, labels, torch.ones_like(squares) if keep is None else keep.double())
-        self.squares.index_add_(0, labels, squares)
-        if arithmetic == _NARROW and not SMALL < float(squares.max()) / z.shape[1] < LARGE:
-            add_products(self.scatter, self.rounding, z.double(), torch.float32)
-        elif arithmetic == _TRIAL:
-            self._try_narrow(z)
-        elif self.keeps_scatter:
+            squares[part] = step.square_().sum(1)
+            if arithmetic in (_NARROW, _TRIAL):
+                columns += step.sum(0)
+        return z, squares, columns
+
+    def _multiply(self, z: Tensor, squares: Tensor, columns: Tensor, arithmetic: int | None) -> None:
+        """Add the products of shifted rows, as returned by `_shifted`."""
+        if arithmetic == _TRIAL:
+            self._try_narrow(z, columns)
+        elif arithmetic == _WIDE:
             add_products(self.scatter, self.rounding, z, z.dtype)
+        elif not SMALL < float(squares.max()) / z.shape[1] < LARGE:
+            add_products(self.scatter, self.rounding, z.double(), torch.float32)
+        elif not add_float32_products(self.scatter, self.rounding, z, columns):
+            self.plan[1] = _WIDE
 
     def _arithmetic(self, rows: Tensor) -> int:
         """The precision in which to multiply these rows."""
@@ -293,15 +314,15 @@ class MomentAccumulator(Accumulator):
         self.plan = self.plan.new_tensor([made + 1, arithmetic])
         return arithmetic
 
-    def _try_narrow(self, z: Tensor) -> None:
+    def _try_narrow(self, z: Tensor, squares: Tensor) -> None:
         """Multiply the first full buffer in float32, and again in float64 if that is not exact enough."""
-        add_products(self.scatter, self.rounding, z.float(), torch.float32)
-        arithmetic = _NARROW if self._error_in_float32() < _ALLOWED else _WIDE
-        if arithmetic == _WIDE:
+        narrow = add_float32_products(self.scatter, self.rounding, z.float(), squares)
+        narrow = narrow and self._error_in_float32() < _ALLOWED
+        if not narrow:
             self.scatter.zero_()
             self.rounding.zero_()
             add_products(self.scatter, self.rounding, z, torch.float64)
-        self.plan = self.plan.new_tensor([2, arithmetic])
+        self.plan = self.plan.new_tensor([2, _NARROW if narrow else _WIDE])
 
     def _error_in_float32(self) -> float:
         return float32_error(self.count, self.shift, self.sums, self.squares, self.scatter)

@@ -21,7 +21,17 @@ from ncfinetune.moments import MomentAccumulator
 TOLERANCE = EXACT
 # NC2 and NC3 vanish at collapse and are of the order of one, so that their error is held to this as well.
 ABSOLUTE = 1e-9
-FAMILIES = ["plain", "uneven", "outlier first", "collapsed", "offset", "uneven means", "coarse"]
+FAMILIES = [
+    "plain",
+    "uneven",
+    "outlier first",
+    "large first",
+    "sparse",
+    "collapsed",
+    "offset",
+    "uneven means",
+    "coarse",
+]
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -59,7 +69,7 @@ class Found:
 
 def draw(rng: np.random.Generator) -> Input:
     """One input: shapes, type, scale, offset, spectra, order, parts."""
-    classes, width = int(rng.integers(2, 9)), int(rng.integers(1, 17))
+    classes, width = int(rng.integers(2, 9)), int(rng.integers(1, 17) if rng.random() < 0.95 else rng.integers(17, 200))
     samples = int(rng.choice([classes + 2, 40, 120, 400]))
     family = str(rng.choice(FAMILIES))
     labels = rng.permutation(np.arange(samples) % classes)
@@ -71,6 +81,8 @@ def draw(rng: np.random.Generator) -> Input:
         first = np.unique(labels, return_index=True)[1]
         features[first] *= 10.0 ** rng.uniform(1, 6)
         order = np.concatenate([first, np.setdiff1d(order, first, assume_unique=True)])
+    if family == "large first":
+        features[order[: int(rng.integers(1, samples))]] *= 10.0 ** rng.uniform(0, 4)
     cuts = np.sort(rng.integers(0, samples, int(rng.choice([0, 0, 1, 3]))))
     batch, buffer = int(rng.choice([1, 7, 64, samples])), int(rng.choice([8, 32, 2048]))
     if rng.random() < 0.8:  # Many tiny batches take most of the time, and one input in five has them.
@@ -95,6 +107,8 @@ def _features(rng: np.random.Generator, family: str, classes: int, width: int, l
         spread[: max(1, width // 3)] *= 10.0 ** rng.uniform(1, 5)
     elif family == "uneven means":
         means *= 10.0 ** -rng.uniform(0, 4, width)
+    elif family == "sparse":
+        spread = spread * (rng.random((len(labels), width)) < 10.0 ** -rng.uniform(0, 2.5))
     elif family == "collapsed":
         spread *= 10.0 ** -rng.uniform(1, 5)
     features = means[labels] + rng.standard_normal((len(labels), width)) * spread

@@ -12,7 +12,7 @@ import reference
 from ncfinetune import accumulator
 from ncfinetune.collapse import RoundingWarning, class_moments, nc1, nc1_ratio, nc1_with_error
 from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
-from ncfinetune.moments import UnresolvedCollapseError
+from ncfinetune.moments import MomentAccumulator, UnresolvedCollapseError
 
 Case = tuple[np.ndarray, np.ndarray, int]
 
@@ -122,6 +122,34 @@ def test_an_outlier_that_comes_first_costs_no_digits(factor: float, size: int) -
         assert factor >= 1e6
     else:
         assert value == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 8, 128])
+@pytest.mark.parametrize("few", [8, 200])
+def test_small_terms_are_not_lost_in_long_sums_after_large_ones(width: int, few: int) -> None:
+    """The first rows of each buffer are far larger: float32 sums round the others away, all in one direction."""
+    errors = []
+    for seed in range(3):
+        generator, labels = torch.Generator().manual_seed(seed), torch.arange(4096) % 2
+        features = torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
+        features[torch.arange(len(labels)) % 2048 < few] *= 3000
+        features[:, 0] += 3e4 * labels
+        metric = NC1(2)
+        metric.update(features.float(), labels)
+        errors.append(metric.compute().item() / reference.nc1(features.float().numpy(), labels.numpy()) - 1)
+    assert np.abs(errors).max() < 2e-7, errors
+
+
+def test_a_block_of_features_that_do_not_vary_has_no_error() -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(4096) % 3
+    features = torch.zeros(len(labels), 300)
+    features[:, :100] = torch.randn(len(labels), 100, generator=generator) + labels[:, None]
+    accumulated = MomentAccumulator(3)
+    accumulated.update(features, labels)
+    assert accumulated.plan[1] == 1
+    value, error = nc1_with_error(accumulated.moments(within=False))
+    assert value.item() == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-7)
+    assert error < 1e-6
 
 
 @pytest.mark.usefixtures("small_buffer")
