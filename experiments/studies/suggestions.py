@@ -2,8 +2,10 @@
 
 A try draws training images by its seed. `suggest.suggest` sees these alone. The exhaustive search fits layer FT and
 SCL FT at every block, full FT and the closed forms on all of them, with the same learning rate, epochs and batch size,
-and tests them; the best test accuracy among so many is flattered by chance. Rows are written as they come; what a file
-has already is not run again.
+and tests them; the best test accuracy among so many is flattered by chance. The measures see the training images alone
+too, and each names the block that is best by one number: cross-validated NC1 and k-NN accuracy of the block's pooled
+output, and RGN, the norm of the gradient over that of the weights (Lee et al. 2023, arXiv 2210.11466, section 3.2).
+Rows are written as they come; what a file has already is not run again. Seconds are those of the processor.
 
     python experiments/studies/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
     python experiments/studies/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
@@ -21,6 +23,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,23 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ncfinetune import Backbone
-from ncfinetune.bank import Source, fill, read_images
+from ncfinetune.bank import Bank, Source, fill, read_images
+from ncfinetune.calibration import fit_temperature
 from ncfinetune.datamodules import Digits, ImageFolder
+from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import lda, nearest_mean, ridge
 from ncfinetune.samples import folds_of
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import choose, suggest
+from ncfinetune.transferability import knn_accuracy
 from ncfinetune.trials import Bench, Method, Trial
 
 DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
-FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error")
-FIELDS += ("test", "seconds")
-SEARCHES = ("suggest", "exhaustive")
+FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error", "trained")
+FIELDS += ("fitted", "test", "seconds")
+SEARCHES = ("suggest", "measures", "exhaustive")
+MEASURES = ("RGN", "k-NN", "cross-validated NC1")
 
 
 def trainer(epochs: int = 1, **arguments: Any) -> Trainer:
@@ -76,19 +83,41 @@ def exhaustive(bench: Bench, features: dict[str, Tensor], test: dict[str, Tensor
     closed = {"nearest mean": nearest_mean, "LDA": lda, "ridge": ridge, "ridge, skips": ridge}
     for name, fit in closed.items():
         names = [PENULTIMATE, *skips] if name == "ridge, skips" else [PENULTIMATE]
-        start = time.perf_counter()
+        start = time.process_time()
         head = fit(torch.cat([features[n] for n in names], 1), bench.labels[train], bench.num_classes)
         right = head.scores(torch.cat([test[n] for n in names], 1)).argmax(1) == bench.labels[held]
-        found[name] = float(right.double().mean()), time.perf_counter() - start
+        found[name] = float(right.double().mean()), time.process_time() - start
     methods = [Method("full FT", {"train": "all", "head_init": "ridge"})]
     for block in layers:
         methods.append(Method(f"layer FT {block}", {"train": block, "head_init": "ridge"}))
         methods.append(Method(f"SCL FT {block}", {"train": block, "skip_from": block, "head_init": "ridge"}))
     for method in methods:
-        trial = Trial.empty(len(bench.labels))
+        trial, start = Trial.empty(len(bench.labels)), time.process_time()
         bench.run(method, trial, 0)
-        found[method.name] = float(trial.right[held].mean()), trial.seconds[0]
+        found[method.name] = float(trial.right[held].mean()), time.process_time() - start
     return found
+
+
+def measured(backbone: Backbone, images: Tensor, bank: Bank, layers: list[str]) -> Iterator[tuple[str, float]]:
+    """Each measure of each block, under names like ``RGN layer1.0``; the block with the highest is the one to tune."""
+    labels, classes = bank.labels, bank.num_classes
+    blocks = [name for name in layers if name != PENULTIMATE and any(True for _ in backbone.layer(name).parameters())]
+    head = ridge(bank.of("net", PENULTIMATE), labels, classes)
+    weight, bias = (part.float() for part in head.logits(fit_temperature(head.loo_scores, labels)))
+    network = backbone.eval().requires_grad_(True)
+    for part, own in zip(images.split(32), labels.split(32), strict=True):
+        scores = network(part) @ weight.T + bias
+        (torch.nn.functional.cross_entropy(scores, own, reduction="sum") / len(labels)).backward()
+    for name in blocks:
+        tensors = list(backbone.layer(name).parameters())
+        gradient = torch.cat([tensor.grad.flatten() for tensor in tensors])
+        yield f"RGN {name}", float(gradient.norm() / torch.cat([t.detach().flatten() for t in tensors]).norm())
+        features = bank.of("net", name)
+        yield f"k-NN {name}", float(knn_accuracy(features, labels, classes))
+        folds = FoldMoments(classes)
+        folds.update(features, labels)
+        yield f"cross-validated NC1 {name}", -float(folds.nc1())
+    network.zero_grad()
 
 
 def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> list[dict[str, Any]]:
@@ -97,19 +126,24 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
     known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
-    start = time.perf_counter()
+    start = time.process_time()
     bank = fill(trainer(), [source], data, {}, 10**6)
     images, _ = read_images(trainer(), data, 10**6)
     how = (data.batch_size, options.lr, options.epochs, trainer)
     if search == "suggest":
         bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
         rows = suggest(source, bank, bench, trainer(inference_mode=False), options.blocks, full=options.full)
-        seconds, suggested = time.perf_counter() - start, choose(rows)
+        seconds, suggested = time.process_time() - start, choose(rows)
         return [
             {**known, "method": row.method, "chosen": int(row is suggested), "predicted": row.accuracy}
             | {"error": row.error, "gain": row.gain, "gain_error": row.gain_error, "seconds": seconds}
+            | {"trained": row.trained, "fitted": int(row.seconds is not None)}
             for row in rows
         ]
+    if search == "measures":
+        found = list(measured(backbone, images, bank, source.layers))
+        seconds = time.process_time() - start
+        return [{**known, "method": name, "predicted": value, "seconds": seconds} for name, value in found]
     test_images, test_labels = tested(data)
     backbone.eval()
     with torch.no_grad():
@@ -151,14 +185,16 @@ def table(paths: list[Path]) -> str:
     for row in (row for path in paths for row in read(path)):
         grouped[row["data"], row["shots"], row["seed"]].append(row)
     for (data, shots, _), rows in grouped.items():
-        if {row["search"] for row in rows} == set(SEARCHES):
+        if {"suggest", "exhaustive"} <= {row["search"] for row in rows}:
             tries[data, int(shots)].append(rows)
     lines = [
         "| data | shots | tries | rule | regret, points | within 0.5 | predicted less tested | within 3 | cost % |",
         "|" + "---|" * 9,
     ]
     for (data, shots), members in sorted(tries.items()):
-        for rule in ("suggest", "closed form", "last block", "middle block", "random block", "full FT"):
+        for rule in ("suggest", "closed form", "last block", "middle block", "random block", "full FT", *MEASURES):
+            if rule in MEASURES and any("measures" not in {row["search"] for row in rows} for rows in members):
+                continue
             outcomes = [outcome(rule, rows) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
             cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
@@ -181,6 +217,10 @@ def outcome(rule: str, rows: list[dict[str, str]]) -> tuple[float, float, float,
         row = next(row for row in rows if row["chosen"] == "1")
         name = row["method"] if row["method"] in test else "ridge, skips"
         return best, test[name], float(row["predicted"]), float(row["seconds"]) / took
+    if rule in MEASURES:
+        values = {row["method"]: float(row["predicted"]) for row in rows if row["search"] == "measures"}
+        highest = max((name for name in values if name.startswith(f"{rule} ")), key=values.__getitem__)
+        return best, test[highest.replace(rule, "layer FT")], 0.0, 0.0
     names = {
         "closed form": "ridge, skips",
         "last block": blocks[-1],
