@@ -1,11 +1,12 @@
 """What ``ncfinetune suggest`` proposes, against fitting every block by every method and testing each.
 
-A try draws training images by its seed. `suggest.suggest` sees these alone. The exhaustive search fits layer FT and
-SCL FT at every block, full FT and the closed forms on all of them, with the same learning rate, epochs and batch size,
-and tests them; the best test accuracy among so many is flattered by chance. The measures see the training images alone
-too, and each names the block that is best by one number: cross-validated NC1 and k-NN accuracy of the block's pooled
-output, and RGN, the norm of the gradient over that of the weights (Lee et al. 2023, arXiv 2210.11466, section 3.2).
-Rows are written as they come; what a file has already is not run again. Seconds are those of the processor.
+A try draws training images by its seed. `suggest.suggest` sees these alone, and tries blocks (suggest) or none
+(expansion). The exhaustive search fits layer FT and SCL FT at every block, full FT and the closed forms on all of them,
+with the same learning rate, epochs and batch size, and tests them; the best test accuracy among so many is flattered by
+chance. The measures see the training images alone too, and each names the block that is best by one number:
+cross-validated NC1 and k-NN accuracy of the block's pooled output, and RGN, the norm of the gradient over that of the
+weights (Lee et al. 2023, arXiv 2210.11466, section 3.2). Rows are written as they come; what a file has already is not
+run again. Seconds are those of the processor.
 
     python experiments/studies/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
     python experiments/studies/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
@@ -48,7 +49,8 @@ from ncfinetune.trials import Bench, Method, Trial
 DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
 FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error", "trained")
 FIELDS += ("fitted", "test", "seconds")
-SEARCHES = ("suggest", "measures", "exhaustive")
+SUGGESTIONS = ("suggest", "expansion")
+SEARCHES = (*SUGGESTIONS, "measures", "exhaustive")
 MEASURES = ("RGN", "k-NN", "cross-validated NC1")
 
 
@@ -130,9 +132,10 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     bank = fill(trainer(), [source], data, {}, 10**6)
     images, _ = read_images(trainer(), data, 10**6)
     how = (data.batch_size, options.lr, options.epochs, trainer)
-    if search == "suggest":
+    if search in SUGGESTIONS:
+        blocks = options.blocks if search == "suggest" else 0
         bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
-        rows = suggest(source, bank, bench, trainer(inference_mode=False), options.blocks, full=options.full)
+        rows = suggest(source, bank, bench, trainer(inference_mode=False), blocks, full=options.full and blocks > 0)
         seconds, suggested = time.process_time() - start, choose(rows)
         return [
             {**known, "method": row.method, "chosen": int(row is suggested), "predicted": row.accuracy}
@@ -185,20 +188,18 @@ def table(paths: list[Path]) -> str:
     for row in (row for path in paths for row in read(path)):
         grouped[row["data"], row["shots"], row["seed"]].append(row)
     for (data, shots, _), rows in grouped.items():
-        if {"suggest", "exhaustive"} <= {row["search"] for row in rows}:
+        if {row["search"] for row in rows} == set(SEARCHES):
             tries[data, int(shots)].append(rows)
     lines = [
         "| data | shots | tries | rule | regret, points | within 0.5 | predicted less tested | within 3 | cost % |",
         "|" + "---|" * 9,
     ]
     for (data, shots), members in sorted(tries.items()):
-        for rule in ("suggest", "closed form", "last block", "middle block", "random block", "full FT", *MEASURES):
-            if rule in MEASURES and any("measures" not in {row["search"] for row in rows} for rows in members):
-                continue
+        for rule in (*SUGGESTIONS, "closed form", "last block", "middle block", "random block", "full FT", *MEASURES):
             outcomes = [outcome(rule, rows) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
             cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
-            if rule == "suggest":
+            if rule in SUGGESTIONS:
                 off = [100 * (predicted - got) for _, got, predicted, _ in outcomes]
                 cost = statistics.median(c for *_, c in outcomes)
                 cells += [spread(off), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
@@ -213,8 +214,8 @@ def outcome(rule: str, rows: list[dict[str, str]]) -> tuple[float, float, float,
     test = {row["method"]: float(row["test"]) for row in rows if row["search"] == "exhaustive"}
     best, blocks = max(test.values()), [name for name in test if name.startswith("layer FT")]
     took = sum(float(row["seconds"]) for row in rows if row["search"] == "exhaustive")
-    if rule == "suggest":
-        row = next(row for row in rows if row["chosen"] == "1")
+    if rule in SUGGESTIONS:
+        row = next(row for row in rows if row["search"] == rule and row["chosen"] == "1")
         name = row["method"] if row["method"] in test else "ridge, skips"
         return best, test[name], float(row["predicted"]), float(row["seconds"]) / took
     if rule in MEASURES:
