@@ -20,12 +20,22 @@ Self = TypeVar("Self", bound="Accumulator")
 # product at full speed, and few enough for float32 sums. An accelerator takes more, since launches dominate there.
 BUFFER, ROWS = 2**22, (256, 2048)
 ACCELERATOR = (2, 4)
+# Numbers between a row and the next on a CPU, a line of its cache in float32: rows that lie a power of two apart, as
+# those of 512 or 2,048 features do, share few sets of that cache, and their products take 4 to 18 % longer.
+_GAP = 16
 
 
 def capacity(width: int, device: torch.device) -> int:
     """Number of rows of the buffer for features of this width."""
     numbers, rows = (1, 1) if device.type == "cpu" else ACCELERATOR
     return max(ROWS[0], min(rows * ROWS[1], numbers * BUFFER // width))
+
+
+def spaced(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows ``(m, d)`` for a matrix product, with a gap between them on a CPU; not initialised."""
+    number, width = shape
+    gap = _GAP if device.type == "cpu" else 0
+    return torch.empty(number, width + gap, dtype=dtype, device=device)[:, :width]
 
 
 class Accumulator(ABC):
@@ -155,7 +165,7 @@ class Accumulator(ABC):
             self.flush()
         if number and self._rows.shape[0] < full:
             rows, waiting = self.rows, self.labels
-            self._rows = torch.empty(full, width, dtype=dtype, device=self.device)
+            self._rows = spaced((full, width), dtype, self.device)
             self._labels = torch.empty(full, dtype=torch.int64, device=self.device)
             self._rows[: len(rows)], self._labels[: len(rows)] = rows.view(-1, width), waiting
         start = 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ncfinetune import accumulator
-from ncfinetune.accumulator import Accumulator
+from ncfinetune.accumulator import Accumulator, spaced
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
 from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_float32_products, add_products, float32_error
@@ -280,7 +280,7 @@ class MomentAccumulator(Accumulator):
             _, z = next(_steps(rows, labels, self.shift, keep))
             self.sums.index_add_(0, labels, z)
             return z, torch.linalg.vector_norm(z, dim=1).square_(), columns
-        z = rows if arithmetic == _NARROW else torch.empty_like(rows, dtype=torch.float64)
+        z = rows if arithmetic == _NARROW else spaced(rows.shape, torch.float64, rows.device)
         squares = torch.empty_like(labels, dtype=torch.float64)
         for part, step in _steps(rows, labels, self.shift, keep):
             self.sums.index_add_(0, labels[part], step)
