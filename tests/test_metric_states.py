@@ -60,6 +60,13 @@ def test_a_state_of_its_own_kind_is_taken(name: str) -> None:
     torch.testing.assert_close(empty.compute(), twice.compute())
 
 
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_saved_state_has_no_memory_beyond_its_numbers(name: str) -> None:
+    """Neither unused rows of the buffer nor the gaps between rows."""
+    for key, value in _filled(ALIKE[name], 4).state_dict().items():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), key
+
+
 def test_a_collection_refuses_a_state_of_other_classes() -> None:
     one, other = neural_collapse(4), neural_collapse(6)
     for collection in (one, other):
