@@ -21,7 +21,7 @@ Self = TypeVar("Self", bound="Accumulator")
 BUFFER, ROWS = 2**22, (256, 2048)
 ACCELERATOR = (2, 4)
 # Numbers between a row and the next on a CPU, a line of its cache in float32: rows that lie a power of two apart, as
-# those of 512 or 2,048 features do, share few sets of that cache, and their products take 4 to 18 % longer.
+# those of 512 or 2,048 features do, share few sets of that cache, and their products can take up to a fifth longer.
 _GAP = 16
 
 
