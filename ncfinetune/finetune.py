@@ -31,6 +31,9 @@ from ncfinetune.skips import choose_skips, layer_features
 from ncfinetune.split import SkipGradient, Split
 from ncfinetune.store import Stored
 
+# Key in a checkpoint.
+_SET_ASIDE = "classifier_set_aside"
+
 
 class FineTuner(PartlyFrozen):
     """Trains a new classifier and chosen layers of a pre-trained backbone; the rest is frozen.
@@ -84,8 +87,9 @@ class FineTuner(PartlyFrozen):
             their cached values if there is a cache): ``mean`` is the nearest class mean, ``ridge`` ridge regression and
             ``lda`` linear discriminant analysis, both with a regularisation chosen by leave-one-out error, ``etf`` the
             simplex nearest to the class means. See `heads.classifier_of`, also for the scale of the logits.
-        refit: A closed form to which the classifier is fitted again before each validation, and at the end of each
-            epoch without validation, so that the closed form on the tuned features is validated, saved and tested.
+        refit: A closed form on the tuned features, which takes the classifier's place when the model is validated and
+            at the end of each epoch, so that it is validated, saved and tested. Training goes on with the classifier as
+            it was, since one that is replaced after each epoch costs accuracy at few images a class.
         head_lr_factor: Learning rate of the head as a multiple of the optimiser's, which the backbone's layers have.
             With 0 the head keeps its initial values, such as a fixed simplex.
         layer_decay: Factor of the learning rate from each layer of the backbone to the layer before it, in (0, 1]; the
@@ -162,6 +166,8 @@ class FineTuner(PartlyFrozen):
         # Whether the head has been initialised, and the number of the batch after which it was refitted last.
         self._head_ready = head_init not in get_args(ClosedForm)
         self._refitted: int | None = None
+        # Weight and bias of the classifier that training goes on with, while a refitted one is in its place.
+        self._set_aside: list[Tensor] | None = None
         self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skips), skip_gradient)
         # With skip_from="auto" no layers are chosen yet; `setup` chooses them and builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
@@ -193,8 +199,10 @@ class FineTuner(PartlyFrozen):
             self._choose_block(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
-        if stage == "fit" and self.refit != "none":
-            refuse_averages(self.trainer)
+        if stage == "fit":
+            self._set_aside = None  # of an earlier run
+            if self.refit != "none":
+                refuse_averages(self.trainer)
 
     def on_fit_start(self) -> None:
         """Fill the cache, and initialise the classifier in closed form if ``head_init`` names one."""
@@ -231,6 +239,13 @@ class FineTuner(PartlyFrozen):
         super().on_train_start()
         self._refitted = None
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the classifier as it was before it was refitted."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._set_aside is not None:
+            self._set_classifier(*self._set_aside)
+            self._set_aside = None
+
     def on_train_epoch_end(self) -> None:
         """Refit the classifier, unless it was refitted for the epoch's validation."""
         super().on_train_epoch_end()
@@ -242,9 +257,13 @@ class FineTuner(PartlyFrozen):
             self._refit()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record whether the classifier has been initialised: tuners save and restore it before it has."""
+        """Record whether the classifier has been initialised, which tuners save and restore before it has; and the
+        classifier that training goes on with, if it is a refitted one that is saved.
+        """
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
+        if self._set_aside is not None:
+            checkpoint[_SET_ASIDE] = self._set_aside
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the loaded classifier, and refuse to resume a run with other layers.
@@ -255,6 +274,7 @@ class FineTuner(PartlyFrozen):
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
         if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._set_aside = checkpoint.get(_SET_ASIDE)
             knobs.check_same_run(checkpoint.get("hyper_parameters", {}), self.hparams, self.tunes_the_same)
 
     def load_delta(self, path: str | Path) -> None:
@@ -301,6 +321,8 @@ class FineTuner(PartlyFrozen):
         """Fit the classifier in closed form, unless that was done after this batch."""
         batches = self.trainer.fit_loop.total_batch_idx  # not steps: statistics change between steps
         if self.refit != "none" and self._refitted != batches:
+            if self._set_aside is None:
+                self._set_aside = [p.detach().clone() for p in (self.classifier.weight, self.classifier.bias)]
             self._fit_head("refit", self.refit)
             self._refitted = batches
 
@@ -311,10 +333,12 @@ class FineTuner(PartlyFrozen):
             chunks = ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows))
             fitted = classifier_of(kind, chunks, self.num_classes, self.hparams["class_weight"])
         # From the CPU, since a broadcast object's tensors are loaded onto the sender's device.
-        weight, bias = (self.trainer.strategy.broadcast(tensor.cpu()) for tensor in fitted)
-        with torch.no_grad():
-            self.classifier.weight.copy_(weight)
-            self.classifier.bias.copy_(bias)
+        self._set_classifier(*(self.trainer.strategy.broadcast(tensor.cpu()) for tensor in fitted))
+
+    @torch.no_grad()
+    def _set_classifier(self, weight: Tensor, bias: Tensor) -> None:
+        self.classifier.weight.copy_(weight)
+        self.classifier.bias.copy_(bias)
 
     def _joined(self, x: Tensor | Stored) -> Tensor:
         """Input of the linear classifier ``(N, classifier.in_features)``."""

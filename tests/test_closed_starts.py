@@ -1,4 +1,4 @@
-"""Classifiers in closed form: as a start, as the whole model, and after each epoch of tuning."""
+"""Classifiers in closed form: as a start, as the whole model, and on the tuned features."""
 
 from pathlib import Path
 
@@ -202,16 +202,21 @@ def test_validation_between_steps_is_of_the_refitted_classifier(tmp_path: Path) 
     assert seen.validated == [True] * 5  # of 24 images in batches of 5
 
 
-def test_classifier_trains_between_refits(tmp_path: Path) -> None:
-    moved = []
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}])
+def test_training_goes_on_as_if_there_were_no_refit(options: dict, tmp_path: Path) -> None:
+    heads: dict[str, list[torch.Tensor]] = {"none": [], "ridge": []}
+    models = []
 
     class Watch(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            moved.append(pl_module.head.weight.detach().clone())
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            heads[pl_module.refit].append(pl_module.head.weight.detach().clone())
 
-    trainer = trainer_in(tmp_path, max_epochs=1, callbacks=[Watch()])
-    trainer.fit(_model(train="layer4.0", refit="ridge", head_init="ridge"), _data())
-    assert not torch.equal(moved[0], moved[1])
+    for refit in ("none", "ridge"):
+        models.append(_model(train="layer4.0", refit=refit, head_init="ridge"))
+        trainer_in(tmp_path / refit, max_epochs=3, callbacks=[Watch()], **options).fit(models[-1], _data())
+    assert all(torch.equal(a, b) for a, b in zip(heads["none"], heads["ridge"], strict=True))
+    plain, refitted = (dict(model.named_parameters()) for model in models)
+    assert [name for name in plain if not torch.equal(plain[name], refitted[name])] == ["head.weight", "head.bias"]
 
 
 def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ LEARNERS: dict[str, Callable[[int], LightningModule]] = {
     "skip": lambda channels: FineTuner(
         3, {**NETWORK, "in_chans": channels}, train="blocks.1", skip_from="blocks.1", allow_random=True
     ),
+    "refitted": lambda channels: FineTuner(
+        3, {**NETWORK, "in_chans": channels}, train="blocks.1", refit="ridge", allow_random=True
+    ),
     "cached": lambda channels: FineTuner(
         3, {**NETWORK, "in_chans": channels}, train="blocks.1", cache="memory", allow_random=True
     ),
@@ -153,6 +156,8 @@ def _fit(
             for learner, kind, when in [
                 ("supervised", "memory", EACH_STEP),
                 ("adversarial", "memory", EACH_STEP),
+                ("refitted", "memory", EACH_EPOCH),
+                ("refitted", "memory", EACH_STEP),
                 ("cached", "plain", EACH_EPOCH),
                 ("cached", "plain", EACH_STEP),
                 ("cached", "balanced", EACH_STEP),
