@@ -36,8 +36,9 @@ def conclude(
         names: Names of the ``K`` classes.
         mistakes: The images for the sheet.
         folder: The folder to write to.
-        facts: What was evaluated, in built-in types: ``data`` is its name, ``unreadable`` a number of images and
-            ``first_error`` why the first cannot be read, ``run`` a folder or None, ``step`` the checkpoint's.
+        facts: What was evaluated, in built-in types: ``data`` is its name, ``part`` which of its images if not all,
+            ``unreadable`` a number of images and ``first_error`` why the first cannot be read, ``run`` a folder or
+            None, ``step`` the checkpoint's.
         top_k: Measure the top-k accuracy for this number too.
 
     Raises:
@@ -47,19 +48,20 @@ def conclude(
     if not sum(map(len, labels)):
         raise ValueError(f"none of the {facts['unreadable']} images can be read, first: {facts['first_error']}")
     found = evaluation.evaluate(torch.cat(list(probabilities)), torch.cat(list(labels)), names, top_k)
-    title = str(facts["data"])
+    name = str(facts["data"])
+    title = f"{name} ({facts['part']})" if facts["part"] else name
     wrong = found.images - int(found.confusion.diagonal().sum())
     pictures = {
         "confusion": confusion(found, title),
         "mistakes": sheet(mistakes, f"{title}: {wrong} mistakes in {found.images:,} images, the most confident first"),
     }
     files = [*evaluation.write(found, folder, dict(facts)), "predictions.csv"]
-    for name, figure in pictures.items():
-        with replacing(folder / f"{name}.png") as part:
+    for kind, figure in pictures.items():
+        with replacing(folder / f"{kind}.png") as part:
             figure.savefig(part, dpi=_DPI, format="png")
-        files.append(f"{name}.png")
+        files.append(f"{kind}.png")
     if facts["run"] is not None:
-        tagged = {f"evaluate_{title}/{name}": figure for name, figure in pictures.items()}
+        tagged = {f"evaluate_{name}/{kind}": figure for kind, figure in pictures.items()}
         show(Path(facts["run"]), tagged, facts["step"])
     lines = [evaluation.table(found, title)]
     if found.absent:

@@ -174,15 +174,19 @@ def _text(found: Mapping[str, str]) -> str:
 def _experiment(members: Sequence[Run], folders: Folders) -> Experiment:
     """The experiment of runs of one configuration; unfinished runs and repetitions are named on stderr."""
     runs = _once_a_seed(_joined(members, folders), folders)
-    tested = any("test/acc" in run.points for run in runs)
+    tested = any(run.last("test/acc") is not None for run in runs)
     finished: list[Run] = []
     unfinished: list[Run] = []
     for run in runs:
         untested = "it has no test value, and others of its configuration have" if tested else None
-        lacks = run.lacks or (untested if "test/acc" not in run.points else None)
+        lacks = run.lacks or (untested if run.last("test/acc") is None else None)
         (unfinished if lacks else finished).append(run)
         if lacks:
             _warn(f"{str(run.path)!r} is unfinished: {lacks}; it is left out of all numbers")
+    for run in finished:
+        if len(run.tests) > 1:
+            steps = ", ".join(map(str, run.tests[:-1]))
+            _warn(f"{str(run.path)!r} was tested at step {run.tests[-1]}, which counts, and at {steps}")
     sources = {named[1].path: named[1] for run in finished if (named := folders.source_of(run)) is not None}
     seeds = tuple(map(folders.seed_of, finished))
     found = folders.identity(members[0])

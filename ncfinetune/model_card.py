@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -167,17 +166,7 @@ def _numbers(run: Run, step: int | None) -> dict[str, float]:
     places = dict.fromkeys(("test/acc", "test/images"), step)
     places |= {tag: max(step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate", "nc1/val/penultimate")}
     found = {tag: [value for at, value in run.points.get(tag, ()) if at == place] for tag, place in places.items()}
-    logged = {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
-    return logged | _evaluated(run, step)
-
-
-def _evaluated(run: Run, step: int) -> dict[str, float]:
-    """What the command ``evaluate`` found on the run's test images, not other data's, at the checkpoint's step."""
-    with suppress(OSError, ValueError, KeyError):
-        said = json.loads((run.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
-        if said["step"] == step and said["images_of"] == task_name(run.part("data")):
-            return {"test/acc": said["accuracy"], "test/images": said["images"]}
-    return {}
+    return {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
 
 
 def _measured(numbers: Mapping[str, float]) -> dict[str, str]:

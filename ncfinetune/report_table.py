@@ -25,6 +25,8 @@ _LEGEND = {
     "the very number that it reports.",
     "95 % interval": "The interval (Wilson 1927) is that of the mean test accuracy for the number of test images: "
     "other test images would give another number within it.",
+    "tested at": "Tested at is the step of the checkpoint that was tested, of those tested in a run the one trained "
+    "longest, where that is not the end of the training.",
     "points over baseline": "Points over baseline are differences of runs of the same seed; p is the paired t-test's.",
 }
 
@@ -93,6 +95,7 @@ def _row(experiment: Experiment, baseline: Experiment | None) -> dict[str, str]:
         ACCURACIES["test/acc"]: tested,
         "95 % interval": _interval(experiment.mean("test/acc"), images),
         "test images": " to ".join(f"{number:,}" for number in (images[:1] + images[1:][-1:])) or "-",
+        "tested at": _tested_at(experiment.runs),
         "points over baseline": _over(experiment, baseline),
         **accuracies,
         "NC1 before": _spread(experiment.values("nc1/train/penultimate", Run.before), ".3g"),
@@ -132,6 +135,15 @@ def _interval(accuracy: float, images: Sequence[int]) -> str:
     if len(images) != 1 or images[0] < 1 or not 0 <= accuracy <= 1:
         return "-"
     return " to ".join(f"{100 * end:.1f}" for end in wilson(accuracy, images[0]))
+
+
+def _tested_at(runs: Sequence[Run]) -> str:
+    """The steps of the tested checkpoints, unless all are the ends of their runs."""
+    tested = [(step, run.steps) for run in runs if (step := run.tested_at) is not None]
+    if all(step >= steps or steps == 1 for step, steps in tested):
+        return "-"
+    ranges = [sorted({min(step, steps) for step, steps in tested}), sorted({steps for _, steps in tested})]
+    return "step " + " of ".join(" to ".join(map(str, numbers[:1] + numbers[1:][-1:])) for numbers in ranges)
 
 
 def _trained(run: Run) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 
 from ncfinetune.csv_metrics import CSV_NAME, read_csv
 from ncfinetune.events import Points, event_files, read_events
+from ncfinetune.settings import task_name
 
 _LEFT = "restore it, or move its folder away; the run is left out"
 # What Lightning's Trainer takes where neither epochs nor steps nor a time are given.
@@ -51,15 +54,33 @@ class Run:
         return config
 
     @cached_property
-    def logged(self) -> Points:
-        """Steps and values by tag in this folder, as they were written; damage is said on stderr.
+    def own(self) -> Points:
+        """Steps and values by tag that the fit itself logged in this folder, as they were written.
 
-        Event files count where `CSVLogger` wrote the same tags beside them. A test of one of the run's checkpoints by
-        the command ``test`` is in the folder ``test``.
+        Damage is said on stderr. Event files count where `CSVLogger` wrote the same tags beside them.
         """
-        own, tested = _read(self.path), _read(self.path / "test")
-        tests = {tag: points for tag, points in tested.items() if "test" in tag.split("/")}
-        return own | {tag: points + own.get(tag, []) for tag, points in tests.items()}
+        return _read(self.path)
+
+    @cached_property
+    def logged(self) -> Points:
+        """The same with tests of the run's checkpoints, at their steps, by the commands ``test`` and ``evaluate``.
+
+        The former logs to the folder ``test``; of the latter the last on the run's whole test set counts.
+        """
+        found = {tag: [*points] for tag, points in self.own.items()}
+        for tests in (_read(self.path / "test"), self._evaluated()):
+            for tag, points in tests.items():
+                if _is_of_test(tag):
+                    found[tag] = found.get(tag, []) + points
+        return found
+
+    def _evaluated(self) -> Points:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads((self.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
+            if said["part"] is None and said["images_of"] == task_name(self.part("data")):
+                numbers = {"test/acc": said["accuracy"], "test/images": said["images"]}
+                return {tag: [(int(said["step"]), float(value))] for tag, value in numbers.items()}
+        return {}
 
     @cached_property
     def points(self) -> Points:
@@ -73,7 +94,7 @@ class Run:
     def going_on(self, earlier: Run) -> Run:
         """This run as one that went on with another; nothing is read, or said, a second time."""
         joined = Run(self.path, earlier)
-        joined.__dict__.update(config=self.config, logged=self.logged)
+        joined.__dict__.update(config=self.config, own=self.own, logged=self.logged)
         return joined
 
     @property
@@ -88,9 +109,28 @@ class Run:
         return {tag: [curve[step] for step in sorted(curve)] for tag, curve in curves.items() if curve}
 
     def last(self, tag: str) -> float | None:
-        """The value logged under a tag at its last step, None if there is none."""
-        points = self.points.get(tag)
+        """The value logged under a tag at its last step; of a test's tag that at `tested_at`. None if there is none."""
+        points = self.points.get(tag, [])
+        if tag.startswith("test/"):
+            points = [point for point in points if point[0] == self.tested_at]
         return max(reversed(points), key=_step)[1] if points else None
+
+    @cached_property
+    def tests(self) -> list[int]:
+        """The steps of the checkpoints, or of the weights at the end of a fit, that were tested in this folder."""
+        return sorted({step for tag, points in self.logged.items() if tag.startswith("test/") for step, _ in points})
+
+    @property
+    def tested_at(self) -> int | None:
+        """The step of the tested weights that were trained longest, whose numbers count; None without a test."""
+        steps = [step for tag, points in self.points.items() if tag.startswith("test/") for step, _ in points]
+        return max(steps, default=None)
+
+    @property
+    def steps(self) -> int:
+        """Steps that were trained, as far as is logged; 0 if nothing was."""
+        trained = (points for tag, points in self.points.items() if tag != "epoch" and not _is_of_test(tag))
+        return max((max(map(_step, points)) for points in trained if points), default=-1) + 1
 
     def before(self, tag: str) -> float | None:
         """The value logged under a tag before the first step; None if there is none.
@@ -121,11 +161,11 @@ class Run:
     def lacks(self) -> str | None:
         """What it did not reach of what its configuration asks for; None if it is finished, or does not say.
 
-        A test that was logged after the last epoch says that it is finished, however few epochs there were. A run that
-        a callback may stop early has no number of epochs to reach but the first.
+        A test that the fit logged after the last epoch says that it is finished, however few epochs there were. A run
+        that a callback may stop early has no number of epochs to reach but the first.
         """
-        ends = [max(points, key=_step)[0] for tag, points in self.points.items() if points and "/" in tag]
-        tests = [max(points, key=_step)[0] for tag, points in self.points.items() if points and tag.startswith("test/")]
+        last = {tag: max(map(_step, points)) for tag, points in self.own.items() if points and "/" in tag}
+        ends, tests = [*last.values()], [step for tag, step in last.items() if tag.startswith("test/")]
         if tests and max(tests) == max(ends):
             return None
         if self.config.get("test_after_fit") is True:
@@ -140,14 +180,13 @@ class Run:
         trainer = self.part("trainer")
         epochs, steps = _count(trainer.get("max_epochs")), _count(trainer.get("max_steps"))
         done = self._epochs()
-        step = max((max(points, key=_step)[0] for points in self.points.values() if points), default=-1) + 1
         if trainer and trainer.get("max_epochs") is None and steps is None:
             epochs = _DEFAULT_EPOCHS
-        if (epochs is not None and done >= epochs) or (steps is not None and step >= steps):
+        if (epochs is not None and done >= epochs) or (steps is not None and self.steps >= steps):
             return None
         if epochs is not None:
             return f"it reached epoch {done} of {epochs}"
-        return f"it reached step {step} of {steps}" if steps is not None else None
+        return f"it reached step {self.steps} of {steps}" if steps is not None else None
 
     def _may_stop_early(self) -> bool:
         trainer = self.part("trainer")
@@ -205,6 +244,10 @@ def _start(points: Points) -> float:
 
 def _step(point: tuple[int, float]) -> int:
     return point[0]
+
+
+def _is_of_test(tag: str) -> bool:
+    return "test" in tag.split("/")
 
 
 def _count(value: Any) -> int | None:

@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ncfinetune.checkpoint_io import read_checkpoint
 from ncfinetune.interruptions import run_of
+from ncfinetune.runs import Run
+from ncfinetune.settings import task_name
 from ncfinetune.weight_files import DATA
 
 # Commands that write no log, and run on any machine in one process.
@@ -88,22 +90,22 @@ def _given(words: Sequence[str], option: str) -> str | None:
     return None
 
 
-def place(command: str, trainer: Any, checkpoint: str | None, words: Sequence[str]) -> None:
+def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str]) -> None:
     """Make a command on a run's checkpoint write to the run's folder, in which TensorBoard lists no further run.
 
     ``predict`` and ``evaluate`` log nothing, so that they have no logger. ``validate`` and ``test`` log to the folder
-    ``validate`` or ``test`` in the run's, unless a logger's option is among the words: the Trainer logs their numbers
-    as those of step 0, where in the run's own curves they would be wrong.
+    of their name in the run's, unless a logger's option is among the words. A test of other
+    images than the run's is no test of the run: its folder is another one.
 
     Args:
         command: The command.
-        trainer: The trainer's part of the configuration; changed in place.
+        config: The command's configuration; its trainer is changed in place.
         checkpoint: The checkpoint.
         words: The words of the command line.
     """
     # Their Trainer saves no checkpoint.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    run = run_of(checkpoint)
+    trainer, run = config.trainer, run_of(checkpoint)
     if command in ALONE:
         trainer.logger = False
         if trainer.default_root_dir is None and run is not None:
@@ -114,7 +116,17 @@ def place(command: str, trainer: Any, checkpoint: str | None, words: Sequence[st
         and not any(word.startswith("--trainer.logger") for word in words)
     ):
         options = trainer.logger.init_args
-        options.save_dir, options.name, options.version = str(run), "", command
+        options.save_dir, options.name = str(run), ""
+        options.version = command if _on_own_images(command, config, Run(run)) else f"{command}_of_other_images"
+
+
+def _on_own_images(command: str, config: Any, run: Run) -> bool:
+    """Whether a command measures the images that its run would have measured."""
+    limit = "limit_val_batches" if command == "validate" else "limit_test_batches"
+    same = task_name(run.part("data")) == task_name(config.data.as_dict())
+    # 1 is a batch, 1.0 and null are all.
+    limits = [str(1.0 if value is None else value) for value in (run.part("trainer").get(limit), config.trainer[limit])]
+    return same and limits[0] == limits[1]
 
 
 class ForgetFailedStart(Callback):

@@ -262,7 +262,7 @@ class NCFinetuneCLI(LightningCLI):
                 self.parser.error(f"{option} is an option of {' and '.join(commands)}, not of {self.subcommand}")
         checkpoint_path = self._get(self.config, "ckpt_path")
         if self.subcommand != "fit":
-            trained.place(str(self.subcommand), self.config[self.subcommand].trainer, checkpoint_path, self._arguments)
+            trained.place(str(self.subcommand), self.config[self.subcommand], checkpoint_path, self._arguments)
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
             _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
@@ -366,6 +366,13 @@ class NCFinetuneCLI(LightningCLI):
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
+    def before_validate(self) -> None:
+        """Have numbers logged at the step of the checkpoint; the Trainer would log them at step 0."""
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = self._step
+
+    before_test = before_validate
+
     @property
     def _run_folder(self) -> str:
         return self.trainer.log_dir or self.trainer.default_root_dir
@@ -378,7 +385,8 @@ class NCFinetuneCLI(LightningCLI):
         """
         path = Path(self._get(self.config, "predictions") or Path(self._run_folder, "predictions.csv"))
         rows = self._predicted(path, kwargs)
-        print(f"predictions: {path}")
+        part = self._part(rows)
+        print(f"predictions: {path}" + (f" ({part})" if part else ""))
         self._report_broken(rows)
 
     def evaluate(self, **kwargs: Any) -> None:
@@ -402,6 +410,7 @@ class NCFinetuneCLI(LightningCLI):
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),
+            "part": self._part(rows),
             "unreadable": rows.table.errors,
             "first_error": rows.table.first_error or None,
         }
@@ -434,6 +443,18 @@ class NCFinetuneCLI(LightningCLI):
             raise ValueError(no_probabilities(self.model))
         rows.table.finish()
         return rows
+
+    def _part(self, rows: Any) -> str | None:
+        """Which of the images were predicted, in words, where ``limit_predict_batches`` left some out."""
+        trainer: Any = self.trainer
+        loader, limit = trainer.predict_dataloaders, trainer.limit_predict_batches
+        if isinstance(limit, float) and limit == 1:  # a whole number counts batches
+            return None
+        try:
+            images = len(loader.dataset)
+        except (AttributeError, TypeError):  # a stream
+            return f"the first {rows.table.rows:,} images"
+        return f"the first {rows.table.rows:,} of {images:,} images" if rows.table.rows < images else None
 
     def _report_broken(self, rows: Any) -> None:
         """Say how many images cannot be read, which is the exit status too."""

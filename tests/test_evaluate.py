@@ -247,6 +247,41 @@ def test_evaluate_needs_the_checkpoint_alone(place: Path, capsys: pytest.Capture
     assert found.top(2)[0][0] == (best[1], best[2])
 
 
+def test_a_part_is_called_a_part_and_is_not_the_run_s(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "runs" / "version_0"
+    words = ["--ckpt_path", _checkpoint(run), *QUIET[:4], "--data.batch_size", "5"]
+    assert main(["evaluate", *words, "--trainer.limit_predict_batches", "2"]) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith("test (the first 10 of 18 images): 10 images, accuracy ")
+    said = json.loads((run / "evaluation" / "test" / "summary.json").read_text())
+    assert (said["images"], said["part"]) == (10, "the first 10 of 18 images")
+    assert main(["predict", *words, "--trainer.limit_predict_batches", "1"]) is None
+    assert capsys.readouterr().out == f"predictions: {run / 'predictions.csv'} (the first 5 of 18 images)\n"
+    assert main(["test", *words, "--trainer.limit_test_batches", "1"]) is None
+    assert Run(run).last("test/acc") is None
+    assert list((run / "test_of_other_images").glob("events*"))
+
+
+def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
+    save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    options = ["--data.batch_size", "6", "--trainer.max_epochs", "2"]
+    run = _fit(place, "run", *model, *_data(place / "photos"), *save, *options)
+    first, second = sorted((run / "checkpoints").glob("*.ckpt"))
+    assert main(["evaluate", *QUIET[:4], "--ckpt_path", str(first)]) is None
+    assert Run(run).tests == [3]
+    accuracy = json.loads((run / "evaluation" / "test" / "summary.json").read_text())["accuracy"]
+    assert Run(run).last("test/acc") == accuracy
+    assert main(["test", *QUIET[:4], "--ckpt_path", str(second)]) is None
+    assert main(["validate", *QUIET[:4], "--ckpt_path", str(first)]) is None
+    assert [step for step, _ in Run(run / "test").own["test/acc"]] == [6]
+    assert [step for step, _ in Run(run / "validate").own["val/acc"]] == [3]
+    assert (Run(run).tests, Run(run).tested_at, Run(run).steps, Run(run).lacks) == ([3, 6], 6, 6, None)
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert "was tested at step 6, which counts, and at 3" in capsys.readouterr().err
+
+
 def test_predict_needs_a_checkpoint_and_images_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = shutil.copytree(place / "photos" / "test", place / "elsewhere")
     (photos / "unsorted").mkdir()

@@ -514,7 +514,7 @@ def test_the_card_says_what_the_run_logged_at_the_checkpoints_step(tmp_path: Pat
     summary = run / "evaluation" / "test" / "summary.json"
     own = task_name(yaml.safe_load((run / "config.yaml").read_text())["data"])
     for step, data, known in ((5, own, True), (6, own, False), (5, "ImageFolder, root elsewhere", False)):
-        summary.write_text(json.dumps({"step": step, "images_of": data, "accuracy": 0.8, "images": 40}))
+        summary.write_text(json.dumps({"step": step, "images_of": data, "part": None, "accuracy": 0.8, "images": 40}))
         export(checkpoint, tmp_path / "birds")
         card = (tmp_path / "birds" / "README.md").read_text()
         assert ("| test accuracy | 80.0 %, 95 % interval" in card) == known

@@ -110,7 +110,7 @@ IMPORTS = {
     "report_table": {"grouping", "report_statistics", "runs"},
     "restoring": {"contrastive", "delta", "finetune", "learner", "supervised", "weight_files"},
     "resume": set(),
-    "runs": {"csv_metrics", "events"},
+    "runs": {"csv_metrics", "events", "settings"},
     "safety": set(),
     "samples": set(),
     "scan": {"atomic", "bank", "cli_errors", "lab", "scores"},
@@ -131,7 +131,7 @@ IMPORTS = {
     "timm_network": {"backbone", "delta", "weight_files"},
     "tokens": {"pooling", "tracing"},
     "tracing": {"pooling"},
-    "trained": {"checkpoint_io", "interruptions", "weight_files"},
+    "trained": {"checkpoint_io", "interruptions", "runs", "settings", "weight_files"},
     "trainer_cli": {
         "atomic",
         "checkpoint_io",

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import json
 import math
 import re
 import shutil
@@ -121,19 +122,79 @@ def test_collapse_that_was_measured_before_training_alone_is_not_that_after_it(t
     assert (row["NC1 before"], row.get("NC1 after", "-")) == ("8", "-")
 
 
-def test_a_test_of_a_checkpoint_by_its_own_command_counts(tmp_path: Path) -> None:
-    run = _write(tmp_path / "run", _config(), test=None)
+def _tested(run: Path, step: int, **numbers: float) -> None:
+    """What the command ``test`` logs."""
     with SummaryWriter(str(run / "test")) as writer:
-        for tag, value in {"test/acc": 0.75, "test/images": 100, "nc1/test/penultimate": 3.0, "val/acc": 0.9}.items():
-            writer.add_scalar(tag, value, 0)
+        for tag, value in numbers.items():
+            writer.add_scalar(f"test/{tag}", value, step)
+
+
+def _evaluated(run: Path, step: int, accuracy: float, images: int, **facts: Any) -> None:
+    """What the command ``evaluate`` writes."""
+    own = task_name(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    numbers = {"accuracy": accuracy, "images": images, "step": step}
+    (run / "evaluation" / "test").mkdir(parents=True, exist_ok=True)
+    summary = run / "evaluation" / "test" / "summary.json"
+    summary.write_text(json.dumps({"images_of": own, "part": None, **numbers, **facts}))
+
+
+def test_a_test_of_a_checkpoint_by_its_own_command_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _write(tmp_path / "run", _config(), test=None)
+    _tested(run, 12, acc=0.75, images=100)
+    with SummaryWriter(str(run / "test")) as writer:
+        for tag, value in {"nc1/test/penultimate": 3.0, "val/acc": 0.9, "epoch": 0}.items():
+            writer.add_scalar(tag, value, 12)
     (row,) = _rows(tmp_path)
     assert (row["runs"], row["test accuracy %"], row["test images"]) == ("1", "75.0", "100")
     assert row["validation accuracy %"] == "30.0"
-    # A test at the end of the fit itself is that of its last weights, which the other columns are of.
+    assert "tested at" not in row
+    # The weights at the end of the fit were trained longer.
     _write(tmp_path / "other", _config(seed=1), test=0.5, images=100)
-    with SummaryWriter(str(tmp_path / "other" / "test")) as writer:
-        writer.add_scalar("test/acc", 0.75, 0)
+    _tested(tmp_path / "other", 8, acc=0.75)
     assert [run.last("test/acc") for run in find_runs([tmp_path])] == [0.5, 0.75]
+    (row,) = _rows(tmp_path)
+    assert "tested at" not in row
+    assert f"warning: '{tmp_path / 'other'}' was tested at step 12, which counts, and at 8\n" in capsys.readouterr().err
+
+
+def test_two_checkpoints_of_a_run_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _write(tmp_path / "run", _config(), test=None)
+    _tested(run, 8, acc=0.75, images=100)
+    (row,) = _rows(tmp_path)
+    assert (row["test accuracy %"], row["test images"], row["tested at"]) == ("75.0", "100", "step 8 of 12")
+    _tested(run, 4, acc=0.9, images=90)  # later, of an earlier one
+    assert capsys.readouterr().err == ""
+    (row,) = _rows(tmp_path)
+    assert (row["test accuracy %"], row["test images"], row["tested at"]) == ("75.0", "100", "step 8 of 12")
+    assert capsys.readouterr().err == f"warning: '{run}' was tested at step 8, which counts, and at 4\n"
+    _tested(run, 12, acc=0.25)  # by a module that counts no images
+    (row,) = _rows(tmp_path)
+    assert (row["test accuracy %"], "test images" in row, "tested at" in row) == ("25.0", False, False)
+    other = _write(tmp_path / "other", _config(seed=1, epochs=6), range(6), test=None)
+    _tested(other, 20, acc=0.25)
+    assert "tested at" not in _rows(tmp_path / "run")[0]
+    assert sorted(row["tested at"] for row in _rows(tmp_path)) == ["-", "step 20 of 24"]
+
+
+def test_the_test_of_an_unfinished_run_does_not_finish_it(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(trainer={"max_epochs": -1, "max_steps": 9}), range(2), test=None)
+    _tested(run, 8, acc=0.75)
+    assert Run(run).lacks == "it reached step 8 of 9"
+
+
+@pytest.mark.parametrize(
+    ("facts", "counts"), [({}, True), ({"part": "the first 4 of 40 images"}, False), ({"images_of": "Pets"}, False)]
+)
+def test_an_evaluation_of_the_test_images_counts(facts: dict[str, Any], counts: bool, tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(), test=None)
+    _evaluated(run, 8, 0.75, 40, **facts)
+    (row,) = _rows(tmp_path)
+    assert ("test accuracy %" in row) == counts
+    if counts:
+        found = [row[name] for name in ("test accuracy %", "95 % interval", "test images", "tested at")]
+        assert found == ["75.0", "59.8 to 85.8", "40", "step 8 of 12"]
+    (run / "evaluation" / "test" / "summary.json").write_text("{")
+    assert "test accuracy %" not in _rows(tmp_path)[0]
 
 
 @pytest.mark.parametrize("named", [False, True])
