@@ -61,8 +61,8 @@ class ImageDataModule(LightningDataModule, ABC):
             ``(N, K)``.
         cutmix: Strength alpha of CutMix (Yun et al. 2019); together with mixup each batch gets one of the two.
         image_size: Side ``S`` of the images in batches; None is the side of the stored images.
-        normalize: ``data`` uses the data's mean and standard deviation, ``backbone`` those of the pre-training of the
-            model's timm network.
+        normalize: ``data`` uses the data's mean and standard deviation, ``backbone`` those of the training of the
+            model's timm network: of its pre-training, or of the checkpoint that is tested.
         mean: Mean of each channel, for pixels in 0..1; replaces that of ``normalize``.
         std: Standard deviation of each channel, for pixels in 0..1; replaces that of ``normalize``.
 
@@ -146,6 +146,7 @@ class ImageDataModule(LightningDataModule, ABC):
         Two entries are not timm's: ``stored_size`` is the side to which a file is decoded before it is resized to
         ``input_size``, and ``value_range`` is that of `Decoding`.
         """
+        self._follow_network()
         return {
             "input_size": list(self.input_size),
             "mean": [round(value, 6) for value in self.mean.tolist()],
@@ -172,8 +173,8 @@ class ImageDataModule(LightningDataModule, ABC):
             counts = (f"{name} {part.describe(self.num_classes)}" for name, part in self._parts.items())
             if self._parts:
                 rank_zero_info(f"{type(self).__name__} images: {', '.join(counts)}")
-        if self.normalize == "backbone":
-            self._normalize_as_pretrained()
+        if self.normalize == "backbone" and not self._follow_network():
+            raise ValueError("normalize=backbone needs a model with a timm network; give mean and std")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in random order."""
@@ -241,14 +242,17 @@ class ImageDataModule(LightningDataModule, ABC):
         """The files that are predicted, a subset of ``paths``."""
         return paths
 
-    def _normalize_as_pretrained(self) -> None:
-        """Take mean and std of the first timm network in the model."""
+    def _follow_network(self) -> bool:
+        """With ``normalize=backbone`` take mean and std of the first timm network in the model; whether there is one.
+
+        They are taken again for each loader, since a Trainer loads a checkpoint after `setup`.
+        """
         model: Any = getattr(self.trainer, "lightning_module", None)
-        networks = model.modules() if model is not None else ()
+        networks = model.modules() if model is not None and self.normalize == "backbone" else ()
         config = next((net.pretrained_cfg for net in networks if hasattr(net, "pretrained_cfg")), None)
-        if config is None:
-            raise ValueError("normalize=backbone needs a model with a timm network; give mean and std")
-        self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])
+        if config is not None:
+            self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])
+        return config is not None
 
     def _place(self) -> tuple[int, int]:
         """World size and rank."""
@@ -271,6 +275,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self, dataset: Dataset[Batch], training: bool = False, workers: int | None = None, **batching: Any
     ) -> DataLoader[Batch]:
         """A loader of a data set; None takes ``num_workers``, or its default."""
+        self._follow_network()
         trainer: Any = self.trainer
         if workers is None:
             workers = self.num_workers

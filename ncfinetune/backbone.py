@@ -173,11 +173,18 @@ class Backbone(nn.Module):
             self.net = self._adapters.pop().unload()
         loaded, data = weights.load(self.net, checkpoint)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
-        preprocessing = data.get("preprocessing") or {}  # None in the file of a run whose data did not state it
-        seen = {name: preprocessing.get(name) for name in ("mean", "std")}
-        self.net.pretrained_cfg = {**self.net.pretrained_cfg, **{name: v for name, v in seen.items() if v is not None}}
+        self.take_normalisation(data.get("preprocessing"))
         if adapted:
             self._adapt()
+
+    def take_normalisation(self, preprocessing: Mapping[str, Any] | None) -> None:
+        """Copy the mean and the standard deviation of a preprocessing into the network's ``pretrained_cfg``.
+
+        Args:
+            preprocessing: The preprocessing; None, as of a run whose data did not state it, copies nothing.
+        """
+        stated = {name: value for name in ("mean", "std") if (value := (preprocessing or {}).get(name)) is not None}
+        self.net.pretrained_cfg = {**self.net.pretrained_cfg, **stated}
 
     def save(self, path: str | Path) -> None:
         """Write the network's weights, adapters merged, to a ``.safetensors`` or ``.pth`` file; see `weight_files`.

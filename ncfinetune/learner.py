@@ -186,7 +186,7 @@ class Learner(LightningModule, ABC):
             ValueError: A callback would begin the resumed run anew.
         """
         said = checkpoint.get(DATA, {})
-        self.class_names, self.preprocessing = said.get("class_names"), said.get("preprocessing")
+        self._trained_on(said.get("class_names"), said.get("preprocessing"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._processes = checkpoint.get(_PROCESSES, [])
             self._trained_before = checkpoint.get(_TRAINED, {})
@@ -195,6 +195,11 @@ class Learner(LightningModule, ABC):
             _refuse_finders_of_resumed(self.trainer)
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
+
+    def _trained_on(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
+        """Remember class names and preprocessing of the training; a datamodule normalises as the backbone states."""
+        self.class_names, self.preprocessing = names, images
+        self.backbone.take_normalisation(images)
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -157,7 +157,7 @@ class PartlyFrozen(Classifier):
         """
         facts = delta.facts(path)
         self.load_state_dict(delta.load(path, *self._of_delta(), self._facts()), strict=False)
-        self.class_names, self.preprocessing = facts["class_names"], facts["preprocessing"]
+        self._trained_on(facts["class_names"], facts["preprocessing"])
 
     @classmethod
     def from_delta(

@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from test_cli import QUIET, RANDOM, TINY, _fit, _refusal
+from tiny import trainer_in
 
-from ncfinetune import FineTuner
+from ncfinetune import Backbone, FineTuner
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits, ImageFolder, Unlabelled
+from ncfinetune.weight_files import save as write_weights
 
+MEAN, STD = [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]
 NARROW = "{name: resnet18, channels: [4, 6, 8, 10]}"
 COLOURS = {"apple": (220, 20, 20), "lime": (20, 220, 20), "plum": (20, 20, 220), "zebra": (120, 120, 120)}
 
@@ -212,3 +215,24 @@ def test_the_whole_way(tmp_path: Path) -> None:
             shares = merged(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
         assert shares.tolist() == pytest.approx([float(p) for p in expected[path.name][1:-1]], abs=0.05)
         assert merged.pretrained_cfg["label_names"][int(shares.argmax())] == expected[path.name][0]
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "evaluate", "predict"])
+def test_a_tuned_network_sees_images_as_it_was_trained_on_them(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the start's mean and standard deviation are not timm's, which are all that is known without the start."""
+    images = _folder(tmp_path / "images", ["apple", "lime", "plum"])
+    start = Backbone("resnet18", channels=(4, 6, 8, 10))
+    write_weights(start.net.state_dict(), tmp_path / "base.safetensors", {"preprocessing": {"mean": MEAN, "std": STD}})
+    model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.checkpoint", "base.safetensors", *RANDOM]
+    run = _fit(tmp_path, "a", *model, *_data(images), "--data.normalize", "backbone", "--data.augmentation", "plain")
+    checkpoint = _checkpoint(run)
+    saved = torch.load(checkpoint, weights_only=True)["data"]["preprocessing"]
+    assert (saved["mean"], saved["std"]) == (MEAN, STD)
+    capsys.readouterr()
+    assert main([command, "--ckpt_path", checkpoint, *QUIET]) is None  # a warning would be an error
+    model = FineTuner.load_from_checkpoint(checkpoint, weights_only=True)
+    data = ImageFolder(str(images), image_size=32, normalize="backbone", num_workers=0)
+    trainer_in(tmp_path).validate(model, data, verbose=False)
+    assert (data.preprocessing["mean"], data.preprocessing["std"]) == (MEAN, STD)
