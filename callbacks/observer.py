@@ -158,7 +158,7 @@ class LayerObserver:
 
     def describe(self) -> str:
         """Output and pooling of each layer that ran, in words."""
-        return "; ".join(f"{name} {how}" for name, how in self._how.items())
+        return "; ".join(f"{name}: {how}" for name, how in self._how.items())
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -260,13 +260,14 @@ class LayerObserver:
         """A pooled copy ``(N, d)`` of an output in float32 or wider: later layers may overwrite the output in place."""
         if isinstance(pooling, Pool):
             chosen = list(tensors(output))[pooling.index].detach()
-            self._how[name] = f"{tuple(chosen.shape)} {pooling.describe()}"
+            how = "" if pooling.ndim == 2 else f" ({pooling.describe()} of outputs {tuple(chosen.shape)})"
+            self._how[name] = f"{pooling.width} features{how}"
             return pooling(output, torch.promote_types(chosen.dtype, torch.float32)).detach()
         first = next(tensors(output), None)
         if first is None:
             raise no_tensor(name, output)
         tensor = first.detach()
-        self._how[name] = f"{tuple(tensor.shape)} pooled by the function given"
+        self._how[name] = f"the given function of outputs {tuple(tensor.shape)}"
         return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
     def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:

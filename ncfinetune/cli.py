@@ -52,6 +52,22 @@ options:
   --version       version
   NCFINETUNE_TRACEBACK=1 in the environment shows where an error came from
 """
+_LAYERS = """usage: ncfinetune layers NAME
+
+The blocks of a timm network in the order in which they run: name, width of the pooled output, number of parameters, and
+how the output is pooled to one vector an image. The last row, penultimate, is what reaches the classifier. No weights
+are loaded; timm.list_models() in Python has the names of networks.
+
+  ncfinetune layers resnet18
+
+The names are what a FineTuner tunes and skips from, what scan and suggest judge, and what a tracker measures:
+
+  --model.train layer4.1                   that block and the classifier; -1 is the last block of any network
+  --model.train '[layer3.1, "layer4.*"]'   several; * is any part between two dots
+  --model.skip_from layer3.1               its pooled output reaches the classifier directly too
+  --layers layer3.1 layer4.1               of scan and suggest
+  --trainer.callbacks+=NeuralCollapseTracker --trainer.callbacks.layers '["layer*.*", penultimate]'
+"""
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "evaluate")
 # What to type where nothing follows a command.
 _FIT = """error: fit needs a model and data, which --model.help and --data.help list, or a --config FILE; for a start:
@@ -136,8 +152,11 @@ def _export(words: list[str]) -> int:
 
 
 def _layers(words: list[str]) -> int:
+    if words in (["-h"], ["--help"]):
+        print(_LAYERS, end="")
+        return 0
     if len(words) != 1 or words[0].startswith("-"):
-        print("usage: ncfinetune layers NAME, a timm architecture such as resnet18", file=sys.stderr)
+        print("error: expected ncfinetune layers NAME, a timm architecture such as resnet18", file=sys.stderr)
         return 2
     from ncfinetune.backbone import Backbone
 

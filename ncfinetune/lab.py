@@ -147,10 +147,10 @@ def pass_trainer(options: Any, **arguments: Any) -> Trainer:
 
 
 class _Progress(TQDMProgressBar):
-    """A bar on stderr, where it does not mix with the table."""
+    """A bar on stderr, where it does not mix with the table, if that is a terminal."""
 
     def init_predict_tqdm(self) -> Any:
-        return Tqdm(desc="images", disable=self.is_disabled, leave=False, dynamic_ncols=True, file=sys.stderr)
+        return Tqdm(desc="images", disable=self.is_disabled or None, leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def on_exception(self, *args: Any) -> None:
         """Take the bar away, so that the error has a line of its own."""

@@ -19,7 +19,8 @@ _LOGGERS = (
     "pytorch_lightning.utilities.rank_zero",
     "lightning_fabric.utilities.rank_zero",
 )
-_NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set")
+# What is restored has a message of its own when it is.
+_NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set", "Restoring states from the checkpoint path")
 # Warnings of a library about its own code or another library's, by the beginning of their text.
 _OF_LIBRARIES = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -360,8 +360,10 @@ def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:
 
 def _cells(row: Row) -> dict[str, str]:
     gain = "-" if row.gain is None else f"{row.gain:.3f} ± {row.gain_error:.3f}"
+    fitted = "expansion" if row.seconds is None else "fits"
     return {
         "method": row.method,
+        "judged by": "closed form" if row.gain is None else fitted,
         "predicted %": percent(row.accuracy, row.error),
         "squared error lower by": gain,
         "trained": f"{row.trained:,}",

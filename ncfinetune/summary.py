@@ -1,10 +1,10 @@
-"""The size of a model in one line, in place of Lightning's table."""
+"""What Lightning shows of a run, shorter: one line for the size of a model, bars without a part of the run's name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
@@ -27,8 +27,27 @@ class _SizeOfModel(ModelSummary):
         rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.3g} MB")
 
 
+class _WithoutVersion:
+    """A bar that leaves out the version, of which Lightning shows the last four characters: of ``layer`` ``ayer``."""
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        """The numbers of the bar."""
+        known: dict[str, Any] = super().get_metrics(*args)  # type: ignore[misc]  # of the bar that it is mixed into
+        return {name: value for name, value in known.items() if name != "v_num"}
+
+
+class _Rich(_WithoutVersion, RichProgressBar):
+    pass
+
+
+class _Tqdm(_WithoutVersion, TQDMProgressBar):
+    pass
+
+
 def shorten(trainer: Any) -> None:
-    """Replace the summary that a trainer has by default."""
+    """Replace the summary and the bar that a trainer has by default."""
     for place, callback in enumerate(trainer.callbacks):
         if type(callback) in (ModelSummary, RichModelSummary):
             trainer.callbacks[place] = _SizeOfModel()
+        elif type(callback) in (RichProgressBar, TQDMProgressBar):
+            callback.__class__ = _Rich if isinstance(callback, RichProgressBar) else _Tqdm  # with its options

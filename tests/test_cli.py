@@ -624,4 +624,9 @@ def test_layers_of_a_network_are_printed(capsys: pytest.CaptureFixture[str]) -> 
     assert [line[0] for line in lines[1:]] == [*(f"blocks.{i}" for i in range(6)), "penultimate"]
     assert _refusal(capsys, "layers", "test_vitt").startswith("error: timm has no architecture 'test_vitt'; nearest: ")
     assert main(["layers"]) == 2
-    assert capsys.readouterr().err.startswith("usage: ncfinetune layers NAME")
+    assert capsys.readouterr().err.startswith("error: expected ncfinetune layers NAME")
+    assert main(["layers", "--help"]) == 0
+    taught = capsys.readouterr().out
+    assert taught.startswith("usage: ncfinetune layers NAME")
+    for option in ("--model.train", "--model.skip_from", "--layers", "--trainer.callbacks.layers"):
+        assert option in taught

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.progress import Progress
 from tiny import SMALL, plain_sgd
@@ -20,6 +22,7 @@ from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.quiet import quiet
+from ncfinetune.summary import shorten
 
 TINY = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
 
@@ -39,9 +42,25 @@ def test_fit_and_test_say_what_matters(
     for noise in ("💡", "TPU", "FLOPs", "LeafSpec", "logging interval"):
         assert noise not in said
     assert re.search(r"model: (\S+ K) of \1 parameters are trained, 0.04\d+ MB", said)
+    assert "measures the features of an image at layer1.0: 4 features (mean over positions of outputs (" in said
+    assert re.search(r"; penultimate: 10 features\n", said)
     table = [line for line in said.splitlines() if line.startswith("│")]
     assert len(table) <= 5
     assert any("test/acc" in line for line in table)
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_bars_do_not_show_a_cut_version(bar: type[Any], tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version="layer")
+    quick = {"max_epochs": 0, "accelerator": "cpu", "enable_checkpointing": False}
+    trainer = Trainer(callbacks=[bar(refresh_rate=7)], logger=logger, **quick)
+    shown: Any = trainer.progress_bar_callback
+    assert shown.get_metrics(trainer, None) == {"v_num": "ayer"}
+    shorten(trainer)
+    assert shown.get_metrics(trainer, None) == {}
+    assert isinstance(shown, bar)
+    assert shown.refresh_rate == 7
+    assert pickle.loads(pickle.dumps(shown)).get_metrics(trainer, None) == {}
 
 
 def test_a_project_that_imports_the_package_keeps_its_messages() -> None:
@@ -52,6 +71,8 @@ def test_a_project_that_imports_the_package_keeps_its_messages() -> None:
     with quiet():
         for logger in loggers:
             assert not logger.filter(_record("💡 Tip: buy this"))
+            assert not logger.filter(_record("Restoring states from the checkpoint path at a.ckpt"))
+            assert logger.filter(_record("Restored all states from the checkpoint at a.ckpt"))
             assert logger.filter(_record("`Trainer.fit` stopped"))
     assert loggers[0].filter(_record("💡 Tip: buy this"))
     assert ([list(logger.filters) for logger in loggers], list(warnings.filters)) == before

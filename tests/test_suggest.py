@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from functools import partial
@@ -235,6 +236,11 @@ def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys
     assert tried == [f"layer FT {block}", f"SCL FT {block}", "full FT"]
     assert f"layer FT {block}" not in expected
     assert all(name in shown.out for name in methods)
+    judged = {row["method"]: "closed form" if row["gain"] is None else "fits" for row in content["rows"]}
+    judged |= {row["method"]: "expansion" for row in content["rows"] if row["seconds"] is None}
+    for method, how in judged.items():
+        assert re.search(rf"^{re.escape(method)}  +{how} ", shown.out, re.MULTILINE)
+    assert "%|" not in shown.err  # a bar, which is for terminals
     assert content["verdict"] in shown.out
     assert content["suggestion"] in methods
     assert all(0 <= found["accuracy"] <= 1 for found in content["rows"])
