@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from ncfinetune.collapse import ClassMoments, cosine_matrix
@@ -21,6 +22,8 @@ _LONGEST_NAME = 14
 # TensorBoard shows pictures in tiles of 330 to 700 pixels: on a figure of 4 inches a letter of 9 points has 10 pixels
 # in the smallest tile, and at 200 dots per inch the picture is sharp in the largest.
 _WIDTH, _DPI = 4.0, 200
+# Heights of a name over its point, in points: a line of small letters has ten.
+_HEIGHTS = [5, *(sign * 10 * line + 5 for line in range(1, 9) for sign in (-1, 1))]
 
 
 class Shown(Figure):
@@ -102,13 +105,11 @@ def spread(moments: ClassMoments, names: Sequence[str] | None = None) -> Figure:
     within = moments.variance[present].sqrt().cpu().numpy()
     between = moments.centred.norm(dim=1).cpu().numpy()
     axes.scatter(between, within, s=24, color="#0072B2")
-    if len(within) <= _MAX_NAMED_CLASSES:
-        for name, x, y in zip(_class_names(moments, names), between, within, strict=True):
-            axes.annotate(name, (float(x), float(y)), xytext=(4, 4), textcoords="offset points", fontsize="small")
     top = 1.1 * float(max(within.max(), between.max()))
     axes.plot([0, top], [0, top], color="0.7", linewidth=1, zorder=0)
     axes.set(xlim=(0, top), ylim=(0, top), title="spread within and between classes")
-    axes.set(xlabel="distance of the class mean from the global mean", ylabel="standard deviation within class")
+    axes.set(xlabel="distance of class mean from global mean", ylabel="standard deviation within class")
+    _name(axes, _class_names(moments, names), list(zip(between.tolist(), within.tolist(), strict=True)))
     return figure
 
 
@@ -123,16 +124,35 @@ def projection(moments: ClassMoments, features: Tensor, labels: Tensor, names: S
     means = (centred @ directions.T).numpy()
     kinds = moments.present.nonzero().squeeze(1).tolist()
     colours = _shades(len(kinds), "turbo")
-    for label, name, mean, colour in zip(kinds, _class_names(moments, names), means, colours, strict=True):
+    for label, mean, colour in zip(kinds, means, colours, strict=True):
         own = points[(labels == label).numpy()]
         axes.scatter(own[:, 0], own[:, 1], s=6, color=colour, alpha=0.5, linewidths=0)
         axes.scatter(mean[0], mean[1], s=70, marker="X", color=colour, edgecolors="black", linewidths=0.8)
-        if len(kinds) <= _MAX_NAMED_CLASSES:
-            at = float(mean[0]), float(mean[1])
-            axes.annotate(name, at, xytext=(5, 5), textcoords="offset points", fontsize="small")
     axes.set(title="features (dots), class means (crosses)")
     axes.set_aspect("equal", "datalim")
+    _name(axes, _class_names(moments, names), [(float(x), float(y)) for x, y in means])
     return figure
+
+
+def _name(axes: Axes, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    """Write names beside points, each at the first place above or below its point where it covers no other name."""
+    if len(names) > _MAX_NAMED_CLASSES:
+        return
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the places of points in the picture
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+    taken: list[Any] = []
+    for name, point in zip(names, points, strict=True):
+        text = axes.annotate(
+            name, point, xytext=(5, 5), textcoords="offset points", fontsize="small", arrowprops=line, parse_math=False
+        )
+        for height in (*_HEIGHTS, _HEIGHTS[0]):  # the first, if none is free
+            text.xyann = (5, height)
+            text.get_window_extent()  # moves it
+            box = Text.get_window_extent(text)  # without the line
+            inside = axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def over_epochs(curves: Mapping[str, Mapping[str, Mapping[int, float]]], split: str) -> Shown:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from ncfinetune.events import event_files
 
 # Dots per inch: a name above an image of the sheet is read without zooming.
 _DPI = 100
+# TensorBoard shows a picture in a tile 350 pixels wide: two columns of mistakes are read there, and 18 points.
+_IN_A_TILE, _LETTERS = 6, 18
 
 
 def conclude(
@@ -61,8 +65,12 @@ def conclude(
             figure.savefig(part, dpi=_DPI, format="png")
         files.append(f"{kind}.png")
     if facts["run"] is not None:
-        tagged = {f"evaluate_{name}/{kind}": figure for kind, figure in pictures.items()}
-        show(Path(facts["run"]), tagged, facts["step"])
+        few = min(len(mistakes), _IN_A_TILE)
+        wrong_of = f"{title}: {wrong} of {found.images:,} are wrong" + (f", the {few} most confident" if few else "")
+        with rc_context({"font.size": _LETTERS}):
+            tiles = {"confusion": confusion(found, title)}
+        tiles["mistakes"] = sheet(mistakes[:few], textwrap.fill(wrong_of, 40), in_a_row=2)
+        show(Path(facts["run"]), {f"evaluate_{name}/{kind}": tile for kind, tile in tiles.items()}, facts["step"])
     lines = [evaluation.table(found, title)]
     if found.absent:
         lines.append(f"no images of {evaluation.some(found.absent)}: their recall was not measured")

@@ -65,9 +65,9 @@ def confusion(found: Evaluation, title: str) -> Figure:
     return figure
 
 
-def sheet(mistakes: Sequence[Mistake], title: str) -> Figure:
+def sheet(mistakes: Sequence[Mistake], title: str, in_a_row: int = _IN_A_ROW) -> Figure:
     """Images with their file, true class, predicted class and its probability, in the given order."""
-    columns = min(_IN_A_ROW, max(3, len(mistakes)))
+    columns = min(in_a_row, max(3, len(mistakes)))
     rows = max(1, math.ceil(len(mistakes) / columns))
     figure = Figure(figsize=(2.1 * columns, 2.6 * rows + 0.5), layout="constrained")
     figure.suptitle(title, parse_math=False)

@@ -1,5 +1,6 @@
 """What loggers other than CSV files receive: pictures, TensorBoard's pages, and the table that Lightning prints."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -201,6 +202,20 @@ def test_pictures_name_the_classes() -> None:
     for kind in ("cosines_b", "spread_b", "projection_b"):
         texts = {text.get_text() for text in drawn[kind].findobj(matplotlib.text.Text)}
         assert {"apple", "a name that i…", "cherry"} <= texts, kind
+
+
+@pytest.mark.parametrize("kind", ["spread_b", "projection_b"])
+def test_names_of_classes_that_lie_together_do_not_cover_each_other(kind: str) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 10
+    features = 3 * torch.randn(200, 16)
+    names = [f"class {label}" for label in range(10)]
+    figure = of_pass({0: {"b": 2.0}}, {"b": class_moments(features, labels, 10)}, (features, labels), names)[kind]
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().startswith("class ")]
+    assert len(texts) == 10
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
+    assert not [a for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
 def test_class_names_are_those_of_the_datamodule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
