@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augmenting import BatchAugmentation
@@ -149,8 +150,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self._follow_network()
         return {
             "input_size": list(self.input_size),
-            "mean": [round(value, 6) for value in self.mean.tolist()],
-            "std": [round(value, 6) for value in self.std.tolist()],
+            "mean": _shortest(self.mean),
+            "std": _shortest(self.std),
             "interpolation": "bilinear",
             "crop_pct": CENTRE if self.decoding.centre is None else self.decoding.centre,
             "crop_mode": "center",
@@ -346,3 +347,8 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     """
     if value not in get_args(choices):
         raise ValueError(f"expected {name} to be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _shortest(values: Tensor) -> list[float]:
+    """Float32 values by the fewest digits that give them back exactly."""
+    return [float(str(value)) for value in values.cpu().numpy()]

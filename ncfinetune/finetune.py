@@ -88,8 +88,9 @@ class FineTuner(PartlyFrozen):
             ``lda`` linear discriminant analysis, both with a regularisation chosen by leave-one-out error, ``etf`` the
             simplex nearest to the class means. See `heads.classifier_of`, also for the scale of the logits.
         refit: A closed form on the tuned features, which takes the classifier's place when the model is validated and
-            at the end of each epoch, so that it is validated, saved and tested. Training goes on with the classifier as
-            it was, since one that is replaced after each epoch costs accuracy at few images a class.
+            at the end of each epoch, so that it is validated, saved and tested; checkpoints of every few steps have the
+            trained classifier. Training goes on with the classifier as it was, since one that is replaced after each
+            epoch costs accuracy at few images a class.
         head_lr_factor: Learning rate of the head as a multiple of the optimiser's, which the backbone's layers have.
             With 0 the head keeps its initial values, such as a fixed simplex.
         layer_decay: Factor of the learning rate from each layer of the backbone to the layer before it, in (0, 1]; the
@@ -166,8 +167,8 @@ class FineTuner(PartlyFrozen):
         # Whether the head has been initialised, and the number of the batch after which it was refitted last.
         self._head_ready = head_init not in get_args(ClosedForm)
         self._refitted: int | None = None
-        # Weight and bias of the classifier that training goes on with, while a refitted one is in its place.
-        self._set_aside: list[Tensor] | None = None
+        # Weight and bias of the classifier that training goes on with, and of the refitted one that took its place.
+        self._set_aside: tuple[list[Tensor], list[Tensor]] | None = None
         self._split = Split(self.backbone, self.chosen.places(), knobs.listed_skips(skips), skip_gradient)
         # With skip_from="auto" no layers are chosen yet; `setup` chooses them and builds the head anew.
         join = "concat" if skip_from == "auto" else skip_join
@@ -199,10 +200,8 @@ class FineTuner(PartlyFrozen):
             self._choose_block(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
-        if stage == "fit":
-            self._set_aside = None  # of an earlier run
-            if self.refit != "none":
-                refuse_averages(self.trainer)
+        if stage == "fit" and self.refit != "none":
+            refuse_averages(self.trainer)
 
     def on_fit_start(self) -> None:
         """Fill the cache, and initialise the classifier in closed form if ``head_init`` names one."""
@@ -243,11 +242,16 @@ class FineTuner(PartlyFrozen):
         """Go on with the classifier as it was before it was refitted."""
         super().on_train_batch_start(batch, batch_idx)
         if self._set_aside is not None:
-            self._set_classifier(*self._set_aside)
+            self._set_classifier(*self._trained_classifier())
             self._set_aside = None
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Refit the classifier after an epoch's last batch, before callbacks measure the epoch."""
+        if self.trainer.is_last_batch:
+            self._refit()
+
     def on_train_epoch_end(self) -> None:
-        """Refit the classifier, unless it was refitted for the epoch's validation."""
+        """Refit the classifier of an epoch that ends before its last batch."""
         super().on_train_epoch_end()
         self._refit()
 
@@ -263,7 +267,7 @@ class FineTuner(PartlyFrozen):
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
         if self._set_aside is not None:
-            checkpoint[_SET_ASIDE] = self._set_aside
+            checkpoint[_SET_ASIDE] = self._trained_classifier()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the loaded classifier, and refuse to resume a run with other layers.
@@ -273,8 +277,12 @@ class FineTuner(PartlyFrozen):
         """
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
+        self._set_aside = None
+        if _SET_ASIDE in checkpoint:
+            prefix = "head.fc" if isinstance(self.head, SkipHead) else "head"
+            refitted = [checkpoint["state_dict"][f"{prefix}.{name}"] for name in ("weight", "bias")]
+            self._set_aside = checkpoint[_SET_ASIDE], refitted
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._set_aside = checkpoint.get(_SET_ASIDE)
             knobs.check_same_run(checkpoint.get("hyper_parameters", {}), self.hparams, self.tunes_the_same)
 
     def load_delta(self, path: str | Path) -> None:
@@ -321,10 +329,21 @@ class FineTuner(PartlyFrozen):
         """Fit the classifier in closed form, unless that was done after this batch."""
         batches = self.trainer.fit_loop.total_batch_idx  # not steps: statistics change between steps
         if self.refit != "none" and self._refitted != batches:
-            if self._set_aside is None:
-                self._set_aside = [p.detach().clone() for p in (self.classifier.weight, self.classifier.bias)]
+            trained = self._trained_classifier()
             self._fit_head("refit", self.refit)
+            self._set_aside = trained, self._classifier_now()
             self._refitted = batches
+
+    def _trained_classifier(self) -> list[Tensor]:
+        """The classifier that was set aside, unless another one than the refitted has been loaded since."""
+        now = self._classifier_now()
+        if self._set_aside is None:
+            return now
+        trained, refitted = self._set_aside
+        return trained if all(torch.equal(a, b.to(a)) for a, b in zip(now, refitted, strict=True)) else now
+
+    def _classifier_now(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in (self.classifier.weight, self.classifier.bias)]
 
     def _fit_head(self, option: str, kind: Any) -> None:
         """Fit the classifier in closed form to the training images without augmentation."""

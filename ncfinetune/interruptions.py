@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -80,8 +81,9 @@ def lost_ranks(error: RuntimeError) -> str | None:
     if not (dist.is_available() and dist.is_initialized() and re.search(_CONNECTION, str(error))):
         return None
     own, others = dist.get_rank(), range(dist.get_world_size())
-    # torchrun terminates the processes that remain, which may be before they have reported.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        # torchrun terminates the processes that remain, which may be before they have reported.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{_LEFT}/{own}", "")

@@ -293,7 +293,8 @@ class Learner(LightningModule, ABC):
         restore_numbers(self.trainer, self._numbers_before)
 
     def on_fit_end(self) -> None:
-        """Forget the state of the resumed run, which remains if there was nothing left to train."""
+        """Have later tests normalise as the training did; forget the state of a resumed run without more to train."""
+        self.backbone.take_normalisation(self.preprocessing)
         self._numbers_before = {}
 
     def on_train_start(self) -> None:
@@ -312,7 +313,7 @@ class Learner(LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Refuse an epoch without a batch; log the means of one in a run that is resumed after its last batch."""
-        if not self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+        if not (self.trainer.fit_loop.epoch_loop.batch_progress.current.ready or self.trainer.should_stop):
             raise ValueError(_no_batch(self.trainer.current_epoch))
         if self._processes:
             self._resume_means(True)

@@ -314,9 +314,9 @@ class MomentAccumulator(Accumulator):
         self.plan = self.plan.new_tensor([made + 1, arithmetic])
         return arithmetic
 
-    def _try_narrow(self, z: Tensor, squares: Tensor) -> None:
+    def _try_narrow(self, z: Tensor, columns: Tensor) -> None:
         """Multiply the first full buffer in float32, and again in float64 if that is not exact enough."""
-        narrow = add_float32_products(self.scatter, self.rounding, z.float(), squares)
+        narrow = add_float32_products(self.scatter, self.rounding, z.float(), columns)
         narrow = narrow and self._error_in_float32() < _ALLOWED
         if not narrow:
             self.scatter.zero_()

@@ -17,7 +17,7 @@ import yaml
 
 from ncfinetune.csv_metrics import CSV_NAME, read_csv
 from ncfinetune.events import Points, event_files, read_events
-from ncfinetune.settings import task_name
+from ncfinetune.settings import evaluated_images
 
 _LEFT = "restore it, or move its folder away; the run is left out"
 # What Lightning's Trainer takes where neither epochs nor steps nor a time are given.
@@ -77,7 +77,7 @@ class Run:
     def _evaluated(self) -> Points:
         with suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads((self.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
-            if said["part"] is None and said["images_of"] == task_name(self.part("data")):
+            if said["part"] is None and said["images_of"] == evaluated_images(self.part("data")):
                 numbers = {"test/acc": said["accuracy"], "test/images": said["images"]}
                 return {tag: [(int(said["step"]), float(value))] for tag, value in numbers.items()}
         return {}

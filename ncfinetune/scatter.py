@@ -103,7 +103,7 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
 
 
 def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Tensor) -> bool:
-    """Add ``z^T z``, multiplied in float32, and in float64 where float32 does not do; returns whether it did.
+    """Add ``z^T z`` by products in float32, and in float64 where these are not exact enough.
 
     The diagonal is known in float64: its error in the products tells that of the entries beside it, and is removed.
 
@@ -112,6 +112,9 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
         rounding: Its rounding, ``(d,)``; updated in place.
         z: Shifted features in float32, ``(m, d)``.
         squares: Their sums of squares in float64, from before they were rounded to float32, ``(d,)``.
+
+    Returns:
+        Whether float32 was exact enough for all blocks.
     """
     right = True
     unit = ROUNDING[torch.float32] * squares

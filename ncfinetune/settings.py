@@ -19,6 +19,11 @@ _NOT_THE_TASK = (
     *("seed", "batch_size", "num_workers", "device_cache", "in_memory", "download", "image_size"),
     *("augmentation", "strength", "views", "mixup", "cutmix", "normalize", "mean", "std", "sampling"),
 )
+# What has no part in how test images are evaluated.
+_NOT_THE_TEST = (
+    *("batch_size", "num_workers", "device_cache", "in_memory", "download", "augmentation", "strength", "views"),
+    *("mixup", "cutmix", "sampling"),
+)
 # Where a configuration names the weights that a run starts from.
 CHECKPOINTS = tuple(f"model.{place}checkpoint{path}" for place in ("", "backbone.") for path in ("", ".path"))
 # The parts of a configuration in the order in which their differences are named; then come all others.
@@ -80,6 +85,22 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     left_out = {*_NOT_THE_TASK, *without}
     chosen = {key: value for key, value in _arguments(data).items() if value and key not in left_out}
     return ", ".join([name, *(f"{key} {_word(value)}" for key, value in chosen.items())])
+
+
+def evaluated_images(data: Mapping[str, Any]) -> str:
+    """What of a datamodule's configuration selects its test images and prepares them; equal for the same pixels.
+
+    Args:
+        data: The configuration.
+    """
+    name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
+    chosen = {key: value for key, value in _arguments(data).items() if value is not None and key not in _NOT_THE_TEST}
+    return ", ".join([name, *(f"{key} {_resolved(value)}" for key, value in sorted(chosen.items()))])
+
+
+def _resolved(value: Any) -> str:
+    """A value as text; of a file or folder its absolute path."""
+    return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else _word(value)
 
 
 def headline(config: Mapping[str, Any]) -> dict[str, Any]:

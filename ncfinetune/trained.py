@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from ncfinetune.checkpoint_io import read_checkpoint
 from ncfinetune.interruptions import run_of
 from ncfinetune.runs import Run
-from ncfinetune.settings import task_name
+from ncfinetune.settings import evaluated_images
 from ncfinetune.weight_files import DATA
 
 # Commands that write no log, and run on any machine in one process.
@@ -94,8 +95,8 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
     """Make a command on a run's checkpoint write to the run's folder, in which TensorBoard lists no further run.
 
     ``predict`` and ``evaluate`` log nothing, so that they have no logger. ``validate`` and ``test`` log to the folder
-    of their name in the run's, unless a logger's option is among the words. A test of other
-    images than the run's is no test of the run: its folder is another one.
+    of their name in the run's, unless a logger's option is among the words. A test of other images than the run's, or
+    of images that are prepared otherwise, is no test of the run: its folder is another one.
 
     Args:
         command: The command.
@@ -116,14 +117,19 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
         and not any(word.startswith("--trainer.logger") for word in words)
     ):
         options = trainer.logger.init_args
-        options.save_dir, options.name = str(run), ""
-        options.version = command if _on_own_images(command, config, Run(run)) else f"{command}_of_other_images"
+        options.save_dir, options.name, options.version = str(run), "", command
+        if not _on_own_images(command, config, Run(run)):
+            options.version = f"{command}_of_other_images"
+            rank_zero_info(
+                f"{command}: images, or their preparation, other than those of {run}, so that the numbers go to "
+                f"{run / options.version} and are none of the run's in a report"
+            )
 
 
 def _on_own_images(command: str, config: Any, run: Run) -> bool:
     """Whether a command measures the images that its run would have measured."""
     limit = "limit_val_batches" if command == "validate" else "limit_test_batches"
-    same = task_name(run.part("data")) == task_name(config.data.as_dict())
+    same = evaluated_images(run.part("data")) == evaluated_images(config.data.as_dict())
     # 1 is a batch, 1.0 and null are all.
     limits = [str(1.0 if value is None else value) for value in (run.part("trainer").get(limit), config.trainer[limit])]
     return same and limits[0] == limits[1]

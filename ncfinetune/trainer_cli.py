@@ -406,7 +406,7 @@ class NCFinetuneCLI(LightningCLI):
         run = interruptions.run_of(checkpoint)
         facts = {
             "data": name,
-            "images_of": images or settings.task_name(self.config[self.subcommand].data.as_dict()),
+            "images_of": images or settings.evaluated_images(self.config[self.subcommand].data.as_dict()),
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),

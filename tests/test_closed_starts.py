@@ -219,6 +219,58 @@ def test_training_goes_on_as_if_there_were_no_refit(options: dict, tmp_path: Pat
     assert [name for name in plain if not torch.equal(plain[name], refitted[name])] == ["head.weight", "head.bias"]
 
 
+def test_callbacks_at_the_end_of_an_epoch_see_the_refitted_classifier(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(Compared):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            training = pl_module.training
+            seen.append(self._is_closed(pl_module))
+            pl_module.train(training)
+
+    trainer = trainer_in(tmp_path, max_epochs=4, check_val_every_n_epoch=2, callbacks=[Watch()])
+    trainer.fit(_model(train="layer4.0", refit="ridge"), _data(augmentation="plain"))
+    assert seen == [True] * 4
+
+
+class First(Callback):
+    """Keeps the classifier that the first batch trains, as it was before."""
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if trainer.global_step == 0:
+            self.head = pl_module.head.weight.detach().clone()
+
+
+def test_another_fit_goes_on_with_the_trained_classifier_and_with_one_that_is_loaded(tmp_path: Path) -> None:
+    trained, first = [], First()
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            trained.append(pl_module.head.weight.detach().clone())
+
+    model = _model(train="layer4.0", refit="ridge")
+    trainer_in(tmp_path, max_epochs=2, callbacks=[Last()]).fit(model, _data())
+    trainer_in(tmp_path, max_epochs=1, callbacks=[first]).fit(model, _data())
+    assert torch.equal(first.head, trained[-1])
+    loaded = {**model.state_dict(), "head.weight": torch.full_like(model.head.weight, 0.5)}
+    model.load_state_dict(loaded)
+    trainer_in(tmp_path, max_epochs=1, callbacks=[first]).fit(model, _data())
+    assert torch.equal(first.head, loaded["head.weight"])
+
+
+def test_the_classifier_set_aside_is_that_of_the_loaded_checkpoint(tmp_path: Path) -> None:
+    model = _model(train="layer4.0", refit="ridge")
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer = trainer_in(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[saved])
+    trainer.fit(model, _data())
+    early, late = (torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True) for epoch in range(2))
+    assert not torch.equal(early["classifier_set_aside"][0], late["classifier_set_aside"][0])
+    trainer.validate(model, _data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    again = torch.load(tmp_path / "again.ckpt", weights_only=True)
+    assert torch.equal(again["classifier_set_aside"][0], early["classifier_set_aside"][0])
+
+
 def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:
     model = _model(train="layer4.0", head_init="etf", head_lr_factor=0)
     heads = []

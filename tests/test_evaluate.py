@@ -27,7 +27,7 @@ from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
 from ncfinetune.runs import Run
-from ncfinetune.settings import task_name
+from ncfinetune.settings import evaluated_images
 from ncfinetune.trained import ForgetFailedStart, complete
 from ncfinetune.trainer_cli import _loader
 
@@ -229,7 +229,7 @@ def test_evaluate_needs_the_checkpoint_alone(place: Path, capsys: pytest.Capture
     right = [row["prediction"] == row["label"] for row in rows]
     said = json.loads((out / "summary.json").read_text())
     assert said["accuracy"] == sum(right) / 18
-    assert said["images_of"] == task_name(Run(run).part("data"))  # a model card counts it for no other data
+    assert said["images_of"] == evaluated_images(Run(run).part("data"))  # a model card counts it for no other data
     assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
     with Image.open(out / "mistakes.png") as image:
         assert image.width > 600
@@ -260,6 +260,19 @@ def test_a_part_is_called_a_part_and_is_not_the_run_s(place: Path, capsys: pytes
     assert main(["test", *words, "--trainer.limit_test_batches", "1"]) is None
     assert Run(run).last("test/acc") is None
     assert list((run / "test_of_other_images").glob("events*"))
+
+
+def test_images_are_the_run_s_if_their_pixels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def said(**arguments: object) -> str:
+        return evaluated_images({"class_path": "ncfinetune.datamodules.ImageFolder", "init_args": arguments})
+
+    own = said(root="photos", image_size=32, normalize="data", batch_size=4, mean=None)
+    assert said(root=str(tmp_path / "photos"), image_size=32, normalize="data", augmentation="plain") == own
+    for other in ({"image_size": 16}, {"normalize": "backbone"}, {"mean": [0.5]}, {"root": "others"}, {"seed": 1}):
+        assert said(**{"root": "photos", "image_size": 32, "normalize": "data", **other}) != own
 
 
 def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

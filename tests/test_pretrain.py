@@ -361,6 +361,16 @@ def test_an_epoch_without_a_batch_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_an_epoch_that_a_callback_stops_needs_no_batch(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    trainer = _trainer(tmp_path, max_epochs=3, callbacks=[Stop()])
+    trainer.fit(Supervised(3, {"name": "test_resnet", "in_chans": 1}), _plain())
+    assert trainer.global_step == 2
+
+
 def _first_loss(folder: Path, method, backbone: dict[str, Any], **arguments: Any) -> float:
     torch.manual_seed(0)
     model = Supervised(3, backbone) if method is Supervised else method(backbone)

@@ -25,7 +25,7 @@ from ncfinetune.report_figures import picture
 from ncfinetune.report_statistics import paired, spearman, wilson
 from ncfinetune.report_table import markdown, rows
 from ncfinetune.runs import Run, find_runs
-from ncfinetune.settings import differences, method_name, settings, task_name
+from ncfinetune.settings import differences, evaluated_images, method_name, settings, task_name
 
 NC1 = "nc1/train/penultimate"
 
@@ -131,7 +131,7 @@ def _tested(run: Path, step: int, **numbers: float) -> None:
 
 def _evaluated(run: Path, step: int, accuracy: float, images: int, **facts: Any) -> None:
     """What the command ``evaluate`` writes."""
-    own = task_name(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    own = evaluated_images(yaml.safe_load((run / "config.yaml").read_text())["data"])
     numbers = {"accuracy": accuracy, "images": images, "step": step}
     (run / "evaluation" / "test").mkdir(parents=True, exist_ok=True)
     summary = run / "evaluation" / "test" / "summary.json"

@@ -121,6 +121,9 @@ def test_datamodules_say_how_they_make_images_ready(size: int, tmp_path: Path) -
     data.setup("fit")
     assert data.preprocessing["crop_pct"] == 0.875
     assert data.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    mean = Digits(mean=[0.48145466]).preprocessing["mean"]  # more digits than float32 has
+    assert mean == [0.48145467]
+    assert torch.equal(torch.tensor(mean), torch.tensor([0.48145466]))
     for path in (tmp_path / "a").rglob("*.png"):
         Image.open(path).resize((32, 32)).save(path)
     data = ImageFolder(str(tmp_path / "a"), image_size=32)
