@@ -1,7 +1,7 @@
 """Every command of README.md and docs/, run in the order of its page on a few small images and tiny networks.
 
-A command is a line of a shell block, or words in backticks that begin with a program's name. Those of make are listed by
-make and not run, and of a command that is only named its help is read. What is not run has its reason in `NOT_HERE`.
+A command is a line of a shell block, or words in backticks that begin with a program's name. Those of make are listed
+by make and not run, and of a command that is only named its help is read. What is not run has its reason in `NOT_HERE`.
 """
 
 import configparser
@@ -73,7 +73,8 @@ def commands(page: str) -> list[str]:
     inline = rf"`((?:{PROGRAMS})\s[^`]+)`"
     for match in re.finditer(rf"```(\w*)\n(.*?)```|{inline}", page, re.DOTALL):
         language, block, words = match.groups()
-        assert words or language in ("sh", "python"), f"a block in {language or 'no language'}: its commands are not seen"
+        hidden = not words and language != "sh" and re.search(rf"^\W*(?:{PROGRAMS})\s", block, re.MULTILINE)
+        assert not hidden, f"a command outside a block of sh: {block}"
         if words or language == "sh":
             found.append(" ".join(words.split()) if words else block)
     return found
