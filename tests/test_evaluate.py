@@ -275,6 +275,7 @@ def test_images_are_the_run_s_if_their_pixels_are(tmp_path: Path, monkeypatch: p
         assert said(**{"root": "photos", "image_size": 32, "normalize": "data", **other}) != own
 
 
+@pytest.mark.slow
 def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
     save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]

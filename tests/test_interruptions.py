@@ -137,6 +137,7 @@ def test_to_go_on_from_the_last_checkpoint_needs_one(tmp_path: Path, capsys: pyt
     assert error == f"error: no last checkpoint in {tmp_path / 'version_1' / 'checkpoints'}; there are {there}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_the_last_checkpoint_is_looked_for_where_it_is_kept(tmp_path: Path) -> None:
     keep = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'kept'}"]
@@ -146,6 +147,7 @@ def test_the_last_checkpoint_is_looked_for_where_it_is_kept(tmp_path: Path) -> N
     assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["global_step"] == 10
 
 
+@pytest.mark.slow
 def test_a_job_that_is_started_again_finds_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"JOB_ID": "17", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

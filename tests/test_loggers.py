@@ -164,6 +164,7 @@ def _hparams(folder: Path) -> tuple[list[str], list[str], dict[str, Any]]:
 _PARTS = ("experiment", "session_start_info")
 
 
+@pytest.mark.slow
 def test_hparams_are_there_if_a_run_is_killed_after_its_last_epoch(tmp_path: Path) -> None:
     class Killed(NeuralCollapseTracker):
         def on_fit_end(self, *_: Any) -> None:

@@ -137,6 +137,7 @@ LIKE_ANOTHER = {
     "web of fewer batches",
     "own batch sampler",
     "stream",
+    "stream with workers",
     "plain is web training",
     "plain is own training",
 }

@@ -672,6 +672,7 @@ def test_forward_of_the_whole_batch_is_explained(tmp_path: Path) -> None:
         _trainer(tmp_path, NeuralCollapseTracker(K)).fit(module, _loader(), _loader())
 
 
+@pytest.mark.slow
 def test_trial_runs_with_a_logger(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     _trainer(tmp_path, NeuralCollapseTracker(K), logger=logger, fast_dev_run=True).fit(
