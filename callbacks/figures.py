@@ -138,7 +138,9 @@ def _name(axes: Axes, names: Sequence[str], points: Sequence[tuple[float, float]
     """Write names beside points, each at the first place above or below its point where it covers no other name."""
     if len(names) > _MAX_NAMED_CLASSES:
         return
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the places of points in the picture
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # finds the places of points in the picture
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
     taken: list[Any] = []
     for name, point in zip(names, points, strict=True):

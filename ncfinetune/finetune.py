@@ -267,7 +267,7 @@ class FineTuner(PartlyFrozen):
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_ready"] = self._head_ready
         if self._set_aside is not None:
-            checkpoint[_SET_ASIDE] = self._trained_classifier()
+            checkpoint[_SET_ASIDE] = self._trained_classifier(), self._classifier_now()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the loaded classifier, and refuse to resume a run with other layers.
@@ -277,11 +277,7 @@ class FineTuner(PartlyFrozen):
         """
         super().on_load_checkpoint(checkpoint)
         self._head_ready = checkpoint.get("head_ready", True)
-        self._set_aside = None
-        if _SET_ASIDE in checkpoint:
-            prefix = "head.fc" if isinstance(self.head, SkipHead) else "head"
-            refitted = [checkpoint["state_dict"][f"{prefix}.{name}"] for name in ("weight", "bias")]
-            self._set_aside = checkpoint[_SET_ASIDE], refitted
+        self._set_aside = checkpoint.get(_SET_ASIDE)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             knobs.check_same_run(checkpoint.get("hyper_parameters", {}), self.hparams, self.tunes_the_same)
 

@@ -83,22 +83,19 @@ class ShiftedScatter:
 
 
 def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype) -> None:
-    """Add ``z^T z`` to the blocks of ``upper`` on and above its diagonal, multiplied in the precision of ``z``.
+    """Add ``z^T z`` to the blocks of ``upper`` on and above its diagonal, multiplied in float64.
 
     Args:
         upper: The sum so far, ``(d, d)``.
         rounding: Its rounding, ``(d,)``; updated in place.
-        z: Shifted features, ``(m, d)``.
+        z: Shifted features in float64, ``(m, d)``.
         given: The dtype that the features were rounded to.
     """
     before = upper.diagonal().clone()
     with full_precision(z.device):
         for rows in _blocks(z.shape[1]):
             block = upper[rows, rows.start :]
-            if z.dtype == upper.dtype:
-                block.addmm_(z[:, rows].T, z[:, rows.start :])
-            else:
-                block += z[:, rows].T @ z[:, rows.start :]
+            block.addmm_(z[:, rows].T, z[:, rows.start :])
     rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
 
 

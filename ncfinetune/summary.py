@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
@@ -27,12 +27,12 @@ class _SizeOfModel(ModelSummary):
         rank_zero_info(f"model: {trained} of {total} parameters are trained, {model_size:.3g} MB")
 
 
-class _WithoutVersion:
+class _WithoutVersion(ProgressBar):
     """A bar that leaves out the version, of which Lightning shows the last four characters: of ``layer`` ``ayer``."""
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
         """The numbers of the bar."""
-        known: dict[str, Any] = super().get_metrics(*args)  # type: ignore[misc]  # of the bar that it is mixed into
+        known = super().get_metrics(*args)
         return {name: value for name, value in known.items() if name != "v_num"}
 
 

@@ -264,11 +264,11 @@ def test_the_classifier_set_aside_is_that_of_the_loaded_checkpoint(tmp_path: Pat
     trainer = trainer_in(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[saved])
     trainer.fit(model, _data())
     early, late = (torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True) for epoch in range(2))
-    assert not torch.equal(early["classifier_set_aside"][0], late["classifier_set_aside"][0])
+    assert not torch.equal(early["classifier_set_aside"][0][0], late["classifier_set_aside"][0][0])
     trainer.validate(model, _data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
-    assert torch.equal(again["classifier_set_aside"][0], early["classifier_set_aside"][0])
+    assert torch.equal(again["classifier_set_aside"][0][0], early["classifier_set_aside"][0][0])
 
 
 def test_fixed_simplex_stays_while_the_layer_trains(tmp_path: Path) -> None:

@@ -113,10 +113,11 @@ def run(command: str) -> None:
 
 
 def _ours(line: str) -> None:
+    status: object
     try:
         status = main(shlex.split(line)[1:])
     except SystemExit as stop:  # of a help
-        status = stop.code  # type: ignore[assignment]
+        status = stop.code
     assert not status, line
 
 
