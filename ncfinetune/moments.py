@@ -11,9 +11,9 @@ Everything is kept in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -206,6 +206,36 @@ def _steps(rows: Tensor, labels: Tensor, shift: Tensor, keep: Tensor | None) -> 
         yield part, step if keep is None else step.masked_fill_(~keep[part, None], 0)
 
 
+class _Terms:
+    """What sums over samples less a shift change by when the shift is moved by ``step``, class by class.
+
+    Args:
+        count: Samples per class, ``(K, 1)``.
+        sums: Sums of ``z`` per class, ``(K, d)``.
+        step: New shifts less the old ones, ``(K, d)``; exact where these are close to each other.
+    """
+
+    def __init__(self, count: Tensor, sums: Tensor, step: Tensor) -> None:
+        self.before, self.step, self.added = sums, step, count * step
+
+    def sums(self) -> Tensor:
+        """The new sums of ``z``, ``(K, d)``."""
+        return self.before - self.added
+
+    def squares(self) -> Tensor:
+        """Change of the sums of ``|z|^2``, ``(K,)``."""
+        return ((self.added - 2 * self.before) * self.step).sum(1)
+
+    def scatter(self) -> Tensor:
+        """Change of the sum of ``z z^T``, ``(d, d)``."""
+        return self.step.T @ (self.added - self.before) - self.before.T @ self.step
+
+    def rounding(self) -> Tensor:
+        """Rounding of that change, ``(d,)``, in the form of `ShiftedScatter`."""
+        terms = (self.added.abs() + 2 * self.before.abs()) * self.step.abs()
+        return ROUNDING[torch.float64] * terms.sum(0)
+
+
 class MomentAccumulator(Accumulator):
     """Accumulates class moments of features batch by batch in constant memory.
 
@@ -365,13 +395,26 @@ class MomentAccumulator(Accumulator):
 
     def _move(self, moved: Tensor, step: Tensor) -> None:
         """Change the sums of classes ``moved``, ``(C,)``, for shifts that are moved by ``step``, ``(C, d)``."""
-        sums, count = self.sums[moved], self.count[moved, None]
-        self.squares[moved] += (count * step.square() - 2 * sums * step).sum(1)
-        self.sums[moved] = sums - count * step
+        terms = _Terms(self.count[moved, None], self.sums[moved], step)
+        self.squares[moved] += terms.squares()
+        self.sums[moved] = terms.sums()
         if self.keeps_scatter and len(moved):
-            change = step.T @ (count * step - sums) - sums.T @ step
-            self.scatter += change
-            self.rounding.add_(change.diagonal().abs(), alpha=ROUNDING[torch.float64])
+            self.scatter += terms.scatter()
+            self.rounding += terms.rounding()
+
+    def _about(self, shift: Tensor) -> dict[str, Tensor]:
+        """The sums of all samples so far, for these shifts, ``(K, d)``, in place of its own; on the device of them."""
+        state = {name: getattr(self, name).to(shift.device) for name in self.names}
+        terms = _Terms(state["count"][:, None], state["sums"], shift - state["shift"])
+        moved = {"squares": state["squares"] + terms.squares(), "sums": terms.sums()}
+        if self.keeps_scatter:
+            moved |= {"scatter": state["scatter"] + terms.scatter(), "rounding": state["rounding"] + terms.rounding()}
+        return moved
+
+    @property
+    def mean(self) -> Tensor:
+        """Class means of the samples that are not in the buffer, ``(K, d)``; zero for absent classes."""
+        return self.sums / self.count.clamp(min=1)[:, None] + self.shift
 
     def moments(self, within: bool = True) -> ClassMoments:
         """The class moments of all samples so far.
@@ -401,28 +444,33 @@ class MomentAccumulator(Accumulator):
         if len(widths) > 1:
             raise ValueError(f"expected states of features of one width to merge, got widths {sorted(widths)}")
         with torch.inference_mode(False), torch.no_grad():
-            if parts:
-                moments = [part.moments().to(self.device) for part in parts]
-                self.flags = torch.stack([part.flags.to(self.device) for part in parts]).sum(0)
-                if self.keeps_scatter:
-                    self.rounding = torch.stack([part.rounding.to(self.device) for part in parts]).sum(0)
-                self._hold(reduce(merge, moments))
+            if not parts:
+                return
+            count, shift = torch.zeros_like(self.count), self.count.new_zeros(self.num_classes, *widths)
+            for part in parts:
+                part.flush()
+                own, mean = part.count.to(self.device), part.mean.to(self.device)
+                count = count + own
+                shift = shift + (own / count.clamp(min=1))[:, None] * (mean - shift)
+            self.flags = torch.stack([part.flags.to(self.device) for part in parts]).sum(0)
+            states = [part._about(shift) for part in parts]
+            self._hold(
+                count, shift, {name: torch.stack([state[name] for state in states]).sum(0) for name in states[0]}
+            )
 
-    def _hold(self, moments: ClassMoments) -> None:
-        """Set the state to that of ``moments``."""
-        self.count, self.shift, self.sums = moments.count, moments.mean, torch.zeros_like(moments.mean)
-        self.anchors = moments.count.clone()
-        self.squares = moments.count * moments.variance
-        if moments.within is not None:
-            self.scatter = moments.within * moments.count.sum()
-            # Rounding of intermediate entries that can be far larger than the entries of the parts.
-            self.rounding.add_(self.scatter.diagonal(), alpha=4 * ROUNDING[torch.float64])
+    def _hold(self, count: Tensor, shift: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Set the state to these counts, ``(K,)``, shifts ``(K, d)``, and sums of samples less the shifts."""
+        self.count, self.shift, self.anchors = count, shift, count.clone()
+        for name, value in sums.items():
+            setattr(self, name, value)
+        if self.keeps_scatter:
             self.plan = torch.zeros_like(self.plan)
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor], device: torch.device | None = None) -> None:
         """Set the state to that of all processes; all of them must call it.
 
-        Shifts are moved to the global class means, after which every tensor is reduced by a sum.
+        Shifts are moved to the global class means, after which all sums are reduced. Nothing is lost to the rounding of
+        the class means, however far from the origin the features lie.
 
         Args:
             all_reduce: Returns the sum of a tensor over the processes; may change it in place.
@@ -444,15 +492,6 @@ class MomentAccumulator(Accumulator):
                     f"{processes}"
                 )
             self._widen(widths // processes)
-            local = self.moments()
-            count = all_reduce(local.count.clone())
-            mean = all_reduce(local.count[:, None] * local.mean) / count.clamp(min=1)[:, None]
-            step = (local.mean - mean) * local.present[:, None]
-            moved = local.count[:, None] * step
-            squares = all_reduce(local.count * local.variance + (moved * step).sum(1))
-            within = None
-            if local.within is not None:
-                scatter = all_reduce(local.count.sum() * local.within + moved.T @ step)
-                within = scatter / count.sum().clamp(min=1)
-                self.rounding = all_reduce(self.rounding.clone())
-            self._hold(ClassMoments(count, mean, squares / count.clamp(min=1), within))
+            count = all_reduce(self.count.clone())
+            shift = all_reduce(self.count[:, None] * self.mean) / count.clamp(min=1)[:, None]
+            self._hold(count, shift, {name: all_reduce(value) for name, value in self._about(shift).items()})

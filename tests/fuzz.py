@@ -226,7 +226,10 @@ def _reduced(rows: np.ndarray) -> np.ndarray:
             for other in range(column):
                 basis[:, column] -= (basis[:, other] @ basis[:, column]) * basis[:, other]
         norm = np.sqrt(np.square(basis[:, column]).sum())
-        basis[:, column] /= norm if norm > 0 else 1
+        if norm <= 1e-17 * np.sqrt(np.square(rows).sum()):  # It depends on the columns before it, but for rounding.
+            basis[:, column] = 0
+        else:
+            basis[:, column] /= norm
     return basis.T @ rows
 
 
