@@ -211,3 +211,19 @@ def test_small_singular_values_of_the_means_are_as_exact_as_large_ones(width: in
     features = torch.nn.functional.pad(means[labels] + noise, (0, width - 6)) @ rotation
     value = nc1(class_moments(features, labels, 7)).item()
     assert value == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-8, 1e-10])
+def test_merged_parts_are_exact_below_the_rounding_of_their_means(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 5
+    noise = torch.randn(400, 8, generator=generator, dtype=torch.float64)
+    features = torch.randn(5, 8, generator=generator, dtype=torch.float64)[labels] + 1e3 + spread * noise
+    whole, *parts = (MomentAccumulator(5) for _ in range(5))
+    whole.update(features, labels)
+    for part, rows, own in zip(parts, features.chunk(4), labels.chunk(4), strict=True):
+        part.update(rows, own)
+    parts[0].merge(parts[1:])
+    merged = parts[0].moments(within=False)
+    assert nc1(merged) == pytest.approx(float(nc1(whole.moments(within=False))), rel=1e-11)
+    assert nc1_ratio(merged) == pytest.approx(float(nc1_ratio(whole.moments(within=False))), rel=1e-11)
