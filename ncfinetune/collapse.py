@@ -57,7 +57,7 @@ def nc1(moments: ClassMoments) -> Tensor:
 
 
 def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
-    """`nc1` and its relative rounding error, as four standard deviations of an estimate.
+    """`nc1` and its relative rounding error, as eight standard deviations of an estimate.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
@@ -72,7 +72,7 @@ def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
         scale = scale + rows.detach().square().sum()
     if not scale > 0:
         return moments.mean.new_tensor(torch.nan), 0.0
-    noise = 4 * noise
+    noise = 8 * noise
     # Variation within classes below the rounding of the class means counts as full collapse.
     if noise <= scale * (_EPS * moments.mean.detach().abs().max()).square():
         return total, 0.0

@@ -136,12 +136,12 @@ class ClassMoments:
 
     @cached_property
     def _turning(self) -> Tensor:
-        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`."""
+        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`, ``u`` four units: eigenvectors are rounded too."""
         if self.scatter is not None:
             variances = self.scatter.diagonal()
         else:
             variances = self.mean.new_zeros(()) if self.within is None else self.within.diagonal()
-        return ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
+        return 4 * ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
