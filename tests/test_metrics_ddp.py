@@ -72,7 +72,7 @@ def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None
             assert value == pytest.approx(_expected(name, data), rel=1e-12)
             assert twice[name] == pytest.approx(value, rel=1e-12)  # every sample twice changes no mean
         d = data["features"].shape[1]
-        assert sorted(sizes) == sorted([4, K, K * d, K, d * d, d, 1, K * d])
+        assert sorted(sizes) == sorted([4, K, K * d, K, K * d, d * d, d, 1, K * d])
 
 
 def test_all_ranks_raise_for_what_one_rank_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
