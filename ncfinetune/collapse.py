@@ -24,7 +24,7 @@ from ncfinetune.moments import merge as merge
 
 _EPS = torch.finfo(torch.float64).eps
 # Relative rounding error of NC1: up to the first value NC1 counts as exact, above the second it is refused.
-EXACT, _ROUGH = 1e-6, 1e-2
+EXACT, _ROUGH = 1e-6, 2e-2
 _UNEVEN = "the features vary too unevenly within classes, or the class means too little in some directions"
 # Relative squared distance below which class means are subtracted pair by pair, and the number of pairs at a time.
 _CLOSE, _PAIRS = 1e-6, 4096
@@ -47,7 +47,7 @@ def nc1(moments: ClassMoments) -> Tensor:
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
-        UnresolvedCollapseError: The relative rounding error may exceed 1 %.
+        UnresolvedCollapseError: The relative rounding error may exceed 2 %.
         ValueError: The moments lack the within-class covariance.
     """
     value, error = nc1_with_error(moments)
@@ -57,11 +57,11 @@ def nc1(moments: ClassMoments) -> Tensor:
 
 
 def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
-    """`nc1` and its relative rounding error, as eight standard deviations of an estimate.
+    """`nc1` and a bound of its relative rounding error, as many standard deviations of an estimate.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
-        UnresolvedCollapseError: That error is above 1 %.
+        UnresolvedCollapseError: That error is above 2 %.
         ValueError: The moments lack the within-class covariance.
     """
     total = noise = scale = moments.mean.new_zeros(())
@@ -72,7 +72,6 @@ def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
         scale = scale + rows.detach().square().sum()
     if not scale > 0:
         return moments.mean.new_tensor(torch.nan), 0.0
-    noise = 8 * noise
     # Variation within classes below the rounding of the class means counts as full collapse.
     if noise <= scale * (_EPS * moments.mean.detach().abs().max()).square():
         return total, 0.0

@@ -125,23 +125,24 @@ class ClassMoments:
         return torch.tensordot(rows @ self.within, rows)
 
     def rounding_error(self, rows: Tensor, spread: Tensor) -> Tensor:
-        """Standard deviation of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
+        """Bound of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
 
-        It includes rounding of the products, and rounding ``u`` of the class means: in feature ``i``, where these have
-        norm ``m_i``, it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds its variance.
+        It is eight standard deviations of that of the products, whose tails are long where few features have most of
+        them, and four of what rounding ``u`` of the class means adds: in feature ``i``, where these have norm ``m_i``,
+        it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds its variance.
         """
         turned = self._turning * rows.square().sum(1).square().sum().sqrt()
         products = rows.new_zeros(()) if self.scatter is None else self.scatter.rounding_error(rows)
-        return products + 2 * turned * spread.sqrt() + turned.square()
+        return 8 * products + 4 * (2 * turned * spread.sqrt() + turned.square())
 
     @cached_property
     def _turning(self) -> Tensor:
-        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`, ``u`` four units: eigenvectors are rounded too."""
+        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`."""
         if self.scatter is not None:
             variances = self.scatter.diagonal()
         else:
             variances = self.mean.new_zeros(()) if self.within is None else self.within.diagonal()
-        return 4 * ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
+        return ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:

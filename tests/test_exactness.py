@@ -172,7 +172,7 @@ def test_what_rounding_hides_is_told_or_refused_by_name(size: float) -> None:
     metric = _streamed(features, labels)
     if size == 1e9:
         with pytest.raises(
-            UnresolvedCollapseError, match=r"nc1 by 1% of it at most, and it may .*; leave out outliers"
+            UnresolvedCollapseError, match=r"nc1 by 2% of it at most, and it may .*; leave out outliers"
         ):
             metric.compute()
         return

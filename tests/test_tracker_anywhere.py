@@ -499,7 +499,7 @@ def _nearly_flat(small: float) -> DataLoader:
 
 
 def test_rounding_of_nc1_is_said_once_and_the_number_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loader, tracker = _nearly_flat(3e-6), NeuralCollapseTracker(K)
+    loader, tracker = _nearly_flat(1e-6), NeuralCollapseTracker(K)
     trainer = _trainer(tmp_path, tracker)
     for _ in range(2):
         trainer.validate(_training(pl, nn.Sequential(nn.Linear(2, K))), loader, verbose=False)
