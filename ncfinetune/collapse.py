@@ -117,7 +117,12 @@ def _whitening(moments: ClassMoments) -> Iterator[Tensor]:
                 yield (rows if basis is None else rows @ basis) / squares[part, None].sqrt()
         left -= len(squares) - first
         rest = vectors[:, :first].T
-        block, basis = rest @ block, None if wide else rest if basis is None else rest @ basis
+        if wide:
+            kept = (vectors[:, first:].T @ block) / squares[first:, None].sqrt()
+            block = rest @ block
+            block = block - block @ kept.T @ kept  # what rounding of the eigenvectors left of the larger directions
+        else:
+            block, basis = rest @ block, rest if basis is None else rest @ basis
         gram = block @ block.T
 
 

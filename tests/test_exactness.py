@@ -227,3 +227,24 @@ def test_merged_parts_are_exact_below_the_rounding_of_their_means(spread: float)
     merged = parts[0].moments(within=False)
     assert nc1(merged) == pytest.approx(float(nc1(whole.moments(within=False))), rel=1e-11)
     assert nc1_ratio(merged) == pytest.approx(float(nc1_ratio(whole.moments(within=False))), rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("classes", "width"), [(4, 8), (12, 3)])
+def test_weak_directions_keep_nothing_of_the_strong_ones(classes: int, width: int, seed: int) -> None:
+    """Class means that vary ten million times less in one direction than in those along which samples vary."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(400) % classes
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    scales = torch.tensor([1, 0.01, 1e-7] + [0] * (width - 3), dtype=torch.float64)
+    means = torch.randn(classes, width, generator=generator, dtype=torch.float64) * scales
+    noise = torch.randn(400, width, generator=generator, dtype=torch.float64)
+    noise = noise - torch.stack([noise[labels == label].mean(0) for label in range(classes)])[labels]
+    noise[:, 2:] *= 1e-7
+    features = (means[labels] + noise) @ rotation
+    x, y = features.numpy().astype(np.longdouble), labels.numpy()
+    centres = np.stack([x[y == label].mean(0) for label in range(classes)])
+    expected = float(fuzz.nc1(centres - centres.mean(0), x - centres[y]))
+    value, error = nc1_with_error(class_moments(features, labels, classes))
+    assert error < 1e-3
+    assert value.item() == pytest.approx(expected, rel=error)
