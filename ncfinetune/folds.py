@@ -230,8 +230,12 @@ class _Regression(NamedTuple):
 
 
 def _whitening(mean: Tensor) -> Tensor:
-    """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` for class means ``(P, d)``, in the space that they span."""
+    """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` for class means ``(P, d)``, in the space that they span.
+
+    Which singular values count as zero is decided as for NC1: below about 1e-7 of the largest they may be nothing but
+    rounding of float32 features.
+    """
     _, scales, rows = torch.linalg.svd(mean - mean.mean(0), full_matrices=False)
     scales, rows = scales[: len(mean) - 1], rows[: len(mean) - 1]  # centring removes one dimension
-    kept = scales > max(mean.shape) * _EPS * scales[0]
+    kept = scales.square() > max(mean.shape) * _EPS * scales[0].square()
     return rows[kept] / scales[kept, None]

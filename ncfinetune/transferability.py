@@ -32,6 +32,7 @@ def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     ``Sigma`` is the covariance of the features, ``Sigma_B`` that of their class means, samples weighing alike in both.
     It lies between 0 and ``min(K - 1, d)``, and is at its highest whatever the features are where ``N <= d``.
+    Directions in which features vary by no more than the rounding of their type are left out.
 
         >>> labels = torch.arange(8) % 2
         >>> h_score(labels[:, None] + torch.tensor([[0.0]] * 4 + [[1.0]] * 4), labels, num_classes=2).item()
@@ -50,10 +51,21 @@ def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     rows, labels = _checked(features, labels, num_classes)
     left, scales, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    left = left[:, scales > max(rows.shape) * _EPS * scales[:1]]
+    left = left[:, scales > _least(features, scales)]
     count = labels.bincount(minlength=num_classes).clamp(min=1)
     sums = left.new_zeros(num_classes, left.shape[1]).index_add_(0, labels, left)
     return (sums.square().sum(1) / count).sum()
+
+
+def _least(features: Tensor, scales: Tensor) -> Tensor:
+    """Singular values of features ``(N, d)`` up to this may be rounding, of the decomposition or of the features.
+
+    Rounding of independent entries is a random matrix, whose largest singular value is about ``sqrt(N) + sqrt(d)``
+    times the standard deviation of its entries (Davidson and Szarek 2001, theorem 2.13).
+    """
+    number, width = features.shape
+    entry = torch.finfo(features.dtype).eps * features.double().norm() / (number * width) ** 0.5
+    return torch.maximum(entry * (number**0.5 + width**0.5), max(number, width) * _EPS * scales[0])
 
 
 def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

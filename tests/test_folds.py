@@ -74,6 +74,19 @@ def test_nc1_held_out_does_not_fall_to_zero_with_few_samples() -> None:
     assert moments.nc1().item() > 1.5 * reference.nc1(features.numpy(), labels.numpy())
 
 
+def test_nc1_leaves_out_directions_that_are_rounding() -> None:
+    """The features lie in a plane of eight dimensions but for the rounding of float32."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 5
+    noise = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    features = torch.randn(5, 2, generator=generator, dtype=torch.float64)[labels] + noise / 2
+    turned = features @ torch.linalg.qr(torch.randn(8, 2, generator=generator, dtype=torch.float64))[0].T
+    plane, rounded = FoldMoments(5), FoldMoments(5)
+    plane.update(features, labels)
+    rounded.update(turned.float(), labels)
+    assert rounded.nc1().item() == pytest.approx(plane.nc1().item(), rel=1e-6)
+
+
 def test_classes_of_one_batch_are_spread_over_the_folds() -> None:
     labels = torch.arange(60) % 5  # in step with the folds
     moments = FoldMoments(5, folds=5)

@@ -104,6 +104,16 @@ def test_knn_decides_ties_wrongly():
     assert knn_accuracy(torch.ones(6, 2), torch.arange(6) % 2, 2).item() == 0
 
 
+@pytest.mark.parametrize("offset", [0, 100])
+def test_h_score_leaves_out_directions_that_are_rounding(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 5
+    features = torch.randn(5, 2, generator=generator, dtype=torch.float64)[labels] + offset
+    features = features + torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    turned = features @ torch.linalg.qr(torch.randn(8, 2, generator=generator, dtype=torch.float64))[0].T
+    assert h_score(turned.float(), labels, 5).item() == pytest.approx(h_score(features, labels, 5).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("score", [h_score, logme, knn_accuracy])
 @pytest.mark.parametrize(
     ("features", "labels", "message"),
