@@ -41,9 +41,9 @@ def nc1(moments: ClassMoments) -> Tensor:
 
     ``Sigma_W`` weighs samples equally, ``Sigma_B`` classes; with unbalanced data these differ. NC1 is computed in the
     subspace that the class means span, without inverting a ``d x d`` matrix: ``Sigma_B^+ / K`` is ``T^T T`` for the
-    rows ``T`` of `_whitening`. Full collapse is 0; class means that all coincide give nan. Features count as they are given:
-    where class means span fewer than ``P - 1`` dimensions, the rounding of bfloat16 and float16 features makes up for the
-    others, in which nothing collapses; measure such features in float32.
+    rows ``T`` of `_whitening`. Full collapse is 0; class means that all coincide give nan. Features count as they are
+    given: where class means span fewer than ``P - 1`` dimensions, the rounding of bfloat16 and float16 features makes
+    up for the others, in which nothing collapses; measure such features in float32.
 
     If the relative rounding error may exceed 1e-6, a `RoundingWarning` gives its bound.
 
