@@ -32,6 +32,9 @@ _BETTER = 4
 _FAR = 10
 # Products are float32 while their estimated relative error of NC1 is below this, a tenth of the promised accuracy.
 _ALLOWED = 1e-7
+# Fewer features than this are multiplied in float64: their errors are too few to tell what float32 does to them, and
+# their products cost little beside the rest.
+_FEW = 32
 # Number of products after which the precision is chosen anew.
 _REVIEWED = {8**power for power in range(20)}
 # Precisions of the products: float64, float32, or not decided before the first product.
@@ -128,7 +131,7 @@ class ClassMoments:
         """Bound of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
 
         It is eight standard deviations of that of the products, whose tails are long where few features have most of
-        them, and four of what rounding ``u`` of the class means adds: in feature ``i``, where these have norm ``m_i``,
+        it, and four of what rounding ``u`` of the class means adds: in feature ``i``, where these have norm ``m_i``,
         it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds its variance.
         """
         turned = self._turning * rows.square().sum(1).square().sum().sqrt()
@@ -335,7 +338,7 @@ class MomentAccumulator(Accumulator):
 
     def _arithmetic(self, rows: Tensor) -> int:
         """The precision in which to multiply these rows."""
-        if not may_look(self.count) or rows.dtype == torch.float64:
+        if not may_look(self.count) or rows.dtype == torch.float64 or self.width < _FEW:
             return _WIDE
         made, arithmetic = self.plan.tolist()
         if made == 0 and rows.shape[0] == accumulator.capacity(rows.shape[1], rows.device) and not self.count.any():

@@ -31,6 +31,7 @@ FAMILIES = [
     "offset",
     "uneven means",
     "coarse",
+    "few of many",
 ]
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -69,7 +70,7 @@ class Found:
 
 def draw(rng: np.random.Generator) -> Input:
     """One input: shapes, type, scale, offset, spectra, order, parts."""
-    classes, width = int(rng.integers(2, 9)), int(rng.integers(1, 17) if rng.random() < 0.95 else rng.integers(17, 200))
+    classes, width = int(rng.integers(2, 9)), int(rng.integers(1, 17) if rng.random() < 0.6 else rng.integers(17, 200))
     samples = int(rng.choice([classes + 2, 40, 120, 400]))
     family = str(rng.choice(FAMILIES))
     labels = rng.permutation(np.arange(samples) % classes)
@@ -105,6 +106,9 @@ def _features(rng: np.random.Generator, family: str, classes: int, width: int, l
     offset = 10.0 ** rng.uniform(0, 5) if family == "offset" else 0.0
     if family == "uneven":
         spread[: max(1, width // 3)] *= 10.0 ** rng.uniform(1, 5)
+    elif family == "few of many":
+        few = np.arange(width) < rng.integers(1, 9)
+        means, spread = means * few, spread * few
     elif family == "uneven means":
         means *= 10.0 ** -rng.uniform(0, 4, width)
     elif family == "sparse":

@@ -77,9 +77,9 @@ def _rotated(ratio: float, samples: int, offset: float = 0.0) -> tuple[torch.Ten
     """Float32 features whose standard deviation within classes is ``ratio`` times as large along one direction."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(samples) % 5
-    means = torch.randn(5, 8, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
-    noise = torch.randn(samples, 8, generator=generator, dtype=torch.float64)
+    means = torch.randn(5, 32, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0]
+    noise = torch.randn(samples, 32, generator=generator, dtype=torch.float64)
     noise[:, 0] *= ratio
     return (means[labels] + noise @ rotation + offset).float(), labels
 
@@ -97,7 +97,7 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_buffer")
-@pytest.mark.parametrize(("ratio", "narrow"), [(1, True), (100, False), (10_000, False)])
+@pytest.mark.parametrize(("ratio", "narrow"), [(1, True), (1000, False), (10_000, False)])
 def test_uneven_variance_is_multiplied_in_float64(ratio: float, narrow: bool) -> None:
     features, labels = _rotated(ratio, 2000)
     metric = _streamed(features, labels)
@@ -124,7 +124,7 @@ def test_an_outlier_that_comes_first_costs_no_digits(factor: float, size: int) -
         assert value == pytest.approx(reference.nc1(features.numpy(), labels.numpy()), rel=1e-6)
 
 
-@pytest.mark.parametrize("width", [1, 8, 128])
+@pytest.mark.parametrize("width", [1, 32, 128])
 @pytest.mark.parametrize("few", [8, 200])
 def test_small_terms_are_not_lost_in_long_sums_after_large_ones(width: int, few: int) -> None:
     """The first rows of each buffer are far larger: float32 sums round the others away, all in one direction."""
@@ -166,7 +166,7 @@ def test_squares_that_float32_does_not_have(scale: float) -> None:
 def test_what_rounding_hides_is_told_or_refused_by_name(size: float) -> None:
     """Features vary widely in a direction in which the class means do not differ at all."""
     features, labels = _rotated(1, 400)
-    wide = torch.linalg.qr(torch.randn(8, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    wide = torch.linalg.qr(torch.randn(32, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     sign = 1 - 2 * (torch.arange(400) // 5 % 2)
     features = features.double() - features.double() @ wide @ wide.T + size * sign[:, None] * wide.T
     metric = _streamed(features, labels)
