@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ class ImageDataModule(LightningDataModule, ABC):
         cutmix: Strength alpha of CutMix (Yun et al. 2019); together with mixup each batch gets one of the two.
         image_size: Side ``S`` of the images in batches; None is the side of the stored images.
         normalize: ``data`` uses the data's mean and standard deviation, ``backbone`` those of the training of the
-            model's timm network: of its pre-training, or of the checkpoint that is tested.
+            model's timm network: of its pre-training, or of the checkpoint that is tested. None is ``data`` where the
+            data's are known; where they are assumed to be ImageNet's, it is ``backbone`` if there is such a network.
         mean: Mean of each channel, for pixels in 0..1; replaces that of ``normalize``.
         std: Standard deviation of each channel, for pixels in 0..1; replaces that of ``normalize``.
 
@@ -81,6 +82,8 @@ class ImageDataModule(LightningDataModule, ABC):
     """
 
     recipe, views, mean, std = map(_of_batches, ("recipe", "views", "mean", "std"))
+    # Whether data_mean and data_std are of the data, and not assumed.
+    knows_statistics: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,13 +99,14 @@ class ImageDataModule(LightningDataModule, ABC):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         image_size: int | None = None,
-        normalize: Normalize = "data",
+        normalize: Normalize | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_numbers(batch_size=batch_size, image_size=image_size)
-        check_choice("normalize", normalize, Normalize)
+        if normalize is not None:
+            check_choice("normalize", normalize, Normalize)
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
         self._stored_size = input_size[1]
@@ -133,6 +137,16 @@ class ImageDataModule(LightningDataModule, ABC):
     def augments(self) -> bool:
         """Whether training images are augmented: they differ from evaluation, and from epoch to epoch."""
         return self._augmentation.augments
+
+    @property
+    def follows_network(self) -> bool:
+        """Whether mean and std are those of the model's timm network, if it has one, unless they are given."""
+        return self.normalize == "backbone" or (self.normalize is None and not self.knows_statistics)
+
+    @property
+    def splits(self) -> list[str]:
+        """Which of ``train``, ``val`` and ``test`` there are, once the datamodule is set up."""
+        return list(self._parts)
 
     @property
     def class_counts(self) -> np.ndarray | None:
@@ -244,12 +258,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return paths
 
     def _follow_network(self) -> bool:
-        """With ``normalize=backbone`` take mean and std of the first timm network in the model; whether there is one.
+        """Take mean and std of the first timm network in the model, if they follow it; whether there is one.
 
         They are taken again for each loader, since a Trainer loads a checkpoint after `setup`.
         """
         model: Any = getattr(self.trainer, "lightning_module", None)
-        networks = model.modules() if model is not None and self.normalize == "backbone" else ()
+        networks = model.modules() if model is not None and self.follows_network else ()
         config = next((net.pretrained_cfg for net in networks if hasattr(net, "pretrained_cfg")), None)
         if config is not None:
             self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])

@@ -31,7 +31,8 @@ class FileDataModule(IndexedImages, ABC):
 
     Training cuts a random crop out of the whole image while decoding it. Evaluation takes the middle 7/8 of the shorter
     side, as in the usual 224 of 256 pixels, or all of it if the training images have the size already. Images
-    are turned upright by their EXIF orientation. The data's mean and standard deviation are assumed to be ImageNet's.
+    are turned upright by their EXIF orientation. Mean and standard deviation are those of the training of the model's
+    timm network (``normalize``), and ImageNet's with another model.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -43,6 +44,8 @@ class FileDataModule(IndexedImages, ABC):
             SMinSampleValue and SMaxSampleValue or its bits per sample, and otherwise all 16 bits; images that would be
             nearly black then, 32-bit integers and floating-point numbers are refused.
     """
+
+    knows_statistics = False
 
     def __init__(
         self,

@@ -74,6 +74,8 @@ class WebDataset(ImageDataModule):
             cannot be decoded, or its label is not in 0..K-1.
     """
 
+    knows_statistics = False
+
     def __init__(
         self,
         num_classes: int,

@@ -220,13 +220,13 @@ def fill(
     return reader.bank({**known, **facts})
 
 
-def read_images(trainer: Trainer, data: LightningDataModule, most: int) -> tuple[Tensor, Tensor]:
-    """The images of a pass as they are evaluated, ``(N, C, H, W)``, and their labels, ``(N,)``, on the CPU.
+def read_images(trainer: Trainer, backbone: Backbone, data: LightningDataModule, most: int) -> tuple[Tensor, Tensor]:
+    """The images of a pass as a network is evaluated on them, ``(N, C, H, W)``, and labels, ``(N,)``, on the CPU.
 
     Raises:
         ValueError: As `fill`; also no images.
     """
-    parts: Any = trainer.predict(_Images(), _TrainingImages(data, most, (1, 1)))
+    parts: Any = trainer.predict(_Images(backbone), _TrainingImages(data, most, (1, 1)))
     if not parts:
         raise ValueError("expected training images, got none")
     images, labels = zip(*parts, strict=True)
@@ -234,7 +234,11 @@ def read_images(trainer: Trainer, data: LightningDataModule, most: int) -> tuple
 
 
 class _Images(LightningModule):
-    """Gives back the images and labels of a batch."""
+    """Gives back the images and labels of a batch; holds the network that the data's preprocessing may follow."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = _checked(batch)
@@ -385,7 +389,7 @@ def _times(size: Sequence[int]) -> str:
 
 def _for_network(images: Tensor, backbone: Backbone, first: Backbone, data: Any) -> Tensor:
     """Images normalised as the network was pre-trained, where the datamodule does so for the first of several."""
-    if getattr(data, "normalize", None) != "backbone" or backbone is first:
+    if not getattr(data, "follows_network", False) or backbone is first:
         return images
     mean, std = _pretrained(first, images)
     if not (torch.equal(mean, data.mean.to(images)) and torch.equal(std, data.std.to(images))):  # given by the user

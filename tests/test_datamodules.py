@@ -372,6 +372,23 @@ def test_normalisation_of_a_pretrained_backbone() -> None:
         _fit(Digits([1, 2], normalize="backbone"))
 
 
+@pytest.mark.parametrize(("given", "mean"), [({}, 0.2), ({"normalize": "data"}, 0.485), ({"mean": [0.7] * 3}, 0.7)])
+def test_files_are_normalised_as_the_network_was_trained(folder: Path, given: dict[str, Any], mean: float) -> None:
+    class Wrapped(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("test_resnet", pretrained=False)
+            self.net.pretrained_cfg = {**self.net.pretrained_cfg, "mean": (0.2,) * 3}
+
+    data = _folder(folder, **given)
+    _trainer().validate(Wrapped(), data, verbose=False)
+    assert data.mean[0].item() == pytest.approx(mean)
+    assert data.preprocessing["mean"][0] == pytest.approx(mean)
+    other = _folder(folder, **given)
+    _trainer().validate(Recorder(), other, verbose=False)
+    assert other.mean[0].item() == pytest.approx(0.7 if "mean" in given else 0.485)
+
+
 def test_predictions_come_in_the_order_of_the_data_set() -> None:
     data = Digits([1, 2])
     predicted = _trainer().predict(Recorder(), data)

@@ -15,8 +15,10 @@ from tiny import trainer_in
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone
+from ncfinetune.bank import read_images
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
+from ncfinetune.datamodules import Digits
 from ncfinetune.probes import ridge, ridge_left_out
 from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.suggest import Row, choose, halve, verdict
@@ -49,6 +51,15 @@ ROWS = [row("ridge"), row("layer FT", 0.05)]
 
 def trial_of(loss, right=None):
     return Trial(torch.tensor(loss if right is None else right), torch.tensor(loss))
+
+
+def test_images_are_those_that_the_network_was_trained_on(tmp_path):
+    backbone = Backbone(**SMALL)
+    backbone.net.pretrained_cfg = {**backbone.net.pretrained_cfg, "mean": (0.2,) * 3, "std": (0.1,) * 3}
+    images, labels = read_images(trainer_in(tmp_path), backbone, Digits(shots=2, normalize="backbone"), 100)
+    given, same = read_images(trainer_in(tmp_path), Backbone(**SMALL), Digits(shots=2, mean=[0.2], std=[0.1]), 100)
+    torch.testing.assert_close(images, given)
+    assert torch.equal(labels, same)
 
 
 def test_folds_spread_each_class():

@@ -130,7 +130,7 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
     start = time.process_time()
     bank = fill(trainer(), [source], data, {}, 10**6)
-    images, _ = read_images(trainer(), data, 10**6)
+    images, _ = read_images(trainer(), backbone, data, 10**6)
     how = (data.batch_size, options.lr, options.epochs, trainer)
     if search in SUGGESTIONS:
         blocks = options.blocks if search == "suggest" else 0
