@@ -38,8 +38,9 @@ def log_evaluation(trainer: Trainer, module: LightningModule, values: Mapping[st
     others = {name: value for name, value in values.items() if name not in printed}
     for name, value in others.items():
         module.log(name, value, logger=False, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning logs what it logs of an evaluation
     for logger in trainer.loggers if others else ():
-        logger.log_metrics(others, step=trainer.global_step)
+        logger.log_metrics(others, step=step)
 
 
 def of_layer(name: str) -> str:

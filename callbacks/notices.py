@@ -21,7 +21,7 @@ class Notices:
     def layers(self, description: str) -> None:
         """Report the measured layers, and how they are pooled."""
         if self._is_new("layers", ""):
-            rank_zero_info(f"{self._asker} measures the features of an image at {description}")
+            rank_zero_info(f"{self._asker} measures {description}")
 
     def classes(self, result: Result, data: str, num_classes: int) -> None:
         """Report each data set of which a limited pass has not seen all classes."""

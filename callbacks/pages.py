@@ -11,6 +11,8 @@ from lightning.pytorch import Trainer
 
 # The group of hyper-parameters that names a run in a few words, as ``ncfinetune fit`` logs it.
 RUN = "run"
+# The folder below a run's that ``ncfinetune test`` logs to.
+_TEST = "test"
 _SETS = {"train": "training", "val": "validation"}
 
 
@@ -42,7 +44,7 @@ def lay_out(trainer: Trainer, metrics: Sequence[str]) -> None:
         logger.experiment.add_custom_scalars(layout)
 
 
-def describe(trainer: Trainer, names: Iterable[str]) -> None:
+def describe(trainer: Trainer, names: Iterable[tuple[str, str]]) -> None:
     """Write the columns of the page HPARAMS, and this run's hyper-parameters.
 
     The page reads the values of a metric from its curve, so that it can be written before the end of a run. It takes
@@ -50,7 +52,8 @@ def describe(trainer: Trainer, names: Iterable[str]) -> None:
 
     Args:
         trainer: The trainer.
-        names: Log names of the metrics, in the order of their columns.
+        names: Log names of the metrics, in the order of their columns, each with the folder below the run's that it is
+            read from.
     """
     from tensorboard.plugins.hparams import summary_v2  # its public name, api, needs TensorFlow
 
@@ -58,7 +61,7 @@ def describe(trainer: Trainer, names: Iterable[str]) -> None:
         given = logger.hparams.get(RUN)
         values = dict(_flat(given if isinstance(given, Mapping) else logger.hparams))
         writer = logger.experiment._get_file_writer()
-        columns, metrics = map(summary_v2.HParam, values), map(summary_v2.Metric, names)
+        columns, metrics = map(summary_v2.HParam, values), (summary_v2.Metric(*name) for name in names)
         writer.add_summary(summary_v2.hparams_config_pb(list(columns), list(metrics)))
         # Runs with the same trial would be one row, whose column has room for some 16 letters.
         folder = Path(logger.log_dir)
@@ -67,19 +70,28 @@ def describe(trainer: Trainer, names: Iterable[str]) -> None:
         logger.save()
 
 
-def metric_columns(own: Iterable[str], others: Iterable[str]) -> list[str]:
+def metric_columns(own: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
     """Names of metrics for HPARAMS, which shows the first few by default: accuracies, then collapse, then the rest.
 
     Args:
         own: The tracker's numbers to show.
-        others: What else the run logs; each of the validation set has its like of the test set, which comes later.
+        others: What else the run logs; each of the validation set has its like of the test set, which comes later: in
+            the folder of ``ncfinetune test``, or in the run's own if it is tested after the fit.
+
+    Returns:
+        Names with the folder below the run's.
     """
-    names = [like for name in others for like in (re.sub("^val/", "test/", name), name)]
+    tests = [re.sub("^val/", "test/", name) for name in others if name.startswith("val/")]
+    columns = [*((name, "") for name in own), *((name, _TEST) for name in tests), *((name, "") for name in others)]
+    columns += [(name, "") for name in tests]
 
-    def place(name: str) -> int:
-        return 0 if re.search("acc", name) else 1 if name.startswith("nc1/") else 2
+    def place(column: tuple[str, str]) -> int:
+        name, folder = column
+        if name in tests and folder != _TEST:
+            return 3
+        return 0 if "acc" in name else 1 if name.startswith("nc1/") else 2
 
-    return sorted(dict.fromkeys([*own, *names]), key=place)
+    return sorted(dict.fromkeys(columns), key=place)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune.resume import begin_again, last_saved
 
-# Exit status of a process ended by SIGTERM: 128 + 15.
-STATUS = 128 + signal.SIGTERM
+# Exit status of a process ended by a signal: 128 + 15, 128 + 2.
+STATUS, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _NAME = "stopped.ckpt"
 # In errors of gloo, NCCL and the store if another process has ended or did not answer within the time-out.
 _CONNECTION = r"gloo|NCCL|nccl|TCPStore|Connection (closed|reset) by peer|Broken pipe"
@@ -62,6 +62,33 @@ class SaveOnSIGTERM(Callback):
             _say(f"{when}; progress since the last checkpoint is lost: {error}")
         else:
             _say(f"{when}; to resume: ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {path}")
+
+
+class KnownFolder(Callback):
+    """Lets the checkpoint callbacks of a resumed run know again which checkpoints are best, wherever its folder is now.
+
+    Lightning (2.6) forgets that where their folder is another text than in the checkpoint: absolute in place of
+    relative, or moved. The next checkpoint is then the best, and replaces the one that was.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the present folder into the state of the callbacks that wrote into the folder of the checkpoint."""
+        loaded, states = trainer.ckpt_path, checkpoint.get("callbacks", {})
+        for callback in trainer.checkpoint_callbacks:
+            folder, state = getattr(callback, "dirpath", None), states.get(callback.state_key)
+            if loaded is None or folder is None or not state or "://" in f"{loaded}{folder}":
+                continue
+            if os.path.realpath(os.path.dirname(loaded)) == os.path.realpath(folder):
+                states[callback.state_key] = _moved(state, str(state.get("dirpath")), str(folder))
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """The same with one folder in place of another, in texts, keys and values."""
+    if isinstance(value, Mapping):
+        return {_moved(key, old, new): _moved(one, old, new) for key, one in value.items()}
+    if isinstance(value, str) and (value == old or value.startswith(old + os.sep)):
+        return new + value[len(old) :]
+    return value
 
 
 def _resuming(trainer: Any) -> str:
@@ -124,15 +151,17 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
         checkpoint: The checkpoint to resume from; None for a new run.
         command: The arguments of the command line.
     """
+    run = run_of(checkpoint)
+    if run is not None:
+        written = re.escape(str(Path(run.name, "checkpoints")))
+        warnings.filterwarnings("ignore", message=f"Checkpoint directory .*{written} exists and is not empty")
     # Another logger may overwrite the folder, as CSVLogger does, or have another meaning of version.
     if not str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger"):
         return
     options = trainer.logger.init_args
     if options.get("version") is not None:
         return
-    run = run_of(checkpoint)
     if run is not None:
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         options.save_dir, options.name, options.version = str(run.parent), "", run.name
     elif checkpoint is None and SLURMEnvironment.detect():
         job = os.environ["SLURM_JOB_ID"]

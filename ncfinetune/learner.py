@@ -177,7 +177,7 @@ class Learner(LightningModule, ABC):
             means = {name: mean.metric_state for name, mean in self._means_of("train")}
             checkpoint[_PROCESSES] = states_of_processes(self.trainer, {"means": means})
             checkpoint[_TRAINED] = trained(self)
-            checkpoint[_NUMBERS] = last_numbers(self.trainer)
+            checkpoint[NUMBERS] = last_numbers(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.
@@ -190,7 +190,7 @@ class Learner(LightningModule, ABC):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._processes = checkpoint.get(_PROCESSES, [])
             self._trained_before = checkpoint.get(_TRAINED, {})
-            self._numbers_before = checkpoint.get(_NUMBERS, {})
+            self._numbers_before = checkpoint.get(NUMBERS, {})
             take_up_after_last_batch(checkpoint)
             _refuse_finders_of_resumed(self.trainer)
         if self._trainer is not None:
@@ -343,7 +343,7 @@ _PROCESSES = "processes"
 # Key for whether each parameter was trained.
 _TRAINED = "trained"
 # Key for the last logged values.
-_NUMBERS = "numbers"
+NUMBERS = "numbers"
 # Hyper-parameters of the run that the model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 

@@ -6,6 +6,7 @@ Only the command line is quiet: a project that imports the package keeps every m
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,16 @@ _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "lightning.fabric.utilities.seed",
+    "lightning_fabric.utilities.seed",
     "pytorch_lightning.utilities.rank_zero",
     "lightning_fabric.utilities.rank_zero",
 )
 # What is restored has a message of its own when it is.
-_NOISE = ("💡 Tip:", "TPU available: False", "`weights_only` was not set", "Restoring states from the checkpoint path")
+_NOISE = (
+    *("💡 Tip:", "GPU available: False", "TPU available: False", "Seed set to"),
+    *("`weights_only` was not set", "Restoring states from the checkpoint path"),
+)
 # Warnings of a library about its own code or another library's, by the beginning of their text.
 _OF_LIBRARIES = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
@@ -46,4 +52,4 @@ def quiet() -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_NOISE)
+    return not re.sub(r"^\[rank: \d+\] ", "", record.getMessage()).startswith(_NOISE)

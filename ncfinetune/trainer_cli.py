@@ -21,13 +21,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import class_help, found, interruptions, predictions, settings, summary, trained
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
+from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
 from ncfinetune.passes import in_order
 from ncfinetune.safety import refuse_code
@@ -56,7 +57,7 @@ def main(args: list[str] | None = None) -> int | None:
     With ``--safe`` among them, code from a configuration or a checkpoint is never run.
 
     Returns:
-        The exit status: None, `BROKEN_IMAGES`, or `interruptions.STATUS` after SIGTERM.
+        The exit status: None, `BROKEN_IMAGES`, `interruptions.STATUS` after SIGTERM or `INTERRUPTED` after Ctrl-C.
 
     Raises:
         ValueError: Lightning refuses the configuration, a checkpoint is of another model, or ``--safe`` forbids
@@ -104,18 +105,29 @@ def _run(words: list[str]) -> int | None:
         ).status
     except SIGTERMException:
         return interruptions.STATUS
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
-    except UnpicklingError as error:
-        found = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"--ckpt_path holds code, which is not run here: {found}") from error
-    except RuntimeError as error:
-        if lost := interruptions.lost_ranks(error):
-            raise ValueError(lost) from error
-        if "in loading state_dict" not in str(error):
+    except SystemExit as left:  # by Lightning, with status 1
+        if isinstance(left.__context__, KeyboardInterrupt):
+            return interruptions.INTERRUPTED
+        raise
+    except (MisconfigurationException, UnpicklingError, RuntimeError) as error:
+        if (reason := _reason(error)) is None:
             raise
+        raise ValueError(reason) from error
+
+
+def _reason(error: Exception) -> str | None:
+    """What a run was refused for, or how it was lost, in a line; None for a fault of the program."""
+    if isinstance(error, MisconfigurationException):
+        return str(error)
+    if isinstance(error, UnpicklingError):
+        found = textwrap.shorten(str(error), 200, placeholder=" ...")
+        return f"--ckpt_path holds code, which is not run here: {found}"
+    if isinstance(error, RuntimeError) and (lost := interruptions.lost_ranks(error)):
+        return lost
+    if "in loading state_dict" in str(error):
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ValueError(f"--ckpt_path is a checkpoint of another model: {found}") from error
+        return f"--ckpt_path is a checkpoint of another model: {found}"
+    return None
 
 
 class _Trainer(Trainer):
@@ -211,8 +223,8 @@ class NCFinetuneCLI(LightningCLI):
     safe = False
     status: int | None = None
     _arguments: Any = None
-    # Step of the checkpoint.
-    _step = 0
+    # Step and epoch of the checkpoint.
+    _step = _epoch = 0
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
         self._command = command
@@ -277,7 +289,7 @@ class NCFinetuneCLI(LightningCLI):
             interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
-            self._step = checkpoint.get("global_step", 0)
+            self._step, self._epoch = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0)
         if checkpoint is not None:
             _keep_chosen(self.config[self.subcommand].model, checkpoint)
 
@@ -339,7 +351,7 @@ class NCFinetuneCLI(LightningCLI):
         trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        trainer.callbacks.append(interruptions.SaveOnSIGTERM())
+        trainer.callbacks += [interruptions.SaveOnSIGTERM(), interruptions.KnownFolder()]
         # All processes use the folder of rank 0; another process would take the next version number.
         if getattr(rank_zero_only, "rank", 0):
             return
@@ -360,16 +372,20 @@ class NCFinetuneCLI(LightningCLI):
             warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         trainer: Any = self.trainer
         trainer.callbacks.append(found.announcing(settings.headline(self.config.fit.as_dict())))
+        rank_zero_info(f"run: {self._run_folder}")
 
     def after_fit(self) -> None:
-        """Test the last weights, with ``--test_after_fit``."""
+        """Say how it ended, and test the last weights, with ``--test_after_fit``."""
+        if not self.trainer.interrupted and not getattr(self.trainer, "fast_dev_run", False):
+            rank_zero_info("\n".join(conclusion(self.trainer, self.model)))
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
     def before_validate(self) -> None:
-        """Have numbers logged at the step of the checkpoint; the Trainer would log them at step 0."""
-        loop: Any = self.trainer.fit_loop.epoch_loop
-        loop._batches_that_stepped = self._step
+        """Have numbers logged at the step and epoch of the checkpoint; the Trainer would log them at 0."""
+        loop: Any = self.trainer.fit_loop
+        loop.epoch_loop._batches_that_stepped = self._step
+        loop.epoch_progress.current.completed = self._epoch
 
     before_test = before_validate
 

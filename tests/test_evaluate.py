@@ -279,6 +279,7 @@ def test_images_are_the_run_s_if_their_pixels_are(tmp_path: Path, monkeypatch: p
 def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", "FineTuner", "--model.backbone", NARROW, "--model.train", "all", *RANDOM]
     save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    save += ["--trainer.callbacks+=NeuralCollapseTracker"]
     options = ["--data.batch_size", "6", "--trainer.max_epochs", "2"]
     run = _fit(place, "run", *model, *_data(place / "photos"), *save, *options)
     first, second = sorted((run / "checkpoints").glob("*.ckpt"))
@@ -288,7 +289,10 @@ def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: p
     assert Run(run).last("test/acc") == accuracy
     assert main(["test", *QUIET[:4], "--ckpt_path", str(second)]) is None
     assert main(["validate", *QUIET[:4], "--ckpt_path", str(first)]) is None
-    assert [step for step, _ in Run(run / "test").own["test/acc"]] == [6]
+    tested = Run(run / "test").own
+    assert {tag for tag in tested if tag.startswith(("cdnv", "nc1_ratio", "nc3"))}
+    assert {step for points in tested.values() for step, _ in points} == {6}
+    assert {value for _, value in tested["epoch"]} == {1}
     assert [step for step, _ in Run(run / "validate").own["val/acc"]] == [3]
     assert (Run(run).tests, Run(run).tested_at, Run(run).steps, Run(run).lacks) == ([3, 6], 6, 6, None)
     capsys.readouterr()

@@ -98,8 +98,7 @@ def test_ctrl_c_says_how_to_go_on(step: int, tmp_path: Path, capsys: pytest.Capt
     interrupt = ["--trainer.callbacks+=test_interruptions.Interrupt", f"--trainer.callbacks.step={step}"]
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(SystemExit):
-            main([*RUN, *interrupt, *_place(tmp_path)])
+        assert main([*RUN, *interrupt, *_place(tmp_path)]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores from then on
     run = tmp_path / "version_0"
@@ -110,6 +109,28 @@ def test_ctrl_c_says_how_to_go_on(step: int, tmp_path: Path, capsys: pytest.Capt
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
     command = f"ncfinetune fit --config {run / 'config.yaml'} --ckpt_path {checkpoint}"
     assert said == f"interrupted in epoch 1 after step 7; to resume from the last checkpoint: {command}"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_was_best_stays_so_in_a_resumed_run(moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is relative at first and absolute then, or moved; of the epochs the first is best."""
+    monkeypatch.chdir(tmp_path)
+    keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=epoch", "--trainer.callbacks.mode=min"]
+    keep += ["--trainer.callbacks.filename=best", "--trainer.callbacks.enable_version_counter=false"]
+    keep += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last"]
+    assert main([*RUN, *keep, *_place(Path("runs")), "--trainer.max_epochs", "2"]) is None
+    if moved:
+        (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    run = Path("elsewhere" if moved else "runs", "version_0")
+    before = {path.name: torch.load(path, weights_only=True)["global_step"] for path in run.glob("checkpoints/*.ckpt")}
+    assert before == {"best.ckpt": 5, "last.ckpt": 10}
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert main(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", last, "--trainer.max_epochs", "4"]) is None
+    after = {path.name: torch.load(path, weights_only=True)["global_step"] for path in run.glob("checkpoints/*.ckpt")}
+    assert after == {"best.ckpt": 5, "last.ckpt": 20}
+    states = torch.load(last, weights_only=True)["callbacks"]
+    kept = [state for name, state in states.items() if name.startswith("ModelCheckpoint") and "'epoch'" in name]
+    assert [state["best_model_path"] for state in kept] == [str(tmp_path / run / "checkpoints" / "best.ckpt")]
 
 
 def test_sigterm_on_a_full_disk_says_what_is_lost(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ncfinetune import Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.callbacks.figures import of_pass
+from ncfinetune.callbacks.pages import metric_columns
 from ncfinetune.collapse import class_moments
 from ncfinetune.datamodules import Digits
 from ncfinetune.settings import headline
@@ -178,6 +179,21 @@ def test_hparams_are_there_if_a_run_is_killed_after_its_last_epoch(tmp_path: Pat
     assert values == {"method": "SCL FT layer3.0", "lr": 0.1}
     assert metrics[:2] == ["nc1/train/penultimate", "nc1/val/penultimate"]
     assert {"test/loss", "val/loss"} <= set(metrics)
+
+
+def test_hparams_have_the_accuracy_of_the_command_test() -> None:
+    """TensorBoard reads it from the folder below the run's; the run's own is that of a test after the fit."""
+    columns = metric_columns(["nc1/train/penultimate"], ["val/acc", "val/loss", "train/loss"])
+    assert columns == [
+        ("test/acc", "test"),
+        ("val/acc", ""),
+        ("nc1/train/penultimate", ""),
+        ("test/loss", "test"),
+        ("val/loss", ""),
+        ("train/loss", ""),
+        ("test/acc", ""),
+        ("test/loss", ""),
+    ]
 
 
 def test_headline_of_a_run() -> None:

@@ -39,10 +39,10 @@ def test_fit_and_test_say_what_matters(
         warnings.simplefilter("always")
         assert main(["fit", *words]) is None
     said = "\n".join([*caplog.messages, *(str(warning.message) for warning in warned), *capfd.readouterr()])
-    for noise in ("💡", "TPU", "FLOPs", "LeafSpec", "logging interval"):
+    for noise in ("💡", "PU available: False", "Seed set", "FLOPs", "LeafSpec", "logging interval"):
         assert noise not in said
     assert re.search(r"model: (\S+ K) of \1 parameters are trained, 0.04\d+ MB", said)
-    assert "measures the features of an image at layer1.0: 4 features (mean over positions of outputs (" in said
+    assert "measures layer1.0: 4 features (mean over positions of outputs (" in said
     assert re.search(r"; penultimate: 10 features\n", said)
     table = [line for line in said.splitlines() if line.startswith("│")]
     assert len(table) <= 5
