@@ -205,16 +205,20 @@ def _joined(members: Sequence[Run], folders: Folders) -> list[Run]:
 
 
 def _once_a_seed(runs: Iterable[Run], folders: Folders) -> list[Run]:
-    """Of the runs of one configuration and one seed the one that is finished and, among those, was begun last."""
+    """Of the runs of one configuration and one seed one that is finished, and tested if one is; of several the last."""
     kept: dict[object, Run] = {}
     for run in runs:
         key = folders.seed_of(run) or run.path
         if (other := kept.get(key)) is None:
             kept[key] = run
             continue
-        kept[key], left = (other, run) if run.lacks and not other.lacks else (run, other)
+        kept[key], left = (other, run) if _worth(other) > _worth(run) else (run, other)
         _warn(f"{str(left.path)!r} has the configuration and seed of {str(kept[key].path)!r}, and is left out")
     return sorted(kept.values(), key=lambda run: run.path)
+
+
+def _worth(run: Run) -> tuple[bool, bool]:
+    return run.lacks is None, run.tested_at is not None
 
 
 def _with_differences(experiments: Sequence[Experiment]) -> list[Experiment]:

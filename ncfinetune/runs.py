@@ -141,9 +141,11 @@ class Run:
         return points[0][1] if points and points[0][0] == 0 else None
 
     def after(self, tag: str) -> float | None:
-        """The last value logged under a tag; None if that was before the training."""
-        points = self.points.get(tag, [])
-        return None if len(points) == 1 and points[0][0] == 0 and self._epochs() else self.last(tag)
+        """The last value logged under a tag up to the tested checkpoint; None if that was before the training."""
+        points = [point for point in self.points.get(tag, []) if point[0] <= (self.tested_at or math.inf)]
+        if not points or (len(points) == 1 and points[0][0] == 0 and self._epochs()):
+            return None
+        return max(reversed(points), key=_step)[1]
 
     def part(self, name: str) -> dict[str, Any]:
         """A part of the configuration, empty if it lacks that."""

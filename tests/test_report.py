@@ -248,6 +248,24 @@ def test_a_run_of_the_same_seed_counts_once(tmp_path: Path, capsys: pytest.Captu
     )
 
 
+def test_of_runs_of_a_seed_a_tested_one_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Early stopping has no number of epochs to reach, so that a run that was stopped by hand looks finished."""
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    config = _config(seed=1, trainer={"callbacks": [stopping]})
+    _write(tmp_path / "a", config, test=0.5)
+    _write(tmp_path / "b", config, range(1), test=None)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"]) == ("1", "50.0")
+    assert capsys.readouterr().err.count("is left out") == 1
+
+
+def test_collapse_is_that_of_the_tested_weights(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(), test=None)
+    _tested(run, 8, acc=0.75)
+    (row,) = _rows(tmp_path)
+    assert (row["NC1 before"], row["NC1 after"], row["validation accuracy %"]) == ("8", "2", "30.0")
+
+
 def test_runs_without_a_seed_are_all_counted(tmp_path: Path) -> None:
     for name in "abc":
         _write(tmp_path / name, _config(seed=None))
