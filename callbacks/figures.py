@@ -167,7 +167,7 @@ def over_epochs(curves: Mapping[str, Mapping[str, Mapping[int, float]]], split: 
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     figure = Shown(figsize=(_WIDTH * columns, 3 * rows), layout="constrained", facecolor="white", dpi=_DPI)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     lines: dict[str, Any] = {}
     order = list(dict.fromkeys(layer for layers in curves.values() for layer in layers))
     colours = dict(zip(order, _shades(len(order)), strict=True))
@@ -179,7 +179,7 @@ def over_epochs(curves: Mapping[str, Mapping[str, Mapping[int, float]]], split: 
         axes.set(title=metric, xlabel="epochs")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    for axes in panels:
+    for axes in panels[len(curves) :]:
         axes.remove()
     figure.legend(lines.values(), lines, loc="outside right upper", title="layers", fontsize="small", frameon=False)
     figure.suptitle(f"{split} images")

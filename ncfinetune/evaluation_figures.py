@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ class Mistake:
     """An image whose class was predicted wrongly.
 
     Attributes:
-        name: Its file, or its index in the data set.
+        name: Its file, of which the folder's name and its own are shown, or its index in the data set.
         image: What the network saw, uint8 ``(H, W, 3)``.
         true: Name of its class.
         predicted: Name of the predicted class.
@@ -76,7 +77,10 @@ def sheet(mistakes: Sequence[Mistake], title: str, in_a_row: int = _IN_A_ROW) ->
         axes.axis("off")
     for axes, mistake in zip(grid, mistakes, strict=False):
         axes.imshow(mistake.image, interpolation="nearest")
-        text = [_short(mistake.name, end=True), f"true: {_short(mistake.true, _LONGEST - 6)}"]
+        text = [
+            _short("/".join(Path(mistake.name).parts[-2:]), end=True),
+            f"true: {_short(mistake.true, _LONGEST - 6)}",
+        ]
         text.append(f"predicted: {_short(mistake.predicted, _LONGEST - 10)} {mistake.probability:.2f}")
         axes.set_title("\n".join(text), fontsize="small", parse_math=False)
     return figure

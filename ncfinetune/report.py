@@ -25,14 +25,17 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 body {{ font-family: sans-serif; margin: 2em; }}
-table {{ border-collapse: collapse; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 0.3em 0.8em; text-align: left; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85em; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: 0.3em 0.5em; text-align: left; }}
 img {{ max-width: 100%; }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
+<div class="wide">
 {table}
+</div>
 <p>{legend}</p>
 <img alt="{alt}" src="data:image/png;base64,{picture}">
 </body>

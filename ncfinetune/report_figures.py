@@ -9,11 +9,12 @@ from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ncfinetune.grouping import Experiment
-from ncfinetune.report_statistics import spearman
+from ncfinetune.report_statistics import spearman, wilson
 from ncfinetune.report_table import ACCURACIES
 from ncfinetune.runs import Run
 from ncfinetune.settings import CHECKPOINTS, task_name, told_apart
@@ -56,8 +57,10 @@ def picture(experiments: Sequence[Experiment]) -> Figure:
 def _of_task(experiments: Sequence[Experiment]) -> list[tuple[int, Panel]]:
     """The panels of a task and their widths."""
     drawn: list[tuple[int, Panel]] = []
-    if any(experiment.layers() for experiment in experiments):
-        drawn.append((3, lambda axes: _draw_depth(axes, experiments)))
+    layers = max(len(experiment.layers()) for experiment in experiments)
+    over_depth = 3, lambda axes: _draw_depth(axes, experiments)
+    if layers > 1:
+        drawn.append(over_depth)
     tag = _compared(experiments)
     if tag is not None:
         points = [_pairs(experiment, _NC1, tag) for experiment in experiments]
@@ -66,6 +69,8 @@ def _of_task(experiments: Sequence[Experiment]) -> list[tuple[int, Panel]]:
         sizes = {e.trained for e in experiments if e.trained and e.values(tag)}
         if len(sizes) > 1:
             drawn.append((2, lambda axes: _draw_against_size(axes, experiments, tag)))
+    if layers and not drawn:  # one layer, which says little, and nothing else
+        drawn.append(over_depth)
     return [(drawn[0][0], _named(drawn[0][1], experiments[0].task)), *drawn[1:]] if drawn else []
 
 
@@ -95,13 +100,13 @@ def _pairs(experiment: Experiment, x: str, tag: str) -> list[tuple[float, float]
 def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
     layers = max((experiment.layers() for experiment in experiments), key=len)
     before = [experiments[0].mean("nc1/train/" + layer, Run.before) for layer in layers]
-    axes.plot(range(len(layers)), before, color="0.8", linewidth=5, label="before")
+    axes.plot(range(len(layers)), before, "o-", color="0.8", linewidth=5, markersize=9, label="before")
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
         after = [experiment.mean("nc1/train/" + layer, Run.after) for layer in layers]
         axes.plot(range(len(layers)), after, "o-", color=colour, label=_plain(experiment.label), markersize=4)
     axes.set(yscale="log", ylabel="NC1 of the training features\n(lower: more collapsed)")
     axes.set_xticks(range(len(layers)), [*map(_plain, layers)], rotation=30)
-    axes.grid(alpha=0.3)
+    _label_decades(axes, axes.yaxis)
 
 
 def _draw_against_nc1(
@@ -111,14 +116,14 @@ def _draw_against_nc1(
         if known:
             axes.plot(*zip(*known, strict=True), "o", color=colour, label=_plain(experiment.label))
     axes.set(xscale="log", xlabel="NC1 of the features that reach the classifier", ylabel=ACCURACIES[tag])
-    _label_decades(axes)
+    _label_decades(axes, axes.xaxis)
 
 
 def _draw_against_size(axes: Axes, experiments: Sequence[Experiment], tag: str) -> None:
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
         if experiment.trained and experiment.values(tag):
             _with_bars(axes, [experiment.trained], [experiment], tag, colour, "o", experiment.label)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel=ACCURACIES[tag])
+    axes.set(xscale="log", xlabel="trained parameters", ylabel=_what_bars_are(experiments, tag))
     axes.grid(alpha=0.3)
 
 
@@ -143,9 +148,10 @@ def _draw_shots(axes: Axes, task: str, curves: Sequence[Sequence[Experiment]], t
         known = sorted((e for e in curve if e.values(tag)), key=lambda e: _shots(e) or 0)
         if known:
             _with_bars(axes, [_shots(e) or 0 for e in known], known, tag, colour, "o-", known[0].label)
-    axes.set(xscale="log", xlabel="images a class", ylabel=ACCURACIES[tag])
+    of_all = [experiment for curve in curves for experiment in curve]
+    axes.set(xscale="log", xlabel="images a class", ylabel=_what_bars_are(of_all, tag))
     axes.set_title(_plain(task), loc="left")
-    ticks = sorted({_shots(e) or 0 for curve in curves for e in curve})
+    ticks = sorted({_shots(experiment) or 0 for experiment in of_all})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
@@ -205,7 +211,7 @@ def _draw_sources(
     where = "source training features" if of_source else "features before fine-tuning"
     axes.set(xscale="log", xlabel=f"NC1 of the {where}", ylabel=ACCURACIES[tag])
     axes.set_title(_plain(task), loc="left")
-    _label_decades(axes)
+    _label_decades(axes, axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
 
 
@@ -224,19 +230,41 @@ def _text(settings: Mapping[str, str], without: set[str]) -> str:
 def _with_bars(
     axes: Axes, x: list[float], experiments: Sequence[Experiment], tag: str, colour: str, form: str, label: str
 ) -> None:
-    """Mean accuracies with bars of a standard deviation over runs."""
-    values = [100 * np.asarray(experiment.values(tag)) for experiment in experiments]
-    bars = [float(found.std(ddof=1)) if len(found) > 1 else 0.0 for found in values]
-    means = [float(found.mean()) for found in values]
+    """Mean accuracies with bars of a standard deviation over runs, or of one run with its 95 % interval."""
+    means = [100 * experiment.mean(tag) for experiment in experiments]
+    bars = np.transpose([_bar(experiment, tag) for experiment in experiments])
     axes.errorbar(x, means, bars, fmt=form, color=colour, capsize=3, markersize=5, label=_plain(label))
 
 
-def _label_decades(axes: Axes) -> None:
+def _bar(experiment: Experiment, tag: str) -> tuple[float, float]:
+    """How far a bar reaches below and above the mean accuracy, in %."""
+    values = experiment.values(tag)
+    if len(values) > 1:
+        deviation = 100 * float(np.std(values, ddof=1))
+        return deviation, deviation
+    images = experiment.values("test/images") if tag.startswith("test/") else []
+    if not images or not 0 <= values[0] <= 1:
+        return 0.0, 0.0
+    low, high = wilson(values[0], int(images[0]))
+    return 100 * max(0.0, values[0] - low), 100 * max(0.0, high - values[0])
+
+
+def _what_bars_are(experiments: Iterable[Experiment], tag: str) -> str:
+    """The name of an accuracy, with what its bars are."""
+    runs = {len(experiment.values(tag)) for experiment in experiments} - {0}
+    kinds = ["standard deviation"] if max(runs, default=1) > 1 else []
+    if 1 in runs and tag.startswith("test/"):
+        kinds.append("95 % interval of one run")
+    return ACCURACIES[tag] + (f"\n(bars: {', '.join(kinds)})" if kinds else "")
+
+
+def _label_decades(axes: Axes, axis: Axis) -> None:
     """Plain numbers at the ticks of a logarithmic axis, which may have few decades, or a single value."""
-    low, high = axes.get_xlim()
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if math.log10(high / low) < 2 else (1,)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    decades = math.log10(high / low)
+    axis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
 
 

@@ -27,7 +27,7 @@ _LEGEND = {
     "other test images would give another number within it.",
     "tested at": "Tested at is the step of the checkpoint that was tested, of those tested in a run the one trained "
     "longest, where that is not the end of the training.",
-    "NC1 after": "NC1 after is the last of the training up to the tested checkpoint.",
+    "NC1 after": "NC1 after is the last measured up to the tested checkpoint, or the first after it.",
     "points over baseline": "Points over baseline are differences of runs of the same seed; p is the paired t-test's.",
 }
 

@@ -141,11 +141,14 @@ class Run:
         return points[0][1] if points and points[0][0] == 0 else None
 
     def after(self, tag: str) -> float | None:
-        """The last value logged under a tag up to the tested checkpoint; None if that was before the training."""
-        points = [point for point in self.points.get(tag, []) if point[0] <= (self.tested_at or math.inf)]
-        if not points or (len(points) == 1 and points[0][0] == 0 and self._epochs()):
-            return None
-        return max(reversed(points), key=_step)[1]
+        """The last value logged under a tag up to the tested checkpoint, or else the first after it.
+
+        None if there is none but that from before the training.
+        """
+        points = sorted(self.points.get(tag, []), key=_step)
+        trained = points[1:] if points and points[0][0] == 0 and (len(points) > 1 or self._epochs()) else points
+        tested = [point for point in trained if point[0] <= (self.tested_at or math.inf)] or trained[:1]
+        return tested[-1][1] if tested else None
 
     def part(self, name: str) -> dict[str, Any]:
         """A part of the configuration, empty if it lacks that."""

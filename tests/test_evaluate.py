@@ -148,9 +148,9 @@ def test_pictures_have_every_class_and_file() -> None:
     texts = {text.get_text() for text in matrix.findobj(Text)}
     assert {"a", "$c", "d_d", f"test: accuracy {100 * found.accuracy:.1f} % of 60"} <= texts
     image = np.zeros((8, 8, 3), np.uint8)
-    mistakes = [Mistake(f"{'deep/' * 9}{number}.png", image, "$a", "b_1", 0.987) for number in range(7)]
+    mistakes = [Mistake(f"/some/where/{'class' * 9}/{number}.png", image, "$a", "b_1", 0.987) for number in range(7)]
     titles = [axes.get_title() for axes in sheet(mistakes, "test").axes]
-    assert titles[6] == "...deep/deep/deep/deep/6.png\ntrue: $a\npredicted: b_1 0.99"
+    assert titles[6] == "...lassclassclassclass/6.png\ntrue: $a\npredicted: b_1 0.99"
     assert len(titles) == 12
     many = evaluate(torch.eye(60), torch.arange(60), [str(label) for label in range(60)])
     for figure in (sheet([], "no mistakes"), confusion(many, "many")):

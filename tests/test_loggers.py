@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
-from ncfinetune.callbacks.figures import of_pass
+from ncfinetune.callbacks.figures import of_pass, over_epochs
 from ncfinetune.callbacks.pages import metric_columns
 from ncfinetune.collapse import class_moments
 from ncfinetune.datamodules import Digits
@@ -266,6 +266,12 @@ def test_a_table_without_pandas_names_the_package(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pandas"):
         NeuralCollapseTracker(3).to_frame()
+
+
+@pytest.mark.parametrize("metrics", ["a", "abc", "abcd", "abcdefg"])
+def test_no_panel_is_empty(metrics: str) -> None:
+    figure = over_epochs({metric: {"layer": {1: 1.0, 2: 0.5}} for metric in metrics}, "train")
+    assert [axes.get_title() for axes in figure.axes] == list(metrics)
 
 
 def test_a_tracker_shows_itself(tmp_path: Path) -> None:

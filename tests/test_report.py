@@ -755,9 +755,22 @@ def test_picture_shows_the_accuracy_that_was_logged(tags: list[str], labels: lis
                 writer.add_scalar(tag, 0.5)
         model = {"class_path": f"ncfinetune.{name}"}
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "Digits"}}))
-    figure = picture(group(find_runs([tmp_path])))
-    assert [axes.get_ylabel() for axes in figure.axes[1:]] == labels
-    assert all(len(axes.lines) == 2 for axes in figure.axes[1:])
+    panels = picture(group(find_runs([tmp_path]))).axes
+    # One layer has no depth to be drawn over, unless nothing else is there.
+    assert [axes.get_ylabel() for axes in panels] == (
+        labels or ["NC1 of the training features\n(lower: more collapsed)"]
+    )
+    assert all(len(axes.lines) == 2 for axes in panels if labels)
+
+
+def test_bars_of_one_run_are_its_interval(tmp_path: Path) -> None:
+    _write(tmp_path / "probe", _config(), test=0.75, images=100)
+    _write(tmp_path / "full", _config("all"), test=0.5, images=100, scalars={"params/trained": 90})
+    (axes,) = [axes for axes in picture(group(find_runs([tmp_path]))).axes if "trained" in axes.get_xlabel()]
+    assert axes.get_ylabel() == "test accuracy %\n(bars: 95 % interval of one run)"
+    ends = [bars.get_segments()[0][:, 1] for line in axes.containers for bars in line[2]]
+    for found, accuracy in zip(ends, (0.75, 0.5), strict=True):
+        assert found.tolist() == pytest.approx([100 * end for end in wilson(accuracy, 100)])
 
 
 def _panels(folder: Path) -> dict[str, Any]:
