@@ -158,3 +158,45 @@ def test_rows_that_cannot_be_paired_are_refused(tmp_path: Path, study: ModuleTyp
         study.paired([ridge, other])
     with pytest.raises(SystemExit, match="expected rows of --validation none"):
         study.paired([ridge, chosen])
+
+
+@pytest.mark.slow
+def test_sources_are_pre_trained_and_measured_once(textures: Path) -> None:
+    out, methods = textures / "sources.csv", ["random weights", "ce", "SupCon, mlp head"]
+    words = ["run", str(textures), str(textures), "--out", str(out), "--runs", str(textures / "runs"), "--classes", "2"]
+    words += ["--epochs", "2", "--shots", "4", "--seeds", "1", "--methods", *methods]
+    said = _run("sources.py", *words)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == methods
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("source_acc", f"{textures.name}_acc"))
+    assert len({row["nc1"] for row in rows}) == 3
+    assert sorted(path.name for path in (textures / "runs" / "first2" / "train").iterdir()) == ["0", "1"]
+    assert "method=" in said
+    assert "method=" not in _run("sources.py", *words)
+    table = _run("sources.py", "table", str(out)).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in table[2:5]] == sorted(
+        methods, key=lambda name: float(rows[methods.index(name)]["nc1"])
+    )
+
+
+def test_rank_correlations_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods whose accuracy on one set falls with collapse and on the other rises."""
+    monkeypatch.syspath_prepend(FOLDER)
+    sources = importlib.import_module("sources")
+    methods = ["ce", "mse", "SupCon", "SupCon, mlp head", "SimCLR, mlp head"]
+    with (tmp_path / "sources.csv").open("w", newline="") as file:
+        fields = ["method", "seed", "epochs", *sources.MEASURES, "source_acc", "other_acc", "seconds"]
+        table = csv.DictWriter(file, fields)
+        table.writeheader()
+        for place, method in enumerate(methods):
+            for seed in range(2):
+                numbers = dict.fromkeys(sources.MEASURES, place + 1 + 0.1 * seed)
+                accuracies = {"source_acc": 0.9 - 0.1 * place, "other_acc": 0.1 * place}
+                table.writerow({"method": method, "seed": seed, "epochs": 3, **numbers, **accuracies, "seconds": 7})
+    lines = sources.table(tmp_path / "sources.csv").splitlines()
+    assert lines[2] == "| ce | 2 | 1.05 ± 0.071 | 1.05 ± 0.071 | 1.05 ± 0.071 | 90 ± 0 | 0 ± 0 | 7 |"
+    of_all = [line for line in lines if line.startswith("| all that were trained (5) | nc1")]
+    assert [cell.strip() for cell in of_all[0].split("|")[3:5]] == ["-1.00 (0.017)", "1.00 (0.017)"]  # 2 of 120 orders
+    assert any(line.startswith("| losses and heads (4) | cdnv") for line in lines)
+    assert not any(line.startswith("| radii") for line in lines)
