@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,7 +167,8 @@ class Run:
         """What it did not reach of what its configuration asks for; None if it is finished, or does not say.
 
         A test that the fit logged after the last epoch says that it is finished, however few epochs there were. A run
-        that a callback may stop early has no number of epochs to reach but the first.
+        that a callback may stop early has no number of epochs to reach but the first, unless it is untested and the
+        callback is Lightning's `EarlyStopping`, whose decision can be repeated.
         """
         last = {tag: max(map(_step, points)) for tag, points in self.own.items() if points and "/" in tag}
         ends, tests = [*last.values()], [step for tag, step in last.items() if tag.startswith("test/")]
@@ -175,7 +176,13 @@ class Run:
             return None
         if self.config.get("test_after_fit") is True:
             return f"{self._progress() or 'it was trained to its end'}, and has no test value"
-        return None if self._may_stop_early() and self._epochs() else self._progress()
+        progress = self._progress()
+        if progress is None or not self._may_stop_early() or not self._epochs():
+            return progress
+        by_others = self.tests or self.part("trainer").get("max_time") is not None
+        if by_others or any(self._was_stopped(callback) is not False for callback in self._early_stopping()):
+            return None
+        return f"{progress}, and early stopping did not end it"
 
     def _epochs(self) -> int:
         return int(max((epoch for _, epoch in self.points.get("epoch", ()) if math.isfinite(epoch)), default=-1)) + 1
@@ -194,10 +201,29 @@ class Run:
         return f"it reached step {self.steps} of {steps}" if steps is not None else None
 
     def _may_stop_early(self) -> bool:
-        trainer = self.part("trainer")
-        callbacks = trainer.get("callbacks")
-        names = [str(callback.get("class_path")) for callback in callbacks or () if isinstance(callback, dict)]
-        return trainer.get("max_time") is not None or any(name.endswith("EarlyStopping") for name in names)
+        return self.part("trainer").get("max_time") is not None or bool(self._early_stopping())
+
+    def _early_stopping(self) -> list[dict[str, Any]]:
+        """The callbacks that may stop it early, as configured."""
+        callbacks = [c for c in self.part("trainer").get("callbacks") or () if isinstance(c, dict)]
+        return [callback for callback in callbacks if str(callback.get("class_path")).endswith("EarlyStopping")]
+
+    def _was_stopped(self, callback: Mapping[str, Any]) -> bool | None:
+        """Whether Lightning's `EarlyStopping` ended it, by the logged values; None where these do not tell."""
+        options = callback.get("init_args") or {}
+        values = self.scalars.get(str(options.get("monitor")))
+        known = callback["class_path"] in ("EarlyStopping", "lightning.pytorch.callbacks.EarlyStopping")
+        others = [options.get(name) for name in ("stopping_threshold", "divergence_threshold")]
+        if not known or not values or any(other is not None for other in others):
+            return None
+        sign = -1 if options.get("mode") == "max" else 1
+        best, waited = math.inf, 0
+        for value in values:
+            if not math.isfinite(value):
+                return None
+            better = sign * value + abs(options.get("min_delta") or 0) < best
+            best, waited = (sign * value, 0) if better else (best, waited + 1)
+        return waited >= (3 if options.get("patience") is None else options["patience"])
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
@@ -314,6 +316,52 @@ def test_the_test_of_a_run_that_was_then_trained_on_is_none(tmp_path: Path) -> N
     _write(tmp_path, _config(epochs=6), range(2), test=0.5)
     run = Run(_write(tmp_path, _config(epochs=6), range(2, 4), test=None))
     assert run.lacks == "it reached epoch 4 of 6"
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "stopped"),
+    [
+        ([3.0, 2.0, 2.0, 2.5], {"patience": 2}, True),
+        ([3.0, 2.0, 2.0, 1.5], {"patience": 2}, False),
+        ([3.0, 2.9, 2.8], {"patience": 2, "min_delta": 0.5}, True),
+        ([3.0, 2.9, 2.8], {"patience": 2, "min_delta": 0.05}, False),
+        ([1.0, 2.0, 2.0, 1.0], {"patience": 2, "mode": "max"}, True),
+        ([3.0, 3.0, 3.0], {}, False),  # patience is 3
+        ([3.0, 3.0, 3.0, 3.0], {}, True),
+        ([3.0, math.nan], {"patience": 9}, None),
+        ([3.0, 2.0], {"patience": 9, "stopping_threshold": 2.5}, None),
+        ([], {}, None),
+    ],
+)
+def test_early_stopping_is_repeated(
+    losses: list[float], options: dict[str, Any], stopped: bool | None, tmp_path: Path
+) -> None:
+    init = {"monitor": "val/loss", "stopping_threshold": None, "divergence_threshold": None, **options}
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": init}
+    run = _write(tmp_path, _config(epochs=9, trainer={"callbacks": [callback]}), range(2), test=None)
+    with SummaryWriter(str(run)) as writer:
+        for epoch, loss in enumerate(losses):
+            writer.add_scalar("val/loss", loss, 4 * epoch + 3)
+    said = "it reached epoch 2 of 9, and early stopping did not end it"
+    assert Run(run).lacks == (said if stopped is False else None)
+    _tested(run, 4, acc=0.5)  # whoever stopped it took it for finished
+    assert Run(run).lacks is None
+
+
+def test_the_real_early_stopping_is_repeated(tmp_path: Path) -> None:
+    """The same numbers, as Lightning's callback decides on them."""
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        losses = rng.choice([1.0, 1.5, 2.0, 2.5, 3.0], rng.integers(1, 8)).tolist()
+        options = {"monitor": "val/loss", "patience": int(rng.integers(1, 4)), "mode": ("min", "max")[seed % 2]}
+        options["min_delta"] = float(rng.choice([0.0, 0.5]))
+        callback, stopped = EarlyStopping(**options), False
+        for loss in losses:
+            stopped = callback._evaluate_stopping_criteria(torch.tensor(loss))[0]
+        run = Run(tmp_path)
+        run.__dict__["scalars"] = {"val/loss": losses}
+        callbacks = {"class_path": "EarlyStopping", "init_args": options}
+        assert run._was_stopped(callbacks) == stopped, (losses, options)
 
 
 def test_unfinished_runs_are_marked_and_left_out_of_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
