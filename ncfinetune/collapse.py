@@ -45,7 +45,7 @@ def nc1(moments: ClassMoments) -> Tensor:
     given: where class means span fewer than ``P - 1`` dimensions, the rounding of bfloat16 and float16 features makes
     up for the others, in which nothing collapses; measure such features in float32.
 
-    If the relative rounding error may exceed 1e-6, a `RoundingWarning` gives its bound.
+    If the relative rounding error may exceed 1e-6, a `RoundingWarning` says by how much.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
@@ -59,23 +59,28 @@ def nc1(moments: ClassMoments) -> Tensor:
 
 
 def nc1_with_error(moments: ClassMoments) -> tuple[Tensor, float]:
-    """`nc1` and a bound of its relative rounding error, as many standard deviations of an estimate.
+    """`nc1` and its relative rounding error, by an estimate that is meant to be on the large side.
+
+    It takes the errors of different products to be independent, which they may not be where many features are the
+    same multiple of one that has two values.
 
     Raises:
         UndefinedCollapseError: Fewer than two classes are present.
         UnresolvedCollapseError: That error is above 2 %.
         ValueError: The moments lack the within-class covariance.
     """
-    total = noise = scale = moments.mean.new_zeros(())
+    total = noise = scale = least = moments.mean.new_zeros(())
+    means = _EPS * moments.mean.detach().abs().amax(0)
     for rows in _whitening(moments):
         spread = moments.spread(rows)
         total = total + spread
         noise = noise + moments.rounding_error(rows.detach(), spread.detach())
-        scale = scale + rows.detach().square().sum()
+        squares = rows.detach().square()
+        scale, least = scale + squares.sum(), least + (squares * means.square()).sum()
     if not scale > 0:
         return moments.mean.new_tensor(torch.nan), 0.0
     # Variation within classes below the rounding of the class means counts as full collapse.
-    if noise <= scale * (_EPS * moments.mean.detach().abs().max()).square():
+    if torch.maximum(total.detach(), noise) <= least:
         return total, 0.0
     error = float(noise / total.detach())
     if not error <= _ROUGH:

@@ -110,7 +110,7 @@ class FoldMoments:
             part = slice((fold + start) % self.folds, None, self.folds)
             count[fold].index_add_(0, labels[part], torch.ones_like(labels[part], dtype=torch.float64))
             sums[fold].index_add_(0, labels[part], rows[part])
-            squares[fold].addmm_(rows[part].T, rows[part])
+            squares[fold] += rows[part].T @ rows[part]  # apart from the sum, at whose size terms would be rounded
 
     def _empty(self, features: Tensor) -> _State:
         width = features.shape[1]
@@ -141,7 +141,7 @@ class FoldMoments:
             around = white @ mean.T
             total += torch.tensordot(white @ squares, white) - 2 * (white @ sums[present].T * around).sum()
             total += (around.square() * count[present]).sum()
-        return total / state.counts.sum()
+        return (total / state.counts.sum()).clamp(min=0)
 
     def ridge(self, lams: Sequence[float] | Tensor | None = None) -> HeldOut:
         """Ridge regression on one-hot targets, its strength chosen by the squared error of the held-out folds.

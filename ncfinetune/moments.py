@@ -22,7 +22,16 @@ from ncfinetune import accumulator
 from ncfinetune.accumulator import Accumulator, spaced
 from ncfinetune.inputs import NonFiniteFeaturesError as NonFiniteFeaturesError
 from ncfinetune.inputs import may_look
-from ncfinetune.scatter import LARGE, ROUNDING, SMALL, ShiftedScatter, add_float32_products, add_products, float32_error
+from ncfinetune.scatter import (
+    LARGE,
+    ROUNDING,
+    SMALL,
+    ShiftedScatter,
+    add_float32_products,
+    add_products,
+    float32_error,
+    sum_of_products,
+)
 
 # Numbers of a buffer processed at a time on a CPU, so that their float64 copy, 2 MB, stays in the processor's cache.
 _PIECE = 2**17
@@ -35,6 +44,8 @@ _ALLOWED = 1e-7
 # Fewer features than this are multiplied in float64: their errors are too few to tell what float32 does to them, and
 # their products cost little beside the rest.
 _FEW = 32
+# Samples whose sums are added at once, at least, where there are as many.
+_FLUSHED = 2048
 # Number of products after which the precision is chosen anew.
 _REVIEWED = {8**power for power in range(20)}
 # Precisions of the products: float64, float32, or not decided before the first product.
@@ -71,7 +82,8 @@ class ClassMoments:
         """The moments on another device, with a dense ``within``."""
         within = self.scatter.written_out() if self.within is None and self.scatter is not None else self.within
         within = None if within is None else within.to(device)
-        return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within)
+        scatter = None if self.scatter is None else self.scatter.to(device)
+        return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within, scatter)
 
     @property
     def present(self) -> Tensor:
@@ -128,24 +140,43 @@ class ClassMoments:
         return torch.tensordot(rows @ self.within, rows)
 
     def rounding_error(self, rows: Tensor, spread: Tensor) -> Tensor:
-        """Bound of the rounding error of ``spread(rows)``, for rows that whiten ``centred``.
+        """Estimate of the rounding error of ``spread(rows)``, for rows that whiten ``centred``, on the large side.
 
         It is eight standard deviations of that of the products, whose tails are long where few features have most of
-        it, and four of what rounding ``u`` of the class means adds: in feature ``i``, where these have norm ``m_i``,
-        it changes a row ``t_j`` of length ``1 / s_j`` by ``u m_i / s_j^2``, which adds its variance.
+        it, and four of what rounding of the class means adds. In feature ``i`` that is ``e_i`` (`_of_means`); it
+        changes rows ``T`` by ``T E T``, within the space of the class means, and a row ``t_j`` of length ``1 / s_j`` by
+        ``e_i / s_j^2`` outside it, which adds its variance.
         """
-        turned = self._turning * rows.square().sum(1).square().sum().sqrt()
-        products = rows.new_zeros(()) if self.scatter is None else self.scatter.rounding_error(rows)
-        return 8 * products + 4 * (2 * turned * spread.sqrt() + turned.square())
+        outside = self._turning * rows.square().sum(1).square().sum().sqrt()
+        inside = (rows * self._of_means).norm()
+        if self.scatter is not None:
+            products = self.scatter.rounding_error(rows)
+        else:
+            products = ((rows * self._variances) @ rows.T).norm() * ROUNDING[torch.float64]
+        return 8 * products + 4 * (2 * outside * spread.sqrt() + outside.square() + 2 * inside * spread)
+
+    @cached_property
+    def _variances(self) -> Tensor:
+        """The diagonal of ``Sigma_W``, ``(d,)``; 0 if that is unknown."""
+        if self.scatter is not None:
+            return self.scatter.diagonal().detach()
+        return self.mean.new_zeros(()) if self.within is None else self.within.diagonal().detach()
+
+    @cached_property
+    def _of_means(self) -> Tensor:
+        """Norm over classes of the rounding of the class means, ``(d,)``.
+
+        A mean is rounded at its own size, and its sum at that of its terms, once for some `_FLUSHED` samples: their
+        errors grow with the root of the number of sums.
+        """
+        terms = self._variances if self.scatter is None else self.scatter.squares()
+        sums = len(self.centred) * (1 + self.count.sum() / _FLUSHED)
+        return ROUNDING[torch.float64] * (self.mean.detach().square().sum(0) + sums * terms).sqrt()
 
     @cached_property
     def _turning(self) -> Tensor:
-        """``u (sum_i m_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`."""
-        if self.scatter is not None:
-            variances = self.scatter.diagonal()
-        else:
-            variances = self.mean.new_zeros(()) if self.within is None else self.within.diagonal()
-        return ROUNDING[torch.float64] * (self.mean.square().sum(0) * variances).sum().sqrt().detach()
+        """``(sum_i e_i^2 Sigma_W,ii)^(1/2)`` of `rounding_error`."""
+        return (self._of_means.square() * self._variances).sum().sqrt()
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
@@ -153,11 +184,13 @@ def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMo
     features, labels = features.double(), labels.long()
     count = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
     count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    mean = sums / count.clamp(min=1)[:, None]
+    mean = features.new_zeros(num_classes, features.shape[1])
+    for _ in range(2):  # the second time adds what the first has lost at an offset
+        residual = features - mean[labels]
+        mean = mean + torch.zeros_like(mean).index_add_(0, labels, residual) / count.clamp(min=1)[:, None]
     residual = features - mean[labels]
     squares = torch.zeros_like(count).index_add_(0, labels, residual.square().sum(1))
-    within = residual.T @ residual / max(len(features), 1)
+    within = sum_of_products(residual) / max(len(features), 1)
     return ClassMoments(count, mean, squares / count.clamp(min=1), within)
 
 
@@ -310,19 +343,21 @@ class MomentAccumulator(Accumulator):
         ``z`` overwrites rows that are to be multiplied in float32; sums by column are left 0 where they are not needed.
         """
         columns = self.shift.new_zeros(self.width)
+        sums = torch.zeros_like(self.sums)  # apart from what there is, at whose size each term would be rounded
         if not may_look(rows):
             _, z = next(_steps(rows, labels, self.shift, keep))
-            self.sums.index_add_(0, labels, z)
+            self.sums += sums.index_add_(0, labels, z)
             return z, torch.linalg.vector_norm(z, dim=1).square_(), columns
         z = rows if arithmetic == _NARROW else spaced(rows.shape, torch.float64, rows.device)
         squares = torch.empty_like(labels, dtype=torch.float64)
         for part, step in _steps(rows, labels, self.shift, keep):
-            self.sums.index_add_(0, labels[part], step)
+            sums.index_add_(0, labels[part], step)
             if self.keeps_scatter:
                 z[part] = step
             squares[part] = step.square_().sum(1)
             if arithmetic in (_NARROW, _TRIAL):
                 columns += step.sum(0)
+        self.sums += sums
         return z, squares, columns
 
     def _multiply(self, z: Tensor, squares: Tensor, columns: Tensor, arithmetic: int | None) -> None:
@@ -435,15 +470,18 @@ class MomentAccumulator(Accumulator):
             scatter = ShiftedScatter(self.count, self.sums, self.scatter, self.rounding)
         written = scatter.written_out() if within and scatter is not None else None
         mean = delta.add_(self.shift)
-        return ClassMoments(self.count.clone(), mean, variance, written, None if within else scatter)
+        return ClassMoments(self.count.clone(), mean, variance, written, scatter)
 
     def merge(self, others: Iterable[MomentAccumulator]) -> None:
         """Merge other accumulators, which may have other shifts.
 
         Raises:
-            ValueError: Features of several widths.
+            ValueError: Features of several widths, or only some keep the scatter.
         """
-        parts = [part for part in (self, *others) if part.width]
+        everyone = [self, *others]
+        if len({part.keeps_scatter for part in everyone}) > 1:
+            raise ValueError("expected accumulators of one kind to merge, got some with scatter and some without")
+        parts = [part for part in everyone if part.width]
         widths = {part.width for part in parts}
         if len(widths) > 1:
             raise ValueError(f"expected states of features of one width to merge, got widths {sorted(widths)}")
@@ -457,10 +495,11 @@ class MomentAccumulator(Accumulator):
                 count = count + own
                 shift = shift + (own / count.clamp(min=1))[:, None] * (mean - shift)
             self.flags = torch.stack([part.flags.to(self.device) for part in parts]).sum(0)
-            states = [part._about(shift) for part in parts]
-            self._hold(
-                count, shift, {name: torch.stack([state[name] for state in states]).sum(0) for name in states[0]}
-            )
+            sums = parts[0]._about(shift)
+            for part in parts[1:]:
+                for name, value in part._about(shift).items():
+                    sums[name] += value
+            self._hold(count, shift, sums)
 
     def _hold(self, count: Tensor, shift: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Set the state to these counts, ``(K,)``, shifts ``(K, d)``, and sums of samples less the shifts."""

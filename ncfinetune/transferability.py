@@ -31,8 +31,8 @@ def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """H-score ``tr(Sigma^+ Sigma_B)`` (Bao et al. 2019, "An information-theoretic approach to transferability", eq. 4).
 
     ``Sigma`` is the covariance of the features, ``Sigma_B`` that of their class means, samples weighing alike in both.
-    It lies between 0 and ``min(K - 1, d)``, and is at its highest whatever the features are where ``N <= d``.
-    Directions in which features vary by no more than the rounding of their type are left out.
+    It lies between 0 and ``min(K - 1, d)``, and is at its highest whatever the features are where ``N <= d``, but that
+    directions in which features vary by no more than the rounding of their type are left out.
 
         >>> labels = torch.arange(8) % 2
         >>> h_score(labels[:, None] + torch.tensor([[0.0]] * 4 + [[1.0]] * 4), labels, num_classes=2).item()
@@ -50,22 +50,25 @@ def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         ValueError: Shapes that do not fit, labels out of range, or features that are not finite.
     """
     rows, labels = _checked(features, labels, num_classes)
-    left, scales, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    left = left[:, scales > _least(features, scales)]
+    centred = rows - rows.mean(0)
+    left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
+    left = left[:, scales > _least(rows, centred, torch.finfo(features.dtype).eps, scales[0])]
     count = labels.bincount(minlength=num_classes).clamp(min=1)
     sums = left.new_zeros(num_classes, left.shape[1]).index_add_(0, labels, left)
     return (sums.square().sum(1) / count).sum()
 
 
-def _least(features: Tensor, scales: Tensor) -> Tensor:
-    """Singular values of features ``(N, d)`` up to this may be rounding, of the decomposition or of the features.
+def _least(rows: Tensor, centred: Tensor, eps: float, largest: Tensor) -> Tensor:
+    """Singular values up to this may be rounding, of the decomposition or of the features ``(N, d)``.
 
-    Rounding of independent entries is a random matrix, whose largest singular value is about ``sqrt(N) + sqrt(d)``
-    times the standard deviation of its entries (Davidson and Szarek 2001, theorem 2.13).
+    Rounding to a type is spread evenly over ``eps`` times a power of two up to the number, and changes a feature by no
+    more than it varies: of a constant one by nothing. As a random matrix with columns of standard deviations ``s`` it
+    has a largest singular value of about ``sqrt(N) max(s) + |s|`` (Davidson and Szarek 2001, theorem 2.13).
     """
-    number, width = features.shape
-    entry = torch.finfo(features.dtype).eps * features.double().norm() / (number * width) ** 0.5
-    return torch.maximum(entry * (number**0.5 + width**0.5), max(number, width) * _EPS * scales[0])
+    number = len(rows)
+    deviations = torch.minimum(eps * (rows.square().mean(0) / 12).sqrt(), centred.square().mean(0).sqrt())
+    entries = number**0.5 * deviations.max() + deviations.norm()
+    return torch.maximum(entries, max(rows.shape) * _EPS * largest)
 
 
 def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

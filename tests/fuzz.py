@@ -32,6 +32,9 @@ FAMILIES = [
     "uneven means",
     "coarse",
     "few of many",
+    "repeated",
+    "balanced",
+    "one far",
 ]
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -70,8 +73,9 @@ class Found:
 
 def draw(rng: np.random.Generator) -> Input:
     """One input: shapes, type, scale, offset, spectra, order, parts."""
-    classes, width = int(rng.integers(2, 9)), int(rng.integers(1, 17) if rng.random() < 0.6 else rng.integers(17, 200))
-    samples = int(rng.choice([classes + 2, 40, 120, 400]))
+    classes = int(rng.integers(2, 9) if rng.random() < 0.97 else rng.integers(9, 40))
+    width = int(rng.integers(1, 17) if rng.random() < 0.6 else rng.integers(17, 200))
+    samples = int(rng.choice([classes + 2, 40, 120, 400]) if rng.random() < 0.97 else rng.choice([2000, 6000]))
     family = str(rng.choice(FAMILIES))
     labels = rng.permutation(np.arange(samples) % classes)
     if rng.random() < 0.3:  # some classes absent, some with one sample
@@ -116,9 +120,24 @@ def _features(rng: np.random.Generator, family: str, classes: int, width: int, l
     elif family == "collapsed":
         spread *= 10.0 ** -rng.uniform(1, 5)
     features = means[labels] + rng.standard_normal((len(labels), width)) * spread
+    if family in ("repeated", "balanced", "one far"):
+        return _without_rotation(rng, family, features, labels)
     if width > 1 and rng.random() < 0.7:
         features = features @ np.linalg.qr(rng.standard_normal((width, width)))[0]
     return np.round(features * 4) / 4 if family == "coarse" else features + offset
+
+
+def _without_rotation(rng: np.random.Generator, family: str, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Features some of which are equal, or one of which is large, with equal class means or far from 0."""
+    if family == "repeated":
+        width = features.shape[1]
+        return features[:, rng.integers(0, int(rng.integers(1, 9)), width) % width]
+    if family == "balanced":
+        half = rng.standard_normal((len(labels) + 1) // 2) * 10.0 ** rng.uniform(0, 6)
+        features[labels.argsort(kind="stable"), 0] = np.stack([half, -half], 1).ravel()[: len(labels)]
+    else:
+        features[:, 0] += 10.0 ** rng.uniform(0, 8)
+    return features
 
 
 def _scaled(rng: np.random.Generator, features: np.ndarray) -> Tensor:
@@ -190,6 +209,8 @@ def expected(case: Input) -> dict[str, float]:
     etf = (np.eye(classes, dtype=np.longdouble) - np.longdouble(1) / classes) / np.sqrt(np.longdouble(classes - 1))
     weight = case.weight.numpy().astype(np.longdouble)[present]
     total = np.square(centred).sum()
+    if np.sqrt(total) <= 1e-13 * np.abs(means).max() * np.sqrt(classes):  # all means coincide but for rounding
+        return dict.fromkeys([*FAMILY, "nc3"], np.nan)
     with np.errstate(all="ignore"):
         # A mean that lies on mu_G to the rounding of long double has no direction.
         lengths = np.where(norms > 1e-13 * np.abs(means).max(), norms, np.nan)

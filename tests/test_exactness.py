@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import fuzz
 import numpy as np
@@ -248,3 +249,105 @@ def test_weak_directions_keep_nothing_of_the_strong_ones(classes: int, width: in
     value, error = nc1_with_error(class_moments(features, labels, classes))
     assert error < 1e-3
     assert value.item() == pytest.approx(expected, rel=error)
+
+
+def _true(features: torch.Tensor, labels: torch.Tensor) -> float:
+    """NC1 in long double."""
+    x, y = features.double().numpy().astype(np.longdouble), labels.numpy()
+    means = np.stack([x[y == label].mean(0) for label in range(int(labels.max()) + 1)])
+    return float(fuzz.nc1(means - means.mean(0), x - means[y]))
+
+
+def _balanced(scale: float, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One feature separates two classes, and another, far larger, has equal class means and goes along with it."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(samples // 2, generator=generator)
+    labels = (torch.arange(samples // 2) % 2).repeat(2)
+    along = torch.cat([half, -half])
+    order = torch.randperm(samples, generator=generator)
+    return torch.stack([scale * along, 1.0 - 2 * labels + along], 1)[order], labels[order]
+
+
+def _of_one_factor(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All features are one large factor but for a millionth of it; the sums of their products are long."""
+    generator = torch.Generator().manual_seed(1)
+    half = 1e4 * torch.randn(samples // 2, generator=generator, dtype=torch.float64)
+    labels = (torch.arange(samples // 2) % 4).repeat(2)
+    small = torch.randn(4, 16, generator=generator, dtype=torch.float64)[labels]
+    small += 0.01 * torch.randn(samples, 16, generator=generator, dtype=torch.float64)
+    features = small - small.mean(1, keepdim=True) + torch.cat([half, -half])[:, None]
+    order = torch.randperm(samples, generator=generator)
+    return features[order], labels[order]
+
+
+def _far_and_close() -> tuple[torch.Tensor, torch.Tensor]:
+    """Class means that differ by little where they lie far from the origin."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(60) % 2
+    step = (1.0 - 2 * labels)[:, None].double() * torch.tensor([2e-5, 6e-6], dtype=torch.float64)
+    return 1e8 + step + 1.5e-7 * torch.randn(60, 2, generator=generator, dtype=torch.float64), labels
+
+
+def _far_without_variance() -> tuple[torch.Tensor, torch.Tensor]:
+    """A feature that hardly varies within classes lies far from the origin, another varies."""
+    generator, labels = torch.Generator().manual_seed(5), torch.arange(12) % 3
+    features = torch.randn(3, 2, generator=generator, dtype=torch.float64)[labels] * 1e-3
+    features[:, 0] += 1e8
+    features[9:, 0] += torch.tensor([1, 0, 1]) * 2.0**-26
+    features[:, 1] += 1e-2 * torch.randn(12, generator=generator, dtype=torch.float64)
+    return features, labels
+
+
+def _repeated(times: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two features, repeated."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(4096) % 2
+    two = torch.randn(4096, 2, generator=generator) + torch.tensor([1.0, 0.2]) * (labels[:, None] * 2 - 1)
+    two[:, 1] += 3 * two[:, 0]
+    return two.repeat(1, times), labels
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(partial(_balanced, 1e4, 4000), id="balanced 1e4"),
+        pytest.param(partial(_balanced, 1e6, 4000), id="balanced 1e6"),
+        pytest.param(partial(_balanced, 1e6, 200_000), id="balanced, many"),
+        pytest.param(partial(_of_one_factor, 48_000), id="one factor"),
+        pytest.param(_far_and_close, id="far and close"),
+        pytest.param(_far_without_variance, id="far without variance"),
+        pytest.param(partial(_repeated, 128), id="repeated"),
+    ],
+)
+def test_the_stated_error_is_not_exceeded(case: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    features, labels = case()
+    true, classes = _true(features, labels), int(labels.max()) + 1
+    accumulated = MomentAccumulator(classes)
+    for rows, own in zip(features.split(1000), labels.split(1000), strict=True):
+        accumulated.update(rows, own)
+    dense = class_moments(features, labels, classes)
+    for moments in (accumulated.moments(within=False), accumulated.moments(), dense, dense.to("cpu")):
+        value, stated = nc1_with_error(moments)
+        assert abs(value.item() - true) <= max(stated, 1e-6) * abs(true)
+
+
+def test_the_error_of_products_does_not_grow_with_their_number() -> None:
+    features, labels = _of_one_factor(48_000)
+    true = _true(features, labels)
+    for moments in (class_moments(features, labels, 4), _accumulated(features, labels, 4).moments(within=False)):
+        assert nc1_with_error(moments)[0].item() == pytest.approx(true, rel=5e-4)  # 6e-3 if they are summed on and on
+
+
+def _accumulated(features: torch.Tensor, labels: torch.Tensor, classes: int) -> MomentAccumulator:
+    accumulated = MomentAccumulator(classes)
+    accumulated.update(features, labels)
+    return accumulated
+
+
+def test_accumulators_of_two_kinds_do_not_merge() -> None:
+    features, labels = _rotated(1, 40)
+    first, second = MomentAccumulator(5), MomentAccumulator(5, scatter=False)
+    for one in (first, second):
+        one.update(features, labels)
+    with pytest.raises(
+        ValueError, match="expected accumulators of one kind to merge, got some with scatter and some w"
+    ):
+        first.merge([second])

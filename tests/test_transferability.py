@@ -131,3 +131,23 @@ def test_bad_input_is_refused(score, features, labels, message):
 def test_knn_needs_neighbours():
     with pytest.raises(ValueError, match="expected at least one neighbour and two samples, got neighbours=0 and 4"):
         knn_accuracy(torch.eye(4), torch.arange(4) % 2, 2, neighbours=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("constant", [1e3, 1e4, 1e8])
+def test_h_score_is_not_changed_by_a_constant_feature(dtype, constant):
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(600) % 4
+    features = torch.randn(600, 24, generator=generator) + 2 * torch.randn(4, 24, generator=generator)[labels]
+    features = features.to(dtype)
+    more = torch.cat([features, torch.full((600, 1), constant, dtype=dtype)], 1)
+    torch.testing.assert_close(h_score(more, labels, 4), h_score(features, labels, 4))
+
+
+def test_h_score_keeps_weak_directions_of_bfloat16():
+    """A falling spectrum, of which the weakest directions are above the rounding: its error was 16 %."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(4000) % 10
+    features = torch.randn(4000, 256, generator=generator, dtype=torch.float64)
+    features += torch.randn(10, 256, generator=generator, dtype=torch.float64)[labels]
+    features *= torch.arange(1, 257) ** -1.0
+    exact = h_score(features, labels, 10)
+    assert h_score(features.bfloat16(), labels, 10).item() == pytest.approx(exact.item(), rel=0.02)
