@@ -38,7 +38,9 @@ def lay_out(trainer: Trainer, metrics: Sequence[str]) -> None:
     """
     layout = {"accuracy and loss": {"accuracy": ["Multiline", [".*acc"]], "loss": ["Multiline", [".*loss"]]}}
     for split, words in _SETS.items():
-        charts = {f"{metric}, {words} images": ["Multiline", [f"{metric}/{split}/.*"]] for metric in metrics}
+        # nc4 is measured against the class means of the training images, and not on these.
+        known = [metric for metric in metrics if (metric, split) != ("nc4", "train")]
+        charts = {f"{metric}, {words} images": ["Multiline", [f"{metric}/{split}/.*"]] for metric in known}
         layout[f"collapse of the layers, {words} images"] = charts
     for logger in boards(trainer):
         logger.experiment.add_custom_scalars(layout)
@@ -61,7 +63,10 @@ def describe(trainer: Trainer, names: Iterable[tuple[str, str]]) -> None:
         given = logger.hparams.get(RUN)
         values = dict(_flat(given if isinstance(given, Mapping) else logger.hparams))
         writer = logger.experiment._get_file_writer()
-        columns, metrics = map(summary_v2.HParam, values), (summary_v2.Metric(*name) for name in names)
+        columns, metrics = (
+            map(summary_v2.HParam, values),
+            (summary_v2.Metric(name, folder, display_name=name) for name, folder in names),
+        )
         writer.add_summary(summary_v2.hparams_config_pb(list(columns), list(metrics)))
         # Runs with the same trial would be one row, whose column has room for some 16 letters.
         folder = Path(logger.log_dir)

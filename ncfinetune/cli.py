@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,9 @@ def main(args: list[str] | None = None) -> int | None:
     try:
         with quiet():
             return _run(args)
+    except BrokenPipeError:  # the reader of the output, as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("NCFINETUNE_TRACEBACK"):
             raise

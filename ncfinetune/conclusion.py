@@ -50,8 +50,8 @@ def _ended(trainer: Any) -> str:
 
 
 def _numbers(path: str) -> str:
-    """The epoch of a checkpoint, counted from 1, and its numbers on the validation set."""
+    """The epoch of a checkpoint, counted from 0 as in the progress bar, and its numbers on the validation set."""
     content = read_checkpoint(path) or {}
     known = content.get(NUMBERS, {}).get("known", {})
     values = [f"{name} {known[name]:.4g}" for name in ("val/loss", "val/acc") if name in known]
-    return f" (epoch {content['epoch'] + 1}{''.join(f', {value}' for value in values)})" if values else ""
+    return f" (epoch {content['epoch']}{''.join(f', {value}' for value in values)})" if values else ""

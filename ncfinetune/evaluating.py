@@ -57,7 +57,9 @@ def conclude(
     wrong = found.images - int(found.confusion.diagonal().sum())
     pictures = {
         "confusion": confusion(found, title),
-        "mistakes": sheet(mistakes, f"{title}: {wrong} mistakes in {found.images:,} images, the most confident first"),
+        "mistakes": sheet(
+            mistakes, f"{title}: {wrong} mistakes in {found.images:,} images, {_shown(len(mistakes), wrong)}"
+        ),
     }
     files = [*evaluation.write(found, folder, dict(facts)), "predictions.csv"]
     for kind, figure in pictures.items():
@@ -75,6 +77,11 @@ def conclude(
     if found.absent:
         lines.append(f"no images of {evaluation.some(found.absent)}: their recall was not measured")
     return "\n".join([*lines, f"{folder}: {', '.join(files)}"])
+
+
+def _shown(shown: int, wrong: int) -> str:
+    """Which of the mistakes a sheet has."""
+    return "the most confident first" if shown == wrong else f"the {shown} most confident"
 
 
 def show(run: Path, pictures: Mapping[str, Figure], step: int) -> None:

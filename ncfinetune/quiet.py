@@ -25,6 +25,7 @@ _LOGGERS = (
 # What is restored has a message of its own when it is.
 _NOISE = (
     *("💡 Tip:", "GPU available: False", "TPU available: False", "Seed set to"),
+    *("`Trainer.fit` stopped: `max_", "Detected KeyboardInterrupt"),
     *("`weights_only` was not set", "Restoring states from the checkpoint path"),
 )
 # Warnings of a library about its own code or another library's, by the beginning of their text.

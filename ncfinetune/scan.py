@@ -139,7 +139,7 @@ def _model_row(score: ModelScore) -> dict[str, str]:
         "parameters": f"{score.parameters:,}",
         "loo %": percent(score.loo_accuracy, score.loo_accuracy_error),
         "behind the first": percent(score.behind, score.behind_error),
-        "best layer": score.best_layer,
+        "least error^2 at": score.best_layer,
         "its loo %": f"{100 * score.best_layer_accuracy:.1f}",
         "k-nn %": f"{100 * score.knn:.1f}",
         "h-score": f"{score.h_score:.2f}",

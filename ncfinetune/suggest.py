@@ -50,9 +50,9 @@ if it lowers the squared error on images left out by 0.01; the table has the sta
 """
 
 _LEGEND = """\
-predicted %: accuracy on new images. lower error^2: by how much the squared error on images left out is lower than that
-of the last closed form. Both with one standard error. expansion: judged without a fit; a block that was fitted on some
-folds and fell behind keeps its row."""
+predicted %: accuracy on new images. gain in error^2: by how much the squared error on images left out is lower than
+that of the last closed form. Both with one standard error. expansion: judged without a fit; a block that was fitted on
+some folds and fell behind keeps its row."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def _cells(row: Row) -> dict[str, str]:
         "method": row.method,
         "judged by": "closed form" if row.gain is None else fitted,
         "predicted %": percent(row.accuracy, row.error),
-        "lower error^2": gain,
+        "gain in error^2": gain,
         "trained": f"{row.trained:,}",
         "seconds a fit": "-" if row.seconds is None else f"{row.seconds:.2f}",
     }

@@ -274,6 +274,7 @@ class NCFinetuneCLI(LightningCLI):
                 self.parser.error(f"{option} is an option of {' and '.join(commands)}, not of {self.subcommand}")
         checkpoint_path = self._get(self.config, "ckpt_path")
         if self.subcommand != "fit":
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
             trained.place(str(self.subcommand), self.config[self.subcommand], checkpoint_path, self._arguments)
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
@@ -356,6 +357,8 @@ class NCFinetuneCLI(LightningCLI):
         if getattr(rank_zero_only, "rank", 0):
             return
         run = self._run_folder
+        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+            self._refuse_another(Path(run))
         trainer.callbacks.append(trained.ForgetFailedStart(Path(run)))
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
             interruptions.last_of(self.trainer, Path(run))
@@ -365,6 +368,17 @@ class NCFinetuneCLI(LightningCLI):
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
         # Last, since the folder that it makes remains: it reserves the number of the run.
         _check_writable("run", run, f"--{option}", self.parser)
+
+    def _refuse_another(self, run: Path) -> None:
+        """Refuse to begin a run in the folder of another, whose checkpoints it would replace and whose logs it joins.
+
+        A job that SLURM has requeued goes on with its own; without a logger there is no folder of the run.
+        """
+        if self.trainer.loggers and (run / _CONFIG).is_file() and not any(run.glob("hpc_ckpt_*.ckpt")):
+            self.parser.error(
+                f"expected a folder without a run, and {str(run)!r} holds one; go on with it by --ckpt_path "
+                f"{run / 'checkpoints' / 'NAME.ckpt'}, give another --trainer.logger.version, or delete it"
+            )
 
     def before_fit(self) -> None:
         """Have it logged what the run is, and say nothing of an interval at which our learners log no number."""

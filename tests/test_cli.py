@@ -17,7 +17,7 @@ from image_files import write_image
 from PIL import Image
 from pyarrow import parquet
 
-from ncfinetune import Supervised, datamodules
+from ncfinetune import Supervised, cli, datamodules
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.predictions import Table, check_format
@@ -169,6 +169,32 @@ def test_a_run_of_no_epoch_leaves_its_configuration_too(tmp_path: Path) -> None:
     trained = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert main(["test", *trained]) is None
     assert find_runs([tmp_path])
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _fit(tmp_path, "run", *PIECES)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    place = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.logger.init_args.version", "run"]
+    error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
+    assert error.endswith(
+        f"expected a folder without a run, and '{run}' holds one; go on with it by --ckpt_path "
+        f"{run / 'checkpoints' / 'NAME.ckpt'}, give another --trainer.logger.version, or delete it"
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_reader_that_ends_early_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(words: list[str]) -> None:
+        raise BrokenPipeError
+
+    replaced: list[int] = []
+    monkeypatch.setitem(cli._OTHER_COMMANDS, "report", ended)
+    monkeypatch.setattr("os.dup2", lambda source, target: replaced.append(target))
+    assert main(["report", "runs"]) == 141
+    assert replaced == [1]  # so that flushing it at the end is no error either
+    assert capsys.readouterr().err == ""
 
 
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

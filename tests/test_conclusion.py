@@ -44,7 +44,7 @@ def test_early_stopping_is_explained_and_the_best_is_named(tmp_path: Path, caplo
     numbers = torch.load(best, weights_only=True)["numbers"]["known"]
     assert lines == [
         f"run: {run}, 3 of 9 epochs: val/acc was no higher in the last 2 checks",
-        f"best checkpoint: {best} (epoch 1, val/loss {numbers['val/loss']:.4g}, val/acc {numbers['val/acc']:.4g})",
+        f"best checkpoint: {best} (epoch 0, val/loss {numbers['val/loss']:.4g}, val/acc {numbers['val/acc']:.4g})",
         f"next: ncfinetune evaluate --ckpt_path {best}",
     ]
 

@@ -133,7 +133,8 @@ def test_a_configuration_that_cannot_be_written_leaves_the_old_one(
     run = _put(trained, tmp_path)
     monkeypatch.setattr("ncfinetune.trainer_cli.PlainParser.save", lambda self, config, path, **_: _half(config, path))
     place = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.logger.init_args.version", "run"]
-    error = _refusal(capsys, "fit", "--config", str(run / "config.yaml"), *place)
+    resume = ["--ckpt_path", str(run / "checkpoints" / "a.ckpt"), "--trainer.max_epochs", "2"]
+    error = _refusal(capsys, "fit", "--config", str(run / "config.yaml"), *place, *resume)
     assert error == f"error: cannot write '{run / 'config.yaml'}': {FULL}; make room there, or choose another folder"
     assert (run / "config.yaml").read_bytes() == trained["yaml"]
     assert not list(run.glob(".*"))
