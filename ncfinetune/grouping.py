@@ -15,6 +15,8 @@ import numpy as np
 from ncfinetune.runs import Run
 from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, told_apart
 
+# Settings of which the pixels depend that a network gets of a test image.
+_PIXELS = ("data.image_size", "data.normalize", "data.mean", "data.std")
 # That of the run, of its data, and of the run that it started from.
 Seed = tuple[str, ...]
 
@@ -222,9 +224,17 @@ def _worth(run: Run) -> tuple[bool, bool]:
 
 
 def _with_differences(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """The same experiments, each with what tells it from others of its task and method."""
+    """The same experiments, each with what tells it from others of its task and method.
+
+    Of others of its task it is told by what makes the pixels, since all of a task are compared with one baseline.
+    """
     texts = told_apart([(e.task, e.method) for e in experiments], [e.settings for e in experiments])
-    return [replace(experiment, differs=text) for experiment, text in zip(experiments, texts, strict=True)]
+    seen = [{key: e.settings[key] for key in _PIXELS if key in e.settings} for e in experiments]
+    pixels = told_apart([e.task for e in experiments], seen)
+    known = [
+        ", ".join(filter(None, [text, "" if own in text else own])) for text, own in zip(texts, pixels, strict=True)
+    ]
+    return [replace(experiment, differs=text) for experiment, text in zip(experiments, known, strict=True)]
 
 
 def _warn(text: str) -> None:

@@ -387,6 +387,19 @@ def test_unfinished_runs_are_marked_and_left_out_of_means(tmp_path: Path, capsys
 # ---- what tells rows apart
 
 
+def test_other_pixels_are_told_between_methods_too(tmp_path: Path) -> None:
+    for name, train, size in (("probe", "none", 64), ("full", "all", 96), ("layer", "layer4", 64)):
+        config = _config(train)
+        config["data"]["init_args"] |= {"image_size": size, "mean": [0.5] if size == 96 else None}
+        _write(tmp_path / name, config, test=0.5)
+    found = {row["method"]: row["differs in"] for row in _rows(tmp_path)}
+    assert found == {
+        "linear probe": "image_size 64",
+        "layer FT layer4": "image_size 64",
+        "full FT": "image_size 96, mean 0.5",
+    }
+
+
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
