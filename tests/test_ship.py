@@ -98,7 +98,9 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     # Nor what is refused later: by the cache, when there are loaders, and by the first batch of training.
     cache = ["--model.train", "layer4.1", "--model.cache", "memory"]
     for options, reason in ((cache, "the images differ each time they are loaded"), (["--data.views", "2"], "views=1")):
-        assert reason in _refusal(capsys, "fit", *trained[:2], *options)
+        assert reason in _refusal(capsys, "fit", *trained[:2], *options, "--trainer.logger.version", "b")
+        assert not (tmp_path / "b" / "config.yaml").exists()
+        assert "expected a folder without a run" in _refusal(capsys, "fit", *trained[:2], *options)
     assert {path: path.read_bytes() for path in before if path.is_file()} == before
     tuned = FineTuner.from_delta(run / "checkpoints" / "delta.safetensors")  # nothing is frozen: needs no base
     assert tuned.class_names == ["apple", "lime", "plum"]
