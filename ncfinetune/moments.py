@@ -70,6 +70,8 @@ class ClassMoments:
         variance: Mean squared distance to the class mean, ``(K,)``.
         within: ``Sigma_W``, the mean over samples of ``(h - mu_k)(h - mu_k)^T``, ``(d, d)``; or None.
         scatter: ``Sigma_W`` in an accumulator's form, not as a dense matrix.
+        apart: Class means less a point near them, ``(K, d)``: how they lie to each other, however far from the origin;
+            None where that is known from ``mean`` alone.
     """
 
     count: Tensor
@@ -77,13 +79,16 @@ class ClassMoments:
     variance: Tensor
     within: Tensor | None
     scatter: ShiftedScatter | None = None
+    apart: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ClassMoments:
         """The moments on another device, with a dense ``within``."""
         within = self.scatter.written_out() if self.within is None and self.scatter is not None else self.within
         within = None if within is None else within.to(device)
         scatter = None if self.scatter is None else self.scatter.to(device)
-        return ClassMoments(self.count.to(device), self.mean.to(device), self.variance.to(device), within, scatter)
+        apart = None if self.apart is None else self.apart.to(device)
+        count, mean, variance = (part.to(device) for part in (self.count, self.mean, self.variance))
+        return ClassMoments(count, mean, variance, within, scatter, apart)
 
     @property
     def present(self) -> Tensor:
@@ -112,10 +117,17 @@ class ClassMoments:
             raise UndefinedCollapseError(
                 f"expected samples of at least two classes, got {present}: collapse is undefined"
             )
-        means = self.mean[self.present]
-        noise = 2.0**-50 * means.detach().abs().amax(0)  # four units in the last place
-        centred = means.sub_(self.global_mean)
-        return centred.masked_fill_(centred.detach().abs() <= noise, 0)
+        means = self._near[self.present]
+        size = means.detach().abs().amax(0)
+        if self.apart is not None:  # whose rounding is that of the samples around them too
+            size = size + ((self.count * self.variance).sum() / self.count.sum()).sqrt().detach()
+        centred = means - means.mean(0)
+        return centred.masked_fill(centred.detach().abs() <= 2.0**-50 * size, 0)  # four units in the last place
+
+    @property
+    def _near(self) -> Tensor:
+        """Class means, or these less a point near them, ``(K, d)``."""
+        return self.mean if self.apart is None else self.apart
 
     @cached_property
     def gram(self) -> Tensor:
@@ -171,7 +183,7 @@ class ClassMoments:
         """
         terms = self._variances if self.scatter is None else self.scatter.squares()
         sums = len(self.centred) * (1 + self.count.sum() / _FLUSHED)
-        return ROUNDING[torch.float64] * (self.mean.detach().square().sum(0) + sums * terms).sqrt()
+        return ROUNDING[torch.float64] * (self._near.detach().square().sum(0) + sums * terms).sqrt()
 
     @cached_property
     def _turning(self) -> Tensor:
@@ -184,14 +196,18 @@ def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMo
     features, labels = features.double(), labels.long()
     count = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
     count.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-    mean = features.new_zeros(num_classes, features.shape[1])
-    for _ in range(2):  # the second time adds what the first has lost at an offset
-        residual = features - mean[labels]
-        mean = mean + torch.zeros_like(mean).index_add_(0, labels, residual) / count.clamp(min=1)[:, None]
-    residual = features - mean[labels]
+    present = (count > 0)[:, None]
+    origin = features.detach()[0] if len(features) else features.new_zeros(features.shape[1])
+    features = features - origin
+    apart = features.new_zeros(num_classes, features.shape[1])
+    for _ in range(2):  # the second time adds what rounding of the first sums has lost
+        residual = features - apart[labels]
+        apart = apart + torch.zeros_like(apart).index_add_(0, labels, residual) / count.clamp(min=1)[:, None]
+    residual = features - apart[labels]
     squares = torch.zeros_like(count).index_add_(0, labels, residual.square().sum(1))
     within = sum_of_products(residual) / max(len(features), 1)
-    return ClassMoments(count, mean, squares / count.clamp(min=1), within)
+    mean = torch.where(present, origin + apart, 0)
+    return ClassMoments(count, mean, squares / count.clamp(min=1), within, None, apart)
 
 
 def merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
@@ -469,8 +485,10 @@ class MomentAccumulator(Accumulator):
         if self.keeps_scatter and self.width:
             scatter = ShiftedScatter(self.count, self.sums, self.scatter, self.rounding)
         written = scatter.written_out() if within and scatter is not None else None
+        # Shifts that are close to each other have exact differences.
+        apart = self.shift - self.shift[self.count.argmax()] + delta
         mean = delta.add_(self.shift)
-        return ClassMoments(self.count.clone(), mean, variance, written, scatter)
+        return ClassMoments(self.count.clone(), mean, variance, written, scatter, apart)
 
     def merge(self, others: Iterable[MomentAccumulator]) -> None:
         """Merge other accumulators, which may have other shifts.
