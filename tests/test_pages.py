@@ -131,9 +131,9 @@ def _installed(line: str) -> None:
     """There is such an extra; nothing is fetched."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    extra = re.fullmatch(r"pip install ncfinetune\[(\w+)\]", " ".join(shlex.split(line)))
-    assert extra, line
-    assert setup["options.extras_require"][extra[1]]
+    found = re.fullmatch(r"pip install (?:ncfinetune|\.)(?:\[(\w+)\])?", " ".join(shlex.split(line)))
+    assert found, line
+    assert found[1] is None or found[1] in setup["options.extras_require"]
 
 
 def _served(line: str) -> None:
