@@ -63,11 +63,9 @@ def describe(trainer: Trainer, names: Iterable[tuple[str, str]]) -> None:
         given = logger.hparams.get(RUN)
         values = dict(_flat(given if isinstance(given, Mapping) else logger.hparams))
         writer = logger.experiment._get_file_writer()
-        columns, metrics = (
-            map(summary_v2.HParam, values),
-            (summary_v2.Metric(name, folder, display_name=name) for name, folder in names),
-        )
-        writer.add_summary(summary_v2.hparams_config_pb(list(columns), list(metrics)))
+        columns = [summary_v2.HParam(name) for name in values]
+        metrics = [summary_v2.Metric(name, folder, display_name=name) for name, folder in names]
+        writer.add_summary(summary_v2.hparams_config_pb(columns, metrics))
         # Runs with the same trial would be one row, whose column has room for some 16 letters.
         folder = Path(logger.log_dir)
         known = {name: value for name, value in values.items() if value is not None}

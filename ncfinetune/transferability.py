@@ -51,24 +51,24 @@ def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     rows, labels = _checked(features, labels, num_classes)
     centred = rows - rows.mean(0)
-    left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
-    left = left[:, scales > _least(rows, centred, torch.finfo(features.dtype).eps, scales[0])]
+    left, scales, right = torch.linalg.svd(centred, full_matrices=False)
+    rounded = _rounding(rows, centred, right, torch.finfo(features.dtype).eps)
+    left = left[:, scales > rounded.clamp(min=max(rows.shape) * _EPS * float(scales[0]))]
     count = labels.bincount(minlength=num_classes).clamp(min=1)
     sums = left.new_zeros(num_classes, left.shape[1]).index_add_(0, labels, left)
     return (sums.square().sum(1) / count).sum()
 
 
-def _least(rows: Tensor, centred: Tensor, eps: float, largest: Tensor) -> Tensor:
-    """Singular values up to this may be rounding, of the decomposition or of the features ``(N, d)``.
+def _rounding(rows: Tensor, centred: Tensor, right: Tensor, eps: float) -> Tensor:
+    """The largest singular value, ``(r,)``, that rounding of features ``(N, d)`` may have along directions ``(r, d)``.
 
     Rounding to a type is spread evenly over ``eps`` times a power of two up to the number, and changes a feature by no
-    more than it varies: of a constant one by nothing. As a random matrix with columns of standard deviations ``s`` it
-    has a largest singular value of about ``sqrt(N) max(s) + |s|`` (Davidson and Szarek 2001, theorem 2.13).
+    more than it varies: of a constant one by nothing. A random matrix has a largest singular value of about
+    ``sqrt(N) + sqrt(d)`` times the standard deviation of its entries (Davidson and Szarek 2001, theorem 2.13).
     """
-    number = len(rows)
+    number, width = rows.shape
     deviations = torch.minimum(eps * (rows.square().mean(0) / 12).sqrt(), centred.square().mean(0).sqrt())
-    entries = number**0.5 * deviations.max() + deviations.norm()
-    return torch.maximum(entries, max(rows.shape) * _EPS * largest)
+    return (number**0.5 + width**0.5) * (right * deviations).norm(dim=1)
 
 
 def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

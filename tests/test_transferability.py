@@ -144,10 +144,10 @@ def test_h_score_is_not_changed_by_a_constant_feature(dtype, constant):
 
 
 def test_h_score_keeps_weak_directions_of_bfloat16():
-    """A falling spectrum, of which the weakest directions are above the rounding: its error was 16 %."""
+    """Features of a falling scale, each of which is rounded at its own: a common cut loses 19 % of the score."""
     generator, labels = torch.Generator().manual_seed(0), torch.arange(4000) % 10
     features = torch.randn(4000, 256, generator=generator, dtype=torch.float64)
     features += torch.randn(10, 256, generator=generator, dtype=torch.float64)[labels]
-    features *= torch.arange(1, 257) ** -1.0
+    features *= torch.arange(1, 257) ** -2.0
     exact = h_score(features, labels, 10)
-    assert h_score(features.bfloat16(), labels, 10).item() == pytest.approx(exact.item(), rel=0.02)
+    assert h_score(features.bfloat16(), labels, 10).item() == pytest.approx(exact.item(), rel=1e-5)

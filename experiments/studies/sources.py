@@ -5,8 +5,8 @@ of half the usual width on the first ``--classes`` classes of SOURCE by ``ncfine
 ``experiments/pretrain`` and the same epochs, batch size and, but for methods that are about it, augmentation. On the
 training images of the source, as they are evaluated, the penultimate features have NC1, cross-validated NC1 and CDNV.
 Ridge regression, whose strength leaving one out chooses, has an accuracy on the images of ``val``: of the source, and
-of each DOWNSTREAM with ``--shots`` training images a class that ``--draw`` draws. No number has a learning rate of its
-own to disagree about.
+of each DOWNSTREAM with ``--shots`` training images a class, always the same. No number has a learning rate of its own
+to disagree about.
 
 Rows are written as they come, and what the file has is not run again; a pre-training that was interrupted goes on from
 its last epoch.
@@ -113,17 +113,10 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
     return learner.backbone, spent
 
 
-def features_of(backbone: Backbone, root: Path, part: str, shots: int | None, draw: int) -> tuple[Tensor, Tensor]:
+def features_of(backbone: Backbone, root: Path, part: str, shots: int | None) -> tuple[Tensor, Tensor]:
     """Penultimate features ``(N, d)`` of a folder's images as they are evaluated, and their labels."""
     data = ImageFolder(
-        str(root),
-        {"train": part},
-        image_size=32,
-        in_memory=True,
-        shots=shots,
-        seed=draw,
-        val_fraction=0.0,
-        num_workers=0,
+        str(root), {"train": part}, image_size=32, in_memory=True, shots=shots, seed=0, val_fraction=0.0, num_workers=0
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     images, labels = read_images(Trainer(accelerator="cpu", enable_checkpointing=False, **quiet), backbone, data, MOST)
@@ -134,14 +127,14 @@ def features_of(backbone: Backbone, root: Path, part: str, shots: int | None, dr
 
 def measure(options: argparse.Namespace, backbone: Backbone, source: Path) -> dict[str, float]:
     """The numbers of a network."""
-    features, labels = features_of(backbone, source, "train", None, options.draw)
+    features, labels = features_of(backbone, source, "train", None)
     classes = int(labels.max()) + 1
     moments, folds = class_moments(features, labels, classes), FoldMoments(classes)
     folds.update(features, labels)
     numbers = {"nc1": float(nc1(moments)), "cv_nc1": float(folds.nc1()), "cdnv": float(cdnv(moments))}
     for name, root, shots in [("source", source, None), *((d.name, d, options.shots) for d in options.downstream)]:
-        train = (features, labels) if root is source else features_of(backbone, root, "train", shots, options.draw)
-        test, truth = features_of(backbone, root, "val", None, options.draw)
+        train = (features, labels) if root is source else features_of(backbone, root, "train", shots)
+        test, truth = features_of(backbone, root, "val", None)
         head = ridge(*train, int(train[1].max()) + 1)
         right = (test.double() @ head.weight.double().T + head.bias.double()).argmax(1) == truth
         numbers[f"{name}_acc"] = float(right.double().mean())
@@ -233,7 +226,6 @@ def main() -> None:
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     command.add_argument("--epochs", type=int, default=30)
     command.add_argument("--shots", type=int, default=20, help="downstream training images a class")
-    command.add_argument("--draw", type=int, default=0, help="seed of the downstream training images")
     command.add_argument("--precision", default="bf16-mixed")
     options = parser.parse_args()
     if options.command == "table":
