@@ -16,7 +16,7 @@ from .decoding import CENTRE, LOOKED_AT, Decoding, centre_seen
 from .images import Labelled, broken_files, decode_all
 from .indexed import PARTS, SPLIT_SEED, IndexedImages
 from .labels import Row, class_names, read_labels
-from .listing import Found, is_hidden, is_image, same_content, some
+from .listing import Found, counted, is_hidden, is_image, same_content, some
 from .splits import split_indices
 
 # Photographs have similar statistics, and most pre-trained networks expect those of ImageNet.
@@ -179,7 +179,7 @@ class ImageFolder(FileDataModule):
             raise ValueError(f"expected the classes of train in {name}; it lacks {lacking} and has also {further}")
         if self.skip_broken and (broken := set(broken_files([path for path, _ in found], self.decoding))):
             listed = some(sorted(broken))
-            rank_zero_warn(f"left out {len(broken)} files that cannot be read as images: {listed}")
+            rank_zero_warn(f"left out {counted(len(broken), 'file')} that cannot be read as images: {listed}")
             found = [(path, cls) for path, cls in found if path not in broken]
         counts = Counter(cls for _, cls in found)
         where = repr(str(self._labels if self._table else self._folders[name]))
@@ -201,7 +201,8 @@ class ImageFolder(FileDataModule):
                 rank_zero_info(f"left out the folder {cls} of {name}, which is empty and not a class of train")
         found.report(repr(str(folder)), warn=True)
         if stray := [path.name for path in folder.iterdir() if is_image(path.name) and not is_hidden(path.name)]:
-            rank_zero_warn(f"left out {len(stray)} images of {str(folder)!r} in no class folder: {some(stray)}")
+            images = counted(len(stray), "image")
+            rank_zero_warn(f"left out {images} of {str(folder)!r} in no class folder: {some(stray)}")
         return rows
 
     def _rows(self, name: str) -> list[tuple[str, str]]:
@@ -224,7 +225,8 @@ class ImageFolder(FileDataModule):
         if not self.skip_broken or self.mark_broken:
             return paths
         if broken := set(broken_files(paths, self.decoding)):
-            rank_zero_warn(f"left out {len(broken)} files that cannot be read as images: {some(sorted(broken))}")
+            files = counted(len(broken), "file")
+            rank_zero_warn(f"left out {files} that cannot be read as images: {some(sorted(broken))}")
         return [path for path in paths if path not in broken]
 
     def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
@@ -285,7 +287,7 @@ def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
     further = [path for path in Found().add(root).images if path not in named]
     if further:
         rank_zero_info(
-            f"left out {len(further)} images in {str(root)!r} that {labels!r} does not name: {some(further)}"
+            f"left out {counted(len(further), 'image')} in {str(root)!r} that {labels!r} does not name: {some(further)}"
         )
 
 
@@ -313,4 +315,5 @@ def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str])
     torn = [group for group in groups if len({labels[path] for path in group}) > 1]
     if torn:
         names = some(sorted({class_names[labels[path]] for path in torn[0]}))
-        rank_zero_warn(f"{len(torn)} images are in several classes, byte for byte, as {torn[0][0]} is in {names}")
+        images = counted(len(torn), "image")
+        rank_zero_warn(f"{images} in several classes, byte for byte, as {torn[0][0]} is in {names}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from .listing import some
+from .listing import counted, some
 
 _COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "image"),
@@ -52,7 +52,7 @@ def read_labels(file: Path) -> list[Row]:
         raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
     kept = list(dict.fromkeys(rows))
     if len(kept) < len(rows):
-        rank_zero_info(f"{len(rows) - len(kept)} rows of {str(file)!r} are duplicates")
+        rank_zero_info(f"ignored {counted(len(rows) - len(kept), 'duplicate row')} of {str(file)!r}")
     _check_one_row_an_image(file, kept)
     return kept
 

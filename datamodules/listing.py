@@ -69,9 +69,9 @@ class Found:
             rank_zero_info(f"ignored {self.hidden} hidden files and folders in {where}")
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(5))
-            say(f"left out {self.others.total()} files in {where} without an image suffix: {kinds}")
+            say(f"left out {counted(self.others.total(), 'file')} in {where} without an image suffix: {kinds}")
         if self.circles:
-            say(f"left out {len(self.circles)} links in {where} that lead back: {some(self.circles)}")
+            say(f"left out {counted(len(self.circles), 'link')} in {where} leading back: {some(self.circles)}")
 
 
 def _walk(root: str | Path, found: Found) -> Iterator[tuple[str, list[str]]]:
@@ -102,6 +102,11 @@ def image_paths(folder: str | Path) -> list[str]:
     if not found.images:
         raise FileNotFoundError(f"no images in {str(folder)!r}; expected files {', '.join(IMAGE_SUFFIXES)}")
     return found.images
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, for a message: 1 file, 2 files."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def some(things: Sequence[object]) -> str:

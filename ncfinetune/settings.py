@@ -57,9 +57,10 @@ def _fine_tuning(knobs: dict[str, Any]) -> str:
 
 
 def _blocks(names: Any) -> list[str]:
-    """Layers by name; a number is a block, counted from the last."""
+    """Layers by name; a number is a block, counted from the last, -1."""
+    last = {-1: "last block", -2: "last block but one"}
     listed = names if isinstance(names, list) else [names]
-    return [f"block {name}" if isinstance(name, int) else str(name) for name in listed]
+    return [last.get(name, f"block {name}") if isinstance(name, int) else str(name) for name in listed]
 
 
 def _listed(names: Any) -> str:

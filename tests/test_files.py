@@ -81,16 +81,16 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
 def test_broken_files_are_left_out_only_on_request(tmp_path: Path) -> None:
     written = _write(tmp_path, {"train": 4, "val": 2})
     (tmp_path / "train" / "ant" / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match=r"left out 1 files in '.*train' without an image suffix: 1 .txt"):
+    with pytest.warns(UserWarning, match=r"left out 1 file in '.*train' without an image suffix: 1 .txt"):
         assert _read(_make(tmp_path), "train") == written["train"]
     (tmp_path / "train" / "ant" / "notes.txt").unlink()
     (tmp_path / "train" / "bee" / "99.jpg").write_bytes(b"no JPEG at all")
     with pytest.raises(ValueError, match=r"cannot read .*99.jpg as an image: .*; repair or remove the file"):
         _read(_make(tmp_path), "train")
     data = _make(tmp_path, skip_broken=True)
-    with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read as images: .*99.jpg"):
+    with pytest.warns(UserWarning, match=r"left out 1 file that cannot be read as images: .*99.jpg"):
         assert _read(data, "train") == written["train"]
-    with pytest.warns(UserWarning, match=r"left out 1 files that cannot be read as images: .*99.jpg"):
+    with pytest.warns(UserWarning, match=r"left out 1 file that cannot be read as images: .*99.jpg"):
         assert len(data.predict_files(tmp_path / "train" / "bee")) == 4
 
 
@@ -361,7 +361,7 @@ def test_training_and_prediction_find_the_same_files(tmp_path: Path, caplog: pyt
     os.symlink(elsewhere, root / "cow")
     data = _make(root, val_fraction=0.0)
     line = r"left out 12 files in '.*root' without an image suffix: 11 .heic, 1 without a suffix"
-    circle = "left out 1 links in .* that lead back: .*circle"
+    circle = "left out 1 link in .* leading back: .*circle"
     with (
         pytest.warns(UserWarning, match="in several classes"),
         pytest.warns(UserWarning, match=line),
@@ -400,7 +400,7 @@ def test_copies_in_one_folder_that_is_cut_are_counted(tmp_path: Path) -> None:
         _make(tmp_path, val_fraction=0.5).setup("fit")
     said = "; ".join(str(warning.message) for warning in caught)
     assert re.search(r"\d of 16 val images are in train too, byte for byte", said)
-    assert re.search(r"1 images are in several classes, byte for byte, as .* is in ant, bee", said)
+    assert re.search(r"1 image in several classes, byte for byte, as .* is in ant, bee", said)
 
 
 def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
@@ -464,5 +464,5 @@ def test_one_image_a_class_is_trained_on_and_said(tmp_path: Path, caplog: pytest
 def test_images_in_no_class_folder_are_said(tmp_path: Path) -> None:
     _write(tmp_path, {"train": 3, "val": 2})
     write_image(tmp_path / "train" / "stray.png", 99)
-    with pytest.warns(UserWarning, match=r"left out 1 images of '.*train' in no class folder: stray.png"):
+    with pytest.warns(UserWarning, match=r"left out 1 image of '.*train' in no class folder: stray.png"):
         _make(tmp_path).setup("fit")

@@ -206,7 +206,8 @@ def test_blocks_are_counted_from_the_last() -> None:
     assert (model.hparams["train"], model.hparams["skip_from"]) == ("layer4.1", ["layer4.1", "layer2.0"])
     assert model.tunes_the_same("layer4.1")
     assert list(FineTuner(3, "test_vit", train=[-1, -2]).chosen.layers) == ["blocks.4", "blocks.5"]
-    assert method_name({"class_path": "FineTuner", "init_args": {"train": -2, "skip_from": -2}}) == "SCL FT block -2"
+    second_last = {"class_path": "FineTuner", "init_args": {"train": -2, "skip_from": -2}}
+    assert method_name(second_last) == "SCL FT last block but one"
     for wrong in (0, -9):
         with pytest.raises(ValueError, match=rf"or a number from -1, the last block, to -8, the first .*, got {wrong}"):
             FineTuner(3, SMALL, train=wrong)

@@ -54,7 +54,7 @@ def test_splits_are_as_the_file_has_them(start: str, tmp_path: Path, caplog: pyt
     assert _read(data, "val") == [(4, "0"), (5, "1")]
     assert _read(data, "test") == [(6, "0")]
     assert "there are no test images of 1" in caplog.text
-    assert "left out 1 images in" in caplog.text
+    assert "left out 1 image in" in caplog.text
     assert "labels.csv' does not name: " in caplog.text
 
 
@@ -64,7 +64,7 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path: Path, caplog: pyt
     with caplog.at_level("INFO"):
         data = _make(tmp_path, "\n".join([*rows, f"./{names[0]},5"]))
     assert data.class_names == ["5", "6", "7", "8", "9", "10", "11", "12"]
-    assert "1 rows of" in caplog.text
+    assert "ignored 1 duplicate row of" in caplog.text
 
 
 def test_the_file_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
