@@ -200,3 +200,56 @@ def test_rank_correlations_of_sources(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [cell.strip() for cell in of_all[0].split("|")[3:5]] == ["-1.00 (0.017)", "1.00 (0.017)"]  # 2 of 120 orders
     assert any(line.startswith("| losses and heads (4) | cdnv") for line in lines)
     assert not any(line.startswith("| radii") for line in lines)
+
+
+@pytest.mark.slow
+def test_suggestions_are_held_against_a_search_of_all_methods(textures: Path) -> None:
+    out, searches = textures / "tries.csv", {"suggest", "expansion", "measures", "exhaustive"}
+    (textures / "val").rename(textures / "test")
+    words = ["run", str(textures), "--checkpoint", str(textures / "weights.pth"), "--out", str(out), "--size", "32"]
+    words += ["--backbone", "{name: mobilenetv3_small_050}", "--shots", "4", "--seeds", "3", "--epochs", "1"]
+    said = _run("suggestions.py", *words, "--blocks", "1")
+    assert {line.split()[0] for line in said.splitlines()} == searches
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tested = {row["method"]: float(row["test"]) for row in rows if row["search"] == "exhaustive"}
+    blocks = {name.removeprefix("layer FT ") for name in tested if name.startswith("layer FT")}
+    assert {name.removeprefix("SCL FT ") for name in tested if name.startswith("SCL FT")} == blocks
+    assert {"nearest mean", "LDA", "ridge", "ridge, skips", "full FT"} < set(tested)
+    assert all(0 <= accuracy <= 1 for accuracy in tested.values())
+    for search in ("suggest", "expansion"):
+        assert sum(row["chosen"] == "1" for row in rows if row["search"] == search) == 1
+    assert _run("suggestions.py", *words, "--blocks", "1") == ""
+    assert len(_run("suggestions.py", "table", str(out)).splitlines()) == 2 + 11  # a heading and the rules
+
+
+def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two draws of two blocks: one method is best in the first, another in the second."""
+    monkeypatch.syspath_prepend(FOLDER)
+    suggestions = importlib.import_module("suggestions")
+    tests = {"ridge, skips": (0.5, 0.6), "full FT": (0.4, 0.5), "layer FT a": (0.8, 0.7), "layer FT b": (0.6, 0.9)}
+    rows = []
+    for seed in range(2):
+        known = {"data": "digits", "shots": 5, "seed": seed}
+        rows += [
+            {**known, "search": "exhaustive", "method": n, "test": t[seed], "seconds": 5} for n, t in tests.items()
+        ]
+        rows += [
+            {**known, "search": search, "method": method, "chosen": 1, "predicted": 0.72, "seconds": 1}
+            for search, method in (("suggest", "layer FT a"), ("expansion", "ridge, skip from a"))
+        ]
+        rows += [
+            {**known, "search": "measures", "method": f"{measure} {block}", "predicted": value}
+            for measure in suggestions.MEASURES
+            for block, value in (("a", -2.0), ("b", -1.0))
+        ]
+    with (tmp_path / "tries.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, suggestions.FIELDS)
+        table.writeheader()
+        table.writerows(rows)
+    lines = [line.split(" | ") for line in suggestions.table([tmp_path / "tries.csv"]).splitlines()[2:]]
+    found = {line[3]: line[4:] for line in lines}
+    assert found["suggest"] == ["10.0 ± 10.0", "1 of 2", "-3.0 ± 5.0", "1 of 2", "5 |"]  # off by -8 and 2 points
+    assert found["expansion"][:2] == ["30.0 ± 0.0", "0 of 2"]
+    assert found["best in the other tries"][0] == "20.0 ± 0.0"  # a in the second, b in the first
+    assert found["k-NN"][0] == found["last block"][0] == "10.0 ± 10.0"
