@@ -158,13 +158,10 @@ class Bench:
         """A datamodule with these training images, ``rows`` ``(n,)``; a batch has all of them, if they are few."""
         return _Rows(self, rows)
 
-    def run(self, method: Method, trial: Trial, fold: int) -> None:
-        """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
-        rows = (self.folds == fold).nonzero().squeeze(1)
-        data = self.data((self.folds != fold).nonzero().squeeze(1))
-        start = time.perf_counter()
+    def fitted(self, method: Method, rows: Tensor, seed: int) -> FineTuner:
+        """The model that a method fits to the images at ``rows`` ``(n,)``."""
         with isolate_rng():
-            torch.manual_seed(fold)
+            torch.manual_seed(seed)
             model = FineTuner(
                 self.num_classes,
                 copy.deepcopy(self.backbone),
@@ -174,9 +171,17 @@ class Bench:
                 lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs),
                 **method.knobs,
             )
-            self.trainer(self.epochs).fit(model, data)
-            trial.seconds.append(time.perf_counter() - start)
-            held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
+            self.trainer(self.epochs).fit(model, self.data(rows))
+        return model
+
+    def run(self, method: Method, trial: Trial, fold: int) -> None:
+        """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
+        rows = (self.folds == fold).nonzero().squeeze(1)
+        start = time.perf_counter()
+        model = self.fitted(method, (self.folds != fold).nonzero().squeeze(1), fold)
+        trial.seconds.append(time.perf_counter() - start)
+        held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
+        with isolate_rng():  # a loader draws a seed
             predicted: Any = self.trainer(1).predict(model, held_out)
         trial.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         probabilities = torch.cat(predicted).cpu()

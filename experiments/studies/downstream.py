@@ -1,0 +1,192 @@
+"""Collapse of the downstream task against test accuracy, over ways of fine-tuning.
+
+A draw takes training images by its seed. Methods are the linear probe, layer FT and SCL FT at every block, and full FT,
+all from the ridge start, with the same learning rate, epochs and batch size. Of each, NC1 of penultimate features is
+taken in four ways:
+
+- ``nc1``: of the training images, as Li et al. 2022 (arXiv 2212.12206) take it;
+- ``cv_nc1``: of the training images in the same network, each fold around the class means of the other folds;
+- ``refit_nc1``: of each fold in the network that is fitted without it, around the class means of the images that it was
+  fitted to, the mean over three folds; ``refit_acc`` is the accuracy of these networks on their folds, the usual rival;
+- ``test_nc1``: of the test images in the network of all training images, around the class means of the latter. It needs
+  the test labels and says how far any estimate could come.
+
+    python experiments/studies/downstream.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
+    python experiments/studies/downstream.py run ROOT --checkpoint WEIGHTS --size 128 --every 4 --out rows.csv
+    python experiments/studies/downstream.py table rows.csv [more.csv]
+
+Data and networks are those of suggestions.py. Rows are written as they come; what a file has already is not run again.
+"""
+
+import argparse
+import csv
+import logging
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from suggestions import DIGITS, drawn, read, tested, trainer
+from torch import Tensor
+
+from ncfinetune import Backbone, FineTuner
+from ncfinetune.bank import read_images
+from ncfinetune.collapse import class_moments, nc1
+from ncfinetune.folds import FoldMoments
+from ncfinetune.report_statistics import spearman
+from ncfinetune.samples import folds_of
+from ncfinetune.trials import Bench, Method
+
+MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_acc", "test_nc1")
+FIELDS = ("data", "shots", "seed", "method", *MEASURES, "test", "seconds")
+FOLDS = 3
+
+
+def methods_of(backbone: Backbone, every: int) -> Iterator[Method]:
+    """The ways to fine-tune, with every so many blocks from the last one back."""
+    yield Method("linear probe", {"train": "none", "head_init": "ridge"})
+    for block in list(backbone.layers)[::-every]:
+        yield Method(f"layer FT {block}", {"train": block, "head_init": "ridge"})
+        yield Method(f"SCL FT {block}", {"train": block, "skip_from": block, "head_init": "ridge"})
+    yield Method("full FT", {"train": "all", "head_init": "ridge"})
+
+
+def held_out_nc1(features: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor) -> Tensor:
+    """``tr(S Sigma_B^+) / K``: the scatter ``S`` of held-out features ``(n, d)`` around the class means of others.
+
+    ``Sigma_B`` is the covariance between these means, of ``K`` classes, as in NC1.
+    """
+    classes = int(labels.max()) + 1
+    means = torch.stack([features[labels == label].double().mean(0) for label in range(classes)])
+    _, lengths, axes = torch.linalg.svd((means - means.mean(0)) / classes**0.5, full_matrices=False)
+    along = (held.double() - means[held_labels]) @ axes[: classes - 1].T / lengths[: classes - 1]
+    return along.square().sum(1).mean() / classes
+
+
+def seen(model: FineTuner, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Penultimate features ``(N, d)`` and decisions ``(N,)``."""
+    model.eval()
+    with torch.no_grad():
+        parts = [(model.backbone(batch), model(batch).argmax(1)) for batch in images.split(256)]
+    features, decided = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(decided)
+
+
+def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
+    """The numbers of a method; all images of the bench train."""
+    images, labels = bench.images, bench.labels
+    model = bench.fitted(method, torch.arange(len(labels)), seed)
+    features, _ = seen(model, images)
+    test_features, decided = seen(model, test[0])
+    folded = FoldMoments(bench.num_classes, FOLDS)
+    folded.update(features, labels)
+    numbers = {
+        "nc1": nc1(class_moments(features, labels, bench.num_classes)),
+        "cv_nc1": folded.nc1(),
+        "test_nc1": held_out_nc1(features, labels, test_features, test[1]),
+        "test": (decided == test[1]).double().mean(),
+        "refit_nc1": torch.zeros(()),
+        "refit_acc": torch.zeros(()),
+    }
+    for fold in range(FOLDS):
+        held = bench.folds == fold
+        refitted = bench.fitted(method, (~held).nonzero().squeeze(1), seed)
+        features, decided = seen(refitted, images)
+        numbers["refit_nc1"] += held_out_nc1(features[~held], labels[~held], features[held], labels[held]) / FOLDS
+        numbers["refit_acc"] += (decided[held] == labels[held]).sum() / len(labels)
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def run(options: argparse.Namespace) -> None:
+    done = {tuple(row[key] for key in ("shots", "seed", "method")) for row in read(options.out)}
+    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
+    backbone = Backbone(**spec, checkpoint=options.checkpoint)
+    with options.out.open("a", newline="") as file:
+        table = csv.DictWriter(file, FIELDS)
+        if not done:
+            table.writeheader()
+        for seed in options.seeds:
+            for shots in options.shots:
+                data = drawn(options, shots, seed)
+                images, labels = read_images(trainer(), backbone, data, 10**6)
+                how = (data.batch_size, options.lr, options.epochs, trainer)
+                bench = Bench(backbone, images, labels, int(labels.max()) + 1, folds_of(labels, FOLDS), *how)
+                test = tested(data)
+                for method in methods_of(backbone, options.every):
+                    if (str(shots), str(seed), method.name) in done:
+                        continue
+                    start = time.process_time()
+                    row: dict[str, Any] = {"data": Path(options.data).name, "shots": shots, "seed": seed}
+                    row |= {"method": method.name, **measured(bench, method, test, seed)}
+                    table.writerow({**row, "seconds": time.process_time() - start})
+                    file.flush()
+                    print(shots, seed, method.name, flush=True)
+
+
+def table(paths: list[Path]) -> str:
+    """Rank correlations of each measure with test accuracy over methods."""
+    grouped: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
+    for row in (row for path in paths for row in read(path)):
+        grouped[row["data"], int(row["shots"])].append(row)
+    lines = ["| data | shots | draws | methods | measure | rho over methods of a draw | rho of means (p) |"]
+    lines.append("|" + "---|" * 7)
+    for (data, shots), rows in sorted(grouped.items()):
+        for measure in MEASURES:
+            draws = [
+                spearman([float(row[measure]) for row in own], [float(row["test"]) for row in own])[0]
+                for own in by(rows, "seed").values()
+            ]
+            means = [
+                [statistics.mean(float(row[name]) for row in own) for name in (measure, "test")]
+                for own in by(rows, "method").values()
+            ]
+            rho, p = spearman(*zip(*means, strict=True))
+            cells = [data, shots, len(draws), len(means), measure, spread(draws), f"{rho:.2f} ({p:.2g})"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def by(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        found[row[key]].append(row)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    error = f" ± {statistics.stdev(known) / len(known) ** 0.5:.2f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.2f}{error}" if known else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("table").add_argument("rows", type=Path, nargs="+")
+    draws = commands.add_parser("run")
+    draws.add_argument("data", help="digits, or a folder of images")
+    draws.add_argument("--checkpoint", required=True)
+    draws.add_argument("--backbone", default="{name: mobilenetv2_100, pad_type: same}", help="arguments of a Backbone")
+    draws.add_argument("--out", type=Path, required=True)
+    draws.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
+    draws.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    draws.add_argument("--every", type=int, default=1, help="fit at every so many blocks, from the last one back")
+    draws.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
+    draws.add_argument("--epochs", type=int, default=30)
+    draws.add_argument("--lr", type=float, default=1e-3)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.rows))
+        return
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    run(options)
+
+
+if __name__ == "__main__":
+    main()
