@@ -15,6 +15,8 @@ import timm
 import torch
 from PIL import Image
 
+from ncfinetune.collapse import class_moments, nc1
+
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"
 METHODS_OF_TABLE = ("linear probe", "layer FT", "SCL FT", "full FT")
 
@@ -253,3 +255,44 @@ def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["expansion"][:2] == ["30.0 ± 0.0", "0 of 2"]
     assert found["best in the other tries"][0] == "20.0 ± 0.0"  # a in the second, b in the first
     assert found["k-NN"][0] == found["last block"][0] == "10.0 ± 10.0"
+
+
+@pytest.mark.slow
+def test_downstream_collapse_is_measured_of_every_method(textures: Path) -> None:
+    out = textures / "rows.csv"
+    (textures / "val").rename(textures / "test")
+    words = ["run", str(textures), "--checkpoint", str(textures / "weights.pth"), "--out", str(out), "--size", "32"]
+    words += ["--backbone", "{name: mobilenetv3_small_050}", "--shots", "4", "--seeds", "3", "4", "--epochs", "1"]
+    _run("downstream.py", *words, "--every", "8")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    methods = [row["method"] for row in rows if row["seed"] == "3"]
+    assert [methods[0], methods[-1]] == ["linear probe", "full FT"]
+    assert len(methods) == len(rows) / 2
+    of_blocks = [sum(name.startswith(f"{kind} FT") for name in methods) for kind in ("layer", "SCL")]
+    assert of_blocks == [len(methods) / 2 - 1] * 2
+    assert all(float(row[name]) > 0 for row in rows for name in ("nc1", "cv_nc1", "refit_nc1", "test_nc1"))
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("refit_acc", "test"))
+    assert _run("downstream.py", *words, "--every", "8") == ""
+    assert len(_run("downstream.py", "table", str(out)).splitlines()) == 2 + 5
+
+
+def test_collapse_of_held_out_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the pseudo-inverse; held-out features that are the others have the others' NC1."""
+    monkeypatch.syspath_prepend(FOLDER)
+    held_out_nc1 = importlib.import_module("downstream").held_out_nc1
+    rng = np.random.default_rng(0)
+    labels, held_labels = np.arange(40) % 4, np.arange(12) % 4
+    features, held = rng.normal(size=(40, 6)) + labels[:, None], rng.normal(size=(12, 6)) + held_labels[:, None]
+    means = np.stack([features[labels == label].mean(0) for label in range(4)])
+    between = (means - means.mean(0)).T @ (means - means.mean(0)) / 4
+
+    def expected(rows: np.ndarray, own: np.ndarray) -> float:
+        scatter = (rows - means[own]).T @ (rows - means[own]) / len(rows)
+        return np.trace(scatter @ np.linalg.pinv(between, rcond=1e-10)) / 4
+
+    tensors = [torch.from_numpy(array) for array in (features, labels, held, held_labels)]
+    assert held_out_nc1(*tensors).item() == pytest.approx(expected(held, held_labels))
+    of_all = nc1(class_moments(tensors[0], tensors[1], 4)).item()
+    assert held_out_nc1(*tensors[:2], *tensors[:2]).item() == pytest.approx(of_all)
+    assert of_all == pytest.approx(expected(features, labels))
