@@ -86,6 +86,13 @@ class Backbone(nn.Module):
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"timm cannot make {name!r} with {timm_kwargs}: {error}") from error
+        except OSError as error:
+            if not pretrained:
+                raise
+            raise OSError(
+                f"cannot download the weights of {name!r}: {error}; without a connection, give a file by "
+                f"{{name: {name}, checkpoint: FILE}}, or --checkpoint FILE of scan and suggest"
+            ) from error
         fresh = set() if pretrained else {name for name, _ in self.net.named_parameters()}
         if stem == "cifar":
             _shrink_stem(self.net, name)

@@ -25,10 +25,11 @@ def conclusion(trainer: Trainer, module: Any) -> Iterator[str]:
     yield f"run: {trainer.log_dir or trainer.default_root_dir}, {_ended(trainer)}"
     callback: Any = trainer.checkpoint_callback
     last = Path(getattr(callback, "dirpath", None) or "", "last.ckpt")
-    path = getattr(callback, "best_model_path", "") or last_saved(trainer) or (str(last) if last.is_file() else None)
+    best = getattr(callback, "best_model_path", "")
+    path = best or last_saved(trainer) or (str(last) if last.is_file() else None)
     if path is None:
         return
-    kind = "best" if getattr(callback, "monitor", None) else "last"
+    kind = "best" if best and getattr(callback, "monitor", None) else "last"
     yield f"{kind} checkpoint: {path}{_numbers(path)}"
     if isinstance(module, Classifier):
         splits = getattr(getattr(trainer, "datamodule", None), "splits", ["test"])

@@ -51,7 +51,7 @@ def confusion(found: Evaluation, title: str) -> Figure:
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{title}:\naccuracy {100 * found.accuracy:.1f} % of {found.images:,}", parse_math=False)
+    axes.set_title(f"{title}, {found.images:,} images\naccuracy {100 * found.accuracy:.1f} %", parse_math=False)
     if not named:
         return figure
     labels = [_short(name) for name in found.class_names]

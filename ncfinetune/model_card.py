@@ -164,15 +164,15 @@ def _numbers(run: Run, step: int | None) -> dict[str, float]:
     if step is None:
         return {}
     places = dict.fromkeys(("test/acc", "test/images"), step)
-    places |= {tag: max(step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate", "nc1/val/penultimate")}
+    places |= {tag: max(step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate")}
     found = {tag: [value for at, value in run.points.get(tag, ()) if at == place] for tag, place in places.items()}
     return {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
 
 
 def _measured(numbers: Mapping[str, float]) -> dict[str, str]:
-    parts = {"training": "nc1/train/penultimate", "validation": "nc1/val/penultimate"}
-    nc1 = [f"{numbers[tag]:.3g} on the {part} images" for part, tag in parts.items() if tag in numbers]
-    rows = {"NC1 of the features": ", ".join(nc1)}
+    # Not that of other images: it grows with their number, so that it would be read wrongly beside this one.
+    nc1 = numbers.get("nc1/train/penultimate")
+    rows = {"NC1 of the features": "" if nc1 is None else f"{nc1:.3g} on the training images"}
     rows["validation accuracy"] = f"{100 * numbers['val/acc']:.1f} %" if "val/acc" in numbers else ""
     images = int(numbers.get("test/images", 0))
     if "test/acc" in numbers and images > 0:

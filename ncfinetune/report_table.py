@@ -28,7 +28,7 @@ _LEGEND = {
     "tested at": "Tested at is the step of the checkpoint that was tested, of those tested in a run the one trained "
     "longest, where that is not the end of the training.",
     "NC1 after": "NC1 after is the last measured up to the tested checkpoint, or the first after it.",
-    "points over baseline": "Points over baseline are differences of runs of the same seed; p is the paired t-test's.",
+    "points over baseline": "Points over baseline are differences of runs of the same seed.",
 }
 
 
@@ -55,7 +55,8 @@ def legend(table: Sequence[dict[str, str]]) -> list[str]:
     """What has to be known to read the columns of a table."""
     spread = ["Numbers are means ± standard deviations (n - 1) over the runs."] if _has(table, "±") else []
     left = ["Unfinished runs are left out of all numbers."] if _has(table, "unfinished") else []
-    return [*spread, *(text for name, text in _LEGEND.items() if name in table[0]), *left]
+    tested = ["p is that of a paired t-test."] if _has(table, ", p ") else []
+    return [*spread, *(text for name, text in _LEGEND.items() if name in table[0]), *tested, *left]
 
 
 def _has(table: Sequence[dict[str, str]], word: str) -> bool:

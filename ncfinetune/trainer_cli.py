@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -47,6 +48,8 @@ _LOGGER = {
 _CONFIG = "config.yaml"
 # Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
 _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
+# Options that name a configuration file.
+_FILE = ("--config", "-c")
 # Exit status of a prediction with images that cannot be read.
 BROKEN_IMAGES = 3
 
@@ -83,7 +86,7 @@ _DESCRIPTIONS = {
 
 def _run(words: list[str]) -> int | None:
     safe = "--safe" in words
-    words = trained.complete([word for word in words if word != "--safe"])
+    words = trained.complete(_files_first([word for word in words if word != "--safe"]))
     if safe:
         refuse_code(words)
     try:
@@ -113,6 +116,24 @@ def _run(words: list[str]) -> int | None:
         if (reason := _reason(error)) is None:
             raise
         raise ValueError(reason) from error
+
+
+def _files_first(words: list[str]) -> list[str]:
+    """The command, its configuration files, and all other options, which thus count wherever they stand.
+
+    Options that come before ``--config`` would be replaced by what the file has of the same name: the ``ckpt_path:
+    null`` of a run's configuration, say, would have ``test`` measure a network that was never trained.
+    """
+    command, *rest = words
+    files: list[str] = []
+    others: list[str] = []
+    left = iter(rest)
+    for word in left:
+        if word in _FILE:
+            files += [word, *islice(left, 1)]
+        else:
+            (files if word.partition("=")[0] in _FILE else others).append(word)
+    return [command, *files, *others]
 
 
 def _reason(error: Exception) -> str | None:
@@ -375,9 +396,11 @@ class NCFinetuneCLI(LightningCLI):
         A job that SLURM has requeued goes on with its own; without a logger there is no folder of the run.
         """
         if self.trainer.loggers and (run / _CONFIG).is_file() and not any(run.glob("hpc_ckpt_*.ckpt")):
+            saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "it has saved no checkpoint: "
             self.parser.error(
-                f"expected a folder without a run, and {str(run)!r} holds one; go on with it by --ckpt_path "
-                f"{run / 'checkpoints' / 'NAME.ckpt'}, give another --trainer.logger.version, or delete it"
+                f"expected a folder without a run, and {str(run)!r} holds one; {go_on}give another "
+                "--trainer.logger.version, or delete it"
             )
 
     def before_fit(self) -> None:

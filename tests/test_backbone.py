@@ -87,6 +87,17 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
         Backbone(**arguments)
 
 
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    fix = "give a file by {name: resnet18, checkpoint: FILE}, or --checkpoint FILE of scan and suggest"
+    with pytest.raises(OSError, match="^cannot download the weights of 'resnet18': no connection; without") as refused:
+        Backbone("resnet18", pretrained=True)
+    assert str(refused.value).endswith(fix)
+
+
 @pytest.mark.parametrize("form", ["plain", "prefixed", "lightning", "safetensors"])
 def test_checkpoints_of_every_form_load(form: str, tmp_path: Path) -> None:
     source = Backbone(**SMALL)

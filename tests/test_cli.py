@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -178,9 +179,14 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, capsys: pytest.Capt
     error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
     assert error.endswith(
         f"expected a folder without a run, and '{run}' holds one; go on with it by --ckpt_path "
-        f"{run / 'checkpoints' / 'NAME.ckpt'}, give another --trainer.logger.version, or delete it"
+        f"{next((run / 'checkpoints').glob('*.ckpt'))}, give another --trainer.logger.version, or delete it"
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    next((run / "checkpoints").glob("*.ckpt")).unlink()
+    error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
+    assert error.endswith(
+        f"{str(run)!r} holds one; it has saved no checkpoint: give another --trainer.logger.version, or delete it"
+    )
 
 
 def test_a_reader_that_ends_early_is_no_error(
@@ -195,6 +201,20 @@ def test_a_reader_that_ends_early_is_no_error(
     assert main(["report", "runs"]) == 141
     assert replaced == [1]  # so that flushing it at the end is no error either
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--config="])
+def test_options_before_a_configuration_count_too(trained: tuple[Path, list[str]], option: str) -> None:
+    """The configuration of a run has ``ckpt_path: null``, which must not replace the checkpoint given before it."""
+    run, words = trained
+    _, config, *checkpoint = words
+    file = [f"{option}{config}"] if option.endswith("=") else [option, config]
+    loss = []
+    for order in ([*file, *checkpoint], [*checkpoint, *file]):
+        assert main(["test", *order, *QUIET]) is None
+        loss.append(Run(run / "test").last("test/loss"))
+        shutil.rmtree(run / "test")
+    assert loss[0] == loss[1] is not None
 
 
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,6 +505,8 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
         (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are loaded"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
+        (["predict", "--images", "file"], "predict needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["evaluate", "--images", "file"], "evaluate needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
         (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),

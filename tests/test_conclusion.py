@@ -49,8 +49,11 @@ def test_early_stopping_is_explained_and_the_best_is_named(tmp_path: Path, caplo
     ]
 
 
-def test_a_closed_form_has_its_checkpoint_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lines = _said(tmp_path, caplog, *CLOSED, *PIECES[4:], "--trainer.max_epochs=0")
+@pytest.mark.parametrize("monitor", [[], [*KEEP, "--trainer.callbacks.monitor=val/loss"]])
+def test_a_closed_form_has_its_checkpoint_named(
+    monitor: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = _said(tmp_path, caplog, *CLOSED, *PIECES[4:], *monitor, "--trainer.max_epochs=0")
     last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     assert lines == [
         f"run: {last.parent.parent}, no step was trained",

@@ -146,7 +146,7 @@ def test_pictures_have_every_class_and_file() -> None:
     found = evaluate(shares, labels, ["a", "b", "$c", "d_d", "e"])
     matrix = confusion(found, "test")
     texts = {text.get_text() for text in matrix.findobj(Text)}
-    assert {"a", "$c", "d_d", f"test:\naccuracy {100 * found.accuracy:.1f} % of 60"} <= texts
+    assert {"a", "$c", "d_d", f"test, 60 images\naccuracy {100 * found.accuracy:.1f} %"} <= texts
     image = np.zeros((8, 8, 3), np.uint8)
     mistakes = [Mistake(f"/some/where/{'class' * 9}/{number}.png", image, "$a", "b_1", 0.987) for number in range(7)]
     titles = [axes.get_title() for axes in sheet(mistakes, "test").axes]

@@ -219,8 +219,8 @@ def test_verdicts_say_what_to_type():
     closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
     for gain, moves in ((0.05, "lowers"), (-0.05, "raises")):
         assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1", "--data D") == (
-            f"no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the best tuned, {moves} the squared "
-            "error of the closed form by 0.050 ± 0.100\n"
+            "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the nearest of the tuned methods, "
+            f"{moves} the squared error of the closed form by 0.050 ± 0.100, where 0.01 lower is asked\n"
             'ncfinetune fit --model FineTuner --data D --model.train none --model.skip_from \'["a", "b"]\' '
             "--trainer.max_epochs 0"
         )
