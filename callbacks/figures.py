@@ -88,7 +88,7 @@ def cosines(moments: ClassMoments, names: Sequence[str] | None = None) -> Figure
     difference = (matrix - ideal).fill_diagonal_(0).cpu().numpy()
     image = axes.imshow(difference, cmap="PuOr", vmin=-1, vmax=1)
     figure.colorbar(image, ax=axes, label=f"cosine less its ideal, {ideal:.3g}")
-    axes.set_title("angles between class means", fontsize="medium")
+    axes.set_title("cosines between class means", fontsize="medium")
     if len(matrix) <= _MAX_NAMED_CLASSES:
         shown = _class_names(moments, names)
         size = "small" if len(shown) <= 12 else 4

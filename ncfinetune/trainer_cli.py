@@ -22,12 +22,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ncfinetune import class_help, found, interruptions, predictions, settings, summary, trained
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
@@ -368,6 +369,7 @@ class NCFinetuneCLI(LightningCLI):
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
+        self._check_trained()
         check_launched(self.trainer)
         summary.shorten(self.trainer)
         trainer: Any = self.trainer
@@ -389,6 +391,21 @@ class NCFinetuneCLI(LightningCLI):
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
         # Last, since the folder that it makes remains: it reserves the number of the run.
         _check_writable("run", run, f"--{option}", self.parser)
+
+    def _check_trained(self) -> None:
+        """Refuse to classify with, and warn of measuring, a classifier that no checkpoint has trained."""
+        if (
+            self.subcommand == "fit"
+            or not isinstance(self.model, Classifier)
+            or self._get(self.config, "ckpt_path") is not None
+        ):
+            return
+        fix = "give --ckpt_path RUN/checkpoints/NAME.ckpt"
+        if self.subcommand in trained.ALONE:
+            self.parser.error(f"{self.subcommand} needs a trained classifier; {fix}")
+        rank_zero_warn(
+            f"{self.subcommand} measures a classifier that was not trained, since there is no checkpoint; {fix}"
+        )
 
     def _refuse_another(self, run: Path) -> None:
         """Refuse to begin a run in the folder of another, whose checkpoints it would replace and whose logs it joins.

@@ -217,6 +217,13 @@ def test_options_before_a_configuration_count_too(trained: tuple[Path, list[str]
     assert loss[0] == loss[1] is not None
 
 
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_measuring_a_classifier_that_was_not_trained_is_said(command: str) -> None:
+    said = "measures a classifier that was not trained, since there is no checkpoint; give --ckpt_path RUN/checkpoints"
+    with pytest.warns(UserWarning, match=f"^{command} {said}/NAME.ckpt$"):
+        assert main([command, *QUIET, *PIECES]) is None
+
+
 def test_options_beside_a_checkpoint_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuner = ["--model", "FineTuner", *RANDOM, *PIECES[2:]]
     run = _fit(tmp_path, "a", *tuner, "--model.train", "layer3.1")
@@ -374,7 +381,8 @@ def test_a_broken_image_has_a_row_that_says_so(
     Path("photos/train/a/0.jpg").write_bytes(Path("photos/train/a/0.jpg").read_bytes()[:300])
     Path("photos/train/b/3.jpg").write_bytes(b"")
     _pictures("good")
-    command = ["predict", *QUIET, *_colour("good"), "--data.batch_size", "4", "--data.num_workers", workers]
+    command = ["predict", *QUIET, *_coloured("good"), "--data.batch_size", "4", "--data.num_workers", workers]
+    capsys.readouterr()
     written = tmp_path / f"p.{suffix}"
     for skip in ("false", "true"):
         words = ["--images", "photos", "--predictions", str(written), "--data.skip_broken", skip]
@@ -401,8 +409,9 @@ def test_broken_test_images_have_a_row_too(tmp_path: Path) -> None:
     _pictures("good")
     for number in (20, 21, 22):
         write_image(Path("good/test/a", f"{number}.jpg"), number)
+    colour = _coloured("good")
     Path("good/test/a/21.jpg").write_bytes(b"x")
-    assert main(["predict", *QUIET, *_colour("good"), "--data.num_workers", "0", "--predictions", "p.csv"]) == 3
+    assert main(["predict", *QUIET, *colour, "--data.num_workers", "0", "--predictions", "p.csv"]) == 3
     rows = _csv(Path("p.csv"))
     files = [f"good/test/a/{number}.jpg" for number in (20, 21, 22)]
     assert [row["file"] for row in rows] == files
@@ -423,21 +432,25 @@ def test_what_was_predicted_is_kept_where_a_run_breaks_off(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Supervised, "predict_step", break_off)
-    words = [*_colour("good"), "--data.batch_size", "4", "--data.num_workers", "0", "--images", "good"]
+    words = [*_coloured("good"), "--data.batch_size", "4", "--data.num_workers", "0", "--images", "good"]
     assert "the disk is gone" in _refusal_of(capsys, "predict", *QUIET, *words, "--predictions", "p.csv")
     assert seen == [0, 5, 9]
     assert Path("p.csv").read_text() == "of an earlier run"
     assert len(Path("p.csv.partial").read_text().splitlines()) == 9
 
 
-def test_predict_refuses_several_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_refuses_several_processes(
+    trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
-    error = _refusal(capsys, "predict", *QUIET, *PIECES)
+    error = _refusal(capsys, "predict", *QUIET, *trained[1])
     assert error == "error: predict writes its rows in order, from one process; give --trainer.devices 1"
 
 
-def test_images_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["predict", *QUIET, *PIECES, "--images"]
+def test_images_that_are_none_are_refused(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", *QUIET, *trained[1], "--images"]
     assert "no folder 'nowhere'; expected one with images" in _refusal(capsys, *command, "nowhere")
     assert "no images in " in _refusal(capsys, *command, str(tmp_path))
     error = _refusal(capsys, "fit", *QUIET, *PIECES, "--images", str(tmp_path))
@@ -488,6 +501,13 @@ def _colour(root: str) -> list[str]:
     return ["--model", "Supervised", "--model.backbone", TINY.replace("in_chans: 1", "in_chans: 3"), "--data", "ImageFolder", "--data.root", root, "--data.image_size", "16"]  # fmt: skip
 
 
+def _coloured(root: str) -> list[str]:
+    """The same with the checkpoint of a classifier that was trained on it."""
+    words = _colour(root)
+    run = _fit(Path("runs"), "colour", *words, "--data.num_workers", "0")
+    return [*words, "--ckpt_path", str(next((run / "checkpoints").glob("*.ckpt")))]
+
+
 def _pair(learner: str, *words: str) -> list[str]:
     return ["--model", learner, *PIECES[2:], *words]
 
@@ -509,6 +529,8 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["evaluate", "--images", "file"], "evaluate needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
+        (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["evaluate", *PIECES], "evaluate needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),
         (["fit", *PIECES, "--trainer.limit_train_batches", "-3"], "invalid value -3 for limit_train_batches"),
         (["fit", *PIECES, "--trainer.callbacks+=OnlineProbe", "--trainer.callbacks.layer", "fc"], "layer 'fc' did not run in this batch; give OnlineProbe a layer that does"),
@@ -516,6 +538,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", *_pair("FineTuner", "--model.backbone", "{stem: cifar}")], "expected the name of a timm architecture in the backbone, got ['stem']"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:(test|validate) measures a classifier that was not trained")
 def test_what_a_run_refuses_is_said_in_a_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

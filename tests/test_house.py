@@ -137,6 +137,7 @@ IMPORTS = {
         "atomic",
         "checkpoint_io",
         "class_help",
+        "classifier",
         "cli_errors",
         "conclusion",
         "evaluating",

@@ -77,6 +77,7 @@ def test_our_own_configurations_are_let_through() -> None:
         refuse_code(["fit", "--config", str(path), "--trainer.max_epochs", "3", "--model.train", "layer3.0"])
 
 
+@pytest.mark.filterwarnings("ignore:validate measures a classifier that was not trained")
 def test_nothing_of_theirs_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     (tmp_path / "canary.py").write_text(
         f"from pathlib import Path\nfrom lightning.pytorch import Callback\nPath({str(tmp_path / 'sang')!r}).touch()\n"
