@@ -137,7 +137,7 @@ class FoldMoments:
             present = state.counts.sum(0) > 0
             count, sums, squares = (part[fold] for part in (state.counts, state.sums, state.squares))
             mean = ((state.sums.sum(0) - sums)[present]) / (state.counts.sum(0) - count)[present, None]
-            white = _whitening(mean)
+            white = whitening(mean)
             around = white @ mean.T
             total += torch.tensordot(white @ squares, white) - 2 * (white @ sums[present].T * around).sum()
             total += (around.square() * count[present]).sum()
@@ -229,7 +229,7 @@ class _Regression(NamedTuple):
         return cls(squares - samples * mean.outer(mean), sums.T - samples * mean.outer(share), mean, share)
 
 
-def _whitening(mean: Tensor) -> Tensor:
+def whitening(mean: Tensor) -> Tensor:
     """Rows ``T`` with ``T^T T = Sigma_B^+ / P`` for class means ``(P, d)``, in the space that they span.
 
     Which singular values count as zero is decided as for NC1: below about 1e-7 of the largest they may be nothing but

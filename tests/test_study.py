@@ -15,7 +15,11 @@ import timm
 import torch
 from PIL import Image
 
+from ncfinetune import Backbone, FineTuner
 from ncfinetune.collapse import class_moments, nc1
+from ncfinetune.folds import FoldMoments
+from ncfinetune.samples import folds_of
+from ncfinetune.trials import Bench, Method
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"
 METHODS_OF_TABLE = ("linear probe", "layer FT", "SCL FT", "full FT")
@@ -222,7 +226,9 @@ def test_suggestions_are_held_against_a_search_of_all_methods(textures: Path) ->
     for search in ("suggest", "expansion"):
         assert sum(row["chosen"] == "1" for row in rows if row["search"] == search) == 1
     assert _run("suggestions.py", *words, "--blocks", "1") == ""
-    assert len(_run("suggestions.py", "table", str(out)).splitlines()) == 2 + 11  # a heading and the rules
+    assert (
+        len(_run("suggestions.py", "table", str(out)).splitlines()) == 2 + 10
+    )  # a heading, and the rules for a single try
 
 
 def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +283,63 @@ def test_downstream_collapse_is_measured_of_every_method(textures: Path) -> None
     assert len(_run("downstream.py", "table", str(out)).splitlines()) == 2 + 5
 
 
+@pytest.mark.slow
+def test_what_is_measured_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the classifier's input, training and test images apart, and each fold in a network without it."""
+    monkeypatch.syspath_prepend(FOLDER)
+    downstream = importlib.import_module("downstream")
+    backbone = Backbone("resnet18", stem="cifar", in_chans=1, channels=[4, 6, 8, 10])
+    images, labels = torch.randn(30, 1, 8, 8), torch.arange(30) % 3
+    bench = Bench(backbone, images, labels, 3, folds_of(labels, 3), 8, 1e-2, 2, downstream.trainer)
+    method = Method("SCL FT", {"train": "layer2.0", "skip_from": "layer2.0", "head_init": "ridge"})
+    test = torch.randn(12, 1, 8, 8), torch.arange(12) % 3
+    found = downstream.measured(bench, method, test, 0)
+    model = bench.fitted(method, torch.arange(30), 0).eval()
+
+    def joined(model: FineTuner, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            stages = model.backbone.stages(x, ["layer2.0", "penultimate"])
+            return torch.nn.functional.pad(stages["layer2.0"], (0, 4)) + stages["penultimate"]
+
+    with torch.no_grad():
+        assert found["test"] == (model(test[0]).argmax(1) == test[1]).double().mean().item()
+    features = joined(model, images)
+    assert found["nc1"] == pytest.approx(nc1(class_moments(features, labels, 3)).item(), rel=1e-5)
+    assert found["test_nc1"] == pytest.approx(
+        downstream.held_out_nc1(features, labels, joined(model, test[0]), test[1]).item(), rel=1e-5
+    )
+    moments = FoldMoments(3, 3)
+    moments.update(features, labels)
+    assert found["cv_nc1"] == pytest.approx(moments.nc1().item(), rel=1e-5)
+    refit = 0.0
+    for fold in range(3):
+        held = bench.folds == fold
+        own = joined(bench.fitted(method, (~held).nonzero().squeeze(1), 0).eval(), images)
+        refit += downstream.held_out_nc1(own[~held], labels[~held], own[held], labels[held]).item() / 3
+    assert found["refit_nc1"] == pytest.approx(refit, rel=1e-5)
+
+
+def test_rank_correlations_of_downstream_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two whole draws in which accuracy falls with all kinds of NC1, and a third that broke off and would turn them."""
+    monkeypatch.syspath_prepend(FOLDER)
+    downstream = importlib.import_module("downstream")
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, downstream.FIELDS)
+        table.writeheader()
+        for seed in range(3):
+            for place in range(6 if seed < 2 else 2):
+                number = place if seed < 2 else 50 - 20 * place
+                numbers = dict.fromkeys(downstream.MEASURES, number) | {"refit_acc": -number, "test": -place}
+                row = {"data": "digits", "shots": 5, "seed": seed, "method": str(place), "seconds": 1}
+                table.writerow(row | numbers)
+    lines = [line.strip("| ").split(" | ") for line in downstream.table([tmp_path / "rows.csv"]).splitlines()[2:]]
+    assert [line[4] for line in lines] == list(downstream.MEASURES)
+    for line in lines:
+        sign = "1.00" if line[4] == "refit_acc" else "-1.00"
+        assert line[:4] == ["digits", "5", "2", "6"]
+        assert line[5:] == [f"{sign} ± 0.00", f"{sign} (0.0028)"]  # 2 of 720 orders
+
+
 def test_collapse_of_held_out_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the pseudo-inverse; held-out features that are the others have the others' NC1."""
     monkeypatch.syspath_prepend(FOLDER)
@@ -296,3 +359,8 @@ def test_collapse_of_held_out_features(monkeypatch: pytest.MonkeyPatch) -> None:
     of_all = nc1(class_moments(tensors[0], tensors[1], 4)).item()
     assert held_out_nc1(*tensors[:2], *tensors[:2]).item() == pytest.approx(of_all)
     assert of_all == pytest.approx(expected(features, labels))
+    flat = features * np.array([1, 1, 0, 0, 0, 0])  # class means in a plane, and features that are always 0
+    of_all = nc1(class_moments(torch.from_numpy(flat), tensors[1], 4)).item()
+    assert held_out_nc1(torch.from_numpy(flat), tensors[1], torch.from_numpy(flat), tensors[1]).item() == pytest.approx(
+        of_all
+    )

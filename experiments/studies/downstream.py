@@ -1,8 +1,8 @@
 """Collapse of the downstream task against test accuracy, over ways of fine-tuning.
 
 A draw takes training images by its seed. Methods are the linear probe, layer FT and SCL FT at every block, and full FT,
-all from the ridge start, with the same learning rate, epochs and batch size. Of each, NC1 of penultimate features is
-taken in four ways:
+all from the ridge start, with the same learning rate, epochs and batch size (refits: at most the images they have).
+Of each, NC1 of the classifier's input, after any skip has joined, is taken in four ways:
 
 - ``nc1``: of the training images, as Li et al. 2022 (arXiv 2212.12206) take it;
 - ``cv_nc1``: of the training images in the same network, each fold around the class means of the other folds;
@@ -37,7 +37,7 @@ from torch import Tensor
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.bank import read_images
 from ncfinetune.collapse import class_moments, nc1
-from ncfinetune.folds import FoldMoments
+from ncfinetune.folds import FoldMoments, whitening
 from ncfinetune.report_statistics import spearman
 from ncfinetune.samples import folds_of
 from ncfinetune.trials import Bench, Method
@@ -59,21 +59,20 @@ def methods_of(backbone: Backbone, every: int) -> Iterator[Method]:
 def held_out_nc1(features: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor) -> Tensor:
     """``tr(S Sigma_B^+) / K``: the scatter ``S`` of held-out features ``(n, d)`` around the class means of others.
 
-    ``Sigma_B`` is the covariance between these means, of ``K`` classes, as in NC1.
+    ``Sigma_B`` is the covariance between these means, of ``K`` classes that all have samples, as in NC1.
     """
-    classes = int(labels.max()) + 1
-    means = torch.stack([features[labels == label].double().mean(0) for label in range(classes)])
-    _, lengths, axes = torch.linalg.svd((means - means.mean(0)) / classes**0.5, full_matrices=False)
-    along = (held.double() - means[held_labels]) @ axes[: classes - 1].T / lengths[: classes - 1]
-    return along.square().sum(1).mean() / classes
+    means = torch.stack([features[labels == label].double().mean(0) for label in range(int(labels.max()) + 1)])
+    return ((held.double() - means[held_labels]) @ whitening(means).T).square().sum(1).mean()
 
 
 def seen(model: FineTuner, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Penultimate features ``(N, d)`` and decisions ``(N,)``."""
+    """What reaches the classifier ``(N, d)``, and decisions ``(N,)``."""
+    features: list[Tensor] = []
+    handle = model.classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
     model.eval()
     with torch.no_grad():
-        parts = [(model.backbone(batch), model(batch).argmax(1)) for batch in images.split(256)]
-    features, decided = zip(*parts, strict=True)
+        decided = [model(batch).argmax(1) for batch in images.split(256)]
+    handle.remove()
     return torch.cat(features), torch.cat(decided)
 
 
@@ -108,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
-        if not done:
+        if not file.tell():
             table.writeheader()
         for seed in options.seeds:
             for shots in options.shots:
@@ -129,14 +128,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(paths: list[Path]) -> str:
-    """Rank correlations of each measure with test accuracy over methods."""
+    """Rank correlations of each measure with test accuracy over methods; draws that lack some methods are left out."""
     grouped: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
     for row in (row for path in paths for row in read(path)):
         grouped[row["data"], int(row["shots"])].append(row)
     lines = ["| data | shots | draws | methods | measure | rho over methods of a draw | rho of means (p) |"]
     lines.append("|" + "---|" * 7)
-    for (data, shots), rows in sorted(grouped.items()):
-        for measure in MEASURES:
+    for (data, shots), found in sorted(grouped.items()):
+        most = len(by(found, "method"))
+        rows = [row for own in by(found, "seed").values() if len(own) == most for row in own]
+        for measure in MEASURES if rows else ():
             draws = [
                 spearman([float(row[measure]) for row in own], [float(row["test"]) for row in own])[0]
                 for own in by(rows, "seed").values()

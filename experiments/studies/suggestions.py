@@ -6,8 +6,8 @@ with the same learning rate, epochs and batch size, and tests them; the best tes
 chance. The measures see the training images alone too, and each names the block that is best by one number:
 cross-validated NC1 and k-NN accuracy of the block's pooled output, and RGN, the norm of the gradient over that of the
 weights (Lee et al. 2023, arXiv 2210.11466, section 3.2). The method that tests best in all other draws of the same size
-is what no rule for a single draw can be expected to beat. Rows are written as they come; what a file has already is not
-run again. Seconds are those of the processor.
+is the best fixed choice, which knows the test labels of those. Rows are written as they come; what a file has already
+is not run again. Seconds are those of the processor.
 
     python experiments/studies/suggestions.py run digits --checkpoint WEIGHTS --out rows.csv [--shots 5 10 20]
     python experiments/studies/suggestions.py run ROOT --checkpoint WEIGHTS --size 128 --out rows.csv
@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
     done = {tuple(row[key] for key in ("search", "shots", "seed")) for row in read(options.out)}
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
-        if not done:
+        if not file.tell():
             table.writeheader()
         for seed in options.seeds:
             for shots in options.shots:
@@ -198,16 +198,7 @@ def table(paths: list[Path]) -> str:
         "|" + "---|" * 9,
     ]
     for (data, shots), members in sorted(tries.items()):
-        for rule in (
-            *SUGGESTIONS,
-            OTHERS,
-            "closed form",
-            "last block",
-            "middle block",
-            "random block",
-            "full FT",
-            *MEASURES,
-        ):
+        for rule in RULES if len(members) > 1 else (rule for rule in RULES if rule != OTHERS):
             outcomes = [outcome(rule, rows, [other for other in members if other is not rows]) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
             cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
