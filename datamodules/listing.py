@@ -66,7 +66,8 @@ class Found:
         """Report the files and folders that were ignored or left out, a line for each kind."""
         say = rank_zero_warn if warn else rank_zero_info
         if self.hidden:
-            rank_zero_info(f"ignored {self.hidden} hidden files and folders in {where}")
+            kind = "file or folder" if self.hidden == 1 else "files and folders"
+            rank_zero_info(f"ignored {self.hidden} hidden {kind} in {where}")
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(5))
             say(f"left out {counted(self.others.total(), 'file')} in {where} without an image suffix: {kinds}")

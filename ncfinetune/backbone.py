@@ -90,8 +90,8 @@ class Backbone(nn.Module):
             if not pretrained:
                 raise
             raise OSError(
-                f"cannot download the weights of {name!r}: {error}; without a connection, give a file by "
-                f"{{name: {name}, checkpoint: FILE}}, or --checkpoint FILE of scan and suggest"
+                f"cannot get the weights of {name!r}: {error or type(error).__name__}; without a connection, give a "
+                f"file by {{name: {name}, checkpoint: FILE}}, or --checkpoint FILE of scan and suggest"
             ) from error
         fresh = set() if pretrained else {name for name, _ in self.net.named_parameters()}
         if stem == "cifar":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,8 @@ class PlainParser(LightningArgumentParser):
 
 def check_configurations(words: Iterable[Any], parser: LightningArgumentParser) -> None:
     """Exit with one line if a file given by ``--config`` is not YAML: jsonargparse's error would not name it."""
-    given = re.findall(r"(?:^|\0)(?:--config|-c)[\0=]([^\0]+)", "\0".join(map(str, words)))
+    said = list(map(str, words))
+    given = [value for option, value in itertools.pairwise(said) if option == "--config"]
     for path in filter(os.path.isfile, given):
         try:
             yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -103,6 +105,18 @@ def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -
     return f"no option {option!r}; {_known(option, siblings, options)}"
 
 
+def _missing(found: str, message: str, parser: LightningArgumentParser) -> str:
+    """What a command lacks, of ``COMMAND.model`` and ``COMMAND.data``."""
+    command, lacks = found.partition(".")[0], [name for name in ("model", "data") if f".{name}" in found]
+    if not lacks:
+        return " ".join(message.split())
+    needs = " and ".join({"model": "a model", "data": "data"}[name] for name in lacks)
+    if command != "fit":
+        return f"{command} needs {needs}; for those of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"
+    options = " and ".join(f"--{name}.help" for name in lacks)
+    return f"fit needs {needs}, which {options} {'show' if len(lacks) > 1 else 'shows'}, or a --config FILE"
+
+
 def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
     folder = Path(path).parent
     there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
@@ -119,6 +133,7 @@ _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"unrecognized arguments: (.+)": _unknown_option,
     r"does not accept option '([\w.]+)'": _unknown_option,
     r"File does not exist: '(.+?)'": _no_file,
+    r"arguments are required: (.+)": _missing,
 }
 _BASES = {
     "model": LightningModule,

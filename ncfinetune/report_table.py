@@ -110,6 +110,8 @@ def _baseline(experiment: Experiment, experiments: Sequence[Experiment], name: s
     task = [e for e in experiments if e.task == experiment.task]
     if len(task) < 2:
         return None
+    if name is None:  # one that was not tested would leave nothing to compare with
+        task = [e for e in task if e.by_seed("test/acc")] or task
     wanted = [e for e in task if (name or _PROBE) in (e.method, e.label)] or ([] if name else task[:1])
     if experiment in wanted:
         return experiment

@@ -50,10 +50,10 @@ if it lowers the squared error on images left out by 0.01; the table has the sta
 """
 
 _LEGEND = """\
-Judged on {images} training images of {classes} classes, each by a model that had no part of it. predicted %: accuracy
-on new images. gain in error^2: by how much the squared error of the class probabilities is lower than that of the last
-closed form; the suggestion goes by it, since the accuracy of few images says less. Both with one standard error.
-expansion: judged without a fit; a block that was fitted on some folds and fell behind keeps its row."""
+Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
+accuracy on new images. gain in error^2: by how much the squared error of the class probabilities is lower than that of
+the last closed form; the suggestion goes by it, since the accuracy of few images says less. Both with one standard
+error. expansion: judged without a fit; a block that was fitted on some folds and fell behind keeps its row."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,8 @@ def verdict(rows: Sequence[Row], chosen: Row, recipe: str, given: str) -> str:
     predicted, best = f"{percent(chosen.accuracy, chosen.error)} % predicted", max(_judged(rows), key=_gain)
     if chosen.gain is None:
         said = (
-            f"no tuning: {chosen.method} ({predicted}); {best.method}, the nearest of the tuned methods, "
-            f"{_against(best)}, where {WORTH} lower is asked"
+            f"no tuning: {chosen.method} ({predicted}); {best.method}, the best tuned method, {_against(best)}, and "
+            f"tuning is suggested from {WORTH} lower on"
         )
     else:
         near = [r.method for r in _judged(rows) if r is not chosen and _gain(r) >= _gain(best) - (best.gain_error or 0)]
@@ -297,7 +297,7 @@ def verdict(rows: Sequence[Row], chosen: Row, recipe: str, given: str) -> str:
 def _against(row: Row) -> str:
     gain = _gain(row)
     moves = "lowers" if gain > 0 else "raises"
-    return f"{moves} the squared error of the closed form by {abs(gain):.3f} ± {row.gain_error:.3f}"
+    return f"{moves} the squared error of the last closed form by {abs(gain):.3f} ± {row.gain_error:.3f}"
 
 
 def _given(options: Any, words: Sequence[str]) -> str:

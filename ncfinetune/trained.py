@@ -37,14 +37,11 @@ def complete(words: Sequence[str]) -> list[str]:
         words: The command line's words, from the command on.
 
     Raises:
-        ValueError: There is no checkpoint, configuration or model; the checkpoint is in no run's folder and is not of a
-            classifier of ours, or ``--images`` is missing.
+        ValueError: The checkpoint is in no run's folder and is not of a classifier of ours, or ``--images`` is missing.
     """
     command, *rest = words
     checkpoint = _given(rest, "ckpt_path")
-    if command in ALONE and checkpoint is None and _given(rest, "images") is not None and not _names_model(rest):
-        raise ValueError(f"{command} needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt")
-    if command == "fit" or checkpoint is None or _names_model(rest):
+    if command == "fit" or checkpoint is None or any(_given(rest, name) for name in ("config", "model")):
         return list(words)
     if run := run_of(checkpoint):
         pairs = zip(_ANY_MACHINE[::2], _ANY_MACHINE[1::2], strict=True)
@@ -85,14 +82,9 @@ def _model(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": name, "init_args": arguments}
 
 
-def _names_model(words: Sequence[str]) -> bool:
-    """Whether words of the command line say what the model is."""
-    return any(_given(words, name) for name in ("config", "c", "model"))
-
-
 def _given(words: Sequence[str], option: str) -> str | None:
     """The value of an option in words of the command line; None if it is not among them."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):  # of no words at all there is none
         name, equals, value = word.partition("=")
         if name.lstrip("-") == option and word.startswith("-"):
             return value if equals else following

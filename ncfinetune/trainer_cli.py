@@ -49,8 +49,6 @@ _LOGGER = {
 _CONFIG = "config.yaml"
 # Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
 _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
-# Options that name a configuration file.
-_FILE = ("--config", "-c")
 # Exit status of a prediction with images that cannot be read.
 BROKEN_IMAGES = 3
 
@@ -120,7 +118,7 @@ def _run(words: list[str]) -> int | None:
 
 
 def _files_first(words: list[str]) -> list[str]:
-    """The command, its configuration files, and all other options, which thus count wherever they stand.
+    """The command, its configuration files as ``--config FILE``, and its other options, which count wherever they are.
 
     Options that come before ``--config`` would be replaced by what the file has of the same name: the ``ckpt_path:
     null`` of a run's configuration, say, would have ``test`` measure a network that was never trained.
@@ -130,10 +128,12 @@ def _files_first(words: list[str]) -> list[str]:
     others: list[str] = []
     left = iter(rest)
     for word in left:
-        if word in _FILE:
-            files += [word, *islice(left, 1)]
+        if word in ("--config", "-c"):
+            files += ["--config", *islice(left, 1)]
+        elif found := re.fullmatch("(?:--config=|-c=?)(.+)", word, re.DOTALL):
+            files += ["--config", found[1]]
         else:
-            (files if word.partition("=")[0] in _FILE else others).append(word)
+            others.append(word)
     return [command, *files, *others]
 
 
@@ -361,6 +361,7 @@ class NCFinetuneCLI(LightningCLI):
         Raises:
             ValueError: One of them refuses its arguments.
         """
+        self._check_trained()
         given = self._get(self.config, "model.init_args.num_classes")
         try:
             super().instantiate_classes()
@@ -369,7 +370,6 @@ class NCFinetuneCLI(LightningCLI):
         offered = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != offered:
             self.parser.error(f"the model is given num_classes={given}, but the data has {offered}; leave it out")
-        self._check_trained()
         check_launched(self.trainer)
         summary.shorten(self.trainer)
         trainer: Any = self.trainer
@@ -380,8 +380,8 @@ class NCFinetuneCLI(LightningCLI):
         if getattr(rank_zero_only, "rank", 0):
             return
         run = self._run_folder
-        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
-            self._refuse_another(Path(run))
+        if self._get(self.config, "ckpt_path") is None:
+            self._check_alone(Path(run))
         trainer.callbacks.append(trained.ForgetFailedStart(Path(run)))
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
             interruptions.last_of(self.trainer, Path(run))
@@ -394,11 +394,10 @@ class NCFinetuneCLI(LightningCLI):
 
     def _check_trained(self) -> None:
         """Refuse to classify with, and warn of measuring, a classifier that no checkpoint has trained."""
-        if (
-            self.subcommand == "fit"
-            or not isinstance(self.model, Classifier)
-            or self._get(self.config, "ckpt_path") is not None
-        ):
+        if self.subcommand == "fit" or self._get(self.config, "ckpt_path") is not None:
+            return
+        module, _, name = str(self._get(self.config, "model.class_path")).rpartition(".")
+        if not issubclass(getattr(importlib.import_module(module), name), Classifier):
             return
         fix = "give --ckpt_path RUN/checkpoints/NAME.ckpt"
         if self.subcommand in trained.ALONE:
@@ -407,17 +406,25 @@ class NCFinetuneCLI(LightningCLI):
             f"{self.subcommand} measures a classifier that was not trained, since there is no checkpoint; {fix}"
         )
 
-    def _refuse_another(self, run: Path) -> None:
-        """Refuse to begin a run in the folder of another, whose checkpoints it would replace and whose logs it joins.
+    def _check_alone(self, run: Path) -> None:
+        """Refuse a run in the folder of another, whose checkpoints it would replace and whose logs it joins.
 
-        A job that SLURM has requeued goes on with its own; without a logger there is no folder of the run.
+        Of a network without a checkpoint neither may be tested there. A job that SLURM has requeued goes on with its
+        own; without a logger there is no folder of the run.
         """
-        if self.trainer.loggers and (run / _CONFIG).is_file() and not any(run.glob("hpc_ckpt_*.ckpt")):
-            saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-            go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "it has saved no checkpoint: "
+        if not self.trainer.loggers or not (run / _CONFIG).is_file():
+            return
+        other = "another --trainer.logger.version"
+        if self.subcommand != "fit":
             self.parser.error(
-                f"expected a folder without a run, and {str(run)!r} holds one; {go_on}give another "
-                "--trainer.logger.version, or delete it"
+                f"{self.subcommand} has no checkpoint, and would log to the run in {str(run)!r}; give --ckpt_path "
+                f"{run / 'checkpoints' / 'NAME.ckpt'}, or {other}"
+            )
+        if not any(run.glob("hpc_ckpt_*.ckpt")):
+            saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "there is no checkpoint in it; "
+            self.parser.error(
+                f"expected a folder without a run, and {str(run)!r} holds one; {go_on}give {other}, or delete it"
             )
 
     def before_fit(self) -> None:

@@ -93,7 +93,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", offline)
     fix = "give a file by {name: resnet18, checkpoint: FILE}, or --checkpoint FILE of scan and suggest"
-    with pytest.raises(OSError, match="^cannot download the weights of 'resnet18': no connection; without") as refused:
+    with pytest.raises(OSError, match="^cannot get the weights of 'resnet18': no connection; without") as refused:
         Backbone("resnet18", pretrained=True)
     assert str(refused.value).endswith(fix)
 

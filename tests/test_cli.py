@@ -174,19 +174,18 @@ def test_a_run_of_no_epoch_leaves_its_configuration_too(tmp_path: Path) -> None:
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _fit(tmp_path, "run", *PIECES)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    older = next((run / "checkpoints").glob("*.ckpt"))
+    newer = Path(shutil.copy(older, older.with_name("a.ckpt")))
+    os.utime(newer, (2**31, 2**31))
     place = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.logger.init_args.version", "run"]
-    error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
-    assert error.endswith(
-        f"expected a folder without a run, and '{run}' holds one; go on with it by --ckpt_path "
-        f"{next((run / 'checkpoints').glob('*.ckpt'))}, give another --trainer.logger.version, or delete it"
-    )
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    next((run / "checkpoints").glob("*.ckpt")).unlink()
-    error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
-    assert error.endswith(
-        f"{str(run)!r} holds one; it has saved no checkpoint: give another --trainer.logger.version, or delete it"
-    )
+    other = "give another --trainer.logger.version, or delete it"
+    for saved, go_on in ((newer, f"go on with it by --ckpt_path {newer}, "), (None, "there is no checkpoint in it; ")):
+        if saved is None:
+            shutil.rmtree(run / "checkpoints")
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        error = _refusal(capsys, "fit", *QUIET, *PIECES, *place, "--trainer.max_epochs", "1")
+        assert error.endswith(f"expected a folder without a run, and {str(run)!r} holds one; {go_on}{other}")
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_reader_that_ends_early_is_no_error(
@@ -203,18 +202,33 @@ def test_a_reader_that_ends_early_is_no_error(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("option", ["--config", "-c", "--config="])
+@pytest.mark.parametrize("option", ["--config", "-c", "--config=", "-c=", "-c{}"])
 def test_options_before_a_configuration_count_too(trained: tuple[Path, list[str]], option: str) -> None:
     """The configuration of a run has ``ckpt_path: null``, which must not replace the checkpoint given before it."""
     run, words = trained
     _, config, *checkpoint = words
-    file = [f"{option}{config}"] if option.endswith("=") else [option, config]
+    file = [f"{option.removesuffix('{}')}{config}"] if option.endswith(("=", "{}")) else [option, config]
     loss = []
     for order in ([*file, *checkpoint], [*checkpoint, *file]):
         assert main(["test", *order, *QUIET]) is None
         loss.append(Run(run / "test").last("test/loss"))
         shutil.rmtree(run / "test")
     assert loss[0] == loss[1] is not None
+
+
+def test_no_network_without_a_checkpoint_is_tested_as_a_run(
+    trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, (_, config, *_) = trained
+    before = sorted(run.rglob("*"))
+    for command in ("test", "validate"):
+        with pytest.warns(UserWarning, match="that was not trained"):
+            error = _refusal(capsys, command, "--config", config)
+        assert error == (
+            f"error: {command} has no checkpoint, and would log to the run in {str(run)!r}; give --ckpt_path "
+            f"{run / 'checkpoints' / 'NAME.ckpt'}, or another --trainer.logger.version"
+        )
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])
@@ -525,8 +539,10 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["test", *_colour("good")], "ImageFolder has no test images, only train, val"),
         (["fit", *_pair("FineTuner", *RANDOM, "--model.cache", "memory", "--data.augmentation", "standard")], "differ each time they are loaded"),
         (["fit", *_pair("FineTuner", "--model.cache", "disk", "--model.cache_dir", "file/x")], "cannot write to the cache folder 'file/x' (Not a directory); choose another with --model.init_args.cache_dir"),
-        (["predict", "--images", "file"], "predict needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
-        (["evaluate", "--images", "file"], "evaluate needs a model; for that of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["predict", "--images", "file"], "error: predict needs a model and data; for those of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["test", "--model", "Supervised", "--model.backbone", TINY], "error: test needs data; for those of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["fit", "--seed_everything", "1"], "error: fit needs a model and data, which --model.help and --data.help show, or a --config FILE"),
+        (["fit", "--data", "Digits"], "error: fit needs a model, which --model.help shows, or a --config FILE"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
         (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),

@@ -208,6 +208,7 @@ def test_blocks_are_counted_from_the_last() -> None:
     assert list(FineTuner(3, "test_vit", train=[-1, -2]).chosen.layers) == ["blocks.4", "blocks.5"]
     second_last = {"class_path": "FineTuner", "init_args": {"train": -2, "skip_from": -2}}
     assert method_name(second_last) == "SCL FT last block but one"
+    assert method_name({"class_path": "FineTuner", "init_args": {"train": [-1, -3]}}) == "layer FT last block, block -3"
     for wrong in (0, -9):
         with pytest.raises(ValueError, match=rf"or a number from -1, the last block, to -8, the first .*, got {wrong}"):
             FineTuner(3, SMALL, train=wrong)

@@ -25,7 +25,7 @@ from ncfinetune.datamodules import Digits
 from ncfinetune.grouping import group
 from ncfinetune.report_figures import picture
 from ncfinetune.report_statistics import paired, spearman, wilson
-from ncfinetune.report_table import markdown, rows
+from ncfinetune.report_table import legend, markdown, rows
 from ncfinetune.runs import Run, find_runs
 from ncfinetune.settings import differences, evaluated_images, method_name, settings, task_name
 
@@ -635,6 +635,15 @@ def test_methods_are_compared_over_shared_seeds(tmp_path: Path) -> None:
     found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
     p = stats.ttest_rel([60, 70, 60], [50, 50, 40]).pvalue
     assert found == {"linear probe": "baseline", "full FT": f"+16.7 ± 5.8, p {p:.2g}, 3 seeds"}
+    assert "p is that of a paired t-test." in legend(_rows(tmp_path))
+
+
+def test_the_baseline_was_tested(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config("layer1.0", epochs=0), epochs=[], test=None)
+    _write(tmp_path / "b", _config("layer2.0"), test=0.5)
+    _write(tmp_path / "c", _config("layer3.0"), test=0.75)
+    found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
+    assert found == {"layer FT layer1.0": "-", "layer FT layer2.0": "baseline", "layer FT layer3.0": "+25.0, 1 seed"}
 
 
 def test_the_baseline_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -675,6 +684,7 @@ def test_differences_without_a_test(seeds: list[int], said: str, tmp_path: Path)
     for seed in seeds:
         _write(tmp_path / f"full{seed}", _config("all", seed=seed), test=0.625 - 0.025)
     found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
+    assert "p is that of a paired t-test." not in legend(_rows(tmp_path))
     assert found["full FT"].replace("± 0.0", "± 0") == said or re.sub(r"± [\d.e-]+", "± 0", found["full FT"]) == said
 
 

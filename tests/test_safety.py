@@ -95,6 +95,10 @@ def test_nothing_of_theirs_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     assert main([*words, "--safe"]) == 2
     assert "error: --safe refuses 'canary.Sings' for trainer.callbacks" in capsys.readouterr().err
+    (tmp_path / "sings.yaml").write_text("trainer: {callbacks: [{class_path: canary.Sings}]}\n")
+    sings = str(tmp_path / "sings.yaml")
+    for file in (["--config", sings], ["-c", sings], [f"--config={sings}"], [f"-c={sings}"], [f"-c{sings}"]):
+        assert main(["validate", *TINY, *QUIET, "--safe", *file]) == 2
     assert not (tmp_path / "sang").exists()
     assert main(words) is None
     assert (tmp_path / "sang").exists()

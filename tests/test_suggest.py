@@ -217,17 +217,19 @@ def test_the_fewest_parameters_within_one_standard_error_of_the_best_are_chosen(
 
 def test_verdicts_say_what_to_type():
     closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
-    for gain, moves in ((0.05, "lowers"), (-0.05, "raises")):
+    for gain, moves in ((0.005, "lowers"), (-0.005, "raises")):
         assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1", "--data D") == (
-            "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the nearest of the tuned methods, "
-            f"{moves} the squared error of the closed form by 0.050 ± 0.100, where 0.01 lower is asked\n"
+            "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the best tuned method, "
+            f"{moves} the squared error of the last closed form by 0.005 ± 0.100, and tuning is suggested from 0.01 "
+            "lower on\n"
             'ncfinetune fit --model FineTuner --data D --model.train none --model.skip_from \'["a", "b"]\' '
             "--trainer.max_epochs 0"
         )
     rows = [row("ridge"), row("b", 0.25, trained=9), row("c", 0.3)]
     assert verdict(rows, rows[1], "--x 1", "--data D") == (
-        "suggestion: b (50.0 ± 5.0 % predicted), which lowers the squared error of the closed form by 0.250 ± 0.100; "
-        "within one standard error of the best: c\nncfinetune fit --model FineTuner --data D --model.train b --x 1"
+        "suggestion: b (50.0 ± 5.0 % predicted), which lowers the squared error of the last closed form by "
+        "0.250 ± 0.100; within one standard error of the best: c\n"
+        "ncfinetune fit --model FineTuner --data D --model.train b --x 1"
     )
 
 
