@@ -34,7 +34,7 @@ def complete(words: Sequence[str]) -> list[str]:
     those with a configuration or a model, are returned as they are.
 
     Args:
-        words: The command line's words, from the command on.
+        words: The command line's words, from the command on, in which ``--config`` has its long form.
 
     Raises:
         ValueError: The checkpoint is in no run's folder and is not of a classifier of ours, or ``--images`` is missing.

@@ -388,7 +388,7 @@ def test_a_checkpoint_of_python_says_which_model_it_is(tmp_path: Path) -> None:
         assert json.loads(model) == {"class_path": f"ncfinetune.{name}", "init_args": given}
         assert json.loads(images)["init_args"] == data
         assert [command, *rest] == words
-    for other in (["--config", "a.yaml"], ["--model=FineTuner"], ["-c", "a.yaml"]):
+    for other in (["--config", "a.yaml"], ["--model=FineTuner"]):
         assert complete([*words, *other]) == [*words, *other]
     torch.save({**saved, "hyper_parameters": {"_class_path": "os.path", "num_classes": 2}}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a.ckpt' holds no classifier of ncfinetune; give the run's configuration by"):
