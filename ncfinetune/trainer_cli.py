@@ -397,7 +397,8 @@ class NCFinetuneCLI(LightningCLI):
         if self.subcommand == "fit" or self._get(self.config, "ckpt_path") is not None:
             return
         module, _, name = str(self._get(self.config, "model.class_path")).rpartition(".")
-        if not issubclass(getattr(importlib.import_module(module), name), Classifier):
+        kind: Any = getattr(sys.modules.get(module), name, None)  # imported when the command was parsed
+        if not (isinstance(kind, type) and issubclass(kind, Classifier)):
             return
         fix = "give --ckpt_path RUN/checkpoints/NAME.ckpt"
         if self.subcommand in trained.ALONE:
