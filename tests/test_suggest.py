@@ -249,6 +249,7 @@ def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys
     assert tried == [f"layer FT {block}", f"SCL FT {block}", "full FT"]
     assert f"layer FT {block}" not in expected
     assert all(name in shown.out for name in methods)
+    assert "Judged on 60 training images of 10 classes, " in shown.out
     judged = {row["method"]: "closed form" if row["gain"] is None else "fits" for row in content["rows"]}
     judged |= {row["method"]: "expansion" for row in content["rows"] if row["seconds"] is None}
     for method, how in judged.items():

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import yaml
-from suggestions import DIGITS, drawn, read, tested, trainer
+from suggestions import DIGITS, add_options, drawn, read, spread, tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone, FineTuner
@@ -102,7 +102,8 @@ def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: in
 
 
 def run(options: argparse.Namespace) -> None:
-    done = {tuple(row[key] for key in ("shots", "seed", "method")) for row in read(options.out)}
+    name = Path(options.data).name
+    done = {tuple(row[key] for key in ("shots", "seed", "method")) for row in read(options.out) if row["data"] == name}
     spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     with options.out.open("a", newline="") as file:
@@ -120,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
                     if (str(shots), str(seed), method.name) in done:
                         continue
                     start = time.process_time()
-                    row: dict[str, Any] = {"data": Path(options.data).name, "shots": shots, "seed": seed}
+                    row: dict[str, Any] = {"data": name, "shots": shots, "seed": seed}
                     row |= {"method": method.name, **measured(bench, method, test, seed)}
                     table.writerow({**row, "seconds": time.process_time() - start})
                     file.flush()
@@ -138,16 +139,25 @@ def table(paths: list[Path]) -> str:
         most = len(by(found, "method"))
         rows = [row for own in by(found, "seed").values() if len(own) == most for row in own]
         for measure in MEASURES if rows else ():
-            draws = [
+            found_in = [
                 spearman([float(row[measure]) for row in own], [float(row["test"]) for row in own])[0]
                 for own in by(rows, "seed").values()
             ]
+            known = [rho for rho in found_in if not math.isnan(rho)]  # where all test alike there is none
             means = [
                 [statistics.mean(float(row[name]) for row in own) for name in (measure, "test")]
                 for own in by(rows, "method").values()
             ]
             rho, p = spearman(*zip(*means, strict=True))
-            cells = [data, shots, len(draws), len(means), measure, spread(draws), f"{rho:.2f} ({p:.2g})"]
+            cells = [
+                data,
+                shots,
+                len(found_in),
+                len(means),
+                measure,
+                spread(known, 2) if known else "-",
+                f"{rho:.2f} ({p:.2g})",
+            ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -159,27 +169,13 @@ def by(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def spread(values: list[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    error = f" ± {statistics.stdev(known) / len(known) ** 0.5:.2f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.2f}{error}" if known else "-"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table").add_argument("rows", type=Path, nargs="+")
     draws = commands.add_parser("run")
-    draws.add_argument("data", help="digits, or a folder of images")
-    draws.add_argument("--checkpoint", required=True)
-    draws.add_argument("--backbone", default="{name: mobilenetv2_100, pad_type: same}", help="arguments of a Backbone")
-    draws.add_argument("--out", type=Path, required=True)
-    draws.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
-    draws.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    add_options(draws, seeds=10)
     draws.add_argument("--every", type=int, default=1, help="fit at every so many blocks, from the last one back")
-    draws.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
-    draws.add_argument("--epochs", type=int, default=30)
-    draws.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.rows))

@@ -163,7 +163,8 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
 
 
 def run(options: argparse.Namespace) -> None:
-    done = {tuple(row[key] for key in ("search", "shots", "seed")) for row in read(options.out)}
+    name = Path(options.data).name
+    done = {tuple(row[key] for key in ("search", "shots", "seed")) for row in read(options.out) if row["data"] == name}
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not file.tell():
@@ -246,9 +247,10 @@ def outcome(
     return best, test[names[rule]], 0.0, 0.0
 
 
-def spread(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{error}"
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def share(hits: Any) -> str:
@@ -256,21 +258,26 @@ def share(hits: Any) -> str:
     return f"{sum(hits)} of {len(hits)}"
 
 
+def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """Options of data, network, draws and fits, which other studies of the same draws share."""
+    parser.add_argument("data", help="digits, or a folder of images")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--backbone", default="{name: mobilenetv2_100, pad_type: same}", help="arguments of a Backbone")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(seeds)))
+    parser.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=1e-3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table").add_argument("rows", type=Path, nargs="+")
     tries = commands.add_parser("run")
-    tries.add_argument("data", help="digits, or a folder of images")
-    tries.add_argument("--checkpoint", required=True)
-    tries.add_argument("--backbone", default="{name: mobilenetv2_100, pad_type: same}", help="arguments of a Backbone")
-    tries.add_argument("--out", type=Path, required=True)
-    tries.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
-    tries.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
+    add_options(tries, seeds=20)
     tries.add_argument("--search", nargs="+", choices=SEARCHES, default=list(SEARCHES))
-    tries.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
-    tries.add_argument("--epochs", type=int, default=30)
-    tries.add_argument("--lr", type=float, default=1e-3)
     tries.add_argument("--blocks", type=int, default=3)
     tries.add_argument("--full", action="store_true")
     options = parser.parse_args()
