@@ -279,8 +279,9 @@ def test_downstream_collapse_is_measured_of_every_method(textures: Path) -> None
     assert of_blocks == [len(methods) / 2 - 1] * 2
     assert all(float(row[name]) > 0 for row in rows for name in ("nc1", "cv_nc1", "refit_nc1", "test_nc1"))
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("refit_acc", "test"))
+    assert all(0 <= float(row["refit_loss"]) <= 2 for row in rows)
     assert _run("downstream.py", *words, "--every", "8") == ""
-    assert len(_run("downstream.py", "table", str(out)).splitlines()) == 2 + 5
+    assert len(_run("downstream.py", "table", str(out)).splitlines()) == 2 + 6
 
 
 @pytest.mark.slow
@@ -311,12 +312,18 @@ def test_what_is_measured_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = FoldMoments(3, 3)
     moments.update(features, labels)
     assert found["cv_nc1"] == pytest.approx(moments.nc1().item(), rel=1e-5)
-    refit = 0.0
+    refit, error, right = 0.0, 0.0, 0
     for fold in range(3):
         held = bench.folds == fold
-        own = joined(bench.fitted(method, (~held).nonzero().squeeze(1), 0).eval(), images)
+        refitted = bench.fitted(method, (~held).nonzero().squeeze(1), 0).eval()
+        own = joined(refitted, images)
         refit += downstream.held_out_nc1(own[~held], labels[~held], own[held], labels[held]).item() / 3
+        with torch.no_grad():
+            scores = refitted(images[held])
+        error += (scores.softmax(1) - torch.eye(3)[labels[held]]).square().sum().item() / 30
+        right += int((scores.argmax(1) == labels[held]).sum())
     assert found["refit_nc1"] == pytest.approx(refit, rel=1e-5)
+    assert (found["refit_loss"], found["refit_acc"]) == (pytest.approx(error, rel=1e-5), pytest.approx(right / 30))
 
 
 def test_rank_correlations_of_downstream_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +336,7 @@ def test_rank_correlations_of_downstream_collapse(tmp_path: Path, monkeypatch: p
         for seed in range(3):
             for place in range(6 if seed < 2 else 2):
                 number = place if seed < 2 else 50 - 20 * place
-                numbers = dict.fromkeys(downstream.MEASURES, number) | {"refit_acc": -number, "test": -place}
+                numbers = dict.fromkeys(downstream.MEASURES, number) | {"refit_acc": -number, "test": -place / 100}
                 row = {"data": "digits", "shots": 5, "seed": seed, "method": str(place), "seconds": 1}
                 table.writerow(row | numbers)
     lines = [line.strip("| ").split(" | ") for line in downstream.table([tmp_path / "rows.csv"]).splitlines()[2:]]
@@ -337,7 +344,9 @@ def test_rank_correlations_of_downstream_collapse(tmp_path: Path, monkeypatch: p
     for line in lines:
         sign = "1.00" if line[4] == "refit_acc" else "-1.00"
         assert line[:4] == ["digits", "5", "2", "6"]
-        assert line[5:] == [f"{sign} ± 0.00", f"{sign} (0.0028)"]  # 2 of 720 orders
+        assert line[5:] == [f"{sign} ± 0.00", f"{sign} (0.0028)", "0.0 ± 0.0"]  # 2 of 720 orders
+    rows = [{"nc1": "1", "refit_acc": "0.5", "test": "0.70"}, {"nc1": "2", "refit_acc": "0.6", "test": "0.75"}]
+    assert [downstream.regret(rows, name) for name in ("nc1", "refit_acc")] == [pytest.approx(5), 0]
 
 
 def test_collapse_of_held_out_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ Of each, NC1 of the classifier's input, after any skip has joined, is taken in f
 - ``nc1``: of the training images, as Li et al. 2022 (arXiv 2212.12206) take it;
 - ``cv_nc1``: of the training images in the same network, each fold around the class means of the other folds;
 - ``refit_nc1``: of each fold in the network that is fitted without it, around the class means of the images that it was
-  fitted to, the mean over three folds; ``refit_acc`` is the accuracy of these networks on their folds, the usual rival;
+  fitted to, the mean over three folds; ``refit_loss`` and ``refit_acc``, the rivals, are the squared error of these
+  networks' probabilities (Brier 1950) and their accuracy on their folds;
 - ``test_nc1``: of the test images in the network of all training images, around the class means of the latter. It needs
   the test labels and says how far any estimate could come.
 
@@ -40,9 +41,9 @@ from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.folds import FoldMoments, whitening
 from ncfinetune.report_statistics import spearman
 from ncfinetune.samples import folds_of
-from ncfinetune.trials import Bench, Method
+from ncfinetune.trials import Bench, Method, Trial
 
-MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_acc", "test_nc1")
+MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_loss", "refit_acc", "test_nc1")
 FIELDS = ("data", "shots", "seed", "method", *MEASURES, "test", "seconds")
 FOLDS = 3
 
@@ -66,14 +67,14 @@ def held_out_nc1(features: Tensor, labels: Tensor, held: Tensor, held_labels: Te
 
 
 def seen(model: FineTuner, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What reaches the classifier ``(N, d)``, and decisions ``(N,)``."""
+    """What reaches the classifier ``(N, d)``, and probabilities ``(N, K)``."""
     features: list[Tensor] = []
     handle = model.classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
     model.eval()
     with torch.no_grad():
-        decided = [model(batch).argmax(1) for batch in images.split(256)]
+        probabilities = [model(batch).softmax(1) for batch in images.split(256)]
     handle.remove()
-    return torch.cat(features), torch.cat(decided)
+    return torch.cat(features), torch.cat(probabilities)
 
 
 def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
@@ -81,23 +82,24 @@ def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: in
     images, labels = bench.images, bench.labels
     model = bench.fitted(method, torch.arange(len(labels)), seed)
     features, _ = seen(model, images)
-    test_features, decided = seen(model, test[0])
+    test_features, probabilities = seen(model, test[0])
     folded = FoldMoments(bench.num_classes, FOLDS)
     folded.update(features, labels)
     numbers = {
         "nc1": nc1(class_moments(features, labels, bench.num_classes)),
         "cv_nc1": folded.nc1(),
         "test_nc1": held_out_nc1(features, labels, test_features, test[1]),
-        "test": (decided == test[1]).double().mean(),
+        "test": (probabilities.argmax(1) == test[1]).double().mean(),
         "refit_nc1": torch.zeros(()),
-        "refit_acc": torch.zeros(()),
     }
+    trial = Trial.empty(len(labels))
     for fold in range(FOLDS):
         held = bench.folds == fold
         refitted = bench.fitted(method, (~held).nonzero().squeeze(1), seed)
-        features, decided = seen(refitted, images)
+        features, probabilities = seen(refitted, images)
         numbers["refit_nc1"] += held_out_nc1(features[~held], labels[~held], features[held], labels[held]) / FOLDS
-        numbers["refit_acc"] += (decided[held] == labels[held]).sum() / len(labels)
+        trial.add(held.nonzero().squeeze(1), probabilities[held].argmax(1), probabilities[held], labels[held])
+    numbers |= {"refit_loss": trial.loss.mean(), "refit_acc": trial.right.mean()}
     return {name: float(value) for name, value in numbers.items()}
 
 
@@ -129,12 +131,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(paths: list[Path]) -> str:
-    """Rank correlations of each measure with test accuracy over methods; draws that lack some methods are left out."""
+    """Rank correlations of each measure with test accuracy over methods, and what the method tests worse than the best
+    that each measure puts first; draws that lack some methods are left out."""
     grouped: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
     for row in (row for path in paths for row in read(path)):
         grouped[row["data"], int(row["shots"])].append(row)
-    lines = ["| data | shots | draws | methods | measure | rho over methods of a draw | rho of means (p) |"]
-    lines.append("|" + "---|" * 7)
+    lines = [
+        "| data | shots | draws | methods | measure | rho over methods of a draw | rho of means (p) | regret, points |"
+    ]
+    lines.append("|" + "---|" * 8)
     for (data, shots), found in sorted(grouped.items()):
         most = len(by(found, "method"))
         rows = [row for own in by(found, "seed").values() if len(own) == most for row in own]
@@ -157,9 +162,17 @@ def table(paths: list[Path]) -> str:
                 measure,
                 spread(known, 2) if known else "-",
                 f"{rho:.2f} ({p:.2g})",
+                spread([regret(own, measure) for own in by(rows, "seed").values()]),
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def regret(rows: list[dict[str, str]], measure: str) -> float:
+    """Points of test accuracy that the best method of a draw has over the one that a measure puts first."""
+    sign = -1 if measure == "refit_acc" else 1
+    first = min(rows, key=lambda row: sign * float(row[measure]))
+    return 100 * (max(float(row["test"]) for row in rows) - float(first["test"]))
 
 
 def by(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, str]]]:
