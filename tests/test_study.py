@@ -70,7 +70,7 @@ def _run(script: str, *words: str) -> str:
 @pytest.mark.slow
 def test_closed_forms_make_a_table(textures: Path) -> None:
     weights, out = str(textures / "weights.pth"), textures / "table.md"
-    words = [str(textures), "--checkpoint", weights, "--backbone", "mobilenetv3_small_050", "--mean", "0.5"]
+    words = [str(textures), "--checkpoint", weights, "--backbone", "{name: mobilenetv3_small_050}", "--mean", "0.5"]
     _run("closed_forms.py", *words, "--std", "0.5", "--shots", "3", "6", "--seeds", "2", "--out", str(out))
     rows = [line for line in out.read_text().splitlines() if line.startswith(("| 3 |", "| 6 |"))]
     assert len(rows) == 2 * 8
@@ -109,7 +109,8 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
         table.writerow(study.RUN)
         for name, seed in [*((name, 0) for name in methods), ("LP-FT", 1)]:
             table.writerow([name, "blocks.2.0", 6, seed, 0.001, 3, 32, "32-true"])
-    output = _study(textures, rows, "--plan", str(plan), "--validation", "none", "--no-nc1")
+    words = ["--plan", str(plan), "--validation", "none", "--no-nc1", "--lora-modules", "conv_pw"]
+    output = _study(textures, rows, *words, "--backbone", "{name: mobilenetv3_small_050, pad_type: same}")
     assert output.count("method=") == len(methods) + 1
     words = [str(textures), "--checkpoint", str(textures / "weights.pth"), "--backbone", "mobilenetv3_small_050"]
     words += ["--mean", "0.5", "--std", "0.5", "--shots", "6", "--seeds", "2"]

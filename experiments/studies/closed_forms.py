@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from study import FIELDS, mean_and_error, read, split
+from study import BACKBONE, FIELDS, mean_and_error, read, spec_of, split
 from torch import Tensor, nn
 
 from ncfinetune import Backbone
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--backbone", default="mobilenetv2_100")
+    parser.add_argument("--backbone", default="mobilenetv2_100", help=BACKBONE)
     parser.add_argument("--size", type=int, help="pixels a side to which images are resized")
     parser.add_argument("--mean", type=float, required=True)
     parser.add_argument("--std", type=float, required=True)
@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/closed_forms.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    backbone = Backbone(options.backbone, checkpoint=options.checkpoint, channels_last=True).eval()
+    spec = spec_of(options)
+    backbone = Backbone(**spec, checkpoint=options.checkpoint).eval()
     images, train, val = read(options.root, options.size)
     labels, classes = torch.cat([train, val]), int(train.max()) + 1
     start = time.process_time()
@@ -154,7 +155,7 @@ def main() -> None:
         rows = csv.DictWriter(csv_file, FIELDS)
         rows.writeheader()
         counts = f"{len(train)} images to train on, {len(val)} to test on, {classes} classes"
-        about = f"{options.backbone}, {options.root.name}: {counts}; torch {torch.__version__}, {platform.machine()}"
+        about = f"{spec['name']}, {options.root.name}: {counts}; torch {torch.__version__}, {platform.machine()}"
         print(f"{about}, one thread.", file=file)
         print("Means over the seeds ± their standard error; seconds are medians.\n", file=file)
         print(f"| {HEADER} |", file=file)

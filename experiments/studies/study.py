@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,8 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
     "BitFit": {"train": "*.bias"},
     "norm tuning": {"train": "*bn*"},
-    # In the 1x1 convolutions, as MobileNets and EfficientNets call them: nearly all of their weights.
-    "LoRA": {"train": "*lora_*", "lora": {"r": 8, "target_modules": ["conv_pw", "conv_pwl"]}},
+    "LoRA": {"train": "*lora_*", "lora": {"r": 8}},
     "full FT": {"train": "all"},
     # A probe first, then everything (Kumar et al. 2022, arXiv 2202.10054), with ridge regression as the probe.
     "LP-FT": {"train": "all"} | START,
@@ -72,6 +72,7 @@ RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precisi
 SETTING = ("method", "block", "lr", "steps", "batch_size", "precision")
 FIELDS = (*RUN, "trained", "val", "test", "calibration", "nc1", "seconds")
 MOST_REST = 20  # images a class that validate under ``rest``: ten classes of them cost half of what the test images do
+BACKBONE = "a timm name, or arguments of a Backbone as YAML"
 Part = tuple[Tensor, Tensor]
 Row = dict[str, str]
 
@@ -172,6 +173,12 @@ class Watch(Callback):
         self._logits.append(logits)
 
 
+def spec_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a Backbone, but its checkpoint."""
+    named = yaml.safe_load(options.backbone)
+    return {"channels_last": True, **({"name": named} if isinstance(named, str) else named)}
+
+
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
     """One run, as a row."""
     seed_everything(run["seed"], verbose=False)
@@ -181,9 +188,12 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
     cached = knobs["train"] in ("none", run["block"])
+    backbone = spec_of(options)
+    if "lora" in knobs:
+        backbone["lora"] = knobs.pop("lora") | {"target_modules": options.lora_modules}
     model = FineTuner(
         data.num_classes,
-        {"name": options.backbone, "channels_last": True, "lora": knobs.pop("lora", None)},
+        backbone,
         options.checkpoint,
         optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
@@ -246,7 +256,7 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def pass_seconds(options: argparse.Namespace, images: Tensor, count: int = 64) -> float:
     """CPU seconds in which the network runs over an image."""
-    backbone = Backbone(options.backbone, checkpoint=options.checkpoint, channels_last=True).eval()
+    backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
     batches = ((images[:count].float() / 255 - options.mean) / options.std).split(options.batch_size)
     with torch.no_grad(), torch.autocast("cpu", enabled=options.precision == "bf16-mixed"):
         backbone(batches[0])
@@ -359,7 +369,9 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("root", type=Path)
     run.add_argument("--checkpoint", required=True)
-    run.add_argument("--backbone", default="mobilenetv2_100")
+    run.add_argument("--backbone", default="mobilenetv2_100", help=BACKBONE)
+    # The 1x1 convolutions, as MobileNets and EfficientNets call them: nearly all of their weights.
+    run.add_argument("--lora-modules", nargs="+", default=["conv_pw", "conv_pwl"], help="layers that LoRA adds to")
     run.add_argument("--size", type=int, help="pixels a side to which images are resized")
     run.add_argument("--mean", type=float, default=0.5)
     run.add_argument("--std", type=float, default=0.5)
