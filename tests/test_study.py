@@ -224,8 +224,8 @@ def test_suggestions_are_held_against_a_search_of_all_methods(textures: Path) ->
     assert {name.removeprefix("SCL FT ") for name in tested if name.startswith("SCL FT")} == blocks
     assert {"nearest mean", "LDA", "ridge", "ridge, skips", "full FT"} < set(tested)
     assert all(0 <= accuracy <= 1 for accuracy in tested.values())
-    for search in ("suggest", "expansion"):
-        assert sum(row["chosen"] == "1" for row in rows if row["search"] == search) == 1
+    assert {row["fitted"] for row in rows if row["search"] == "expansion" and row["gain"]} == {"0"}
+    assert sum(row["fitted"] == "1" for row in rows if row["search"] == "suggest" and row["gain"]) == 2
     assert _run("suggestions.py", *words, "--blocks", "1") == ""
     assert (
         len(_run("suggestions.py", "table", str(out)).splitlines()) == 2 + 10
@@ -244,8 +244,10 @@ def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             {**known, "search": "exhaustive", "method": n, "test": t[seed], "seconds": 5} for n, t in tests.items()
         ]
         rows += [
-            {**known, "search": search, "method": method, "chosen": 1, "predicted": 0.72, "seconds": 1}
-            for search, method in (("suggest", "layer FT a"), ("expansion", "ridge, skip from a"))
+            {**known, "search": search, "method": method, "predicted": accuracy, "error": 0.1, "seconds": 1}
+            | {"gain": gain, "gain_error": gain and 0.1, "trained": 9, "fitted": int(search == "suggest")}
+            for search, gained in (("suggest", 0.02), ("expansion", 0.0))
+            for method, accuracy, gain in (("ridge, skip from a", 0.72, ""), ("layer FT a", 0.72, gained))
         ]
         rows += [
             {**known, "search": "measures", "method": f"{measure} {block}", "predicted": value}

@@ -60,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "SCL FT, refit": SCL | REFIT,
     "SCL FT, ridge start": SCL | START,
     "SCL FT, ridge start, refit": SCL | START | REFIT,
+    "SCL FT, skips chosen, ridge start": {"train": "BLOCK", "skip_from": "auto", "max_skips": 3, "skip_join": "concat"}
+    | START,
     "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
     "BitFit": {"train": "*.bias"},
     "norm tuning": {"train": "*bn*"},

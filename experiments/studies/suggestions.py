@@ -43,12 +43,12 @@ from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import lda, nearest_mean, ridge
 from ncfinetune.samples import folds_of
 from ncfinetune.skips import choose_skips
-from ncfinetune.suggest import choose, suggest
+from ncfinetune.suggest import Row, choose, suggest
 from ncfinetune.transferability import knn_accuracy
 from ncfinetune.trials import Bench, Method, Trial
 
 DIGITS = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [16, 32, 64, 128]}
-FIELDS = ("data", "shots", "seed", "search", "method", "chosen", "predicted", "error", "gain", "gain_error", "trained")
+FIELDS = ("data", "shots", "seed", "search", "method", "predicted", "error", "gain", "gain_error", "trained")
 FIELDS += ("fitted", "test", "seconds")
 SUGGESTIONS = ("suggest", "expansion")
 SEARCHES = (*SUGGESTIONS, "measures", "exhaustive")
@@ -139,10 +139,10 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
         blocks = options.blocks if search == "suggest" else 0
         bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
         rows = suggest(source, bank, bench, trainer(inference_mode=False), blocks, full=options.full and blocks > 0)
-        seconds, suggested = time.process_time() - start, choose(rows)
+        seconds = time.process_time() - start
         return [
-            {**known, "method": row.method, "chosen": int(row is suggested), "predicted": row.accuracy}
-            | {"error": row.error, "gain": row.gain, "gain_error": row.gain_error, "seconds": seconds}
+            {**known, "method": row.method, "predicted": row.accuracy, "error": row.error}
+            | {"gain": row.gain, "gain_error": row.gain_error, "seconds": seconds}
             | {"trained": row.trained, "fitted": int(row.seconds is not None)}
             for row in rows
         ]
@@ -218,6 +218,15 @@ def tested_in(rows: list[dict[str, str]]) -> dict[str, float]:
     return {row["method"]: float(row["test"]) for row in rows if row["search"] == "exhaustive"}
 
 
+def row_of(row: dict[str, str]) -> Row:
+    """A row of suggest; the choice is made anew, so that a rule of choosing takes no fits to judge."""
+    gain, error = (float(row[name]) if row[name] else None for name in ("gain", "gain_error"))
+    seconds = 1.0 if row["fitted"] == "1" else None
+    return Row(
+        row["method"], float(row["predicted"]), float(row["error"]), gain, error, int(row["trained"]), seconds, {}
+    )
+
+
 def outcome(
     rule: str, rows: list[dict[str, str]], others: list[list[dict[str, str]]]
 ) -> tuple[float, float, float, float]:
@@ -226,9 +235,10 @@ def outcome(
     best, blocks = max(test.values()), [name for name in test if name.startswith("layer FT")]
     took = sum(float(row["seconds"]) for row in rows if row["search"] == "exhaustive")
     if rule in SUGGESTIONS:
-        row = next(row for row in rows if row["search"] == rule and row["chosen"] == "1")
-        name = row["method"] if row["method"] in test else "ridge, skips"
-        return best, test[name], float(row["predicted"]), float(row["seconds"]) / took
+        suggested = choose([row_of(row) for row in rows if row["search"] == rule])
+        name = suggested.method if suggested.method in test else "ridge, skips"
+        seconds = next(float(row["seconds"]) for row in rows if row["search"] == rule)
+        return best, test[name], suggested.accuracy, seconds / took
     if rule in MEASURES:
         values = {row["method"]: float(row["predicted"]) for row in rows if row["search"] == "measures"}
         highest = max((name for name in values if name.startswith(f"{rule} ")), key=values.__getitem__)
