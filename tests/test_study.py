@@ -108,10 +108,10 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
         table = csv.writer(file)
         table.writerow(study.RUN)
         for name, seed in [*((name, 0) for name in methods), ("LP-FT", 1)]:
-            table.writerow([name, "blocks.2.0", 6, seed, 0.001, 3, 32, "32-true"])
+            table.writerow([name, "-1", 6, seed, 0.001, 3, 32, "32-true"])
     words = ["--plan", str(plan), "--validation", "none", "--no-nc1", "--lora-modules", "conv_pw"]
     output = _study(textures, rows, *words, "--backbone", "{name: mobilenetv3_small_050, pad_type: same}")
-    assert output.count("method=") == len(methods) + 1
+    assert output.count(" block=blocks.5.0 ") == output.count("method=") == len(methods) + 1
     words = [str(textures), "--checkpoint", str(textures / "weights.pth"), "--backbone", "mobilenetv3_small_050"]
     words += ["--mean", "0.5", "--std", "0.5", "--shots", "6", "--seeds", "2"]
     _run("closed_forms.py", *words, "--out", str(closed.with_suffix(".md")))
@@ -125,6 +125,13 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
     gains = [100 * (tuned - ridge) for tuned, ridge in zip(tested["LP-FT"], tested["ridge"], strict=True)]
     gain = next(line for line in cells if line[1] == "LP-FT")[6]
     assert gain == f"{sum(gains) / 2:.2f} ± {abs(gains[0] - gains[1]) / 2:.2f}"
+
+
+def test_names_of_blocks_are_filled_in(study: ModuleType) -> None:
+    assert study.in_block(study.METHODS["SCL FT, skips chosen"]["train"], "b.1") == ["b.1.*.weight", "b.1.*.bias"]
+    assert [study.in_block(value, "b.1") for value in ("BLOCK", "all", 3)] == ["b.1", "all", 3]
+    tuned = {name for name in study.METHODS if study.tunes_block(name)}
+    assert set(study.METHODS) - tuned == {"linear probe", "BitFit", "norm tuning", "LoRA", "full FT", "LP-FT"}
 
 
 @pytest.mark.parametrize("way", ["half", "rest", "none"])

@@ -60,7 +60,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "SCL FT, refit": SCL | REFIT,
     "SCL FT, ridge start": SCL | START,
     "SCL FT, ridge start, refit": SCL | START | REFIT,
-    "SCL FT, skips chosen, ridge start": {"train": "BLOCK", "skip_from": "auto", "max_skips": 3, "skip_join": "concat"}
+    # Skips that lower the leave-one-out error, as the closed form has them, and the block's batch-norm statistics kept.
+    "SCL FT, skips chosen": {"train": ["BLOCK.*.weight", "BLOCK.*.bias"], "skip_from": "auto", "max_skips": 3}
+    | {"skip_join": "concat"}
     | START,
     "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
     "BitFit": {"train": "*.bias"},
@@ -175,6 +177,17 @@ class Watch(Callback):
         self._logits.append(logits)
 
 
+def tunes_block(method: str) -> bool:
+    return "BLOCK" in str(METHODS[method]["train"])
+
+
+def in_block(value: Any, block: str) -> Any:
+    """A knob of a method, with the name of the block that it tunes."""
+    if isinstance(value, list):
+        return [in_block(part, block) for part in value]
+    return value.replace("BLOCK", block) if isinstance(value, str) else value
+
+
 def spec_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a Backbone, but its checkpoint."""
     named = yaml.safe_load(options.backbone)
@@ -188,8 +201,8 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     images, labels = (torch.cat(both) for both in zip(*others, strict=True))
     data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
-    knobs = {key: run["block"] if value == "BLOCK" else value for key, value in METHODS[run["method"]].items()}
-    cached = knobs["train"] in ("none", run["block"])
+    knobs = {key: in_block(value, run["block"]) for key, value in METHODS[run["method"]].items()}
+    cached = knobs["train"] == "none" or tunes_block(run["method"])
     backbone = spec_of(options)
     if "lora" in knobs:
         backbone["lora"] = knobs.pop("lora") | {"target_modules": options.lora_modules}
@@ -242,23 +255,26 @@ def collapse(model: FineTuner, data: Images) -> float:
     return nc1(class_moments(torch.cat(caught), data.train[1], data.num_classes)).item()
 
 
-def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Runs of the plan in its order; without one cheap methods first, all seeds of one thing together."""
+def planned(options: argparse.Namespace, layers: list[str]) -> Iterator[dict[str, Any]]:
+    """Runs of the plan in its order; without one cheap methods first, all seeds of one thing together.
+
+    A block of the plan may be a number, as -1 for the last one.
+    """
     if options.plan is not None:
         for row in rows(options.plan):
             numbers = {name: int(row[name]) for name in ("shots", "seed", "steps", "batch_size")}
-            yield {**{name: row[name] for name in RUN}, **numbers, "lr": float(row["lr"])}
+            block = layers[int(row["block"])] if row["block"].startswith("-") else row["block"]
+            yield {**{name: row[name] for name in RUN}, **numbers, "lr": float(row["lr"]), "block": block}
         return
     kind = {name: getattr(options, name) for name in ("steps", "batch_size", "precision")}
     for method, shots in itertools.product(options.methods, options.shots):
-        blocks = options.blocks if METHODS[method]["train"] == "BLOCK" else [""]
+        blocks = options.blocks if tunes_block(method) else [""]
         for block, lr, seed in itertools.product(blocks, options.rates, options.seeds):
             yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
-def pass_seconds(options: argparse.Namespace, images: Tensor, count: int = 64) -> float:
+def pass_seconds(options: argparse.Namespace, backbone: Backbone, images: Tensor, count: int = 64) -> float:
     """CPU seconds in which the network runs over an image."""
-    backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
     batches = ((images[:count].float() / 255 - options.mean) / options.std).split(options.batch_size)
     with torch.no_grad(), torch.autocast("cpu", enabled=options.precision == "bf16-mixed"):
         backbone(batches[0])
@@ -271,7 +287,8 @@ def pass_seconds(options: argparse.Namespace, images: Tensor, count: int = 64) -
 def study(options: argparse.Namespace) -> None:
     images, train, val = read(options.root, options.size)
     labels = torch.cat([train, val])
-    options.pass_seconds = pass_seconds(options, images)
+    backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
+    options.pass_seconds = pass_seconds(options, backbone, images)
     done = {tuple(row[name] for name in RUN) for row in rows(options.out)} if options.out.exists() else set()
     if done and tuple(rows(options.out)[0]) != FIELDS:
         raise SystemExit(f"{options.out} has other columns than {', '.join(FIELDS)}; give --out another file")
@@ -279,7 +296,7 @@ def study(options: argparse.Namespace) -> None:
         table = csv.DictWriter(file, FIELDS)
         if not done:
             table.writeheader()
-        for run in planned(options):
+        for run in planned(options, list(backbone.layers)):
             if tuple(str(run[name]) for name in RUN) not in done:
                 chosen = divide(options.validation, train, val, run["shots"], run["seed"])
                 row = tune(options, tuple((images[part], labels[part]) for part in chosen), run)
