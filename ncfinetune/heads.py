@@ -14,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfinetune.calibration import fit_temperature
 from ncfinetune.moments import ClassMoments, MomentAccumulator
 from ncfinetune.probes import lda, nearest_mean, nearest_simplex, ridge
 
 SkipJoin = Literal["pad", "linear", "concat", "only"]
 ClosedForm = Literal["mean", "ridge", "lda", "etf"]
-# Least standard deviation of the logits of a classifier in closed form; its softmax then differs from chance by about
-# this share, so that the decisions remain.
-_LEAST_SPREAD = 1e-2
 Projection = Literal["none", "linear", "mlp"]
 
 
@@ -130,11 +126,9 @@ def classifier_of(
     ``lda`` are `probes.ridge` and `probes.lda`. ``etf`` is the simplex nearest to the class means, with equal norms and
     angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at the mean of the means.
 
-    The scale of ``ridge``, ``lda`` and ``etf`` calibrates the probabilities: scores are divided by the temperature that
-    `fit_temperature` finds on the leave-one-out scores (for ``etf`` on those of `probes.nearest_mean`). If the
-    leave-one-out scores are no better than chance, as with one image per class, the logits are scaled to be small but
-    not 0, so that the decisions remain. ``ridge`` and ``lda`` use the class weights; ``mean`` and ``etf`` weigh all
-    classes equally.
+    The scale of ``ridge``, ``lda`` and ``etf`` calibrates the probabilities: scores are divided by the temperature of
+    `probes.Head.temperature` (for ``etf`` that of `probes.nearest_mean`). ``ridge`` and ``lda`` use the class weights;
+    ``mean`` and ``etf`` weigh all classes equally.
 
     Raises:
         ValueError: There are no features, some are not finite, or the closed form does not exist for them; see
@@ -150,20 +144,11 @@ def classifier_of(
         head = nearest_mean(features, labels, num_classes)
     else:
         head = {"ridge": ridge, "lda": lda}[kind](features, labels, num_classes, class_weight=class_weight)
-    temperature = _temperature(head.loo_scores, labels)
     if kind != "etf":
-        return head.logits(temperature)
-    weight = nearest_simplex(head.weight) / temperature
+        return head.logits(labels)
+    weight = nearest_simplex(head.weight) / head.temperature(labels)
     centre = features.double().mean(0) + head.weight.mean(0)  # nearest_mean's weight holds the means less the mean
     return weight, -weight @ centre
-
-
-def _temperature(scores: Tensor, labels: Tensor) -> Tensor:
-    """The calibrating temperature, limited so that the standard deviation of the logits is at least `_LEAST_SPREAD`."""
-    spread = scores[scores.isfinite()].std()
-    most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
-    told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()  # false with one sample in each class
-    return torch.minimum(fit_temperature(scores, labels), most) if told else most
 
 
 def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:

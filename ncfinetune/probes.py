@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ncfinetune.calibration import fit_temperature
 from ncfinetune.closed_forms import (
     Curve,
     Gaussians,
@@ -46,6 +47,8 @@ from ncfinetune.closed_forms import (
 
 ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
 Strengths = Sequence[float] | Tensor
+# Least standard deviation of a classifier's logits; their softmax then differs from chance by about this share.
+_LEAST_SPREAD = 1e-2
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,41 @@ class Head:
         """Scores ``(N, K)`` of features ``(N, d)``; the highest decides."""
         return features.to(self.weight.device).double() @ self.weight.T + self.bias
 
-    def logits(self, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Weight ``(K, d)`` and bias ``(K,)`` of the classifier whose softmax gives probabilities, to train from.
 
-        Scores are divided by the temperature, which `ncfinetune.calibration.fit_temperature` finds on the leave-one-out
-        scores. A bias of ``-inf`` becomes the lowest score seen, which keeps the loss and its gradient finite.
+        Scores are divided by `temperature`. A bias of ``-inf`` becomes the lowest score seen, which keeps the loss and
+        its gradient finite.
 
             >>> import torch
-            >>> from ncfinetune.calibration import fit_temperature
             >>> labels = torch.arange(40) % 2
             >>> features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + labels[:, None]
-            >>> head = ridge(features, labels, num_classes=2)
-            >>> weight, bias = head.logits(fit_temperature(head.loo_scores, labels))
+            >>> weight, bias = ridge(features, labels, num_classes=2).logits(labels)
             >>> torch.softmax(features.double() @ weight.T + bias, 1).shape
             torch.Size([40, 2])
+
+        Args:
+            labels: Those that the head was fitted to, ``(N,)``.
         """
-        seen = self.loo_scores.isfinite()
-        lowest = self.loo_scores.where(seen, torch.inf).min()
+        temperature = self.temperature(labels)
+        lowest = self.loo_scores.where(self.loo_scores.isfinite(), torch.inf).min()
         return self.weight / temperature, self.bias.where(self.bias.isfinite(), lowest) / temperature
+
+    def temperature(self, labels: Tensor) -> Tensor:
+        """What `ncfinetune.calibration.fit_temperature` finds on the leave-one-out scores, if decisions remain with it.
+
+        Scores that are no better than chance have an infinite temperature, at which all classes are equally probable
+        and the first one would be decided for. Therefore it is limited: the standard deviation of the leave-one-out
+        logits is at least 0.01. One sample of each class tells nothing and gives that limit.
+
+        Args:
+            labels: Those that the head was fitted to, ``(N,)``.
+        """
+        scores = self.loo_scores
+        spread = scores[scores.isfinite()].std()
+        most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
+        told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()
+        return torch.minimum(fit_temperature(scores, labels), most) if told else most
 
 
 def ridge(

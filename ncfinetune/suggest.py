@@ -184,7 +184,7 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
     skip_fit = partial(skip_ridge, penultimate, layers, bench.labels, bench.num_classes, _SKIPS)
-    closed = _closed_rows(penultimate, layers, bench, skip_fit)
+    closed = closed_rows(penultimate, layers, bench, skip_fit)
     expected = _expected(trainer, penultimate, layers, bench, closed[-1])
     reference = closed_trial(skip_fit, bench.labels, bench.folds)
     best = sorted(expected, key=lambda row: -_gain(row))[:blocks]
@@ -320,7 +320,7 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _closed_rows(
+def closed_rows(
     penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, skip_fit: Callable[[Tensor], tuple[Head, Tensor]]
 ) -> list[Row]:
     """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
@@ -346,6 +346,8 @@ def _closed_rows(
         "LDA": ("lda", lda),
         "ridge": ("ridge", ridge),
     }
+    if len(labels) - int((folds[0] == 0).sum()) < classes + 2:  # without a fold there is no covariance
+        del kinds["LDA"]
     rows = [row(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
     if skips := choose_skips(penultimate, layers, labels, _SKIPS):
         knobs = {"skip_from": skips, "skip_join": "concat", "head_init": "ridge"}

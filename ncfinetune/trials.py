@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ncfinetune.backbone import Backbone
-from ncfinetune.calibration import fit_temperature
 from ncfinetune.finetune import FineTuner
 from ncfinetune.probes import Head, ridge
 from ncfinetune.skips import choose_skips
@@ -120,11 +119,10 @@ def closed_trial(fit: Callable[[Tensor], tuple[Head, Tensor]], labels: Tensor, f
         train, rows = folds != fold, (folds == fold).nonzero().squeeze(1)
         start = time.perf_counter()
         head, features = fit(train)
-        weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
+        weight, bias = head.logits(labels[train])
         trial.seconds.append(time.perf_counter() - start)
-        # The scores decide: at an infinite temperature, that of scores which say nothing, all probabilities are equal.
-        decided = head.scores(features[rows]).argmax(1)
-        trial.add(rows, decided, (features[rows].double() @ weight.T + bias).softmax(1), labels[rows])
+        logits = features[rows].double() @ weight.T + bias
+        trial.add(rows, logits.argmax(1), logits.softmax(1), labels[rows])
     return trial
 
 

@@ -223,7 +223,7 @@ def test_class_of_one_sample_is_ruled_out_without_it(name: str) -> None:
     assert head.loo_scores[2].tolist()[2] == -torch.inf
     assert head.loo_scores.isinf().sum() == 1
     torch.testing.assert_close(head.loo_scores, _refitted(FITS[name], head, features, labels))
-    weight, bias = head.logits(calibration.fit_temperature(head.loo_scores, labels))
+    weight, bias = head.logits(labels)
     assert weight.isfinite().all()
     assert bias.isfinite().all()
 
@@ -236,7 +236,7 @@ def test_classes_without_samples_are_never_chosen(name: str) -> None:
     torch.testing.assert_close(head.loo_scores[:, 1:6:2], three.loo_scores)
     assert set(head.scores(features).argmax(1).tolist()) == {1, 3, 5}
     assert head.weight[0].abs().max() < 1e-12
-    _, bias = head.logits(torch.tensor(1.0))
+    _, bias = head.logits(2 * labels + 1)
     assert bias.isfinite().all()
 
 
@@ -256,8 +256,31 @@ def test_thousand_classes_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_logits_are_scores_over_the_temperature() -> None:
     features, labels = _data(40, 5, 3)
     head = ridge(features, labels, 3)
-    weight, bias = head.logits(torch.tensor(0.25))
-    torch.testing.assert_close(features @ weight.T + bias, 4 * head.scores(features))
+    weight, bias = head.logits(labels)
+    temperature = calibration.fit_temperature(head.loo_scores, labels)
+    assert temperature.isfinite()
+    torch.testing.assert_close(features @ weight.T + bias, head.scores(features) / temperature)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_decisions_remain_where_the_left_out_scores_say_nothing(name: str) -> None:
+    features = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(12) % 3
+    head = FITS[name](features, labels, 3)
+    assert calibration.fit_temperature(head.loo_scores, labels).isinf()
+    weight, bias = head.logits(labels)
+    decided = (features @ weight.T + bias).argmax(1)
+    assert torch.equal(decided, head.scores(features).argmax(1))
+    assert len(decided.unique()) > 1
+    assert (head.loo_scores / head.temperature(labels)).std().item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["ridge", "nearest_mean"])
+def test_one_sample_of_each_class_has_a_temperature(name: str) -> None:
+    features = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    head = FITS[name](features, torch.arange(3), 3)
+    weight, bias = head.logits(torch.arange(3))
+    assert (features @ weight.T + bias).argmax(1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(2, 1), (3, 2), (10, 9), (10, 64), (100, 128)])

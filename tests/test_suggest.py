@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.probes import ridge, ridge_left_out
 from ncfinetune.samples import balanced_folds, folds_of
-from ncfinetune.suggest import Row, choose, halve, verdict
+from ncfinetune.suggest import Row, choose, closed_rows, halve, verdict
 from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
 
 SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
@@ -118,14 +119,14 @@ def test_closed_form_is_fitted_without_the_fold():
         train, rows = folds != fold, folds == fold
         features = torch.cat([penultimate, layers["b"]], 1)
         head = ridge(features[train], labels[train], 3)
-        weight, bias = head.logits(fit_temperature(head.loo_scores, labels[train]))
+        weight, bias = head.logits(labels[train])
         probabilities = (features[rows].double() @ weight.T + bias).softmax(1)
         loss = (probabilities - torch.eye(3)[labels[rows]]).square().sum(1)
         torch.testing.assert_close(trial.loss[rows], loss.float())
         assert torch.equal(trial.right[rows], (probabilities.argmax(1) == labels[rows]).float())
 
 
-def test_scores_decide_where_their_temperature_is_infinite():
+def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
     labels = torch.arange(12) % 3
     penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
     folds = folds_of(labels, 2)
@@ -137,7 +138,17 @@ def test_scores_decide_where_their_temperature_is_infinite():
         decided = head.scores(penultimate[rows]).argmax(1)
         assert len(decided.unique()) > 1
         assert torch.equal(trial.right[rows], (decided == labels[rows]).float())
-        torch.testing.assert_close(trial.loss[rows], torch.full((6,), 2 / 3))
+        torch.testing.assert_close(trial.loss[rows], torch.full((6,), 2 / 3), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("images", "judged"), [(2, False), (3, True)])
+def test_lda_is_judged_where_a_fold_leaves_it_a_covariance(images, judged):
+    labels = torch.arange(3 * images) % 3
+    penultimate = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(3, 4)[labels]
+    bench = SimpleNamespace(labels=labels, num_classes=3)
+    rows = closed_rows(penultimate, {"a": penultimate}, bench, partial(skip_ridge, penultimate, {}, labels, 3, 1))
+    assert [found.method for found in rows] == ["nearest mean", *(["LDA"] if judged else []), "ridge"]
+    assert all(found.accuracy > 0.5 for found in rows)
 
 
 def bench_in(folder, folds=None):

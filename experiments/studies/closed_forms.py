@@ -34,7 +34,7 @@ from study import BACKBONE, FIELDS, mean_and_error, read, spec_of, split
 from torch import Tensor, nn
 
 from ncfinetune import Backbone
-from ncfinetune.calibration import calibration_error, fit_temperature
+from ncfinetune.calibration import calibration_error
 from ncfinetune.callbacks.classify import fit_probe
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.skips import choose_skips
@@ -58,7 +58,7 @@ def joined(features: Features, names: list[str]) -> Tensor:
 
 
 def calibrated(head: Head, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    weight, bias = head.logits(fit_temperature(head.loo_scores, labels))
+    weight, bias = head.logits(labels)
     return lambda features: features.double() @ weight.T + bias
 
 

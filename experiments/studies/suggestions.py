@@ -36,7 +36,6 @@ from torch import Tensor
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source, fill, read_images
-from ncfinetune.calibration import fit_temperature
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
@@ -108,7 +107,7 @@ def measured(backbone: Backbone, images: Tensor, bank: Bank, layers: list[str]) 
     labels, classes = bank.labels, bank.num_classes
     blocks = [name for name in layers if name != PENULTIMATE and any(True for _ in backbone.layer(name).parameters())]
     head = ridge(bank.of("net", PENULTIMATE), labels, classes)
-    weight, bias = (part.float() for part in head.logits(fit_temperature(head.loo_scores, labels)))
+    weight, bias = (part.float() for part in head.logits(labels))
     network = backbone.eval().requires_grad_(True)
     for part, own in zip(images.split(32), labels.split(32), strict=True):
         scores = network(part) @ weight.T + bias
