@@ -1,9 +1,11 @@
 """The command ``scan``: numbers against direct computation, parts against one pass, files, refusals."""
 
 import csv
+import io
 import json
 import math
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -430,3 +432,17 @@ def test_parts_of_other_images_with_the_same_options_are_refused(tmp_path):
         merge({"a": first, "b": other})
     same = replace(part(2, images), facts={**first.facts, "part": [2, 2]})
     assert len(merge({"a": first, "b": same}).labels) == 8
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_a_bar_of_images(weights, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert scan("--backbone", SPEC, "--checkpoint", weights, *DATA) == 0
+    shown = terminal.getvalue()
+    assert "images: 100%" in shown
+    assert "Predicting" not in shown
+    assert "images:" not in capsys.readouterr().out
