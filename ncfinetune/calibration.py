@@ -39,9 +39,11 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
         ValueError: Shapes that do not fit, labels out of range, a score that is nan or ``inf``, or no sample whose
             class has a finite score.
     """
-    scores, labels = _checked(scores, labels)
+    scores, labels = checked_scores(scores, labels)
     own = scores.gather(1, labels[:, None])
     known = own.isfinite()
+    if not bool(known.any()):
+        raise ValueError("expected a sample whose own class has a score, got -inf for all of them")
     seen = scores.isfinite() & known
     share = 1 / (known.sum() + 1)
     levels = torch.where(seen, scores - own.where(known, 0.0), 0.0)
@@ -114,7 +116,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[
     Raises:
         ValueError: As `calibration_error`.
     """
-    probabilities, labels = _checked(probabilities, labels)
+    probabilities, labels = checked_scores(probabilities, labels)
     if bins < 1:
         raise ValueError(f"expected at least one bin, got {bins}")
     if not bool(((probabilities >= 0) & (probabilities <= 1 + 1e-6)).all()):
@@ -127,7 +129,12 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[
     return sums[0], sums[1] / sums[0], sums[2] / sums[0]
 
 
-def _checked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def checked_scores(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores ``(N, K)`` in float64 and labels ``(N,)`` as int64 on their device.
+
+    Raises:
+        ValueError: Shapes that do not fit, no samples, labels out of range, or a score that is nan or ``inf``.
+    """
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
         raise ValueError(f"expected scores (N, K) and labels (N,), got {tuple(scores.shape)} and {tuple(labels.shape)}")
     labels, classes = labels.to(scores.device).long(), scores.shape[1]
@@ -136,6 +143,4 @@ def _checked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"expected labels from 0 to {classes - 1}, got {lowest} to {highest}")
     if not bool((scores < torch.inf).all()):
         raise ValueError("expected scores that are finite or -inf, got nan or inf")
-    if bool(scores.gather(1, labels[:, None]).isinf().all()):
-        raise ValueError("expected a sample whose own class has a score, got -inf for all of them")
     return scores.double(), labels

@@ -147,7 +147,7 @@ def pass_trainer(options: Any, **arguments: Any) -> Trainer:
 
 
 class _Images(Tqdm):
-    """A bar that is called so, whatever Lightning calls it."""
+    """A bar labelled ``images``, which Lightning would rename."""
 
     def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
         super().set_description("images", refresh)
@@ -157,7 +157,9 @@ class _Progress(TQDMProgressBar):
     """A bar on stderr, where it does not mix with the table, if that is a terminal."""
 
     def init_predict_tqdm(self) -> Any:
-        return _Images(disable=self.is_disabled or None, leave=False, dynamic_ncols=True, file=sys.stderr)
+        return _Images(
+            desc="images", disable=self.is_disabled or None, leave=False, dynamic_ncols=True, file=sys.stderr
+        )
 
     def on_exception(self, *args: Any) -> None:
         """Take the bar away, so that the error has a line of its own."""

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ncfinetune.calibration import fit_temperature
+from ncfinetune.calibration import checked_scores, fit_temperature
 from ncfinetune.closed_forms import (
     Curve,
     Gaussians,
@@ -78,8 +78,8 @@ class Head:
     def logits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Weight ``(K, d)`` and bias ``(K,)`` of the classifier whose softmax gives probabilities, to train from.
 
-        Scores are divided by `temperature`. A bias of ``-inf`` becomes the lowest score seen, which keeps the loss and
-        its gradient finite.
+        Scores are divided by `temperature`. A bias of ``-inf`` becomes one that is lower than all scores seen, which
+        keeps the loss and its gradient finite.
 
             >>> import torch
             >>> labels = torch.arange(40) % 2
@@ -92,23 +92,31 @@ class Head:
             labels: Those that the head was fitted to, ``(N,)``.
         """
         temperature = self.temperature(labels)
+        known = self.bias.isfinite()
+        # The highest of the other classes' scores is nowhere below their lowest bias, since their weights average to 0.
         lowest = self.loo_scores.where(self.loo_scores.isfinite(), torch.inf).min()
-        return self.weight / temperature, self.bias.where(self.bias.isfinite(), lowest) / temperature
+        lowest = torch.minimum(lowest, self.bias.where(known, torch.inf).min()) - temperature
+        return self.weight / temperature, self.bias.where(known, lowest) / temperature
 
     def temperature(self, labels: Tensor) -> Tensor:
-        """What `ncfinetune.calibration.fit_temperature` finds on the leave-one-out scores, if decisions remain with it.
+        """What `ncfinetune.calibration.fit_temperature` finds on the leave-one-out scores, up to a limit.
 
         Scores that are no better than chance have an infinite temperature, at which all classes are equally probable
-        and the first one would be decided for. Therefore it is limited: the standard deviation of the leave-one-out
-        logits is at least 0.01. One sample of each class tells nothing and gives that limit.
+        and the first one would be decided for. Therefore the standard deviation of the leave-one-out logits is at least
+        0.01. If each class has one sample, which tells `nearest_mean` nothing, that of the logits at the class means
+        is 0.01.
 
         Args:
             labels: Those that the head was fitted to, ``(N,)``.
+
+        Raises:
+            ValueError: Labels of another shape, or out of range.
         """
-        scores = self.loo_scores
-        spread = scores[scores.isfinite()].std()
+        scores, labels = checked_scores(self.loo_scores, labels)
+        told = scores.gather(1, labels[:, None]).isfinite().any()
+        decided = scores if told else self.weight @ self.weight.T
+        spread = decided[decided.isfinite()].std()
         most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
-        told = scores.gather(1, labels.to(scores.device)[:, None]).isfinite().any()
         return torch.minimum(fit_temperature(scores, labels), most) if told else most
 
 

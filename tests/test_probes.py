@@ -276,11 +276,37 @@ def test_decisions_remain_where_the_left_out_scores_say_nothing(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["ridge", "nearest_mean"])
-def test_one_sample_of_each_class_has_a_temperature(name: str) -> None:
-    features = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    head = FITS[name](features, torch.arange(3), 3)
-    weight, bias = head.logits(torch.arange(3))
-    assert (features @ weight.T + bias).argmax(1).tolist() == [0, 1, 2]
+@pytest.mark.parametrize("classes", [2, 3])
+def test_one_sample_of_each_class_has_a_temperature(name: str, classes: int) -> None:
+    features = torch.randn(classes, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(classes, dtype=torch.uint8)
+    spreads = []
+    for scale in (1, 100):
+        weight, bias = FITS[name](scale * features, labels, classes).logits(labels)
+        logits = scale * features @ weight.T + bias
+        assert logits.argmax(1).tolist() == list(range(classes))
+        spreads.append(float(logits.std()))
+    assert spreads == pytest.approx([spreads[0]] * 2)
+    assert max(spreads) < 0.1
+
+
+def test_class_without_samples_is_not_decided_for_where_one_sample_of_the_others_is_known() -> None:
+    features, labels = torch.tensor([[-10.0, 0], [10, 0]]), torch.tensor([0, 1])
+    weight, bias = nearest_mean(features, labels, 3).logits(labels)
+    grid = torch.cartesian_prod(torch.linspace(-30, 30, 25), torch.linspace(-30, 30, 25))
+    decided = (grid.double() @ weight.T + bias).argmax(1)
+    assert torch.equal(decided[grid[:, 0] != 0], (grid[grid[:, 0] != 0, 0] > 0).long())
+    weight, bias = nearest_mean(features, labels + 1, 3).logits(labels + 1)  # the absent class comes first
+    assert set((grid.double() @ weight.T + bias).argmax(1).tolist()) == {1, 2}
+
+
+def test_logits_refuse_other_labels() -> None:
+    features, labels = _data(12, 4, 3)
+    head = ridge(features, labels, 3)
+    with pytest.raises(ValueError, match=re.escape("expected scores (N, K) and labels (N,), got (12, 3) and (11,)")):
+        head.logits(labels[1:])
+    with pytest.raises(ValueError, match="expected labels from 0 to 2, got 1 to 3"):
+        head.logits(labels + 1)
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(2, 1), (3, 2), (10, 9), (10, 64), (100, 128)])

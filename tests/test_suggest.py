@@ -149,6 +149,13 @@ def test_lda_is_judged_where_a_fold_leaves_it_a_covariance(images, judged):
     rows = closed_rows(penultimate, {"a": penultimate}, bench, partial(skip_ridge, penultimate, {}, labels, 3, 1))
     assert [found.method for found in rows] == ["nearest mean", *(["LDA"] if judged else []), "ridge"]
     assert all(found.accuracy > 0.5 for found in rows)
+    of_ten = closed_rows(
+        penultimate,
+        {},
+        SimpleNamespace(labels=labels, num_classes=10),
+        partial(skip_ridge, penultimate, {}, labels, 10, 1),
+    )
+    assert ("LDA" in [found.method for found in of_ten]) == judged  # classes without images do not matter
 
 
 def bench_in(folder, folds=None):
