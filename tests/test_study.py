@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,10 +109,11 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
         table = csv.writer(file)
         table.writerow(study.RUN)
         for name, seed in [*((name, 0) for name in methods), ("LP-FT", 1)]:
-            table.writerow([name, "-1", 6, seed, 0.001, 3, 32, "32-true"])
+            table.writerow([name, "", 6, seed, 0.001, 3, 32, "32-true"])
     words = ["--plan", str(plan), "--validation", "none", "--no-nc1", "--lora-modules", "conv_pw"]
     output = _study(textures, rows, *words, "--backbone", "{name: mobilenetv3_small_050, pad_type: same}")
-    assert output.count(" block=blocks.5.0 ") == output.count("method=") == len(methods) + 1
+    assert output.count("method=") == len(methods) + 1
+    assert output.count(" block=blocks.2.0 ") == sum(map(study.tunes_block, methods))
     words = [str(textures), "--checkpoint", str(textures / "weights.pth"), "--backbone", "mobilenetv3_small_050"]
     words += ["--mean", "0.5", "--std", "0.5", "--shots", "6", "--seeds", "2"]
     _run("closed_forms.py", *words, "--out", str(closed.with_suffix(".md")))
@@ -125,6 +127,15 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
     gains = [100 * (tuned - ridge) for tuned, ridge in zip(tested["LP-FT"], tested["ridge"], strict=True)]
     gain = next(line for line in cells if line[1] == "LP-FT")[6]
     assert gain == f"{sum(gains) / 2:.2f} ± {abs(gains[0] - gains[1]) / 2:.2f}"
+
+
+def test_file_of_another_study_is_not_continued(study: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    assert study.so_far(file, ("a", "b")) == []
+    file.write_text("a,b\n1,2\n")
+    assert study.so_far(file, ("a", "b")) == [{"a": "1", "b": "2"}]
+    with pytest.raises(SystemExit, match=re.escape(f"{file} has other columns than a, c; give --out another file")):
+        study.so_far(file, ("a", "c"))
 
 
 def test_names_of_blocks_are_filled_in(study: ModuleType) -> None:
@@ -357,6 +368,8 @@ def test_rank_correlations_of_downstream_collapse(tmp_path: Path, monkeypatch: p
         assert line[5:] == [f"{sign} ± 0.00", f"{sign} (0.0028)", "0.0 ± 0.0"]  # 2 of 720 orders
     rows = [{"nc1": "1", "refit_acc": "0.5", "test": "0.70"}, {"nc1": "2", "refit_acc": "0.6", "test": "0.75"}]
     assert [downstream.regret(rows, name) for name in ("nc1", "refit_acc")] == [pytest.approx(5), 0]
+    rows.append({"nc1": "3", "refit_acc": "0.6", "test": "0.65"})
+    assert downstream.regret(rows, "refit_acc") == pytest.approx(5)  # a tie of 0.75 and 0.65
 
 
 def test_collapse_of_held_out_features(monkeypatch: pytest.MonkeyPatch) -> None:

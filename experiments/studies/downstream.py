@@ -32,7 +32,9 @@ from typing import Any
 
 import torch
 import yaml
-from suggestions import DIGITS, add_options, drawn, read, spread, tested, trainer
+from study import rows as rows_of
+from study import so_far
+from suggestions import DIGITS, add_options, drawn, spread, tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone, FineTuner
@@ -105,7 +107,11 @@ def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: in
 
 def run(options: argparse.Namespace) -> None:
     name = Path(options.data).name
-    done = {tuple(row[key] for key in ("shots", "seed", "method")) for row in read(options.out) if row["data"] == name}
+    done = {
+        tuple(row[key] for key in ("shots", "seed", "method"))
+        for row in so_far(options.out, FIELDS)
+        if row["data"] == name
+    }
     spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
     with options.out.open("a", newline="") as file:
@@ -131,10 +137,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(paths: list[Path]) -> str:
-    """Rank correlations of each measure with test accuracy over methods, and what the method tests worse than the best
-    that each measure puts first; draws that lack some methods are left out."""
+    """Rank correlations of each measure with test accuracy over methods, and the regret of choosing by it.
+
+    Draws that lack some methods are left out.
+    """
     grouped: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
-    for row in (row for path in paths for row in read(path)):
+    for row in (row for path in paths for row in rows_of(path)):
         grouped[row["data"], int(row["shots"])].append(row)
     lines = [
         "| data | shots | draws | methods | measure | rho over methods of a draw | rho of means (p) | regret, points |"
@@ -169,10 +177,15 @@ def table(paths: list[Path]) -> str:
 
 
 def regret(rows: list[dict[str, str]], measure: str) -> float:
-    """Points of test accuracy that the best method of a draw has over the one that a measure puts first."""
+    """Points of test accuracy that the best method of a draw has over the one that a measure puts first.
+
+    Where it puts several first, these count equally.
+    """
     sign = -1 if measure == "refit_acc" else 1
-    first = min(rows, key=lambda row: sign * float(row[measure]))
-    return 100 * (max(float(row["test"]) for row in rows) - float(first["test"]))
+    first = min(sign * float(row[measure]) for row in rows)
+    tested = [float(row["test"]) for row in rows]
+    taken = [test for row, test in zip(rows, tested, strict=True) if sign * float(row[measure]) == first]
+    return 100 * (max(tested) - statistics.mean(taken))
 
 
 def by(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, str]]]:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from study import rows, so_far
 from torch import Tensor
 
 from ncfinetune import Backbone, SimCLR, SupCon, Supervised
@@ -143,7 +144,6 @@ def measure(options: argparse.Namespace, backbone: Backbone, source: Path) -> di
 
 def run(options: argparse.Namespace) -> None:
     source = classes_alone(options.source, options.classes, options.runs / f"first{options.classes}")
-    done = rows(options.out) if options.out.exists() else []
     fields = [
         "method",
         "seed",
@@ -153,9 +153,7 @@ def run(options: argparse.Namespace) -> None:
         *(f"{d.name}_acc" for d in options.downstream),
         "seconds",
     ]
-    if done and list(done[0]) != fields:
-        raise SystemExit(f"{options.out} has other columns than {', '.join(fields)}; give --out another file")
-    known = {(row["method"], row["seed"], row["epochs"]) for row in done}
+    known = {(row["method"], row["seed"], row["epochs"]) for row in so_far(options.out, fields)}
     for seed in options.seeds:
         for method in options.methods:
             if (method, str(seed), str(options.epochs)) in known:
@@ -171,11 +169,6 @@ def run(options: argparse.Namespace) -> None:
                     table.writeheader()
                 table.writerow(row)
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def table(path: Path) -> str:

@@ -30,7 +30,7 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     | START,
     "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
     "BitFit": {"train": "*.bias"},
-    "norm tuning": {"train": "*bn*"},
+    "norm tuning": {"train": "NORMS"},
     "LoRA": {"train": "*lora_*", "lora": {"r": 8}},
     "full FT": {"train": "all"},
     # A probe first, then everything (Kumar et al. 2022, arXiv 2202.10054), with ridge regression as the probe.
@@ -202,6 +202,8 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     knobs = {key: in_block(value, run["block"]) for key, value in METHODS[run["method"]].items()}
+    if knobs["train"] == "NORMS":
+        knobs["train"] = options.norm_modules
     cached = knobs["train"] == "none" or tunes_block(run["method"])
     backbone = spec_of(options)
     if "lora" in knobs:
@@ -255,15 +257,15 @@ def collapse(model: FineTuner, data: Images) -> float:
     return nc1(class_moments(torch.cat(caught), data.train[1], data.num_classes)).item()
 
 
-def planned(options: argparse.Namespace, layers: list[str]) -> Iterator[dict[str, Any]]:
+def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs of the plan in its order; without one cheap methods first, all seeds of one thing together.
 
-    A block of the plan may be a number, as -1 for the last one.
+    Where a plan leaves the block out it is the first of ``--blocks``, so that it serves several networks.
     """
     if options.plan is not None:
         for row in rows(options.plan):
             numbers = {name: int(row[name]) for name in ("shots", "seed", "steps", "batch_size")}
-            block = layers[int(row["block"])] if row["block"].startswith("-") else row["block"]
+            block = row["block"] or (options.blocks[0] if tunes_block(row["method"]) else "")
             yield {**{name: row[name] for name in RUN}, **numbers, "lr": float(row["lr"]), "block": block}
         return
     kind = {name: getattr(options, name) for name in ("steps", "batch_size", "precision")}
@@ -289,20 +291,26 @@ def study(options: argparse.Namespace) -> None:
     labels = torch.cat([train, val])
     backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
     options.pass_seconds = pass_seconds(options, backbone, images)
-    done = {tuple(row[name] for name in RUN) for row in rows(options.out)} if options.out.exists() else set()
-    if done and tuple(rows(options.out)[0]) != FIELDS:
-        raise SystemExit(f"{options.out} has other columns than {', '.join(FIELDS)}; give --out another file")
+    done = {tuple(row[name] for name in RUN) for row in so_far(options.out, FIELDS)}
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not done:
             table.writeheader()
-        for run in planned(options, list(backbone.layers)):
+        for run in planned(options):
             if tuple(str(run[name]) for name in RUN) not in done:
                 chosen = divide(options.validation, train, val, run["shots"], run["seed"])
                 row = tune(options, tuple((images[part], labels[part]) for part in chosen), run)
                 table.writerow(row)
                 file.flush()
                 print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+
+
+def so_far(path: Path, fields: Sequence[str]) -> list[Row]:
+    """Rows of a study that goes on; none if it begins."""
+    found = rows(path) if path.exists() else []
+    if found and list(found[0]) != list(fields):
+        raise SystemExit(f"{path} has other columns than {', '.join(fields)}; give --out another file")
+    return found
 
 
 def rows(path: Path) -> list[Row]:
@@ -389,6 +397,9 @@ def main() -> None:
     run.add_argument("root", type=Path)
     run.add_argument("--checkpoint", required=True)
     run.add_argument("--backbone", default="mobilenetv2_100", help=BACKBONE)
+    run.add_argument(
+        "--norm-modules", nargs="+", default=["*bn*"], help="patterns of the layers that norm tuning trains"
+    )
     # The 1x1 convolutions, as MobileNets and EfficientNets call them: nearly all of their weights.
     run.add_argument("--lora-modules", nargs="+", default=["conv_pw", "conv_pwl"], help="layers that LoRA adds to")
     run.add_argument("--size", type=int, help="pixels a side to which images are resized")

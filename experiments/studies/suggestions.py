@@ -32,6 +32,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from study import rows as rows_of
+from study import so_far
 from torch import Tensor
 
 from ncfinetune import Backbone
@@ -163,7 +165,11 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
 
 def run(options: argparse.Namespace) -> None:
     name = Path(options.data).name
-    done = {tuple(row[key] for key in ("search", "shots", "seed")) for row in read(options.out) if row["data"] == name}
+    done = {
+        tuple(row[key] for key in ("search", "shots", "seed"))
+        for row in so_far(options.out, FIELDS)
+        if row["data"] == name
+    }
     with options.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if not file.tell():
@@ -177,18 +183,11 @@ def run(options: argparse.Namespace) -> None:
                         print(search, shots, seed, flush=True)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def table(paths: list[Path]) -> str:
     """Regret and prediction of each rule, by data and shots."""
     tries: dict[tuple[str, int], list[list[dict[str, str]]]] = defaultdict(list)
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in (row for path in paths for row in read(path)):
+    for row in (row for path in paths for row in rows_of(path)):
         grouped[row["data"], row["shots"], row["seed"]].append(row)
     for (data, shots, _), rows in grouped.items():
         if {row["search"] for row in rows} == set(SEARCHES):
