@@ -30,6 +30,7 @@ from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
+from ncfinetune.command_trainer import CommandTrainer
 from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
 from ncfinetune.passes import in_order
@@ -96,7 +97,7 @@ def _run(words: list[str]) -> int | None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            trainer_class=_Trainer,
+            trainer_class=CommandTrainer,
             parser_kwargs={words[0]: {"description": _DESCRIPTIONS[words[0]]}},
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
@@ -150,12 +151,6 @@ def _reason(error: Exception) -> str | None:
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         return f"--ckpt_path is a checkpoint of another model: {found}"
     return None
-
-
-class _Trainer(Trainer):
-    """The Trainer with a method for the command ``evaluate``: LightningCLI takes a command's options from it."""
-
-    evaluate = Trainer.predict
 
 
 def _keep_chosen(model: Any, checkpoint: Mapping[str, Any]) -> None:

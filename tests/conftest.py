@@ -1,6 +1,5 @@
 """What every test gets: one thread a process, and a fixed seed."""
 
-import lightning.pytorch  # noqa: F401  # before scikit-learn, after which a limit of 1 batch is read as 1.0, all of them
 import pytest
 import torch
 
