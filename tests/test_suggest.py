@@ -218,8 +218,7 @@ def test_the_better_half_goes_on(capsys):
 @pytest.mark.parametrize(
     ("rows", "name"),
     [
-        ([row("LDA"), row("ridge"), row("layer", 0.009)], "LDA"),
-        ([row("LDA"), row("ridge", accuracy=0.6), row("layer", 0.0)], "ridge"),
+        ([row("LDA", accuracy=0.6), row("ridge"), row("layer", 0.009)], "ridge"),
         ([row("ridge"), row("layer", 0.011)], "layer"),
         ([row("ridge"), expected("a", 0.25), expected("b", 0.3)], "b"),
         ([row("ridge"), expected("a", 0.5), row("b", 0.1), row("c", -0.1)], "b"),
