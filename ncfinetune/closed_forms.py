@@ -43,7 +43,10 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Checked input: features ``(N, d)`` in any dtype, labels, weights ``(N,)``, means of features and targets."""
+    """Checked input: features ``(N, d)`` in any dtype, labels, weights ``(N,)``, means of features and targets.
+
+    ``equal`` says that all weights are 1.
+    """
 
     features: Tensor
     labels: Tensor
@@ -51,6 +54,7 @@ class Samples:
     mean: Tensor
     share: Tensor
     present: int
+    equal: bool = False
 
     def parts(self) -> Iterator[slice]:
         """The rows in chunks."""
@@ -62,7 +66,7 @@ class Samples:
 
     def rooted(self, part: slice = slice(None)) -> Tensor:
         """Rows less their mean and times the square root of their weight, ``(n, d)``."""
-        return self.centred(part).mul_(self.weight[part, None].sqrt())
+        return self.centred(part) if self.equal else self.centred(part).mul_(self.weight[part, None].sqrt())
 
     def targets(self, part: slice = slice(None)) -> Tensor:
         """One-hot targets, ``(n, K)``."""
@@ -120,11 +124,16 @@ class Spectrum:
 
 
 def primal(fit: Samples) -> Spectrum:
-    scatter = _scatter((fit.rooted(part) for part in fit.parts()), fit.mean)
-    values, basis = torch.linalg.eigh(scatter, UPLO="U")
-    sums = scatter.new_zeros(len(fit.share), len(fit.mean))
-    for part in fit.parts():
-        sums.index_add_(0, fit.labels[part], fit.centred(part) * fit.weight[part, None])
+    sums = fit.mean.new_zeros(len(fit.share), len(fit.mean))
+
+    def added() -> Iterator[Tensor]:
+        """Rows of the scatter, added to the sums of their classes on the way."""
+        for part in fit.parts():
+            rows = fit.rooted(part)
+            sums.index_add_(0, fit.labels[part], rows if fit.equal else rows * fit.weight[part, None].sqrt())
+            yield rows
+
+    values, basis = torch.linalg.eigh(_scatter(added(), fit.mean), UPLO="U")
     return Spectrum(False, basis, values.clamp(min=0), (sums @ basis).T)
 
 

@@ -379,7 +379,8 @@ def _checked(
         raise ValueError(f"expected finite features, got nan or inf in {broken} of {len(features)} samples")
     if present < 2:
         raise ValueError(f"expected samples of at least two classes, got {present}")
-    return Samples(features, labels, weight, mean / total, share, present)
+    equal = class_weight is None and sample_weight is None
+    return Samples(features, labels, weight, mean / total, share, present, equal)
 
 
 def _sample_weights(weights: Tensor | None, features: Tensor) -> Tensor:
