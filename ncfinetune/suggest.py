@@ -249,8 +249,7 @@ def choose(rows: Sequence[Row]) -> Row:
     the block of which the expansion expects most. A gain of less than its standard error is taken too: tuning in vain
     costs a point or two of accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters
     within one standard error of the best, is not taken: with few images that includes nearly all methods. Where full
-    fine-tuning was tried on five images of each class it cost 2.8 points of accuracy (standard error 0.9), elsewhere
-    nothing was seen of it.
+    fine-tuning was tried on five images of each class it cost 2.7 points of accuracy, elsewhere nothing was seen of it.
     """
     best = max(_judged(rows), key=_gain)
     return best if _gain(best) > WORTH else [row for row in rows if row.gain is None][-1]
