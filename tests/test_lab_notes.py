@@ -13,7 +13,7 @@ TINY = "name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]"
 # Each with the note that it goes on top of, and a part of what its run prints.
 NOTES = {
     "bitfit": ("layer", "*.bias"),
-    "norm": ("layer", "17 layers"),
+    "norm": ("layer", "21 layers"),
     "film": ("layer", "*bn*.weight"),
     "ridge": ("linear_probe", "classifier: initialised as ridge"),
     "ridge_start": ("scl", "classifier: initialised as ridge"),
@@ -53,3 +53,7 @@ def test_note_runs_on_top_of_another(
     (checkpoint,) = delta.parent.glob("*.ckpt")
     model = FineTuner.load_from_checkpoint(checkpoint).eval()
     assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    if name in ("norm", "film"):
+        norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        tensors = {parameter for norm in norms for parameter in norm.parameters()}
+        assert {parameter for parameter in model.backbone.parameters() if parameter.requires_grad} == tensors
