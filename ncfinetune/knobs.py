@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -99,15 +98,11 @@ def listed_skips(skip_from: Any) -> list[str]:
 def by_name(backbone: Backbone, layers: Any) -> Any:
     """Layers by name, where negative numbers count the blocks of a backbone from its end.
 
-    A number may be text: of the types int and str, which one the command line tries first is left to what was imported.
-
     Raises:
         ValueError: The backbone has no such block, or a number is not negative.
     """
     if isinstance(layers, list | tuple):
         return [by_name(backbone, layer) for layer in layers]
-    if isinstance(layers, str) and re.fullmatch(r"-\d+", layers):
-        layers = int(layers)
     if not isinstance(layers, int):
         return layers
     names = list(backbone.layers)
