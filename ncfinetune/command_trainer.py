@@ -40,7 +40,8 @@ class CommandTrainer(Trainer):
         limit_val_batches: How many validation batches, likewise.
         limit_test_batches: How many test batches, likewise.
         limit_predict_batches: How many prediction batches, likewise.
-        overfit_batches: How many training batches to fit and to validate on, always the same ones, likewise; 0 is off.
+        overfit_batches: How many training batches to fit and to validate on, always the same ones, likewise; null and 0
+            turn it off.
     """
 
     evaluate = Trainer.predict
@@ -52,7 +53,7 @@ class CommandTrainer(Trainer):
         limit_val_batches: Batches | None = None,
         limit_test_batches: Batches | None = None,
         limit_predict_batches: Batches | None = None,
-        overfit_batches: Batches = 0.0,  # type: ignore[assignment]
+        overfit_batches: Batches | None = None,
         **kwargs: Any,
     ) -> None:
         limits: dict[str, Any] = {
@@ -62,4 +63,5 @@ class CommandTrainer(Trainer):
             "limit_predict_batches": limit_predict_batches,
             "overfit_batches": overfit_batches,
         }
-        super().__init__(*args, **limits, **kwargs)
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        super().__init__(*args, **given, **kwargs)

@@ -248,8 +248,9 @@ def choose(rows: Sequence[Row]) -> Row:
     accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most, else
     the block of which the expansion expects most. A gain of less than its standard error is taken too: tuning in vain
     costs a point or two of accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters
-    within one standard error of the best, is not taken: with few images that includes nearly all methods. Where full
-    fine-tuning was tried on five images of each class it cost 2.7 points of accuracy, elsewhere nothing was seen of it.
+    within one standard error of the best, is not taken: with few images that includes nearly all methods. On
+    five digits of each class it cost 2.7 points of accuracy, on more of them and on textures nothing clear
+    (experiments/results/suggestions.md).
     """
     best = max(_judged(rows), key=_gain)
     return best if _gain(best) > WORTH else [row for row in rows if row.gain is None][-1]

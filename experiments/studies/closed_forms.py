@@ -25,7 +25,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -131,6 +131,18 @@ def in_the_study(
     return dict.fromkeys(FIELDS, "") | row | {"seconds": run["seconds"] + pass_seconds}
 
 
+def lines(shots: int, found: Mapping[str, list[dict[str, float]]]) -> Iterator[str]:
+    """Lines of the table: the runs of each row at a number of images a class."""
+    for name, runs in found.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]
+        cells += [gain(runs, found[other]) for other in ("ridge", "linear probe")]
+        cells += [mean_and_error([run["calibration"] for run in runs])]
+        cells += [f"{statistics.mean(run['parameters'] for run in runs):,.0f}"]
+        cells += [f"{statistics.mean(run['skips'] for run in runs):.1f}", f"{seconds:.3f}"]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
@@ -171,14 +183,8 @@ def main() -> None:
                     found[name].append(run)
                     rows.writerow(in_the_study(name, shots, seed, run, pass_seconds * len(parts[0])))
             csv_file.flush()
-            for name, runs in found.items():
-                seconds = statistics.median(run["seconds"] for run in runs)
-                cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]
-                cells += [gain(runs, found[other]) for other in ("ridge", "linear probe")]
-                cells += [mean_and_error([run["calibration"] for run in runs])]
-                cells += [f"{statistics.mean(run['parameters'] for run in runs):,.0f}"]
-                cells += [f"{statistics.mean(run['skips'] for run in runs):.1f}", f"{seconds:.3f}"]
-                print("|", " | ".join(map(str, cells)), "|", file=file, flush=True)
+            for line in lines(shots, found):
+                print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":

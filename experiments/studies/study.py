@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     | START,
     "SCL FT, gradient through the skip": SCL | {"skip_gradient": "skip"},
     "BitFit": {"train": "*.bias"},
-    "norm tuning": {"train": "NORMS"},
+    "norm tuning": {"train": "*bn*"},
     "LoRA": {"train": "*lora_*", "lora": {"r": 8}},
     "full FT": {"train": "all"},
     # A probe first, then everything (Kumar et al. 2022, arXiv 2202.10054), with ridge regression as the probe.
@@ -181,6 +181,11 @@ def tunes_block(method: str) -> bool:
     return "BLOCK" in str(METHODS[method]["train"])
 
 
+def is_cached(method: str) -> bool:
+    """Whether what frozen layers make of the images is kept on disk."""
+    return METHODS[method]["train"] == "none" or tunes_block(method)
+
+
 def in_block(value: Any, block: str) -> Any:
     """A knob of a method, with the name of the block that it tunes."""
     if isinstance(value, list):
@@ -194,6 +199,26 @@ def spec_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"channels_last": True, **({"name": named} if isinstance(named, str) else named)}
 
 
+def model_of(options: argparse.Namespace, run: dict[str, Any], classes: int, epochs: int) -> FineTuner:
+    """The model of a run."""
+    knobs = {key: in_block(value, run["block"]) for key, value in METHODS[run["method"]].items()}
+    if run["method"] == "norm tuning":
+        knobs["train"] = options.norm_modules
+    if is_cached(run["method"]):
+        knobs |= {"cache": "disk", "cache_dir": str(options.cache_dir)}
+    backbone = spec_of(options)
+    if "lora" in knobs:
+        backbone["lora"] = knobs.pop("lora") | {"target_modules": options.lora_modules}
+    return FineTuner(
+        classes,
+        backbone,
+        options.checkpoint,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
+        **knobs,
+    )
+
+
 def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[str, Any]) -> dict[str, Any]:
     """One run, as a row."""
     seed_everything(run["seed"], verbose=False)
@@ -201,22 +226,7 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     images, labels = (torch.cat(both) for both in zip(*others, strict=True))
     data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
-    knobs = {key: in_block(value, run["block"]) for key, value in METHODS[run["method"]].items()}
-    if knobs["train"] == "NORMS":
-        knobs["train"] = options.norm_modules
-    cached = knobs["train"] == "none" or tunes_block(run["method"])
-    backbone = spec_of(options)
-    if "lora" in knobs:
-        backbone["lora"] = knobs.pop("lora") | {"target_modules": options.lora_modules}
-    model = FineTuner(
-        data.num_classes,
-        backbone,
-        options.checkpoint,
-        optimizer=lambda p: torch.optim.AdamW(p, lr=run["lr"], weight_decay=0.01),
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
-        **({"cache": "disk", "cache_dir": str(options.cache_dir)} if cached else {}),
-        **knobs,
-    )
+    model = model_of(options, run, data.num_classes, epochs)
     watch = Watch()
     trainer = Trainer(
         max_epochs=epochs,
@@ -233,7 +243,8 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     trainer.fit(model, data)
     right = (watch.probabilities.argmax(1) == labels).double()
     validated = len(others[0][1])
-    passes = len(train[1]) * options.pass_seconds if cached or "head_init" in knobs else 0
+    once = is_cached(run["method"]) or "head_init" in METHODS[run["method"]]
+    passes = len(train[1]) * options.pass_seconds if once else 0
     return {
         **run,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
