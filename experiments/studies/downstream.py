@@ -26,7 +26,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,7 @@ def table(paths: list[Path]) -> str:
         rows = [row for own in by(found, "seed").values() if len(own) == most for row in own]
         for measure in MEASURES if rows else ():
             found_in = [
-                spearman([float(row[measure]) for row in own], [float(row["test"]) for row in own])[0]
-                for own in by(rows, "seed").values()
+                spearman([float(row[measure]) for row in own], tests(own))[0] for own in by(rows, "seed").values()
             ]
             known = [rho for rho in found_in if not math.isnan(rho)]  # where all test alike there is none
             means = [
@@ -170,21 +169,29 @@ def table(paths: list[Path]) -> str:
                 measure,
                 spread(known, 2) if known else "-",
                 f"{rho:.2f} ({p:.2g})",
-                spread([regret(own, measure) for own in by(rows, "seed").values()]),
+                spread([regret(best_first(own, measure), tests(own)) for own in by(rows, "seed").values()]),
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def regret(rows: list[dict[str, str]], measure: str) -> float:
-    """Points of test accuracy that the best method of a draw has over the one that a measure puts first.
+def best_first(rows: list[dict[str, str]], measure: str) -> list[float]:
+    """A measure of methods, with its sign such that the lowest is taken for the best."""
+    sign = -1 if measure == "refit_acc" else 1
+    return [sign * float(row[measure]) for row in rows]
+
+
+def tests(rows: list[dict[str, str]]) -> list[float]:
+    return [float(row["test"]) for row in rows]
+
+
+def regret(measured: Sequence[float], tested: Sequence[float]) -> float:
+    """Points of test accuracy that the best has over the one that a measure puts first, by its lowest value.
 
     Where it puts several first, these count equally.
     """
-    sign = -1 if measure == "refit_acc" else 1
-    first = min(sign * float(row[measure]) for row in rows)
-    tested = [float(row["test"]) for row in rows]
-    taken = [test for row, test in zip(rows, tested, strict=True) if sign * float(row[measure]) == first]
+    first = min(measured)
+    taken = [test for value, test in zip(measured, tested, strict=True) if value == first]
     return 100 * (max(tested) - statistics.mean(taken))
 
 

@@ -84,6 +84,11 @@ def classes_alone(source: Path, number: int, place: Path) -> Path:
     return place
 
 
+def folder_of(runs: Path, method: str, seed: int) -> Path:
+    """Where the pre-training of a method is."""
+    return runs / f"{method.replace(', ', '-').replace(' ', '-').replace('/', '-')}-seed{seed}"
+
+
 def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path) -> tuple[Backbone, float]:
     """The network of a method, and the CPU seconds of its training, as far as they were spent in this call."""
     chosen = METHODS[method]
@@ -91,7 +96,7 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
         seed_everything(seed, verbose=False)
         return Backbone(**NETWORK), 0.0
     overlay, changes = chosen
-    run = options.runs / f"{method.replace(', ', '-').replace(' ', '-').replace('/', '-')}-seed{seed}"
+    run = folder_of(options.runs, method, seed)
     last = run / "checkpoints" / "last.ckpt"
     words = ["--config", OVERLAYS / "cifar10.yaml", "--config", OVERLAYS / f"{overlay}.yaml"]
     words += ["--data.root", source, "--data.fraction", "1.0", "--data.batch_size", "128", "--seed_everything", seed]

@@ -68,9 +68,8 @@ def trainer(epochs: int = 1, **arguments: Any) -> Trainer:
 def drawn(options: argparse.Namespace, shots: int, seed: int) -> Any:
     if options.data == "digits":
         return Digits(classes=[5, 6, 7, 8, 9], shots=shots, seed=seed, batch_size=25)
-    return ImageFolder(
-        root=options.data, image_size=options.size, shots=shots, seed=seed, batch_size=16, mean=[0.5] * 3, std=[0.5] * 3
-    )
+    normal = {"mean": options.mean, "std": options.std}
+    return ImageFolder(root=options.data, image_size=options.size, shots=shots, seed=seed, batch_size=16, **normal)
 
 
 def tested(data: Any) -> tuple[Tensor, Tensor]:
@@ -275,6 +274,8 @@ def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--shots", nargs="+", type=int, default=[5, 10, 20])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(seeds)))
     parser.add_argument("--size", type=int, default=224, help="pixels of an edge of ROOT's images")
+    parser.add_argument("--mean", nargs=3, type=float, default=[0.5] * 3, help="of ROOT's images, as the network saw")
+    parser.add_argument("--std", nargs=3, type=float, default=[0.5] * 3)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-3)
 
