@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from ncfinetune import Backbone, FineTuner
+from ncfinetune import Backbone, FineTuner, report_statistics
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments
@@ -132,8 +132,11 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
         for name, path in (("ridge", closed), ("LP-FT", rows))
     }
     gains = [100 * (tuned - ridge) for tuned, ridge in zip(tested["LP-FT"], tested["ridge"], strict=True)]
-    gain = next(line for line in cells if line[1] == "LP-FT")[6]
+    gain, p = next(line for line in cells if line[1] == "LP-FT")[6:8]
     assert gain == f"{sum(gains) / 2:.2f} ± {abs(gains[0] - gains[1]) / 2:.2f}"
+    assert p == f"{report_statistics.paired(gains)[2]:.2g}"
+    against = [line.split(" | ") for line in printed("paired", str(closed), rows, "--against", "nearest mean")]
+    assert [line[6:8] for line in against if line[1] == "nearest mean"] == [["0.00 ± 0.00", ""]]
 
 
 def test_file_of_another_study_is_not_continued(study: ModuleType, tmp_path: Path) -> None:
@@ -190,6 +193,8 @@ def test_rows_that_cannot_be_paired_are_refused(tmp_path: Path, study: ModuleTyp
         study.paired([ridge, other])
     with pytest.raises(SystemExit, match="expected rows of --validation none"):
         study.paired([ridge, chosen])
+    with pytest.raises(SystemExit, match="expected full FT with one setting at 5 images, got it with 0"):
+        study.paired([ridge], "full FT")
 
 
 @pytest.mark.slow

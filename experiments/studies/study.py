@@ -8,8 +8,8 @@ which are left to test:
 - ``rest``: images of ``train`` that are not drawn, 20 a class at most; all of ``val`` tests. So are rates chosen by
   seeds that the next way leaves out.
 - ``none``: rates and blocks are fixed beforehand, and all of ``val`` tests; where all of ``train`` is drawn, a seed
-  splits all images anew into as many, so that seeds differ. `paired` compares the methods with ridge regression on the
-  same splits, whose rows closed_forms.py writes.
+  splits all images anew into as many, so that seeds differ. `paired` compares the methods with ridge regression, or
+  with the one named, on the same splits; rows of closed forms are those of closed_forms.py.
 
 Every run takes the same number of steps. Times are CPU seconds of one thread: those of training, refits included, and
 one pass of the network over the training images where a method has a cache or a closed form as its start. What frozen
@@ -19,7 +19,7 @@ splits, ``--plan`` has a file say which runs there are.
 
     python experiments/studies/study.py run ROOT --checkpoint WEIGHTS --out rows.csv [--shots 5 20 80] [--seeds 0 1 2]
     python experiments/studies/study.py table rows.csv
-    python experiments/studies/study.py paired closed_forms.csv rows.csv
+    python experiments/studies/study.py paired closed_forms.csv rows.csv [--against METHOD]
 """
 
 import argparse
@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
-from ncfinetune import Backbone, FineTuner
+from ncfinetune import Backbone, FineTuner, report_statistics
 from ncfinetune.calibration import calibration_error
 from ncfinetune.collapse import class_moments, nc1
 
@@ -352,31 +352,37 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def paired(paths: list[Path]) -> str:
-    """Means over splits and their standard errors, and those of the gains on ridge regression on the same splits."""
+def paired(paths: list[Path], against: str = "ridge") -> str:
+    """Means over splits and their standard errors, and those of the gains on a method on the same splits.
+
+    p is that of Student's paired t-test, two-sided.
+    """
     runs: dict[int, dict[tuple[str, ...], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in (row for path in paths for row in rows(path)):
         if row["val"]:
             raise SystemExit("expected rows of --validation none, which are tested on the same images as closed forms")
         runs[int(row["shots"])][tuple(row[name] for name in SETTING)][row["seed"]] = row
-    head = "shots | method | block | lr | splits | test % | gain on ridge | calibration error % | trained | CPU s"
-    lines = [f"| {head} |", "|" + "---|" * 10]
+    head = f"shots | method | block | lr | splits | test % | gain on {against} | p | calibration error % | trained"
+    lines = [f"| {head} | CPU s |", "|" + "---|" * 11]
     for shots, settings in sorted(runs.items()):
-        ridge = {
-            seed: row for setting, splits in settings.items() if setting[0] == "ridge" for seed, row in splits.items()
-        }
+        rivals = [splits for setting, splits in settings.items() if setting[0] == against]
+        if len(rivals) != 1:
+            raise SystemExit(f"expected {against} with one setting at {shots} images, got it with {len(rivals)}")
+        rival = rivals[0]
         for setting in sorted(settings, key=order_of):
             splits = settings[setting]
-            if alone := splits.keys() - ridge:
+            if alone := splits.keys() - rival:
                 raise SystemExit(
-                    f"expected a row of ridge for each split, got none at {shots} images for {sorted(alone)}"
+                    f"expected a row of {against} for each split, got none at {shots} images for {sorted(alone)}"
                 )
             test, error = ([100 * float(row[name]) for row in splits.values()] for name in ("test", "calibration"))
-            gains = [100 * (float(row["test"]) - float(ridge[seed]["test"])) for seed, row in splits.items()]
+            gains = [100 * (float(row["test"]) - float(rival[seed]["test"])) for seed, row in splits.items()]
+            p = "" if splits is rival else f"{report_statistics.paired(gains)[2]:.2g}"
             trained = statistics.fmean(float(row["trained"]) for row in splits.values())
             took = statistics.median(float(row["seconds"]) for row in splits.values())
-            cells = [shots, *setting[:3], len(splits), *map(mean_and_error, (test, gains, error))]
-            lines.append(f"| {' | '.join(map(str, cells))} | {trained:,.0f} | {took:.3g} |")
+            found, gain, off = map(mean_and_error, (test, gains, error))
+            cells = [shots, *setting[:3], len(splits), found, gain, p, off, f"{trained:,.0f}", f"{took:.3g}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -403,7 +409,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table").add_argument("rows", type=Path)
-    commands.add_parser("paired").add_argument("rows", type=Path, nargs="+")
+    pairs = commands.add_parser("paired")
+    pairs.add_argument("rows", type=Path, nargs="+")
+    pairs.add_argument("--against", default="ridge", help="the method that all are compared with")
     run = commands.add_parser("run")
     run.add_argument("root", type=Path)
     run.add_argument("--checkpoint", required=True)
@@ -434,7 +442,7 @@ def main() -> None:
         print(table(options.rows))
         return
     if options.command == "paired":
-        print(paired(options.rows))
+        print(paired(options.rows, options.against))
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
