@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -195,6 +196,24 @@ def test_rows_that_cannot_be_paired_are_refused(tmp_path: Path, study: ModuleTyp
         study.paired([ridge, chosen])
     with pytest.raises(SystemExit, match="expected full FT with one setting at 5 images, got it with 0"):
         study.paired([ridge], "full FT")
+
+
+def test_gains_are_drawn_in_a_panel_a_set(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = importlib.import_module("gains")
+    file, out = tmp_path / "rows.csv", tmp_path / "gains.png"
+    with file.open("w", newline="") as opened:
+        table = csv.DictWriter(opened, study.FIELDS, restval="")
+        table.writeheader()
+        for shots, seed in itertools.product((5, 20), range(2)):
+            for method, test in (("ridge", 0.5), ("full FT", 0.4 + 0.1 * seed), ("BitFit", 0.9)):
+                lr = "" if method == "ridge" else "0.1"
+                table.writerow({"method": method, "shots": shots, "seed": seed, "lr": lr, "test": test})
+    found = gains.curves([file], ["layer FT", "full FT"])
+    assert found == {"full FT": [(shots, pytest.approx(-5), pytest.approx(5)) for shots in (5, 20)]}
+    monkeypatch.setattr(sys, "argv", ["gains.py", "--out", str(out), *(2 * ["--set", "digits", str(file)])])
+    gains.main()
+    with Image.open(out) as picture:
+        assert picture.size == (1008, 532)  # two panels of 3.6 by 3.8 inches at 140 dots an inch
 
 
 @pytest.mark.slow

@@ -357,13 +357,26 @@ def paired(paths: list[Path], against: str = "ridge") -> str:
 
     p is that of Student's paired t-test, two-sided.
     """
+    head = f"shots | method | block | lr | splits | test % | gain on {against} | p | calibration error % | trained"
+    lines = [f"| {head} | CPU s |", "|" + "---|" * 11]
+    for shots, setting, own, gains in matched(paths, against):
+        test, error = ([100 * float(row[name]) for row in own] for name in ("test", "calibration"))
+        found, gain, off = map(mean_and_error, (test, gains, error))
+        p = "" if setting[0] == against else f"{report_statistics.paired(gains)[2]:.2g}"
+        trained = statistics.fmean(float(row["trained"]) for row in own)
+        took = statistics.median(float(row["seconds"]) for row in own)
+        cells = [shots, *setting[:3], len(own), found, gain, p, off, f"{trained:,.0f}", f"{took:.3g}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def matched(paths: list[Path], against: str) -> Iterator[tuple[int, tuple[str, ...], list[Row], list[float]]]:
+    """Images a class, setting, its rows, and their gains in points on a method on the same splits."""
     runs: dict[int, dict[tuple[str, ...], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in (row for path in paths for row in rows(path)):
         if row["val"]:
             raise SystemExit("expected rows of --validation none, which are tested on the same images as closed forms")
         runs[int(row["shots"])][tuple(row[name] for name in SETTING)][row["seed"]] = row
-    head = f"shots | method | block | lr | splits | test % | gain on {against} | p | calibration error % | trained"
-    lines = [f"| {head} | CPU s |", "|" + "---|" * 11]
     for shots, settings in sorted(runs.items()):
         rivals = [splits for setting, splits in settings.items() if setting[0] == against]
         if len(rivals) != 1:
@@ -375,15 +388,8 @@ def paired(paths: list[Path], against: str = "ridge") -> str:
                 raise SystemExit(
                     f"expected a row of {against} for each split, got none at {shots} images for {sorted(alone)}"
                 )
-            test, error = ([100 * float(row[name]) for row in splits.values()] for name in ("test", "calibration"))
             gains = [100 * (float(row["test"]) - float(rival[seed]["test"])) for seed, row in splits.items()]
-            p = "" if splits is rival else f"{report_statistics.paired(gains)[2]:.2g}"
-            trained = statistics.fmean(float(row["trained"]) for row in splits.values())
-            took = statistics.median(float(row["seconds"]) for row in splits.values())
-            found, gain, off = map(mean_and_error, (test, gains, error))
-            cells = [shots, *setting[:3], len(splits), found, gain, p, off, f"{trained:,.0f}", f"{took:.3g}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+            yield shots, setting, list(splits.values()), gains
 
 
 def order_of(setting: tuple[str, ...]) -> int:
