@@ -20,7 +20,8 @@ _PARTS = {"test": 0.3, "val": 0.1}
 class Digits(IndexedImages):
     """1,797 grey images of handwritten digits, 8x8 pixels (Alpaydin and Kaynak 1998; scikit-learn's ``load_digits``).
 
-    Of each class 30 % are test images, 10 % validation images and the rest training images; the split never changes.
+    Of each class 30 % are test images, 10 % validation images and the rest training images; the split never changes,
+    whichever classes are kept.
 
     Args:
         classes: Digits to keep; they get the labels 0, 1, ... in this order. None is all ten.
@@ -49,10 +50,22 @@ class Digits(IndexedImages):
         """The three parts."""
         images, digits = load_digits(return_X_y=True)
         images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-        kept = np.flatnonzero(np.isin(digits, self.classes))
-        labels = np.array([self.classes.index(digit) for digit in digits[kept]])
-        everything = Labelled.all(torch.from_numpy(images[kept]), labels)
-        return {name: everything.take(part) for name, part in split_indices(labels, _PARTS, SPLIT_SEED).items()}
+        label_of = np.full(10, -1)
+        label_of[self.classes] = np.arange(len(self.classes))
+        everything = Labelled.all(torch.from_numpy(images), label_of[digits])
+        return {
+            name: everything.take(part[np.isin(digits[part], self.classes)]) for name, part in _split(digits).items()
+        }
+
+
+def _split(digits: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of each part of all ten digits, so that no choice of classes moves an image to another part."""
+    halves = [np.flatnonzero(half) for half in (digits < 5, digits >= 5)]
+    cuts = [split_indices(digits[half], _PARTS, SPLIT_SEED) for half in halves]
+    return {
+        name: np.sort(np.concatenate([half[cut[name]] for half, cut in zip(halves, cuts, strict=True)]))
+        for name in cuts[0]
+    }
 
 
 def _check_classes(classes: list[int]) -> None:

@@ -14,10 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from .decoding import CENTRE, LOOKED_AT, Decoding, centre_seen
 from .images import Labelled, broken_files, decode_all
-from .indexed import PARTS, SPLIT_SEED, IndexedImages
+from .indexed import PARTS, IndexedImages
 from .labels import Row, class_names, read_labels
 from .listing import Found, counted, is_hidden, is_image, same_content, some
-from .splits import split_indices
 
 # Photographs have similar statistics, and most pre-trained networks expect those of ImageNet.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -76,8 +75,9 @@ class ImageFolder(FileDataModule):
     """Your own images: ``ROOT/train/CLASS/*.jpg``, ``ROOT/val/CLASS/*.jpg`` and, if there is one, ``ROOT/test/...``.
 
     Without such folders, ``ROOT/CLASS/*.jpg`` are split, always in the same way: ``test_fraction`` for testing, and
-    ``val_fraction`` of the rest for validation. With ``labels`` a CSV file gives the class of each image, which may lie
-    anywhere below ROOT.
+    ``val_fraction`` of the rest for validation. Which split an image belongs to depends on its path below ROOT: images
+    that are added or removed move no other to another split, but for at most one a class and split, by rounding. With
+    ``labels`` a CSV file gives the class of each image, which may lie anywhere below ROOT.
 
     Image files are recognised by the suffixes of Pillow's picture formats (jpg, png, gif, webp, avif, tif and others);
     links to folders are followed. Hidden files and folders below ROOT are ignored: names that start with a dot, and
@@ -163,9 +163,13 @@ class ImageFolder(FileDataModule):
                 self._refused[name] = error
                 rank_zero_warn(f"there is no test part: {error}")
         if self.test_fraction and "test" not in self._part_names():
-            cut = split_indices(parts["train"].own_labels, {"test": self.test_fraction}, SPLIT_SEED)
-            parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
+            parts |= self._split(parts["train"], {"test": self.test_fraction})
         return parts
+
+    def _names(self, part: Labelled) -> list[str]:
+        """Paths below the root, wherever that is."""
+        root = os.path.join(str(self.root), "")
+        return [path.removeprefix(root).replace(os.sep, "/") for path in part.paths]
 
     def _part_names(self) -> set[str]:
         return {row.part or "train" for row in self._table} or set(self._folders)

@@ -99,8 +99,7 @@ class IndexedImages(ImageDataModule, ABC):
             parts["train"] = parts["train"].join(parts.pop("val"))
         if "val" not in parts:
             share = _VAL_FRACTION if self.val_fraction is None else self.val_fraction
-            cut = split_indices(parts["train"].own_labels, {"val": share}, SPLIT_SEED)
-            parts |= {name: parts["train"].take(indices) for name, indices in cut.items()}
+            parts |= self._split(parts["train"], {"val": share})
             if share and not len(parts["val"]):
                 rank_zero_info("there is no validation split: no class has more than one image to take one from")
         parts["train"] = self._few_labels(parts["train"])
@@ -109,12 +108,21 @@ class IndexedImages(ImageDataModule, ABC):
                 rank_zero_info(f"there are no {name} images of {absent}")
         return self._held({name: parts[name].balanced() for name in PARTS if name in parts and len(parts[name])})
 
+    def _names(self, part: Labelled) -> list[str] | None:
+        """What a part's images are drawn by, see `splits`; None is their place in the data set."""
+        return None
+
+    def _split(self, part: Labelled, fractions: dict[str, float]) -> dict[str, Labelled]:
+        """The part divided into these shares of each class, and ``train``."""
+        cut = split_indices(part.own_labels, fractions, SPLIT_SEED, self._names(part))
+        return {name: part.take(indices) for name, indices in cut.items()}
+
     def _few_labels(self, train: Labelled) -> Labelled:
         labels = train.own_labels
         if self.shots is not None:
-            return train.take(take_shots(labels, self.shots, self.seed, self.class_names))
+            return train.take(take_shots(labels, self.shots, self.seed, self.class_names, self._names(train)))
         if self.fraction is not None:
-            return train.take(take_fraction(labels, self.fraction, self.seed))
+            return train.take(take_fraction(labels, self.fraction, self.seed, self._names(train)))
         return train
 
     def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:

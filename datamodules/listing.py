@@ -51,7 +51,7 @@ class Found:
 
     def add(self, folder: str | Path) -> Found:
         """Search a folder recursively, following links to folders."""
-        # Sorted by the path of the folder, then by name, as in torchvision: the seeded split depends on this order.
+        # Sorted by the path of the folder, then by name, as in torchvision, on every file system.
         for here, files in sorted(_walk(folder, self)):
             for name in sorted(files):
                 if is_hidden(name):

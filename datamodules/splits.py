@@ -1,16 +1,23 @@
 """Stratified splits by a fixed seed, few labels, and balanced sampling of image indices.
 
+Images of a set that may grow are drawn by their names: how two of them are ordered depends on the seed and their names
+alone, so that a further image moves no other from one split to another, but for at most one a class and split, by
+rounding. Images of a fixed set are drawn by their place in it.
+
 Legend: ``N`` images, ``K`` classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 
 
-def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+def split_indices(
+    labels: np.ndarray, fractions: dict[str, float], seed: int, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
     """Stratified split of ``0..N-1``: each named split gets its fraction of every class, ``train`` the rest.
 
     Each split with a fraction gets at least one image of a class, in order, as long as one is left to train on.
@@ -19,12 +26,13 @@ def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) ->
         labels: Labels, ``(N,)``.
         fractions: Share of each split except ``train``.
         seed: Seed of the shuffling within classes.
+        names: Names of the N to draw by, all different; None draws by their place.
 
     Returns:
         ``{split: sorted indices}``, disjoint, together all of ``0..N-1``.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    for members in _shuffled_classes(labels, seed):
+    for members in _shuffled_classes(labels, seed, names):
         counts: list[int] = []
         for share in fractions.values():
             wanted = max(1, round(share * len(members))) if share else 0
@@ -34,7 +42,9 @@ def split_indices(labels: np.ndarray, fractions: dict[str, float], seed: int) ->
     return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
 
 
-def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
+def take_shots(
+    labels: np.ndarray, shots: int, seed: int, class_names: Sequence[str], names: Sequence[str] | None = None
+) -> np.ndarray:
     """Indices of ``shots`` images of every class; fewer shots give a subset of more shots.
 
     Args:
@@ -42,6 +52,7 @@ def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[
         shots: Images per class.
         seed: Seed of the choice.
         class_names: Names of the classes, for the error.
+        names: As in `split_indices`.
 
     Raises:
         ValueError: ``shots`` exceeds the images of a class.
@@ -49,10 +60,12 @@ def take_shots(labels: np.ndarray, shots: int, seed: int, class_names: Sequence[
     for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
         if count < shots:
             raise ValueError(f"expected shots of at most {count}, which is all of class {name!r}, got {shots}")
-    return np.sort(np.concatenate([members[:shots] for members in _shuffled_classes(labels, seed)]))
+    return np.sort(np.concatenate([members[:shots] for members in _shuffled_classes(labels, seed, names)]))
 
 
-def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def take_fraction(
+    labels: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None
+) -> np.ndarray:
     """Indices of a share of every class, at least one image each; a smaller share gives a subset of a larger one.
 
     With the same seed, a class's indices and those of `take_shots` are subsets one of the other.
@@ -61,8 +74,9 @@ def take_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         labels: Labels, ``(N,)``.
         fraction: Share of each class, in (0, 1].
         seed: Seed of the choice.
+        names: As in `split_indices`.
     """
-    classes = _shuffled_classes(labels, seed)
+    classes = _shuffled_classes(labels, seed, names)
     return np.sort(np.concatenate([members[: max(1, round(fraction * len(members)))] for members in classes]))
 
 
@@ -109,6 +123,16 @@ def absent_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
     return ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
 
 
-def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+def _shuffled_classes(labels: np.ndarray, seed: int, names: Sequence[str] | None = None) -> list[np.ndarray]:
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if names is None:
+        rng = np.random.default_rng(seed)
+        return [rng.permutation(own) for own in members]
+    places = np.array([_place(name, seed) for name in names], dtype=np.uint64)
+    return [own[np.argsort(places[own], kind="stable")] for own in members]
+
+
+def _place(name: str, seed: int) -> int:
+    """A number that is random among names and seeds."""
+    digest = blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")

@@ -138,6 +138,15 @@ def test_data_sets_know_their_labels(kind: str, folder: Path, tmp_path: Path) ->
         assert np.abs(taken.bincount(minlength=3).numpy() - shares).max() <= 1
 
 
+def test_no_choice_of_digits_moves_an_image_to_another_part() -> None:
+    """Images by their pixels: what ten digits train on is tested by none of fewer."""
+    every, some = Digits(), [Digits([5, 9, 3]), Digits([8, 2]), Digits([0, 1, 2, 3, 4])]
+    parts = {name: {image.numpy().tobytes() for image in _stored(every, name)[0]} for name in ("train", "val", "test")}
+    for data in some:
+        for name, own in parts.items():
+            assert {image.numpy().tobytes() for image in _stored(data, name)[0]} <= own
+
+
 def test_digits_are_scikit_learns_with_their_labels() -> None:
     data = Digits([7, 3])
     for split in ("train", "val", "test"):

@@ -71,6 +71,31 @@ def test_one_folder_is_cut_into_parts(tmp_path: Path) -> None:
     assert parts["test"] == _read(_make(tmp_path, test_fraction=0.2, val_fraction=0.0, shots=1), "test")
 
 
+@pytest.mark.parametrize("by_table", [False, True])
+def test_further_images_move_no_image_between_parts(by_table: bool, tmp_path: Path) -> None:
+    """But for one a class by rounding: 20 % of 40 are 8, and of 42 too. Neither do the root and the order of a table."""
+    splits = ("train", "val", "test")
+
+    def cut(root: Path, count: int, backwards: bool = False) -> dict[str, set[int]]:
+        for place, name in enumerate(("ant", "bee", "cow")):
+            for i in range(count):
+                write_image(root / name / f"{i:02d}.png", 50 * place + i)
+        if by_table:
+            rows = [f"{path.relative_to(root).as_posix()},{path.parent.name}" for path in sorted(root.rglob("*.png"))]
+            (root / "labels.csv").write_text("\n".join(rows[::-1] if backwards else rows))
+        table = {"labels": "labels.csv"} if by_table else {}
+        data = _make(root, test_fraction=0.2, val_fraction=0.0, **table)
+        assert set(_read(_make(root, val_fraction=0.0, shots=5, seed=3, **table), "train")) < set(
+            _read(_make(root, val_fraction=0.0, shots=9, seed=3, **table), "train")
+        )
+        return {split: set(_read(data, split)) for split in splits if split != "val"}
+
+    before, after, elsewhere = cut(tmp_path / "a", 40), cut(tmp_path / "a", 42), cut(tmp_path / "b", 40, backwards=True)
+    assert before == elsewhere
+    assert not before["train"] & after["test"]
+    assert [len(part) for part in after.values()] == [102, 24]
+
+
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     written = _write(tmp_path, {"train": 4, "val": 2})
     (tmp_path / "train" / "ant" / ".DS_Store").write_text("x")
