@@ -63,9 +63,7 @@ def take_shots(
     return np.sort(np.concatenate([members[:shots] for members in _shuffled_classes(labels, seed, names)]))
 
 
-def take_fraction(
-    labels: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None
-) -> np.ndarray:
+def take_fraction(labels: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None) -> np.ndarray:
     """Indices of a share of every class, at least one image each; a smaller share gives a subset of a larger one.
 
     With the same seed, a class's indices and those of `take_shots` are subsets one of the other.

@@ -73,7 +73,7 @@ def test_one_folder_is_cut_into_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by_table", [False, True])
 def test_further_images_move_no_image_between_parts(by_table: bool, tmp_path: Path) -> None:
-    """But for one a class by rounding: 20 % of 40 are 8, and of 42 too. Neither do the root and the order of a table."""
+    """20 % of 40 and of 42 are 8, so that none is moved by rounding. Neither the root nor a table's order matters."""
     splits = ("train", "val", "test")
 
     def cut(root: Path, count: int, backwards: bool = False) -> dict[str, set[int]]:
