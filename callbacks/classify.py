@@ -134,6 +134,10 @@ class OnlineClassifier:
         """Keep the state until training starts and the device is known."""
         self._stored, self._progress = state_dict, None
 
+    def forget(self) -> None:
+        """Begin anew with the next batch."""
+        self._stored, self._progress = {}, None
+
     def restore(self, num_classes: int, device: torch.device) -> None:
         """Restore the loaded state, if there is one."""
         if self._stored and self._progress is None:
@@ -172,8 +176,7 @@ class OnlineClassifier:
         own.optimizer.zero_grad()
         torch.autograd.backward(loss)
         own.optimizer.step()
-        own.losses[0] += loss.detach().float() * len(labels)
-        own.losses[1] += len(labels)
+        own.losses.add_(torch.stack([losses.detach().sum().float(), used.sum()]))
 
     def mean_loss(self) -> float | None:
         """The mean loss of the epoch's samples, None without samples; reads the device."""

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
+from ncfinetune.gathering import numbers_of_all, rows_of_all
+from ncfinetune.inputs import may_look
 from ncfinetune.passes import evenly, flat
 
 from .adapters import BatchReader
@@ -45,16 +46,14 @@ def take(
 
 
 def gathered(part: FeatureSet, world_size: int) -> FeatureSet:
-    """The rows of all processes in the order of the ranks, on every process; all must have as many rows."""
+    """The rows of all processes in the order of the ranks, on every process.
+
+    On an accelerator all must have as many rows, since exchanging their numbers would wait for it in each step.
+    """
     if world_size == 1:
         return part
-
-    def rows_of_all(rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world_size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    return FeatureSet(rows_of_all(part.features), rows_of_all(part.labels))
+    numbers = numbers_of_all(part.labels) if may_look(part.features) else [len(part.labels)] * world_size
+    return FeatureSet(rows_of_all(part.features, numbers), rows_of_all(part.labels, numbers))
 
 
 def read(

@@ -135,7 +135,7 @@ class LayerMetrics:
             self._ranks[layer].to(rows.device).update(rows[kept], labels[kept])
         if layer == PENULTIMATE and self._means is not None and weight is not None and _fits(weight, self._means):
             if self._decisions is None:
-                self._decisions = _Decisions(self._means, weight)
+                self._decisions = _Decisions(self._means, weight, self._ignore_index)
             self._decisions.add(rows, labels)
 
     def compute(self, split: str, strategy: Any, weight: Weight | None = None, has_classifier: bool = False) -> Result:
@@ -193,11 +193,11 @@ class LayerMetrics:
                 _set(result, name, layer, _nc1(result, moments, layer, split))
             elif name in _OF_MOMENTS:
                 _set(result, name, layer, float(FAMILY[name](moments)))
+        if not moments.present.any():
+            raise UndefinedCollapseError(f"no samples in the {split} set")
         if layer in self._ranks:
             rank = self._ranks[layer] if device is None else self._ranks[layer].to(device)
             _set(result, "numerical_rank", layer, float(rank.compute()))
-        if not moments.present.any():
-            raise UndefinedCollapseError(f"no samples in the {split} set")
         result.moments[layer] = moments
         return moments
 
@@ -268,12 +268,14 @@ class _Decisions:
     Args:
         means: Class moments with the means.
         weight: Weight and bias of the classifier.
+        ignore_index: Samples with this label do not count.
 
     Attributes:
         counts: Numbers of samples with different decisions and of all samples, ``(2,)``.
     """
 
-    def __init__(self, means: ClassMoments, weight: Weight) -> None:
+    def __init__(self, means: ClassMoments, weight: Weight, ignore_index: int | None = None) -> None:
+        self._ignore_index = ignore_index
         device = means.mean.device
         self.counts = torch.zeros(2, dtype=torch.float64, device=device)
         self._present = means.present.nonzero().squeeze(1)
@@ -290,6 +292,8 @@ class _Decisions:
         nearest = self._present[distances.argmin(1)]
         differ = nearest != (features @ self._weight.T + self._bias).argmax(1)
         counted = (labels >= 0) & (labels < len(self._weight)) & features.isfinite().all(1)
+        if self._ignore_index is not None:
+            counted &= labels != self._ignore_index
         self.counts = self.counts + torch.stack([(differ & counted).sum(), counted.sum()])
 
 

@@ -151,10 +151,10 @@ class LayerObserver:
         return features, labels.to(device, non_blocking=True)
 
     def weight(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight ``(K, d)`` and bias ``(K,)`` of the classifier; None if there is none or they can't be read."""
+        """Copies of the classifier's weight ``(K, d)`` and bias ``(K,)``; None without one, or if it can't be read."""
         if self.classifier is None:
             return None
-        return self._whole if self._sharded else adapters.weight_of(self.classifier)
+        return self._whole if self._sharded else adapters.weight_of(self.classifier, copy=True)
 
     def describe(self) -> str:
         """Output and pooling of each layer that ran, in words."""

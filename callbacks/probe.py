@@ -165,8 +165,10 @@ class OnlineProbe(Callback):
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting epochs, and restore the classifier of a resumed run."""
+        """Start counting epochs, and restore the classifier of a resumed run; a new run has a new one."""
         self._schedule.start(trainer)
+        if trainer.global_step == 0:
+            self._linear.forget()
         self._linear.restore(self._classes, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.passes import TrainingSet, evaluation, flat, ready_batches
+from ncfinetune.passes import TrainingSet, evaluation, flat, leaves_out, ready_batches
 
 from . import adapters, figures, logs, pages, pictures, records
 from .adapters import BatchReader
@@ -282,7 +282,7 @@ class NeuralCollapseTracker(Callback):
         """Log the results of the validation set, and of the training set if it was measured too."""
         if not trainer.sanity_checking:
             results = self._meter.finish("val", trainer.strategy)
-            found = self._remember(trainer, "val", results, limited=trainer.limit_val_batches != 1.0)
+            found = self._remember(trainer, "val", results, leaves_out(trainer.limit_val_batches))
             self._log_validation(trainer, pl_module, self._beside | found)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,7 +311,7 @@ class NeuralCollapseTracker(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the results of the test set."""
         results = self._meter.finish("test", trainer.strategy)
-        found = self._remember(trainer, "test", results, limited=trainer.limit_test_batches != 1.0)
+        found = self._remember(trainer, "test", results, leaves_out(trainer.limit_test_batches))
         logs.log_evaluation(trainer, pl_module, found, self._last_layer)
 
     @property
@@ -330,8 +330,20 @@ class NeuralCollapseTracker(Callback):
         reader = BatchReader(_NAME, num_classes, self.batch_to_labels, self.forward)
         needs_classifier = bool({"nc3", "nc4"} & set(self.metrics))
         observer = LayerObserver(pl_module, self.layers, reader, self.classifier, needs_classifier, self.pool)
+        self._refuse_rivals(trainer, observer.names)
         self._class_names = adapters.class_names(trainer, pl_module, num_classes)
         self._attached = CollapseMeter(observer, num_classes, self.metrics, self.ignore_index, trainer.world_size > 1)
+
+    def _refuse_rivals(self, trainer: Trainer, layers: Sequence[str]) -> None:
+        """Refuse another tracker of the same numbers, which Lightning would log as the mean of both."""
+        for other in trainer.callbacks:
+            if other is not self and isinstance(other, NeuralCollapseTracker) and other._attached is not None:
+                both = [layer for layer in layers if layer in other._attached.observer.names]
+                if both and set(self.metrics) & set(other.metrics):
+                    raise ValueError(
+                        f"expected trackers with different layers or metrics, got two that measure {both[0]!r}, whose "
+                        "numbers have the same names; measure it in one of them"
+                    )
 
     def _log_validation(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
         if trainer.state.fn == "fit":
@@ -356,8 +368,9 @@ class NeuralCollapseTracker(Callback):
             if limited and not getattr(trainer, "fast_dev_run", False):
                 self._notices.classes(result, f"{split}{suffix}", self._meter.num_classes)
             self._notices.rounding(result, f"{split}{suffix}")
-            epochs = self._epochs(trainer)
-            self.records.setdefault(f"{split}{suffix}", {})[epochs] = result.values
+            passes, epochs = self.records.setdefault(f"{split}{suffix}", {}), self._epochs(trainer)
+            # A later validation, perhaps of other images, leaves those of the training as they are.
+            passes[epochs] = passes.get(epochs, result.values) if trainer.state.fn == "validate" else result.values
             found |= result.by_log_name(split, suffix)
         self.values |= found
         return found

@@ -152,7 +152,8 @@ class Accumulator(ABC):
             features, labels = features.detach(), labels.detach()
             if may_look(features) or may_look(self.count):
                 check_labels(labels, self.num_classes, self.ignore_index)
-                check_finite(features, self.batches)
+                kept = features if self.ignore_index is None else features[labels != self.ignore_index]
+                check_finite(kept, self.batches)
             self._widen(features.shape[1])
             self._wait(features, labels)
 

@@ -39,7 +39,7 @@ class Classifier(Learner):
     counts for the accuracy.
 
     Logs ``train/loss`` and ``train/acc``, the same under ``val/`` and ``test/``, and as ``test/images`` the number of
-    test images. `predict_step` returns class probabilities.
+    test images; of several loaders each under ``NAME/dataloader_idx_I``. `predict_step` returns class probabilities.
 
     Args:
         num_classes: Number of classes ``K``.
@@ -77,7 +77,6 @@ class Classifier(Learner):
     logged = ("loss", "acc")
     # Arguments that multiply the learning rates of parameter groups throughout a run.
     rate_factors: ClassVar[tuple[str, ...]] = ("layer_decay",)
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -104,7 +103,8 @@ class Classifier(Learner):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self._balances = class_weight == "balanced"
-        self.register_buffer("class_weights", _start_of_weights(class_weight, num_classes), persistent=False)
+        # No buffer, which the precision bf16-true would round to 8 bits.
+        self.class_weights = _start_of_weights(class_weight, num_classes)
         # Number of this epoch's label rows that do not sum to 1, on this process; read when the epoch ends.
         self._wrong_rows: Tensor | None = None
 
@@ -125,14 +125,20 @@ class Classifier(Learner):
         """Class logits ``(N, K)`` of images."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; label smoothing and class weights apply only in training."""
-        if not self.training:
-            return nn.functional.cross_entropy(logits, labels)
-        weight = self.class_weights
-        if weight is not None:
-            kind = torch.promote_types(logits.dtype, weight.dtype)
-            logits, weight = logits.to(kind), weight.to(kind)
-        return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=self.label_smoothing)
+        """Cross-entropy, in float32 at least; label smoothing and class weights apply only in training."""
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        logits, labels = logits.to(kind), labels.to(kind) if labels.is_floating_point() else labels
+        weight = self.weights_in_training(logits.device)
+        smoothing = self.label_smoothing if self.training else 0.0
+        weight = None if weight is None else weight.to(kind)
+        return nn.functional.cross_entropy(logits, labels, weight, label_smoothing=smoothing)
+
+    def weights_in_training(self, device: torch.device) -> Tensor | None:
+        """Class weights ``(K,)`` in float32, on this device from then on; None without any, or in evaluation."""
+        if self.class_weights is None or not self.training:
+            return None
+        self.class_weights = self.class_weights.to(device)
+        return self.class_weights
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule with other classes; compute the balanced class weights of a fit.
@@ -148,9 +154,7 @@ class Classifier(Learner):
                 f"give the model num_classes={offered}"
             )
         if stage == "fit" and self._balances:
-            assert self.class_weights is not None
-            # In place, so that the buffer keeps its device and dtype.
-            self.class_weights.copy_(_balanced(_training_counts(self.trainer, self.num_classes)))
+            self.class_weights = _balanced(_training_counts(self.trainer, self.num_classes)).float()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a run with other factors of the learning rate, since its optimiser's state holds the rates.
@@ -193,13 +197,13 @@ class Classifier(Learner):
         """The loss of the batch."""
         return self._classify(batch, batch_idx, "train")
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy of the batch."""
-        self._classify(batch, batch_idx, "val")
+        self._classify(batch, batch_idx, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy of the batch, and how many images are tested."""
-        self._classify(batch, batch_idx, "test")
+        self._classify(batch, batch_idx, "test", dataloader_idx)
         self.log("test/images", float(len(batch[1])), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -246,7 +250,7 @@ class Classifier(Learner):
         """Raise for wrong label rows that were counted on the device during the epoch."""
         self._refuse_counted()
 
-    def _classify(self, batch: Batch, batch_idx: int, split: str) -> Tensor:
+    def _classify(self, batch: Batch, batch_idx: int, split: str, loader: int = 0) -> Tensor:
         images, labels = batch[0], whole(batch[1])
         if batch_idx == 0 or may_look(labels):
             _check_labels(labels, self.num_classes)
@@ -255,9 +259,9 @@ class Classifier(Learner):
             self._wrong_rows = wrong if self._wrong_rows is None else self._wrong_rows + wrong
         logits = self(images)
         loss = self.loss(logits, labels)
-        self.log_mean(f"{split}/loss", loss, len(labels))
+        self.log_mean(f"{split}/loss", loss, len(labels), loader)
         hits = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
-        self.log_mean(f"{split}/acc", hits, len(labels))
+        self.log_mean(f"{split}/acc", hits, len(labels), loader)
         return loss
 
     def _refuse_counted(self) -> None:

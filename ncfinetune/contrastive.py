@@ -83,38 +83,36 @@ class Contrastive(Learner):
             )
         return self._contrast(batch, "train")
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of a batch of views; run plain images through the backbone."""
-        self._watch(batch, "val")
+        self._watch(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of a batch of views; run plain images through the backbone."""
-        self._watch(batch, "test")
+        self._watch(batch, "test", dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Raise ValueError: there is no classifier."""
         raise ValueError(f"{type(self).__name__} has no classifier to predict with; its features are model(images)")
 
-    def _watch(self, batch: Batch, split: str) -> None:
+    def _watch(self, batch: Batch, split: str, loader: int) -> None:
         if batch[0].ndim == 5:
-            self._contrast(batch, split)
+            self._contrast(batch, split, loader)
         else:
             self(batch[0])
 
-    def _contrast(self, batch: Batch, split: str) -> Tensor:
+    def _contrast(self, batch: Batch, split: str, loader: int = 0) -> Tensor:
         images, labels = batch
         z = self.projection(self(images)).unflatten(0, images.shape[:2])
         loss = contrastive_loss(z, self.classes(labels), self.temperature)
-        self.log_mean(f"{split}/loss", loss, self._share(len(labels), split))
+        self.log_mean(f"{split}/loss", loss, self._share(len(labels)), loader)
         return loss
 
-    def _share(self, samples: int, split: str) -> int | Tensor:
+    def _share(self, samples: int) -> Tensor:
         """The number of samples that this process's loss counts for in the mean over all processes.
 
-        It must be the same on each process; training batches have the same size on all of them anyway.
+        It is the same on each process, as the loss that is trained is the mean over processes.
         """
-        if split == "train":
-            return samples
         return self.trainer.strategy.reduce(torch.full((), float(samples), device=self.device), reduce_op="mean")
 
 

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -205,17 +205,21 @@ class Learner(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
 
-    def log_mean(self, name: str, values: Tensor, samples: int | Tensor) -> None:
+    def log_mean(self, name: str, values: Tensor, samples: int | Tensor, loader: int = 0) -> None:
         """Log under ``name`` the mean over all samples of the epoch and of all processes.
 
         Args:
             name: One of ``logged``, after ``train/``, ``val/`` or ``test/``.
             values: A number for each sample of this batch, ``(N,)``, or their mean.
             samples: Number of samples in this batch.
+            loader: Index of the batch's loader among several, each of which has a mean of its own.
         """
-        mean: Any = self.means[name]
+        key = f"{name}/{loader}" if loader else name
+        if key not in self.means:
+            self.means[key] = SampleMean().to(self.device)
+        mean: Any = self.means[key]
         mean.update(values, samples)
-        self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True, metric_attribute=f"means.{key}")
 
     def lr_factor(self, group: dict[str, Any]) -> float:
         """The factor of the learning rate of one of the optimiser's parameter groups."""
@@ -307,6 +311,18 @@ class Learner(LightningModule, ABC):
         if self._processes:
             self._processes = [state_of_process(self.trainer, self._processes)]
 
+    def on_train_epoch_start(self) -> None:
+        """Forget what an interrupted epoch has left in the means."""
+        self._reset_means("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation has left in the means."""
+        self._reset_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test has left in the means."""
+        self._reset_means("test")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the epoch's means in a run that is resumed within the epoch."""
         self._resume_means(batch_idx > 0)
@@ -325,8 +341,14 @@ class Learner(LightningModule, ABC):
         means = states[0].get("means", {}) if states and within else {}
         for name, mean in self._means_of("train"):
             if name in means and means[name]["samples"]:
+                mean.reset()
                 total, samples = (means[name][key].to(self.device) for key in ("total", "samples"))
                 mean.update(total / samples, samples)
+
+    def _reset_means(self, split: str) -> None:
+        for name, mean in self.means.items():
+            if name.startswith(f"{split}/"):
+                cast(Metric, mean).reset()
 
     def _means_of(self, split: str) -> list[tuple[str, Any]]:
         return [(name, self.means[f"{split}/{name}"]) for name in self.logged]

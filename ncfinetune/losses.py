@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ncfinetune.gathering import numbers_of_all, rows_of_all
+
 # Similarities in memory at a time, which bounds the memory that the contrastive loss adds to a step; 2**22 are 16 MB.
 _BLOCK = 2**22
 # On a GPU a share of its memory instead, 160 MB of 80 GB: smaller blocks take less time than their launches.
@@ -80,8 +82,8 @@ def one_hot_mse(
         class_weight: Weights of the classes, ``(K,)``: the mean over samples is weighted by the weight of each sample's
             class, or with probabilities by the mean weight of its classes.
     """
-    share = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    share = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels.to(logits.dtype)
     errors = k * share * (logits - m).square() + (1 - share) * logits.square()
     if class_weight is None:
         return errors.mean()
@@ -213,10 +215,8 @@ def _gather(own: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     """
     if _processes() == 1:
         return own, labels, 0
-    counts = torch.empty(_processes(), dtype=torch.int64, device=own.device)
-    dist.all_gather(list(counts.unbind()), torch.full_like(counts[0], len(own)))
-    sizes = counts.tolist()
-    return _Gather.apply(own, sizes), _gathered(labels, sizes), sum(sizes[: dist.get_rank()])
+    sizes = numbers_of_all(own)
+    return _Gather.apply(own, sizes), rows_of_all(labels, sizes), sum(sizes[: dist.get_rank()])
 
 
 class _Gather(torch.autograd.Function):
@@ -225,7 +225,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        return _gathered(rows, sizes)
+        return rows_of_all(rows, sizes)
 
     @staticmethod
     @once_differentiable
@@ -233,17 +233,6 @@ class _Gather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return torch.split(grad, ctx.sizes)[dist.get_rank()], None
-
-
-def _gathered(rows: Tensor, sizes: list[int]) -> Tensor:
-    longest = max(sizes)
-    if len(rows) < longest:
-        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    parts = rows.new_empty(len(sizes), *rows.shape)
-    dist.all_gather(list(parts.unbind()), rows.contiguous())
-    if min(sizes) == longest:
-        return parts.flatten(0, 1)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _processes() -> int:

@@ -28,6 +28,7 @@ class CollapseMetric(Metric, ABC):
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
+    plot_lower_bound = 0.0
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -84,6 +85,10 @@ class CollapseMetric(Metric, ABC):
         with torch.inference_mode(False):
             other.__setstate__(deepcopy(self.__getstate__(), memo))
         return other
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Figure and axes of a value, of several, or by default of what ``compute`` gives; needs matplotlib."""
+        return self._plot(val, ax)
 
     @abstractmethod
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -156,7 +161,9 @@ def state(name: str) -> Any:
         return getattr(self._accumulator, name)
 
     def put(self: AccumulatorMetric, value: Tensor) -> None:
-        setattr(self._accumulator, name, value)
+        # A copy: a MetricCollection gives the state of one metric to others, and each adds its buffered rows in place.
+        with torch.inference_mode(False):
+            setattr(self._accumulator, name, value.clone())
 
     return property(get, put)
 

@@ -47,6 +47,9 @@ class _MomentMetric(AccumulatorMetric):
     def __init__(self, num_classes: int, ignore_index: int | None = None, **kwargs: Any) -> None:
         self._ignore_index = ignore_index
         super().__init__(num_classes, **kwargs)
+        # A state, so that a MetricCollection does not take metrics that leave out other samples for the same metric.
+        none = torch.iinfo(torch.int64).min
+        self.add_state("ignored", torch.tensor(none if ignore_index is None else ignore_index), dist_reduce_fx="max")
 
     def _new_accumulator(self) -> MomentAccumulator:
         return MomentAccumulator(self.num_classes, self._keeps_scatter, self._ignore_index)

@@ -83,10 +83,12 @@ class PartlyFrozen(Classifier):
 
     def on_train_epoch_start(self) -> None:
         """Restore the frozen tensors: a callback may have averaged them or reset their statistics."""
+        super().on_train_epoch_start()
         self._frozen.restore(self)
 
     def on_validation_epoch_start(self) -> None:
         """Restore the frozen tensors: a callback may have replaced them by an average."""
+        super().on_validation_epoch_start()
         self._frozen.restore(self)
 
     def on_train_end(self) -> None:

@@ -326,9 +326,13 @@ def _of(trainer: Any, name: str) -> Any:
     return getattr(trainer, name, None)
 
 
+def leaves_out(limit: int | float) -> bool:
+    """Whether a Trainer's limit on batches may leave some out: 1 is a batch, 1.0 is all of them."""
+    return isinstance(limit, int) or limit < 1.0
+
+
 def _is_limited(trainer: Trainer) -> bool:
-    limit = trainer.limit_train_batches  # 1 is a batch, 1.0 is all of them
-    limited = isinstance(limit, int) or limit < 1.0 or bool(_of(trainer, "overfit_batches"))
+    limited = leaves_out(trainer.limit_train_batches) or bool(_of(trainer, "overfit_batches"))
     return limited and trainer.num_training_batches != float("inf")
 
 

@@ -104,8 +104,7 @@ class Supervised(Classifier):
         """Cross-entropy, or squared error weighted only in training."""
         if self.loss_name == "ce":
             return super().loss(logits, labels)
-        weight = self.class_weights if self.training else None
-        return one_hot_mse(logits, labels, self.mse_weight, self.mse_target, weight)
+        return one_hot_mse(logits, labels, self.mse_weight, self.mse_target, self.weights_in_training(logits.device))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the positive outputs divided by their sum.

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
 
 from ncfinetune import Supervised
-from ncfinetune.collapse import class_moments, nc1
+from ncfinetune.collapse import FAMILY, class_moments, nc1
 from ncfinetune.contrastive import SupCon
 from ncfinetune.folds import FoldMoments
 from ncfinetune.learner import Learner
@@ -65,6 +66,46 @@ def test_a_saved_state_has_no_memory_beyond_its_numbers(name: str) -> None:
     """Neither unused rows of the buffer nor the gaps between rows."""
     for key, value in _filled(ALIKE[name], 4).state_dict().items():
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), key
+
+
+@pytest.mark.parametrize("asked", [1, 3, 100], ids=["each batch", "each third batch", "at the end"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_metrics_share_their_states_in_a_collection_of_torchmetrics(asked: int, nested: bool) -> None:
+    """More samples than the buffer has rows, since what a flush adds must not be added by each metric."""
+    names = [name for name in ALIKE if name in FAMILY]
+    features = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(3000) % 4
+    metrics = {name: ALIKE[name](4) for name in names}
+    collection = MetricCollection({"all": neural_collapse(4, names)} if nested else metrics)
+    for number, (x, y) in enumerate(zip(features.split(64), labels.split(64), strict=True), 1):
+        collection.update(x, y)
+        if number % asked == 0:
+            collection.compute()
+    found = {name.removeprefix("all_"): float(value) for name, value in collection.compute().items()}
+    moments = class_moments(features, labels, 4)
+    assert found == {name: pytest.approx(float(FAMILY[name](moments)), rel=1e-12) for name in names}
+
+
+def test_a_collection_tells_metrics_apart_that_leave_out_other_samples() -> None:
+    """The first batch has no sample to leave out, so that both metrics have the same sums after it."""
+    collection = MetricCollection({"all": NC1(4), "but the first": NC1(4, ignore_index=0)})
+    later = LABELS > 0
+    for rows in (later, later | ~later):
+        collection.update(FEATURES[rows], LABELS[rows])
+    features, labels = torch.cat([FEATURES[later], FEATURES]), torch.cat([LABELS[later], LABELS])
+    for name, rows in (("all", labels >= 0), ("but the first", labels > 0)):
+        expected = nc1(class_moments(features[rows], labels[rows], 4))
+        assert float(collection.compute()[name]) == pytest.approx(float(expected))
+
+
+def test_metrics_plot_themselves() -> None:
+    metric = _filled(NC1, 4)
+    figure, axes = metric.plot()
+    assert figure.axes == [axes]
+    assert axes.lines[0].get_ydata().tolist() == [float(metric.compute())]
+    collection = neural_collapse(4, ["nc1", "cdnv"])
+    collection.update(FEATURES, LABELS)
+    assert len(collection.plot()) == 2
 
 
 def test_a_collection_refuses_a_state_of_other_classes() -> None:

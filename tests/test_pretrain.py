@@ -136,10 +136,10 @@ def test_adversary_trains_on_examples_within_its_radius_in_pixels(tmp_path: Path
     class Seen(Supervised):
         seen: list[torch.Tensor] = []  # noqa: RUF012
 
-        def _classify(self, batch: Any, batch_idx: int, split: str) -> torch.Tensor:
+        def _classify(self, batch: Any, batch_idx: int, split: str, loader: int = 0) -> torch.Tensor:
             if split == "train":
                 self.seen.append(batch[0])
-            return super()._classify(batch, batch_idx, split)
+            return super()._classify(batch, batch_idx, split, loader)
 
     model = Seen(3, SMALL, adversary={"radius": 0.1})
     data = Digits([0, 1, 2], shots=4, batch_size=12)

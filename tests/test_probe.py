@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import stranger
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
@@ -238,6 +238,65 @@ def test_samples_that_two_processes_repeat_count_once(tmp_path: Path) -> None:
         trainer.fit(Stranger(lr=0.0), _loader(1, batch_size=60 // processes), odd)
         values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
     assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+class Unequal(IterableDataset):
+    """The rows of one set in turn, in batches of which the first of two processes has 12 and 4, the other 12 and 8."""
+
+    def __iter__(self) -> Any:
+        images, labels = _data(1, 36).tensors
+        rank, world = (torch.distributed.get_rank(), 2) if torch.distributed.is_initialized() else (0, 1)
+        rows = torch.arange(36) if world == 1 else torch.tensor_split(torch.arange(36), [16])[rank]
+        yield from zip(images[rows], labels[rows], strict=True)
+
+
+def test_two_processes_with_unequal_batches_learn_one_probe(tmp_path: Path) -> None:
+    seen = []
+
+    class Keep(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            torch.save(probe.state_dict()["probe"], tmp_path / f"{trainer.global_rank}.pt")
+
+    probe = OnlineProbe(3, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    trainer = _trainer(tmp_path, probe, Keep(), max_epochs=1, strategy="ddp_fork", devices=2, limit_val_batches=0)
+    torch.manual_seed(0)
+    model = Stranger(lr=0.0)
+    trainer.fit(model, DataLoader(Unequal(), batch_size=12))
+    seen = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    images, _ = _data(1, 36).tensors
+    with torch.no_grad():
+        features = model.features(images).mean((2, 3))
+    expected = nn.BatchNorm1d(6, affine=False)
+    for rows in ([*range(12), *range(16, 28)], [*range(12, 16), *range(28, 36)]):
+        expected(features[rows])
+    for own in seen:
+        torch.testing.assert_close(own["normalise.running_mean"], expected.running_mean)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_the_loss_is_of_the_samples_that_the_probe_learns_from(tmp_path: Path) -> None:
+    """That of a classifier of zeros is log 3, of however many samples a batch has none."""
+    images, labels = _data().tensors
+    some = TensorDataset(images, torch.where(torch.arange(len(labels)) < 50, -1, labels))
+    probe = OnlineProbe(3, ignore_index=-1, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    trainer = _trainer(tmp_path, probe, max_epochs=1, limit_val_batches=0)
+    model = Stranger()
+    model.training_step = lambda batch, batch_idx: model(batch[0]).square().mean()
+    trainer.fit(model, DataLoader(some, batch_size=7))
+    assert trainer.callback_metrics["probe/loss"].item() == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_a_probe_begins_anew_with_each_run(tmp_path: Path) -> None:
+    def fit(probe: OnlineProbe, features: int) -> float:
+        torch.manual_seed(features)
+        model = Stranger()
+        model.features[0], model.classify = nn.Conv2d(1, features, 3), nn.Linear(features, 3)
+        trainer = _trainer(tmp_path, probe, max_epochs=1)
+        trainer.fit(model, _loader(), _loader(2))
+        return trainer.callback_metrics["probe/loss"].item()
+
+    one = OnlineProbe(3)
+    assert [fit(one, features) for features in (6, 6, 8)] == [fit(OnlineProbe(3), features) for features in (6, 6, 8)]
 
 
 def test_a_bank_is_spread_over_data_sorted_by_class() -> None:

@@ -62,6 +62,113 @@ def test_means_are_added_over_processes(tmp_path: Path) -> None:
     assert ddp.run(2, tmp_path, task) == [2.5, 2.5]
 
 
+class _Stop(Callback):
+    """Ends a training, a validation or a test by an error in its second batch, as Ctrl-C would."""
+
+    def _end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int, *rest: Any) -> None:
+        if index == 1 and not trainer.sanity_checking:
+            raise ZeroDivisionError
+
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_a_run_that_was_interrupted_leaves_nothing_in_the_means_of_the_next(name: str) -> None:
+    """As after Ctrl-C in a notebook. The learning rate is 0, so that all means are those of the same weights."""
+    torch.manual_seed(0)
+    model = Supervised(3, SMALL, optimizer=partial(SGD, lr=0.0))
+    first, second = (DataLoader(_uneven(n, seed), batch_size=4) for n, seed in ((12, 1), (10, 2)))
+
+    def loss(loader: DataLoader, model: Supervised, **arguments: Any) -> float:
+        trainer = _trainer(limit_val_batches=0 if name == "train" else 1.0, **arguments)
+        run = {"train": trainer.fit, "val": trainer.validate, "test": trainer.test}[name]
+        run(model, loader)
+        return trainer.callback_metrics[f"{name}/loss"].item()
+
+    with pytest.raises(ZeroDivisionError):
+        loss(first, model, callbacks=[_Stop()])
+    again = Supervised(3, SMALL, optimizer=partial(SGD, lr=0.0))
+    again.load_state_dict(model.state_dict())
+    assert loss(second, model) == loss(second, again)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_in_the_module_of_an_interrupted_one_has_its_own_means(tmp_path: Path) -> None:
+    data = DataLoader(_uneven(12, 1), batch_size=4)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "1.ckpt")
+
+    model = Supervised(3, SMALL, optimizer=partial(SGD, lr=0.1))
+    with pytest.raises(ZeroDivisionError):
+        _trainer(callbacks=[Save(), _Stop()]).fit(model, data)
+    losses = []
+    for module in (model, Supervised(3, SMALL, optimizer=partial(SGD, lr=0.1))):
+        trainer = _trainer()
+        trainer.fit(module, data, ckpt_path=tmp_path / "1.ckpt")
+        losses.append(trainer.callback_metrics["train/loss"].item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_each_of_several_loaders_has_its_own_means(split: str) -> None:
+    sets = [_uneven(n, seed) for n, seed in ((10, 1), (6, 2))]
+    torch.manual_seed(0)
+    model, trainer = Supervised(3, SMALL), _trainer()
+    loaders = [DataLoader(own, batch_size=4) for own in sets]
+    (trainer.validate if split == "val" else trainer.test)(model, loaders)
+    model.eval()
+    for index, own in enumerate(sets):
+        images, labels = own.tensors
+        with torch.no_grad():
+            logits = model(images)
+        found = {name: trainer.callback_metrics[f"{split}/{name}/dataloader_idx_{index}"] for name in ("acc", "loss")}
+        assert found["acc"].item() == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        assert found["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_losses_of_half_precision_are_not_rounded(loss: Any) -> None:
+    """Those of the same logits in float32; nor are weights of classes, which the precision would cast."""
+    weights = [1.1, 2.2, 3.3]
+    model = Supervised(3, VIT, loss=loss, class_weight=weights).to(torch.bfloat16)
+    logits, labels = torch.randn(50, 3).bfloat16(), torch.arange(50) % 3
+    wide = Supervised(3, VIT, loss=loss, class_weight=weights)
+    for mode in (True, False):
+        torch.testing.assert_close(
+            model.train(mode).loss(logits, labels), wide.train(mode).loss(logits.float(), labels)
+        )
+    shares = torch.rand(50, 3).softmax(1).bfloat16()
+    torch.testing.assert_close(model.loss(logits, shares), wide.loss(logits.float(), shares.float()))
+    assert model.class_weights.tolist() == pytest.approx(weights)
+
+
+class _Unequal(torch.utils.data.IterableDataset):
+    """Two samples in the first of two processes, ten in the other, each process in one batch."""
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank()
+        generator = torch.Generator().manual_seed(rank)
+        for number in range((2, 10)[rank]):
+            yield torch.randn(2, 1, 8, 8, generator=generator) * (1 + rank), number % 3
+
+
+def test_a_contrastive_loss_is_logged_as_it_is_trained_of_batches_of_unequal_size(tmp_path: Path) -> None:
+    """The mean of what the processes contribute, whatever number of samples each has."""
+
+    class Write(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *rest: Any) -> None:
+            torch.save(outputs["loss"].detach(), tmp_path / f"{trainer.global_rank}.pt")
+
+    trainer = _trainer(strategy="ddp_fork", devices=2, limit_val_batches=0, callbacks=[Write()])
+    trainer.fit(SupCon(SMALL, projection="linear"), DataLoader(_Unequal(), batch_size=10))
+    own = [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)]
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(own) / 2, rel=1e-6)
+    assert abs(own[0] - own[1]) > 0.1
+
+
 def _uneven(n: int, seed: int, views: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, *([views] if views else []), 1, 8, 8, generator=generator)

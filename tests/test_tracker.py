@@ -1,5 +1,6 @@
 """NeuralCollapseTracker on modules of ours and of others."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import stranger
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,7 +19,9 @@ from ncfinetune import FineTuner, Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.callbacks.adapters import BatchReader
 from ncfinetune.callbacks.observer import LayerObserver
+from ncfinetune.collapse import class_moments, disagreement, nc1
 from ncfinetune.datamodules import Digits
+from ncfinetune.moments import MomentAccumulator, NonFiniteFeaturesError
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 
@@ -64,6 +67,89 @@ def test_values_are_those_of_the_weights_after_the_epoch(tmp_path: Path) -> None
         expected = pytest.approx(_nc1(model, layer, _loader()), rel=1e-5)
         assert trainer.callback_metrics[f"nc1/train/{name}"].item() == expected
         assert trainer.callback_metrics[f"nc1/val/{name}"].item() == expected
+
+
+def _seen(model: Stranger) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features before the classifier of the images of `_loader`, and labels."""
+    images, labels = _loader().dataset.tensors
+    with torch.no_grad():
+        return model.eval().features(images).mean((2, 3)), labels
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nc3_is_of_the_weights_that_validation_has_under_an_average(first: bool, tmp_path: Path) -> None:
+    """The images of validation are those of training, which are measured within the same average."""
+    tracker, average = NeuralCollapseTracker(3), EMAWeightAveraging(decay=0.99)
+    callbacks = [tracker, average] if first else [average, tracker]
+    _trainer(tmp_path, *callbacks, max_epochs=3).fit(Stranger(), _loader(), _loader())
+    for name in ("nc1", "nc3"):
+        found = [tracker.values[f"{name}/{split}/penultimate"] for split in ("val", "train")]
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_samples_that_are_left_out_decide_nothing(tmp_path: Path) -> None:
+    """NC4 of the samples of two classes of three, where the third is left out by its number."""
+    model, tracker = Stranger(), NeuralCollapseTracker(3, ignore_index=0)
+    _trainer(tmp_path, tracker).fit(model, _loader(), _loader())
+    features, labels = _seen(model)
+    kept = labels != 0
+    moments = class_moments(features[kept], labels[kept], 3)
+    expected = disagreement(features[kept], moments, model.classify.weight.detach(), model.classify.bias.detach())
+    assert tracker.values["nc4/val/penultimate"] == pytest.approx(float(expected))
+    assert float(expected) != pytest.approx(
+        float(disagreement(features, moments, model.classify.weight.detach(), model.classify.bias.detach()))
+    )
+
+
+def test_a_left_out_sample_may_be_nan() -> None:
+    features, labels = torch.randn(12, 4), torch.arange(12) % 4
+    features[labels == 3] = torch.nan
+    accumulator = MomentAccumulator(4, ignore_index=3)
+    accumulator.update(features, labels)
+    expected = nc1(class_moments(features[labels < 3], labels[labels < 3], 4))
+    torch.testing.assert_close(nc1(accumulator.moments()), expected)
+    with pytest.raises(NonFiniteFeaturesError, match="got 3 of 12 samples with nan or inf"):
+        MomentAccumulator(4).update(features, labels)
+
+
+def test_two_trackers_of_the_same_numbers_are_refused(tmp_path: Path) -> None:
+    trackers = [NeuralCollapseTracker(3), NeuralCollapseTracker(3, layers=["features.0", "penultimate"])]
+    message = "expected trackers with different layers or metrics, got two that measure 'penultimate', whose numbers"
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, *trackers).fit(Stranger(), _loader(), _loader())
+    trackers = [NeuralCollapseTracker(3), NeuralCollapseTracker(3, layers=["features.0"])]
+    _trainer(tmp_path, *trackers).fit(Stranger(), _loader(), _loader())
+    assert {len(tracker.records["val"]) for tracker in trackers} == {2}
+
+
+def test_a_later_validation_leaves_the_records_of_the_training(tmp_path: Path) -> None:
+    model, tracker = Stranger(), NeuralCollapseTracker(3)
+    trainer = _trainer(tmp_path, tracker)
+    trainer.fit(model, _loader(), _loader())
+    before = copy.deepcopy(tracker.records)
+    images, labels = _loader().dataset.tensors
+    trainer.validate(model, DataLoader(TensorDataset(images + labels.view(-1, 1, 1, 1), labels), batch_size=16))
+    assert tracker.records == before
+    assert tracker.values["nc1/val/penultimate"] != before["val"][2]["nc1"]["penultimate"]
+
+
+def test_classes_that_a_limit_of_one_batch_leaves_out_are_reported(tmp_path: Path) -> None:
+    images, labels = _loader().dataset.tensors
+    first = labels.argsort(stable=True)
+    by_class = DataLoader(TensorDataset(images[first], labels[first]), batch_size=30)
+    with pytest.warns(UserWarning, match="saw 2 of 3 classes in a pass over the val set, which a limit on batches"):
+        _trainer(tmp_path, NeuralCollapseTracker(3), limit_val_batches=1, max_epochs=1).fit(
+            Stranger(), _loader(), by_class
+        )
+
+
+def test_there_is_no_rank_where_every_sample_is_left_out(tmp_path: Path) -> None:
+    images, labels = _loader().dataset.tensors
+    unlabelled = DataLoader(TensorDataset(images, torch.full_like(labels, -1)), batch_size=16)
+    tracker = NeuralCollapseTracker(3, metrics=["numerical_rank"], ignore_index=-1)
+    with pytest.warns(UserWarning, match="on the val set is logged as nan: no samples in the val set"):
+        _trainer(tmp_path, tracker, max_epochs=1, num_sanity_val_steps=0).fit(Stranger(), _loader(), unlabelled)
+    assert np.isnan(tracker.values["numerical_rank/val/penultimate"])
 
 
 def test_training_set_is_measured_before_the_first_step(tmp_path: Path) -> None:

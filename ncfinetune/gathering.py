@@ -1,0 +1,33 @@
+"""Rows of all processes, which may have different numbers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def numbers_of_all(rows: Tensor) -> list[int]:
+    """The number of rows of each process, in the order of the ranks; waits for the device."""
+    counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=rows.device)
+    dist.all_gather(list(counts.unbind()), torch.full_like(counts[0], len(rows)))
+    return counts.tolist()
+
+
+def rows_of_all(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """The rows of all processes in the order of the ranks, on every process.
+
+    Args:
+        rows: This process's rows, ``(N, ...)``.
+        numbers: What `numbers_of_all` says.
+    """
+    longest = max(numbers)
+    if len(rows) < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = rows.new_empty(len(numbers), *rows.shape)
+    dist.all_gather(list(parts.unbind()), rows.contiguous())
+    if min(numbers) == longest:
+        return parts.flatten(0, 1)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
