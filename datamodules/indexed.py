@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,10 @@ class IndexedImages(ImageDataModule, ABC):
         """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
 
     def hold(self, part: Labelled) -> Labelled:
-        """The part in the form in which it is kept; a subclass may decode its files here."""
+        """The part in the form in which it is kept; a subclass may decode its files here.
+
+        The images stay in their order, and ``chosen`` in that of the data set, which predictions have.
+        """
         return part
 
     def _read(self) -> Mapping[str, Labelled]:
@@ -133,7 +137,7 @@ class IndexedImages(ImageDataModule, ABC):
         if device.type == "cpu":
             rank_zero_info("device_cache: the training device is the CPU; images are held in memory, as with in_memory")
         moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
-        return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
+        return {name: replace(part, images=moved[id(part.images)]) for name, part in held.items()}
 
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         part = self._part(name)

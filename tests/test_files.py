@@ -298,6 +298,21 @@ def test_holding_images_in_memory_names_the_file_that_cannot_be_read(tmp_path: P
         _make(tmp_path, in_memory=True).setup("fit")
 
 
+@pytest.mark.parametrize("held", ["in_memory", "device_cache"])
+def test_images_held_in_memory_are_predicted_in_the_order_of_the_files(held: str, tmp_path: Path) -> None:
+    written = _write(tmp_path, {"train": 5, "test": 5})
+    data = _make(tmp_path, batch_size=4, **{held: True})
+    data.setup("predict")
+    loader: Any = data.predict_dataloader()
+    assert [number_of(image.numpy()) for images, _ in loader for image in images] == written["test"]
+    paths = [str(path) for path in sorted((tmp_path / "test").rglob("*.png"))]
+    assert loader.dataset.samples == [(path, int(number > 4)) for number, path in enumerate(paths)]
+    whole = _make(tmp_path, batch_size=4)
+    whole.setup("predict")
+    for own, other in zip(data.test_dataloader(), whole.test_dataloader(), strict=True):
+        assert all(map(torch.equal, own, other))
+
+
 def test_files_of_a_folder_are_predicted_as_the_test_images_are(tmp_path: Path) -> None:
     """Those formats among them of which a decoder must know something: 16 bits a pixel, and JPEGs decoded smaller."""
     _write(tmp_path, {"train": 3, "test": 1})
