@@ -45,9 +45,11 @@ class IndexedImages(ImageDataModule, ABC):
         val_fraction: Share of each class's training images that is split off for validation, always the same images.
             None is the data set's own validation split, or 0.1 if it has none. A number first joins the data set's own
             validation split to the training images, so that 0 trains on all of them without validation.
-        sampling: ``uniform`` trains on each image once per epoch. ``balanced`` draws the same number of images with
-            replacement, each class with training images with the same probability, and uniformly within a class;
-            evaluation and `train_plain_dataloader` do not change. Excludes a learner's ``class_weight="balanced"``.
+        sampling: ``uniform`` trains on each image once per epoch, except for up to world size - 1 images and for a
+            last batch of a single image per process, which the epoch drops. ``balanced`` draws the same number of
+            images with replacement, each class with training images with the same probability, and uniformly within a
+            class; evaluation and `train_plain_dataloader` do not change. Excludes a learner's
+            ``class_weight="balanced"``.
         device_cache: Hold all images on the training device.
 
     Raises:
