@@ -17,7 +17,8 @@ _COLUMNS = {
     "label": ("label", "class"),
     "split": ("split",),
 }
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# The part that a word for a split means, in any case, as a cell of a table and as the name of a folder.
+PART_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # Separators between the labels of one image in common multi-label files.
 _BETWEEN_LABELS = "|;,"
 
@@ -119,12 +120,12 @@ def _row(where: str, cells: list[str], columns: dict[str, int], total: int) -> R
         raise ValueError(f"expected a path and a label in {where}, got {given!r}")
     if any(sign in label for sign in _BETWEEN_LABELS):
         raise ValueError(f"expected one label in {where}, got {label!r}; multi-label images are not supported")
-    if part and part.lower() not in _PARTS:
+    if part and part.lower() not in PART_OF:
         raise ValueError(
             f"expected a split train, val or test in {where}, got {part!r}; if that is a further label: multi-label "
             "images are not supported"
         )
-    return Row(os.path.normpath(path), label, _PARTS[part.lower()] if part else None)
+    return Row(os.path.normpath(path), label, PART_OF[part.lower()] if part else None)
 
 
 def _check_one_row_an_image(file: Path, rows: list[Row]) -> None:
