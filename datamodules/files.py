@@ -136,7 +136,7 @@ class ImageFolder(FileDataModule):
         self._folders: dict[str, Path] = {}
         if labels is not None:
             self._labels = _label_file(self.root, labels)
-            self._table = read_labels(self._labels)
+            self._table = read_labels(self._labels, self.root)
             names = class_names([row for row in self._table if row.part in (None, "train")])
             if len(names) < 2:
                 raise ValueError(f"expected labels of at least two classes in {str(self._labels)!r}, got {names}")
@@ -320,7 +320,7 @@ def _label_file(root: Path, labels: str) -> Path:
 
 @rank_zero_only
 def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
-    further = [path for path in Found().add(root).images if path not in named]
+    further = [path for path in Found().add(root).images if os.path.normpath(path) not in named]
     if further:
         rank_zero_info(
             f"left out {counted(len(further), 'image')} in {str(root)!r} that {labels!r} does not name: {some(further)}"
