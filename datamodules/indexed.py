@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .base import ImageDataModule, check_choice, check_numbers
 from .images import Batch, FileImages, Labelled, TensorImages
-from .loading import EpochSampler
+from .loading import EpochSampler, SameSampler
 from .splits import absent_classes, split_indices, take_fraction, take_shots
 
 # Fixed, so that no option can move an image from one split to another.
@@ -156,8 +156,10 @@ class IndexedImages(ImageDataModule, ABC):
     def _drawn(self, dataset: TensorImages | FileImages) -> dict[str, Any]:
         """Loader options for training batches."""
         labels = dataset.targets if self.sampling == "balanced" else None
-        taken = self._taken(self.batch_size)
-        sampler = EpochSampler(dataset, *self._place(), self._run_seed, taken, labels)
+        place, taken = self._place(), self._taken(self.batch_size)
+        sampler: EpochSampler | SameSampler = EpochSampler(dataset, *place, self._run_seed, taken, labels)
+        if getattr(self.trainer, "overfit_batches", 0):
+            sampler = SameSampler(dataset, *place, taken)
         # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
         drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
