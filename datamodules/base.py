@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -132,6 +133,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self._parts: Mapping[str, Part] = {}
         self._files: list[str] | None = None
         self._run_seed = 0
+        self._before: dict[str, Any] = {}
 
     @property
     def augments(self) -> bool:
@@ -180,6 +182,19 @@ class ImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         """A loader of a part: for training, in the order of the data set, or in the fixed order of evaluation."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers that batches depend on, and whether an epoch has begun that is not at its end."""
+        within = False
+        if self.trainer is not None:
+            progress = _batch_progress(self.trainer)
+            within = progress.current.ready > 0 and not progress.is_last_batch
+        return {**self._numbers(), "within_epoch": within}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the state of an interrupted run, of which a run that goes on with other batches warns."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._before = dict(state_dict)
 
     def setup(self, stage: str) -> None:
         """Read the parts, once, and log their numbers of images per class."""
@@ -242,7 +257,7 @@ class ImageDataModule(LightningDataModule, ABC):
         images, labels = batch
         trainer: Any = self.trainer
         if trainer is not None and trainer.training:
-            step = self._run_seed, trainer.current_epoch, _batch_of_epoch(trainer), trainer.global_rank
+            step = self._run_seed, trainer.current_epoch, _batch_progress(trainer).current.ready, trainer.global_rank
             cropped = not self._parts["train"].in_memory
             images, labels = self._augmentation.train(images, labels, step, cropped)
         else:
@@ -295,7 +310,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if workers is None:
             workers = self.num_workers
         if workers is None:
-            workers = 0 if isinstance(dataset, TensorImages) else _free_cores(trainer)
+            workers = 0 if isinstance(dataset, TensorImages) else free_cores(trainer)
         to_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         there = isinstance(dataset, TensorImages) and dataset.images.is_cuda
         kind = EpochLoader if training else DataLoader
@@ -319,12 +334,38 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _taken(self, size: int = 1) -> Callable[[Any], int]:
         """The number of batches of ``size`` that a resumed run has already trained on in its epoch; see `Taken`."""
-        return Taken(lambda source: size * _batch_of_epoch(self.trainer) if _trains_on(self.trainer, source) else 0)
+        return Taken(lambda source: size * self._taken_batches(source))
+
+    def _taken_batches(self, source: Any) -> int:
+        """The number of the epoch's batches that were trained on, if they come from this sampler or stream."""
+        if not _trains_on(self.trainer, source):
+            return 0
+        batches = _batch_progress(self.trainer).current.ready
+        within = self._before.pop("within_epoch", False)  # once: later epochs begin with their first batch
+        # An interrupted epoch has had enough larger batches, perhaps, and begins again; a complete one goes on with
+        # smaller batches.
+        if within or 0 < batches < self.trainer.num_training_batches:
+            self._warn_of_other_batches()
+        return batches
+
+    def _warn_of_other_batches(self) -> None:
+        now = self._numbers()
+        if changed := [name for name, number in now.items() if self._before.get(name, number) != number]:
+            before, given = (", ".join(f"{name} {of[name]}" for name in changed) for of in (self._before, now))
+            rank_zero_warn(
+                f"expected {before} as in the interrupted run, to go on within an epoch, got {given}: the rest of this "
+                "epoch has other batches, and some of its images are seen twice and others not at all; give the "
+                "numbers as they were, or resume from a checkpoint of an epoch's end"
+            )
+
+    def _numbers(self) -> dict[str, int]:
+        """The numbers, besides the seed, that the batches of an epoch depend on."""
+        return {"batch_size": self.batch_size, "processes": self._place()[0]}
 
 
-def _batch_of_epoch(trainer: Any) -> int:
-    """Index within the epoch of the training batch that is being fetched or preprocessed."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+def _batch_progress(trainer: Any) -> Any:
+    """The trainer's progress within the epoch; ``current.ready`` is the index of the batch that is being fetched."""
+    return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def _trains_on(trainer: Any, source: Any) -> bool:
@@ -337,7 +378,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _free_cores(trainer: Any) -> int:
+def free_cores(trainer: Any) -> int:
+    """The number of cores per process, which is the default number of workers, at most `_MOST_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MOST_WORKERS, cores // max(1, getattr(trainer, "num_devices", 1)))
 

@@ -37,7 +37,7 @@ _UPRIGHT = (False, False, False)
 # If no 16-bit pixel reaches this value, they come from a camera or scanner of 10, 12 or 14 bits, and would be dark.
 _DARK = 2**14
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _S_MIN, _S_MAX = 262, 258, 340, 341
-# Pillow's readers raise all of these on damaged files.
+# Pillow's readers raise all of these on damaged files, and the last on intact ones of very many pixels too.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -132,7 +132,7 @@ def read_image(
     except UnknownRangeError as error:
         raise UnknownRangeError(f"cannot use {path}: {error}") from error
     except _DAMAGE as error:
-        raise UnreadableError(f"cannot read {path} as an image: {error}; repair or remove the file") from error
+        raise UnreadableError(f"cannot read {path} as an image: {_reason(error)}") from error
     if decoding.banner:
         rows = pixels.height * height // (height + decoding.banner)
         pixels = pixels.crop((0, 0, pixels.width, rows))
@@ -148,6 +148,17 @@ def read_image(
     for view, square in zip(views, squares, strict=True):
         view[:] = _turned(np.atleast_3d(np.asarray(square)), swap, *flips).transpose(2, 0, 1)
     return torch.from_numpy(views)
+
+
+def _reason(error: Exception) -> str:
+    """Why Pillow cannot read an image, and what to do."""
+    if not isinstance(error, Image.DecompressionBombError):
+        return f"{error}; repair or remove the file"
+    most = Image.MAX_IMAGE_PIXELS or 0  # Pillow warns above it, and refuses above twice as many
+    return (
+        f"it states more pixels than Pillow's limit of {2 * most:,} allows; if the file is intact, make it smaller, or "
+        f"raise PIL.Image.MAX_IMAGE_PIXELS, which is half of the limit ({most:,})"
+    )
 
 
 def _share(centre: float | None, upright: tuple[int, int], size: int) -> float:

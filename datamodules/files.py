@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from .decoding import CENTRE, LOOKED_AT, Decoding, centre_seen
 from .images import Labelled, broken_files, decode_all
 from .indexed import PARTS, IndexedImages
-from .labels import Row, class_names, read_labels
-from .listing import Found, counted, is_hidden, is_image, same_content, some
+from .labels import PART_OF, Row, class_names, read_labels
+from .listing import Found, counted, holds_images, is_hidden, is_image, same_content, some
 
 # Photographs have similar statistics, and most pre-trained networks expect those of ImageNet.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -74,10 +74,12 @@ class FileDataModule(IndexedImages, ABC):
 class ImageFolder(FileDataModule):
     """Your own images: ``ROOT/train/CLASS/*.jpg``, ``ROOT/val/CLASS/*.jpg`` and, if there is one, ``ROOT/test/...``.
 
-    Without such folders, ``ROOT/CLASS/*.jpg`` are split, always in the same way: ``test_fraction`` for testing, and
-    ``val_fraction`` of the rest for validation. Which split an image belongs to depends on its path below ROOT: images
-    that are added or removed move no other to another split, but for at most one a class and split, by rounding. With
-    ``labels`` a CSV file gives the class of each image, which may lie anywhere below ROOT.
+    These folders may be named in any case, and val also valid or validation; images in further folders beside them are
+    left out, with a warning. Without such folders, ``ROOT/CLASS/*.jpg`` are split, always in the same way:
+    ``test_fraction`` for testing, and ``val_fraction`` of the rest for validation. Which split an image belongs to
+    depends on its path below ROOT: images that are added or removed move no other to another split, but for at most one
+    a class and split, by rounding. With ``labels`` a CSV file gives the class of each image, which may lie anywhere
+    below ROOT.
 
     Image files are recognised by the suffixes of Pillow's picture formats (jpg, png, gif, webp, avif, tif and others);
     links to folders are followed. Hidden files and folders below ROOT are ignored: names that start with a dot, and
@@ -98,9 +100,10 @@ class ImageFolder(FileDataModule):
 
     Args:
         root: The folder.
-        folders: The folder in ``root`` of each split; None is train, val and test, as far as they exist. For ImageNet,
-            whose val is commonly used for testing, give ``{train: train, test: val}``; validation images are then split
-            off train.
+        folders: The folder in ``root`` of each split; None is train, val (or valid, validation) and test, in any case,
+            as far as they exist. For ImageNet, whose val is commonly used for testing, give ``{train: train, test:
+            val}``; validation images are then split off train. Where train is the name of a class, ``{train: .}``
+            takes every folder in ``root`` for a class.
         labels: A CSV file in ``root`` or elsewhere, with comma-separated columns: path relative to ``root``, label, and
             optionally the split (train, val or test). A first line may name the columns, in any order and among others:
             ``path`` (or file, filename, file_name, image), ``label`` (or class), ``split``. Each image has one label.
@@ -133,16 +136,14 @@ class ImageFolder(FileDataModule):
         self._folders: dict[str, Path] = {}
         if labels is not None:
             self._labels = _label_file(self.root, labels)
-            self._table = read_labels(self._labels)
+            self._table = read_labels(self._labels, self.root)
             names = class_names([row for row in self._table if row.part in (None, "train")])
-            where = self._labels
+            if len(names) < 2:
+                raise ValueError(f"expected labels of at least two classes in {str(self._labels)!r}, got {names}")
         else:
             self._folders = _part_folders(self.root, folders)
-            where = self._folders["train"]
-            names = _class_folders(where)
-        if len(names) < 2:
-            what = "labels" if labels is not None else "a folder for each"
-            raise ValueError(f"expected {what} of at least two classes in {str(where)!r}, got {names}")
+            names = _class_folders(self._folders["train"])
+            _check_classes(self.root, self._folders["train"], names)
         self.test_fraction = test_fraction
         self.skip_broken = skip_broken
         self._refused: dict[str, Exception] = {}
@@ -250,20 +251,51 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; expected one with train/CLASS/ and val/CLASS/, or CLASS/")
     if folders is None:
-        found = {part: root / part for part in PARTS if (root / part).is_dir()}
-        if found and "train" not in found:
-            there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
-            raise FileNotFoundError(
-                f"expected a folder train beside {', '.join(found)} in {str(root)!r}, got {there}; "
-                "rename it, or name the folders: folders={train: ..., val: ...}"
-            )
-        return found or {"train": root}
+        return _folders_by_name(root) or {"train": root}
     if "train" not in folders or not set(folders) <= set(PARTS):
         raise ValueError(f"expected folders to name train and optionally val and test, got {', '.join(folders)}")
     missing = [str(root / folder) for folder in folders.values() if not (root / folder).is_dir()]
     if missing:
         raise FileNotFoundError(f"no folder {', '.join(missing)}; correct folders={folders}")
     return {part: root / folder for part, folder in folders.items()}
+
+
+def _folders_by_name(root: Path) -> dict[str, Path]:
+    """The folders in root whose names are words for parts, if there are any; others with images are reported."""
+    there, named = _class_folders(root), defaultdict(list)
+    for name in there:
+        named[PART_OF.get(name.lower())].append(name)
+    others, where = named.pop(None, []), repr(str(root))
+    for part, names in named.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"expected one folder of {part} images in {where}, got {' and '.join(names)}; join them, or name the "
+                "folders: folders={train: ..., val: ...}"
+            )
+    found = {part: names[0] for part, names in named.items()}
+    if found and "train" not in found:
+        raise FileNotFoundError(
+            f"expected a folder train beside {', '.join(found.values())} in {where}, got {', '.join(there)}; "
+            "rename it, or name the folders: folders={train: ..., val: ...}"
+        )
+    if found and (further := [name for name in others if holds_images(root / name)]):
+        rank_zero_warn(
+            f"left out {counted(len(further), 'folder')} with images of {where} beside {', '.join(found.values())}: "
+            f"{some(further)}; to use them, name the folders: folders={{train: ..., val: ..., test: ...}}"
+        )
+    return {part: root / name for part, name in found.items()}
+
+
+def _check_classes(root: Path, where: Path, names: list[str]) -> None:
+    """Refuse too few class folders, and those that are no classes but splits, of other names or a level deeper."""
+    if names and {name.lower() for name in names} <= {*PART_OF, "training", "testing"}:
+        raise ValueError(
+            f"expected a folder for each class in {str(where)!r}, got {', '.join(names)}, which are words for splits; "
+            "name the folders: folders={train: ..., val: ..., test: ...}"
+        )
+    if len(names) < 2:
+        hint = f"; if {where.name} is a class itself, give folders={{train: .}}" if not names and where != root else ""
+        raise ValueError(f"expected a folder for each of at least two classes in {str(where)!r}, got {names}{hint}")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -288,7 +320,7 @@ def _label_file(root: Path, labels: str) -> Path:
 
 @rank_zero_only
 def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
-    further = [path for path in Found().add(root).images if path not in named]
+    further = [path for path in Found().add(root).images if os.path.normpath(path) not in named]
     if further:
         rank_zero_info(
             f"left out {counted(len(further), 'image')} in {str(root)!r} that {labels!r} does not name: {some(further)}"

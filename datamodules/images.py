@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -49,11 +49,13 @@ class Labelled:
         images: uint8 images ``(M, C, H, W)``, or the paths of M files.
         labels: Labels of the M, ``(M,)``.
         chosen: Indices of the images that belong to the part, ``(N,)``.
+        files: Paths of the M files that the images were decoded from; None of other images.
     """
 
     images: Tensor | np.ndarray
     labels: np.ndarray
     chosen: np.ndarray
+    files: np.ndarray | None = None
 
     @staticmethod
     def all(images: Tensor | Sequence[Any], labels: Sequence[int] | np.ndarray) -> Labelled:
@@ -81,8 +83,14 @@ class Labelled:
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the part's files."""
-        return [os.fsdecode(bytes(path)) for path in np.asarray(self.images)[self.chosen]]
+        """Paths of the part's files, decoded or not."""
+        files = self.images if self.files is None else self.files
+        return [os.fsdecode(bytes(path)) for path in np.asarray(files)[self.chosen]]
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Path and label of each of the part's files."""
+        return list(zip(self.paths, self.own_labels.tolist(), strict=True))
 
     def balanced(self) -> Labelled:
         """The same images in a fixed order in which every prefix has the class proportions of the whole."""
@@ -94,7 +102,7 @@ class Labelled:
 
     def take(self, indices: np.ndarray) -> Labelled:
         """Some of the part; the images are shared, not copied."""
-        return Labelled(self.images, self.labels, self.chosen[indices])
+        return replace(self, chosen=self.chosen[indices])
 
     def join(self, other: Labelled) -> Labelled:
         """The images of both parts, those of this part first."""
@@ -116,10 +124,16 @@ class TensorImages(Dataset[Batch]):
 
     def __init__(self, part: Labelled) -> None:
         assert isinstance(part.images, Tensor)
+        self.part = part
         self.images = part.images
         self.targets = part.own_labels
         self.chosen = torch.from_numpy(part.chosen)
         self._labels = torch.from_numpy(part.labels).to(self.images.device)
+
+    @property
+    def samples(self) -> list[tuple[str, int]] | None:
+        """Path and label of each image, as torchvision's folders have them; None of images that come from no files."""
+        return self.part.samples if self.part.files is not None else None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -178,7 +192,7 @@ class FileImages(Dataset[Batch]):
     @property
     def samples(self) -> list[tuple[str, int]]:
         """Path and label of each image, as torchvision's folders have them."""
-        return list(zip(self.part.paths, self.part.own_labels.tolist(), strict=True))
+        return self.part.samples
 
     def __len__(self) -> int:
         return len(self.part.chosen)
@@ -234,8 +248,12 @@ def blank(channels: int, size: int) -> Tensor:
 
 
 def decode_all(part: Labelled, size: int, decoding: Decoding) -> Labelled:
-    """The part's files as one tensor ``(N, C, S, S)``, decoded for evaluation by as many threads as there are cores."""
-    paths = part.paths
+    """The part's files as one tensor ``(N, C, S, S)``, decoded for evaluation by as many threads as there are cores.
+
+    The tensor is in the order of the data set, so that `Labelled.as_stored` finds it again.
+    """
+    stored = part.as_stored()
+    paths = stored.paths
     images = torch.empty(len(paths), decoding.channels, size, size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
@@ -244,7 +262,8 @@ def decode_all(part: Labelled, size: int, decoding: Decoding) -> Labelled:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for _ in _watched(threads.map(decode, range(len(paths))), "decoding", len(paths)):
             pass
-    return Labelled.all(images, part.own_labels)
+    places = np.argsort(np.argsort(part.chosen))
+    return Labelled(images, stored.own_labels, places, np.asarray(stored.images)[stored.chosen])
 
 
 def broken_files(paths: list[str], decoding: Decoding) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .base import ImageDataModule, check_choice, check_numbers
 from .images import Batch, FileImages, Labelled, TensorImages
-from .loading import EpochSampler
+from .loading import EpochSampler, SameSampler
 from .splits import absent_classes, split_indices, take_fraction, take_shots
 
 # Fixed, so that no option can move an image from one split to another.
@@ -44,9 +45,11 @@ class IndexedImages(ImageDataModule, ABC):
         val_fraction: Share of each class's training images that is split off for validation, always the same images.
             None is the data set's own validation split, or 0.1 if it has none. A number first joins the data set's own
             validation split to the training images, so that 0 trains on all of them without validation.
-        sampling: ``uniform`` trains on each image once per epoch. ``balanced`` draws the same number of images with
-            replacement, each class with training images with the same probability, and uniformly within a class;
-            evaluation and `train_plain_dataloader` do not change. Excludes a learner's ``class_weight="balanced"``.
+        sampling: ``uniform`` trains on each image once per epoch, except for up to world size - 1 images and for a
+            last batch of a single image per process, which the epoch drops. ``balanced`` draws the same number of
+            images with replacement, each class with training images with the same probability, and uniformly within a
+            class; evaluation and `train_plain_dataloader` do not change. Excludes a learner's
+            ``class_weight="balanced"``.
         device_cache: Hold all images on the training device.
 
     Raises:
@@ -88,7 +91,10 @@ class IndexedImages(ImageDataModule, ABC):
         """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
 
     def hold(self, part: Labelled) -> Labelled:
-        """The part in the form in which it is kept; a subclass may decode its files here."""
+        """The part in the form in which it is kept; a subclass may decode its files here.
+
+        The images stay in their order, and ``chosen`` in that of the data set, which predictions have.
+        """
         return part
 
     def _read(self) -> Mapping[str, Labelled]:
@@ -133,7 +139,7 @@ class IndexedImages(ImageDataModule, ABC):
         if device.type == "cpu":
             rank_zero_info("device_cache: the training device is the CPU; images are held in memory, as with in_memory")
         moved = {id(p.images): p.images.to(device) for p in held.values() if isinstance(p.images, Tensor)}
-        return {name: Labelled(moved[id(p.images)], p.labels, p.chosen) for name, p in held.items()}
+        return {name: replace(part, images=moved[id(part.images)]) for name, part in held.items()}
 
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         part = self._part(name)
@@ -150,8 +156,10 @@ class IndexedImages(ImageDataModule, ABC):
     def _drawn(self, dataset: TensorImages | FileImages) -> dict[str, Any]:
         """Loader options for training batches."""
         labels = dataset.targets if self.sampling == "balanced" else None
-        taken = self._taken(self.batch_size)
-        sampler = EpochSampler(dataset, *self._place(), self._run_seed, taken, labels)
+        place, taken = self._place(), self._taken(self.batch_size)
+        sampler: EpochSampler | SameSampler = EpochSampler(dataset, *place, self._run_seed, taken, labels)
+        if getattr(self.trainer, "overfit_batches", 0):
+            sampler = SameSampler(dataset, *place, taken)
         # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
         drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}

@@ -17,27 +17,32 @@ _COLUMNS = {
     "label": ("label", "class"),
     "split": ("split",),
 }
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# The part that a word for a split means, in any case, as a cell of a table and as the name of a folder.
+PART_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # Separators between the labels of one image in common multi-label files.
 _BETWEEN_LABELS = "|;,"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the file: the path as written there, the name of the class, and the split or None."""
+    """A row of the file: the path, relative to root if it is below it, the name of the class, and the split or None."""
 
     path: str
     label: str
     part: str | None
 
 
-def read_labels(file: Path) -> list[Row]:
+def read_labels(file: Path, root: Path) -> list[Row]:
     """The rows of a CSV file with columns path, label and, optionally, split.
 
     The first line may name the columns, in any order and among others, which are ignored: ``path`` (or ``file``,
     ``filename``, ``file_name``, ``image``), ``label`` (or ``class``) and ``split``. Without such a line the columns are
     path and label, or path, label and split. Splits are ``train``, ``val`` (or ``valid``, ``validation``) and ``test``.
-    A duplicate row counts once.
+    A duplicate row counts once, also if it writes its path in another way.
+
+    Args:
+        file: The file.
+        root: The folder that paths are relative to.
 
     Raises:
         ValueError: The file is no such table, or an image has several labels.
@@ -45,15 +50,15 @@ def read_labels(file: Path) -> list[Row]:
     lines = _cells(file)
     columns, first = _columns(file, lines)
     total = len(lines[0][1]) if lines else 0
-    rows = [_row(f"line {number} of {str(file)!r}", cells, columns, total) for number, cells in lines[first:]]
+    roots = (os.path.realpath(root), os.path.abspath(root))
+    rows = [_row(f"line {number} of {str(file)!r}", cells, columns, total, roots) for number, cells in lines[first:]]
     if not rows:
         raise ValueError(f"{str(file)!r} has no rows; expected path,label")
     if len({row.part is None for row in rows}) > 1:
         raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
-    kept = list(dict.fromkeys(rows))
+    kept = _one_row_an_image(file, rows, roots[0])
     if len(kept) < len(rows):
         rank_zero_info(f"ignored {counted(len(rows) - len(kept), 'duplicate row')} of {str(file)!r}")
-    _check_one_row_an_image(file, kept)
     return kept
 
 
@@ -97,15 +102,21 @@ def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, 
             )
         return {column: place for place, column in enumerate(("path", "label", "split")[: len(first)])}, 0
     for column, places in named.items():
-        if len(places) > 1 or (column == "label" and not places):
+        could_be = [lines[0][1][place] for place in places]
+        if len(could_be) > 1 and (column != "label" or len({first[place] for place in places}) > 1):
             raise ValueError(
-                f"expected one column {column} in {str(file)!r}, got {', '.join(lines[0][1])}; a column for each class "
-                "(multi-label, one-hot) is not supported: give one label per image"
+                f"expected one column {column} in {str(file)!r}, got {' and '.join(could_be)}, each of which could be "
+                "it; rename all but one of them in the first line"
             )
+    if len(named["label"]) != 1:
+        raise ValueError(
+            f"expected one column label in {str(file)!r}, got {', '.join(lines[0][1])}; a column for each class "
+            "(multi-label, one-hot) is not supported: give one label per image"
+        )
     return {column: places[0] for column, places in named.items() if places}, 1
 
 
-def _row(where: str, cells: list[str], columns: dict[str, int], total: int) -> Row:
+def _row(where: str, cells: list[str], columns: dict[str, int], total: int, roots: tuple[str, str]) -> Row:
     given = ",".join(cells)
     if len(cells) > total:
         raise ValueError(
@@ -119,18 +130,31 @@ def _row(where: str, cells: list[str], columns: dict[str, int], total: int) -> R
         raise ValueError(f"expected a path and a label in {where}, got {given!r}")
     if any(sign in label for sign in _BETWEEN_LABELS):
         raise ValueError(f"expected one label in {where}, got {label!r}; multi-label images are not supported")
-    if part and part.lower() not in _PARTS:
+    if part and part.lower() not in PART_OF:
         raise ValueError(
             f"expected a split train, val or test in {where}, got {part!r}; if that is a further label: multi-label "
             "images are not supported"
         )
-    return Row(os.path.normpath(path), label, _PARTS[part.lower()] if part else None)
+    return Row(_below(roots, path), label, PART_OF[part.lower()] if part else None)
 
 
-def _check_one_row_an_image(file: Path, rows: list[Row]) -> None:
-    seen: dict[str, Row] = {}
+def _below(roots: tuple[str, str], path: str) -> str:
+    """A path, relative to root if it is below it, whichever way it and root are written."""
+    whole = os.path.normpath(os.path.join(roots[0], path))
+    for root in roots:
+        if whole.startswith(start := os.path.join(root, "")):
+            return whole.removeprefix(start)
+    folder, name = os.path.split(whole)
+    start = os.path.join(roots[0], "")
+    resolved = os.path.join(os.path.realpath(folder), name)
+    return resolved.removeprefix(start) if resolved.startswith(start) else os.path.normpath(path)
+
+
+def _one_row_an_image(file: Path, rows: list[Row], root: str) -> list[Row]:
+    """The first row of each image; others must say the same."""
+    kept: dict[str, Row] = {}
     for row in rows:
-        other = seen.setdefault(row.path, row)
+        other = kept.setdefault(os.path.normpath(os.path.join(root, row.path)), row)
         if other.label != row.label:
             raise ValueError(
                 f"{str(file)!r} has {row.path} with the labels {other.label!r} and {row.label!r}; multi-label images "
@@ -138,3 +162,4 @@ def _check_one_row_an_image(file: Path, rows: list[Row]) -> None:
             )
         if other.part != row.part:
             raise ValueError(f"{str(file)!r} has {row.path} in {other.part} and in {row.part}; give it one split")
+    return list(kept.values())

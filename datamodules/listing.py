@@ -90,6 +90,12 @@ def _leads_back(here: str, name: str) -> bool:
     return os.path.islink(path) and Path(path).resolve() in (inside := Path(here).resolve(), *inside.parents)
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image below a folder, which is searched only up to it."""
+    names = (name for _, files in _walk(folder, Found()) for name in files)
+    return any(is_image(name) and not is_hidden(name) for name in names)
+
+
 def image_paths(folder: str | Path) -> list[str]:
     """The image files below a folder, searched recursively; files left out are reported.
 

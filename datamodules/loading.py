@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from .images import Batch, mixed_seed
 from .splits import draw_balanced
@@ -70,6 +70,28 @@ class EpochSampler(DistributedSampler[Any]):
         drawn = draw_balanced(labels, len(labels), mixed_seed(self.seed, self.epoch))
         for place in range(self.rank, self.total_size, self.num_replicas):
             yield (self.epoch * len(labels) + place) * len(labels) + int(drawn[place])
+
+
+class SameSampler(DistributedSampler[Any], SequentialSampler):
+    """The same samples in every epoch, in the data set's order, for ``overfit_batches``.
+
+    Lightning replaces any sampler that is not sequential under ``overfit_batches``, and over several processes any that
+    is not distributed, by one of its own, which could not start after what a resumed run has already trained on.
+
+    Args:
+        dataset: The data set.
+        world_size: Number of processes.
+        rank: Which of the processes this is.
+        taken: As in `EpochSampler`.
+    """
+
+    def __init__(self, dataset: Any, world_size: int, rank: int, taken: Callable[[Any], int]) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=False, drop_last=True)
+        self.data_source = dataset
+        self.taken = taken
+
+    def __iter__(self) -> Iterator[int]:
+        yield from islice(super().__iter__(), self.taken(self), None)
 
 
 class EpochLoader(DataLoader[Batch]):

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .base import ImageDataModule
+from .base import ImageDataModule, free_cores
 from .decoding import CENTRE, COLOUR, LOOKED_AT, Decoding, UnknownRangeError, UnreadableError, centre_seen, read_image
 from .files import IMAGENET_MEAN, IMAGENET_STD
 from .images import UNREADABLE, Batch, blank, crops, mixed_seed
@@ -45,8 +46,9 @@ class WebDataset(ImageDataModule):
     every worker of every process reads its own contiguous range: the number and the sizes of shards are arbitrary. Each
     sample is evaluated once. In training the shards are shuffled each epoch, and all processes get equally many samples
     and batches: up to world size - 1 samples of the epoch's last shard are dropped, and a last batch of a single sample
-    per process. Batches depend on the seed and on the numbers of workers and processes. Predictions are in the order of
-    the shards, so that one worker decodes for them.
+    per process. Batches depend on the seed and on the numbers of workers and processes: a resumed run has as many
+    workers as the interrupted one, unless ``num_workers`` is given. Predictions are in the order of the shards, so that
+    one worker decodes for them.
 
     Images and labels are not known before they are read: for few labels, other class proportions or a validation split
     taken from the training images, write shards of the images that you want, or use `ImageFolder`.
@@ -107,9 +109,26 @@ class WebDataset(ImageDataModule):
         self.decoding = replace(self.decoding, centre=centre)
         return parts
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the numbers of an interrupted run, whose number of workers is taken where none is given."""
+        super().load_state_dict(state_dict)
+        cores = free_cores(self.trainer)
+        if self.num_workers is None and (workers := self._workers()) != cores:
+            rank_zero_info(f"num_workers is {workers} as in the interrupted run, not {cores}: batches depend on it")
+
+    def _numbers(self) -> dict[str, int]:
+        # Without workers the batches are those of one worker.
+        return {**super()._numbers(), "num_workers": max(1, self._workers())}
+
+    def _workers(self) -> int:
+        """The number of workers as given, as in the interrupted run, or by the machine's cores."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return self._before.get("num_workers", free_cores(self.trainer))
+
     def _loader(self, name: str, training: bool = False, as_stored: bool = False) -> DataLoader[Batch]:
         # Batches of several workers would alternate, each from the worker's own range.
-        workers = int(self.num_workers != 0) if as_stored else None
+        workers = int(self.num_workers != 0) if as_stored else self._workers()
         return self._load(self._dataset(self._part(name), training), training, workers, batch_size=None)
 
     def _dataset(self, part: Shards, training: bool) -> ShardBatches:

@@ -22,7 +22,7 @@ from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
 from ncfinetune.datamodules.augmenting import BatchAugmentation
 from ncfinetune.datamodules.images import Labelled, TensorImages
-from ncfinetune.datamodules.loading import EpochSampler
+from ncfinetune.datamodules.loading import EpochSampler, SameSampler
 from ncfinetune.passes import evenly
 from ncfinetune.samples import known_labels
 
@@ -418,7 +418,6 @@ def test_first_batches_have_the_classes_in_their_shares(folder: Path, split: str
     ("option", "stage"),
     [("limit_val_batches", "val"), ("overfit_batches", "train0"), ("num_sanity_val_steps", "sanity")],
 )
-@pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_whatever_limits_a_run_leaves_it_all_classes(folder: Path, option: str, stage: str) -> None:
     seen = _fit(_folder(folder, batch_size=3), **{option: 1}).seen[stage]
     assert [sorted(labels.tolist()) for _, labels in seen] == [[0, 1, 2]]
@@ -463,8 +462,7 @@ def test_a_step_goes_on_drawing_until_it_begins_again() -> None:
 
 
 def test_overfitting_on_a_batch_works(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="requested to overfit"):
-        model = _fit(_folder(folder), overfit_batches=2, max_epochs=2)
+    model = _fit(_folder(folder), overfit_batches=2, max_epochs=2)
     assert torch.equal(model.labels("train0"), model.labels("train1"))
 
 
@@ -472,6 +470,13 @@ def test_an_image_left_over_does_not_make_a_batch_of_one() -> None:
     data = Digits([1, 2], shots=13, batch_size=5)
     assert [len(labels) for _, labels in _fit(data).seen["train0"]] == [5] * 5
     assert [len(labels) for _, labels in _fit(Digits([1, 2], shots=13, batch_size=4)).seen["train0"]] == [4] * 6 + [2]
+
+
+@pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3)])
+def test_processes_overfit_on_different_images(images: int, processes: int) -> None:
+    own = [list(SameSampler(range(images), processes, rank, taken=lambda _: 2)) for rank in range(processes)]
+    each = images // processes
+    assert own == [list(range(rank, each * processes, processes))[2:] for rank in range(processes)]
 
 
 @pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3), (7, 4)])

@@ -11,7 +11,14 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from ncfinetune.datamodules import ImageFolder, Recipe
-from ncfinetune.datamodules.decoding import Decoding, UnknownRangeError, UnreadableError, read_image
+from ncfinetune.datamodules.decoding import (
+    CENTRE,
+    Decoding,
+    UnknownRangeError,
+    UnreadableError,
+    centre_seen,
+    read_image,
+)
 
 
 def _picture(width: int, height: int) -> Image.Image:
@@ -52,6 +59,24 @@ def test_images_are_upright(orientation: int, kind: str, size: tuple[int, int]) 
         region = (left, top, left + width, top + height)
         shown = np.asarray(upright.resize((24, 24), Image.Resampling.BILINEAR, box=region), np.float32)
         assert np.abs(view.permute(1, 2, 0).numpy() - shown).mean() < 1.5
+
+
+def test_an_image_of_more_pixels_than_pillow_reads_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    _picture(20, 16).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 159)
+    message = (
+        f"cannot read {path} as an image: it states more pixels than Pillow's limit of 318 allows; if the file is "
+        "intact, make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, which is half of the limit (159)"
+    )
+    with pytest.raises(UnreadableError) as caught:
+        read_image(str(path), 8)
+    assert str(caught.value) == message
+    assert centre_seen([str(path)], 8) == CENTRE
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 320)
+    assert read_image(str(path), 8).shape == (1, 3, 8, 8)
 
 
 def test_orientation_holds_in_training_and_in_memory(tmp_path: Path) -> None:

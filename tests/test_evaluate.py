@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from image_files import colour, write_image
+from lightning.pytorch import LightningDataModule, LightningModule
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -18,10 +19,12 @@ from sklearn import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import QUIET, RANDOM, _csv, _fit, _refusal
 from test_ship import NARROW, _checkpoint, _data, _folder
+from tiny import trainer_in
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import FineTuner
 from ncfinetune.cli import main
+from ncfinetune.datamodules import ImageFolder
 from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
@@ -169,6 +172,30 @@ def test_the_most_confident_mistakes_of_all_batches_are_kept(tmp_path: Path) -> 
     wrong = sorted((n for n in range(60) if n % 20 < 18), key=lambda n: -likeliest[n])
     assert [mistake.name for mistake in rows.mistakes] == [str(n) for n in wrong[:24]]
     assert sum(map(len, rows.labels)) == 57
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_rows_and_mistakes_name_the_files_of_a_run_s_own_images(in_memory: bool, tmp_path: Path) -> None:
+    """Of a model that takes every image for one of the first class."""
+    for number in range(16):
+        write_image(tmp_path / ("train", "test")[number // 8] / "ab"[number % 2] / f"{number:02d}.png", number)
+
+    class First(LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return torch.tensor([[0.9, 0.1]]).expand(len(batch[0]), 2)
+
+    data = ImageFolder(str(tmp_path), image_size=8, num_workers=0, batch_size=3, in_memory=in_memory)
+    rows: Any = PredictionRows(tmp_path / "a.csv", None, None, None, True)
+    trainer_in(tmp_path, callbacks=[rows]).predict(First(), data)
+    rows.table.finish()
+    expected = [str(tmp_path / "test" / name) for name in ("a/08.png", "a/10.png", "a/12.png", "a/14.png")]
+    expected += [str(tmp_path / "test" / name) for name in ("b/09.png", "b/11.png", "b/13.png", "b/15.png")]
+    written = _csv(tmp_path / "a.csv")
+    assert [(row["file"], row["label"]) for row in written] == list(zip(expected, "aaaabbbb", strict=True))
+    assert sorted(mistake.name for mistake in rows.mistakes) == expected[4:]
+    for mistake in rows.mistakes:
+        number = int(Path(mistake.name).stem)
+        assert np.abs(mistake.image.mean((0, 1)) - colour(number)).max() < 2
 
 
 def test_a_picture_is_what_the_network_saw() -> None:

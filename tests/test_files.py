@@ -47,6 +47,40 @@ def test_folders_are_parts(tmp_path: Path) -> None:
     assert data.class_names == ["ant", "bee"]
 
 
+@pytest.mark.parametrize("names", [("Train", "VALID", "Test"), ("train", "validation", "TEST")])
+def test_folders_of_parts_go_by_the_words_of_a_table(names: tuple[str, ...], tmp_path: Path) -> None:
+    written = _write(tmp_path, dict(zip(names, (4, 2, 3), strict=True)))
+    data = _make(tmp_path)
+    assert [_read(data, part) for part in ("train", "val", "test")] == list(written.values())
+    assert data.class_names == ["ant", "bee"]
+
+
+def test_folders_beside_the_parts_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    written = _write(tmp_path, {"train": 4, "val": 2, "training": 1, ".cache": 1})
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "notes.txt").write_text("x")
+    message = (
+        r"left out 1 folder with images of '.*' beside train, val: training; to use them, name the folders: "
+        r"folders={train: ..., val: ..., test: ...}"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        data = _make(tmp_path)
+    assert len(caught) == 1
+    assert _read(data, "train") == written["train"]
+    named = _make(tmp_path, folders={"train": "train", "val": "val", "test": "training"})
+    assert _read(named, "test") == written["training"]
+
+
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    written = _write(tmp_path, {"": 5}, ("bus", "Train"))
+    message = r"at least two classes in '.*Train', got \[\]; if Train is a class itself, give folders={train: .}"
+    with pytest.warns(UserWarning, match="beside Train: bus"), pytest.raises(ValueError, match=message):
+        _make(tmp_path)
+    data = _make(tmp_path, folders={"train": "."}, val_fraction=0.0)
+    assert _read(data, "train") == written[""]
+    assert data.class_names == ["Train", "bus"]
+
+
 def test_validation_is_cut_from_train_where_there_is_no_folder(tmp_path: Path) -> None:
     written = _write(tmp_path, {"train": 10, "test": 3})
     data = _make(tmp_path, val_fraction=0.3)
@@ -143,8 +177,21 @@ def _empty_class(root: Path) -> None:
 
 
 def _no_train(root: Path) -> None:
-    for folder in ("Train/a", "Train/b", "val/a", "val/b"):
+    for folder in ("training/a", "training/b", "Valid/a", "Valid/b"):
         (root / folder).mkdir(parents=True)
+
+
+def _two_of_a_part(root: Path) -> None:
+    for part in ("train", "val", "Validation"):
+        _write(root, {part: 1})
+
+
+def _other_words(root: Path) -> None:
+    _write(root, {"Training": 2, "testing": 2})
+
+
+def _a_level_deeper(root: Path) -> None:
+    _write(root / "train", {"train": 2, "val": 2})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +204,27 @@ def _no_train(root: Path) -> None:
         (_empty_class, {}, "ant"),
         (_other_classes, {"folders": {"train": "train", "val": "dev"}}, r"no folder .*dev; correct folders="),
         (_other_classes, {"folders": {"val": "val"}}, "expected folders to name train and optionally val and test"),
-        (_no_train, {}, r"expected a folder train beside val in .*, got Train, val; rename it, or name the folders"),
+        (
+            _no_train,
+            {},
+            r"expected a folder train beside Valid in .*, got Valid, training; rename it, or name the fold",
+        ),
+        (
+            _two_of_a_part,
+            {},
+            r"expected one folder of val images in '.*', got Validation and val; join them, or name the",
+        ),
+        (
+            _other_words,
+            {},
+            r"expected a folder for each class in '.*images', got Training, testing, which are words for splits; name "
+            r"the folders: folders={train: ..., val: ..., test: ...}",
+        ),
+        (
+            _a_level_deeper,
+            {},
+            r"expected a folder for each class in '.*train', got train, val, which are words for spl",
+        ),
         (_other_classes, {"test_fraction": 1.0}, r"expected test_fraction in \[0, 1\), got 1.0"),
         (_one_class, {"shots": 0}, "at least two classes"),
     ],
@@ -296,6 +363,21 @@ def test_holding_images_in_memory_names_the_file_that_cannot_be_read(tmp_path: P
     (tmp_path / "val" / "ant" / "01.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cannot read .*01.png as an image"):
         _make(tmp_path, in_memory=True).setup("fit")
+
+
+@pytest.mark.parametrize("held", ["in_memory", "device_cache"])
+def test_images_held_in_memory_are_predicted_in_the_order_of_the_files(held: str, tmp_path: Path) -> None:
+    written = _write(tmp_path, {"train": 5, "test": 5})
+    data = _make(tmp_path, batch_size=4, **{held: True})
+    data.setup("predict")
+    loader: Any = data.predict_dataloader()
+    assert [number_of(image.numpy()) for images, _ in loader for image in images] == written["test"]
+    paths = [str(path) for path in sorted((tmp_path / "test").rglob("*.png"))]
+    assert loader.dataset.samples == [(path, int(number > 4)) for number, path in enumerate(paths)]
+    whole = _make(tmp_path, batch_size=4)
+    whole.setup("predict")
+    for own, other in zip(data.test_dataloader(), whole.test_dataloader(), strict=True):
+        assert all(map(torch.equal, own, other))
 
 
 def test_files_of_a_folder_are_predicted_as_the_test_images_are(tmp_path: Path) -> None:

@@ -67,6 +67,34 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path: Path, caplog: pyt
     assert "ignored 1 duplicate row of" in caplog.text
 
 
+def test_a_path_may_be_written_in_any_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = _images(tmp_path / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    write_image(tmp_path / "outside.png", 8)
+    rows = [f"{name},{number % 2}" for number, name in enumerate(names)]
+    again = [f"{tmp_path}/images/{names[0]}", f"{tmp_path}/link/{names[2]}", f"../images/deeper/../{names[4]}"]
+    rows += [f"{path},0" for path in [*again, "../outside.png", f"{tmp_path}/outside.png"]]
+    splits = []
+    for root, folder in (("images", tmp_path), (".", tmp_path / "images"), ("link", tmp_path), ("link/.", tmp_path)):
+        monkeypatch.chdir(folder)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            data = _make(Path(root), "\n".join(rows), test_fraction=0.25)
+            data.setup("fit")
+        splits.append([sorted(_read(data, split)) for split in ("train", "val", "test")])
+        assert sorted(number for part in splits[-1] for number, _ in part) == list(range(9))
+        assert "ignored 4 duplicate rows of" in caplog.text
+        assert "does not name" not in caplog.text
+    assert all(other == splits[0] for other in splits)
+    for path in (f"{tmp_path}/images/{names[0]}", f"{tmp_path}/link/{names[0]}", f"../images/{names[0]}"):
+        with pytest.raises(ValueError, match=rf"has 00.png with the labels '0' and 'b'; {MULTI} images are not"):
+            _make(tmp_path / "images", "\n".join([*rows, f"{path},b"]))
+    with pytest.raises(ValueError, match=r"has .*/outside.png with the labels '0' and 'b'"):
+        _make(tmp_path / "images", "\n".join([*rows, "../images/../outside.png,b"]))
+
+
 def test_the_file_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(f"{name},{number % 2}" for number, name in enumerate(_images(tmp_path / "images")))
     (tmp_path / "labels.csv").write_text(text)
@@ -100,6 +128,12 @@ MULTI = r"\(?multi-label"
         ("path,label\n", "labels.csv' has no rows"),
         ("path,cat,dog\n00.png,0,1", rf"expected one column label in .*, got path, cat, dog; a column for .* {MULTI}"),
         ("path,label,label\n00.png,a,b", rf"expected one column label in .*, got path, label, label; .* {MULTI}"),
+        (
+            "image,path,label\n0,00.png,a",
+            "expected one column path in '.*labels.csv', got image and path, each of which could be it; rename all but",
+        ),
+        ("path,split,label,split\n00.png,train,a,val", "expected one column split in .*, got split and split, each of"),
+        ("path,label,Class\n00.png,3,cat", "expected one column label in .*, got label and Class, each of which could"),
         ("00.png,a\n00.png,b", rf"has 00.png with the labels 'a' and 'b'; {MULTI} images are not supported"),
         ("00.png,a|b\ndeeper/01.png,b", rf"expected one label in line 1 of .*, got 'a\|b'; {MULTI} images are not"),
         ('00.png,a\ndeeper/01.png,"a, b"', rf"expected one label in line 2 of .*, got 'a, b'; {MULTI}"),

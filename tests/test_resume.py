@@ -1,5 +1,6 @@
 """A run that stops anywhere goes on as if it had not: the same images, random numbers, means and weights."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from image_files import write_image
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from test_datamodules import Recorder, _trainer
 from test_shards import _write_shards
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -204,6 +206,104 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         assert measured == pytest.approx(numbers, nan_ok=True, rel=1e-6)
 
 
+def _recorded(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None, **options: Any) -> Recorder:
+    """The batches of two epochs, with a checkpoint at each step and at each epoch's end in `folder`."""
+    seed_everything(0, verbose=False)
+    saved = [
+        ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1),
+        ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+    ]
+    model = Recorder()
+    options = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": saved, "limit_val_batches": 0, **options}
+    _trainer(**options).fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    return model
+
+
+OTHER_NUMBERS: dict[str, tuple[Make, Make, str, str]] = {
+    "memory": (DATA["memory"], lambda f, s: Digits([1, 2, 3], shots=12, batch_size=7), "batch_size 5", "batch_size 7"),
+    "folder": (
+        lambda f, s: ImageFolder(str(f), **{**FILES, "num_workers": 0}),
+        lambda f, s: ImageFolder(str(f), **{**FILES, "batch_size": 4}),
+        "batch_size 5",
+        "batch_size 4",
+    ),
+    "shards": (
+        lambda f, s: _shards(s, num_workers=0),
+        lambda f, s: _shards(s, num_workers=2, batch_size=6),
+        "batch_size 5, num_workers 1",
+        "batch_size 6, num_workers 2",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("kind", OTHER_NUMBERS)
+def test_batches_that_cannot_go_on_within_an_epoch_are_said(
+    kind: str, folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    before, after, expected, got = OTHER_NUMBERS[kind]
+    _recorded(before(folder, shards), tmp_path / "whole")
+    message = (
+        f"expected {expected} as in the interrupted run, to go on within an epoch, got {got}: the rest of this epoch "
+        "has other batches, and some of its images are seen twice and others not at all; give the numbers as they "
+        "were, or resume from a checkpoint of an epoch's end"
+    )
+    for step in (2, 6):  # of 7, and after the second there may be none of larger ones
+        with pytest.warns(UserWarning, match="as in the interrupted run") as caught:
+            _recorded(after(folder, shards), tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert [str(warning.message) for warning in caught if "interrupted" in str(warning.message)] == [message]
+    _recorded(after(folder, shards), tmp_path / "end", tmp_path / "whole" / "epoch=0.ckpt")  # a warning is an error
+    checkpoint = torch.load(tmp_path / "whole" / "step=2.ckpt", weights_only=True)
+    checkpoint.pop(type(before(folder, shards)).__qualname__)
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    _recorded(after(folder, shards), tmp_path / "old", tmp_path / "old.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:This DataLoader will create")
+def test_shards_go_on_with_the_workers_of_another_machine(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_cores(number: int, place: str, ckpt_path: Path | None = None) -> Recorder:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
+        return _recorded(_shards(shards, num_workers=None), tmp_path / place, ckpt_path)
+
+    whole = on_cores(3, "whole")
+    for name, done in (("step=2", 2), ("epoch=0", 7)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            rest = on_cores(1, f"from {name}", tmp_path / "whole" / f"{name}.ckpt")
+        assert "num_workers is 3 as in the interrupted run, not 1: batches depend on it" in caplog.text
+        batches, further = ([*of.seen.get("train0", []), *of.seen["train1"]] for of in (whole, rest))
+        assert len(further) == len(batches) - done
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(further, batches[done:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_fewer_processes_cannot_go_on_within_an_epoch(folder: Path, shards: Path, tmp_path: Path) -> None:
+    _recorded(DATA["memory"](folder, shards), tmp_path / "two", devices=2, strategy="ddp_fork")
+    message = r"expected processes 2 as in the interrupted run, to go on within an epoch, got processes 1: the rest"
+    with pytest.warns(UserWarning, match=message):
+        _recorded(DATA["memory"](folder, shards), tmp_path / "one", tmp_path / "two" / "step=2.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You requested to overfit")
+@pytest.mark.parametrize("kind", ["memory", "balanced", "folder, 2 workers", "shards", "shards, 2 workers"])
+def test_a_run_that_overfits_goes_on_within_an_epoch(kind: str, folder: Path, shards: Path, tmp_path: Path) -> None:
+    whole = _recorded(DATA[kind](folder, shards), tmp_path / "whole", overfit_batches=3)
+    assert torch.equal(whole.labels("train0"), whole.labels("train1"))
+    for step in (2, 4):
+        rest = _recorded(
+            DATA[kind](folder, shards),
+            tmp_path / f"from {step}",
+            tmp_path / "whole" / f"step={step}.ckpt",
+            overfit_batches=3,
+        )
+        batches, further = ([*of.seen.get("train0", []), *of.seen["train1"]] for of in (whole, rest))
+        assert len(further) == 6 - step
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(further, batches[step:], strict=True))
+
+
 def test_each_process_gets_its_own_state_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def trainer(rank: int, world: int) -> Any:
         return SimpleNamespace(
@@ -321,13 +421,19 @@ def test_a_validation_that_is_due_within_an_epoch_is_made_once(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You requested to overfit but enabled val")
 @pytest.mark.parametrize(
-    ("learner", "kind"),
-    [("supervised", "memory"), ("supervised", "balanced"), ("cached", "plain"), ("supervised", "shards, 2 workers")],
+    ("learner", "kind", "options"),
+    [
+        ("supervised", "memory", {}),
+        ("supervised", "balanced", {}),
+        ("cached", "plain", {}),
+        ("cached", "plain", {"overfit_batches": 3}),
+        ("supervised", "shards, 2 workers", {}),
+    ],
 )
 def test_two_processes_go_on_as_if_they_had_not_stopped(
-    learner: str, kind: str, folder: Path, shards: Path, tmp_path: Path
+    learner: str, kind: str, options: dict[str, Any], folder: Path, shards: Path, tmp_path: Path
 ) -> None:
     def fit(place: str, ckpt_path: Path | None = None) -> Any:
         seed_everything(0, verbose=False)
@@ -346,6 +452,7 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            **options,
         )
         model = LEARNERS[learner](1 if kind in IN_GREY else 3)
         trainer.fit(model, DATA[kind](folder, shards), ckpt_path=ckpt_path, weights_only=True)
