@@ -141,6 +141,30 @@ def test_rows_have_true_classes_and_the_most_probable_ones(suffix: str, tmp_path
         Table(tmp_path / "b.csv", "file", NAMES, top_k=0)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_no_class_is_mistaken_for_another_column(suffix: str, tmp_path: Path) -> None:
+    names = ["probability of error", "error", "label", "file", "index", "prediction", "ok", "ok"]
+    written = Table(tmp_path / f"a.{suffix}", "file", names, labelled=True)
+    shares = [n / 36 for n in range(1, 9)]
+    written.add(["x"], torch.tensor([shares]), [""], [1])
+    written.finish()
+    columns = ["probability of error", "probability of probability of error"]
+    columns += [f"probability of {name}" for name in ("label", "file", "index", "prediction")]
+    columns += ["ok", "probability of ok"]
+    (row,) = parquet.read_table(written.path).to_pylist() if suffix == "parquet" else _csv(written.path)
+    assert list(row) == ["file", "label", "prediction", *columns, "error"]
+    assert (row["file"], row["label"], row["prediction"], row["error"] or None) == ("x", "error", "ok", None)
+    assert [float(row[column]) for column in columns] == pytest.approx(shares, abs=1e-6)
+
+
+def test_a_class_named_true_class_has_a_column_of_its_own(tmp_path: Path) -> None:
+    write(evaluate(torch.eye(2), torch.tensor([0, 1]), ["false class", "true class"]), tmp_path, {})
+    assert _csv(tmp_path / "confusion.csv") == [
+        {"true class": "false class", "false class": "1", "predicted true class": "0"},
+        {"true class": "true class", "false class": "0", "predicted true class": "1"},
+    ]
+
+
 def test_pictures_have_every_class_and_file() -> None:
     shares, labels = _outcome()
     found = evaluate(shares, labels, ["a", "b", "$c", "d_d", "e"])
