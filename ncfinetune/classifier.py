@@ -21,7 +21,7 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.copies import CopyError
 from ncfinetune.image_predictions import ImagePredictions, predict_images
 from ncfinetune.inputs import check_labels, may_look, whole
-from ncfinetune.learner import Batch, Interval, Learner
+from ncfinetune.learner import Batch, Interval, Learner, are_numbers
 from ncfinetune.passes import drawn_labels, draws_by_weights
 from ncfinetune.schedule import depths, layer_groups, two_groups
 
@@ -179,10 +179,12 @@ class Classifier(Learner):
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Refuse a datamodule with other classes, and warn of one that prepares images otherwise.
 
+        Names ``0`` to ``K - 1`` may stand for any others, unless these are numbers too.
+
         Raises:
             ValueError: The datamodule has other classes, or the same classes in another order.
         """
-        if names and self.class_names and names != self.class_names:
+        if names and self.class_names and _contradict(names, self.class_names):
             raise ValueError(
                 f"the model was trained on the classes {_listed(self.class_names)}, but the datamodule has "
                 f"{_listed(names)}; expected the same classes in the same order"
@@ -334,6 +336,14 @@ def _balanced(counts: Tensor) -> Tensor:
     """Weights that give every class with samples the same total weight, and the samples 1 on average."""
     present = counts > 0
     return torch.where(present, counts.sum() / present.sum() / counts, 0.0)
+
+
+def _contradict(names: list[str], others: list[str]) -> bool:
+    """Whether two lists name different classes; ``0`` to ``K - 1`` may be the labels of any that are not numbers."""
+    if not (are_numbers(names) or are_numbers(others)):
+        return names != others
+    all_numbers = all(name.isdecimal() for name in [*names, *others])
+    return all_numbers and [*map(int, names)] != [*map(int, others)]
 
 
 def _remedy(other: list[str]) -> str:

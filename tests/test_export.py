@@ -455,6 +455,7 @@ def test_what_is_refused_says_why(
     (full / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("x")
     nameless = str(_saved(FineTuner(3, NARROW), tmp_path / "nameless.ckpt", names=None))
+    numbered = str(_saved(FineTuner(3, NARROW), tmp_path / "numbered.ckpt", names=[*"012"]))
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "data": {**content["data"], "preprocessing": None}}, tmp_path / "imageless.ckpt")
     torch.save(content["state_dict"], tmp_path / "weights.pth")
@@ -476,6 +477,11 @@ def test_what_is_refused_says_why(
         (checkpoint, f"{path}/file"): f"'{path}/file' is a file; name a folder that is new, empty or an earlier export",
         (
             nameless,
+            model,
+        ): "has no class names, since its data only numbered the classes; give --class_names and 3 names "
+        "in the order of the labels",
+        (
+            numbered,
             model,
         ): "has no class names, since its data only numbered the classes; give --class_names and 3 names "
         "in the order of the labels",
@@ -507,8 +513,9 @@ def test_what_is_refused_says_why(
         assert message in capsys.readouterr().err
     assert not Path(model).exists()
     assert [file.name for file in full.iterdir()] == ["notes.txt"]
-    assert main(["export", nameless, model, "--class_names", "a", "b", "c"]) == 0
-    assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == ["a", "b", "c"]
+    for unnamed, names in ((nameless, "abc"), (numbered, "012"), (numbered, "abc")):
+        assert main(["export", unnamed, model, "--class_names", *names]) == 0
+        assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == [*names]
     assert main(["export", checkpoint, model]) == 0  # an earlier export is replaced
     assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == NAMES
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from test_cli import QUIET, RANDOM, TINY, _fit, _refusal
-from tiny import trainer_in
+from tiny import SMALL, trainer_in
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.cli import main
@@ -107,6 +107,67 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert tuned.class_names == ["apple", "lime", "plum"]
     with pytest.raises(ValueError, match="was trained on the classes apple, lime, plum, but the datamodule has"):
         tuned.compare_data(["plum", "lime", "apple"], None)
+
+
+_TWELVE = [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "message"),
+    [
+        (_TWELVE, sorted(_TWELVE), "classes 0, 1, 2, 3, 4, ... (12), but the datamodule has 0, 1, 10, 11, 2, ... (12)"),
+        (sorted(_TWELVE), _TWELVE, "classes 0, 1, 10, 11, 2, ... (12), but the datamodule has 0, 1, 2, 3, 4, ... (12)"),
+        ([*"56789"], [*"01234"], "classes 5, 6, 7, 8, 9, but the datamodule has 0, 1, 2, 3, 4"),
+        ([*"01234"], [*"56789"], "classes 0, 1, 2, 3, 4, but the datamodule has 5, 6, 7, 8, 9"),
+        (_TWELVE, _TWELVE, None),
+        (_TWELVE, [f"{number:02}" for number in range(12)], None),
+        ([*"012"], ["apple", "lime", "plum"], None),
+        (["apple", "lime", "plum"], [*"012"], None),
+        (["apple", "1", "2"], [*"012"], None),
+        (None, [*"987"], None),
+        ([*"987"], None, None),
+    ],
+)
+def test_numbers_stand_for_any_names_but_other_numbers(
+    trained: list[str] | None, given: list[str] | None, message: str | None
+) -> None:
+    model = FineTuner(len(trained or given or ()), {"name": "resnet18", "channels": [4, 6, 8, 10]})
+    model.class_names = trained
+    if message is None:
+        model.compare_data(given, None)
+        return
+    whole = f"the model was trained on the {message}; expected the same classes in the same order"
+    with pytest.raises(ValueError, match=re.escape(whole) + "$"):
+        model.compare_data(given, None)
+
+
+@pytest.mark.parametrize(("trained", "others"), [(range(5), range(5, 10)), (range(5, 10), range(5))])
+def test_a_network_of_some_digits_is_not_tested_on_others(trained: range, others: range, tmp_path: Path) -> None:
+    model = FineTuner(5, SMALL, head_init="ridge", allow_random=True)
+    trainer = trainer_in(tmp_path, max_epochs=0)
+    trainer.fit(model, Digits([*trained], shots=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model.save_delta(tmp_path / "a.safetensors")
+    base = {"path": str(tmp_path / "a.ckpt"), "prefix": "backbone.net."}
+    for again in (
+        FineTuner.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True),
+        FineTuner.from_delta(tmp_path / "a.safetensors", checkpoint=base),
+    ):
+        assert again.class_names == [*map(str, trained)]
+        trainer_in(tmp_path).test(again, Digits([*trained]), verbose=False)
+        with pytest.raises(ValueError, match="expected the same classes in the same order"):
+            trainer_in(tmp_path).test(again, Digits([*others]), verbose=False)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.save({**content, "data": {**content["data"], "class_names": None}}, tmp_path / "unknown.ckpt")
+    unknown = FineTuner.load_from_checkpoint(tmp_path / "unknown.ckpt", weights_only=True)
+    trainer_in(tmp_path).test(unknown, Digits([*others]), verbose=False)
+
+
+def test_numbers_do_not_replace_the_names_that_are_known(tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, head_init="ridge", allow_random=True)
+    model.class_names = ["apple", "lime", "plum"]
+    trainer_in(tmp_path, max_epochs=0).fit(model, Digits([0, 1, 2], shots=2))
+    assert model.class_names == ["apple", "lime", "plum"]
 
 
 _BY_FILES = "predict image files by --images or predict_images, which prepare them as the training did"
