@@ -236,7 +236,6 @@ IMPORTS = {
         "datamodules.indexed",
         "datamodules.labels",
         "datamodules.listing",
-        "datamodules.splits",
     },
     "datamodules.images": {"datamodules.decoding", "datamodules.recipes", "datamodules.splits"},
     "datamodules.indexed": {"datamodules.base", "datamodules.images", "datamodules.loading", "datamodules.splits"},
