@@ -21,15 +21,22 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.copies import CopyError
 from ncfinetune.image_predictions import ImagePredictions, predict_images
 from ncfinetune.inputs import check_labels, may_look, whole
-from ncfinetune.learner import Batch, Interval, Learner
+from ncfinetune.learner import Batch, Interval, Learner, are_numbers
 from ncfinetune.passes import drawn_labels, draws_by_weights
 from ncfinetune.schedule import depths, layer_groups, two_groups
 
 ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
 _ROW_SUM_TOLERANCE = 1e-2
-# Entries of the preprocessing that change the value of a pixel.
-_NORMALISED_BY = ("mean", "std", "value_range")
+# Entries of the preprocessing that change the pixels, and the option of datamodules for each; two depend on the data.
+_PREPARED_BY = {
+    "mean": "mean",
+    "std": "std",
+    "value_range": "value_range",
+    "input_size": "image_size",
+    "crop_pct": None,
+    "stored_size": None,
+}
 
 
 class Classifier(Learner):
@@ -174,23 +181,25 @@ class Classifier(Learner):
                 )
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
-        """Refuse a datamodule with other classes, and warn of one with another normalisation of images.
+        """Refuse a datamodule with other classes, and warn of one that prepares images otherwise.
+
+        Names ``0`` to ``K - 1`` may stand for any others, unless these are numbers too.
 
         Raises:
             ValueError: The datamodule has other classes, or the same classes in another order.
         """
-        if names and self.class_names and names != self.class_names:
+        if names and self.class_names and _contradict(names, self.class_names):
             raise ValueError(
                 f"the model was trained on the classes {_listed(self.class_names)}, but the datamodule has "
                 f"{_listed(names)}; expected the same classes in the same order"
             )
         ours, theirs = self.preprocessing or {}, images or {}
-        other = [key for key in _NORMALISED_BY if ours and theirs and ours.get(key) != theirs.get(key)]
-        if other:
-            trained, given = (", ".join(f"{key}={seen.get(key)}" for key in other) for seen in (ours, theirs))
+        known = [key for key in _PREPARED_BY if key in ours and key in theirs]
+        if other := [key for key in known if ours[key] != theirs[key]]:
+            trained, given = (", ".join(f"{key}={seen[key]}" for key in other) for seen in (ours, theirs))
             rank_zero_warn(
-                f"the model was trained on images normalised with {trained}, but the datamodule normalises with "
-                f"{given}; give the datamodule the model's {' and '.join(other)}"
+                f"the model was trained on images prepared with {trained}, but the datamodule prepares them with "
+                f"{given}; {_remedy(other)}"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -331,6 +340,23 @@ def _balanced(counts: Tensor) -> Tensor:
     """Weights that give every class with samples the same total weight, and the samples 1 on average."""
     present = counts > 0
     return torch.where(present, counts.sum() / present.sum() / counts, 0.0)
+
+
+def _contradict(names: list[str], others: list[str]) -> bool:
+    """Whether two lists name different classes; ``0`` to ``K - 1`` may be the labels of any that are not numbers."""
+    if not (are_numbers(names) or are_numbers(others)):
+        return names != others
+    all_numbers = all(name.isdecimal() for name in [*names, *others])
+    return all_numbers and [*map(int, names)] != [*map(int, others)]
+
+
+def _remedy(other: list[str]) -> str:
+    """How images are prepared as in training, where these entries of the preprocessing differ."""
+    options = [option for key in other if (option := _PREPARED_BY[key])]
+    remedies = [f"give the datamodule the model's {' and '.join(options)}"] if options else []
+    if "input_size" not in other and {"crop_pct", "stored_size"} & {*other}:
+        remedies.append("predict image files by --images or predict_images, which prepare them as the training did")
+    return ", and ".join(remedies)
 
 
 def _listed(names: list[str]) -> str:

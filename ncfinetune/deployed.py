@@ -84,13 +84,17 @@ class Deployed(nn.Module):
         return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
 
     def metadata(self) -> dict[str, str]:
-        """Class names, preprocessing and what goes in and comes out, as texts; lists and mappings are JSON."""
+        """Class names, preprocessing and what goes in and comes out, as texts; lists and mappings are JSON.
+
+        The preprocessing is that of the pixels that go in, so that its ``input_size`` is theirs.
+        """
+        size = [self.channels, self.stored, self.stored]
         shape = f"uint8 (N, {self.channels}, {self.stored}, {self.stored})"
         described = {
             "input": f"pixels, {shape}, decoded, cropped to the middle crop_pct of the shorter side and resized by "
             "interpolation; scaling to 0..1 and normalisation are part of the network",
             "outputs": ", ".join(self.outputs),
-            "preprocessing": json.dumps(self.learner.preprocessing),
+            "preprocessing": json.dumps({**(self.learner.preprocessing or {}), "input_size": size}),
         }
         names = self.learner.class_names
         return {**described, "class_names": json.dumps(names)} if names else described

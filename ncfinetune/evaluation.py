@@ -19,13 +19,15 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ncfinetune.atomic import replacing
 from ncfinetune.calibration import calibration_error, reliability
-from ncfinetune.predictions import check_top_k
+from ncfinetune.predictions import check_top_k, distinct
 from ncfinetune.report_statistics import wilson
 
 # Rows of a printed table: a screen has room for them.
 _MOST_CLASSES, _MOST_PAIRS = 20, 5
 # Bins of the reliability diagram, as in Guo et al. 2017.
 _BINS = 15
+# The column of confusion.csv that is no predicted class.
+_TRUE = "true class"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ def table(found: Evaluation, title: str) -> str:
 def write(found: Evaluation, folder: Path, facts: dict[str, Any]) -> list[str]:
     """Write ``summary.json``, ``classes.csv`` and ``confusion.csv`` to a folder; returns their names.
 
+    The first column of ``confusion.csv`` is ``true class``; the column of a class of that name is called ``predicted
+    true class``.
+
     Args:
         found: The evaluation.
         folder: The folder, which is made.
@@ -164,7 +169,7 @@ def write(found: Evaluation, folder: Path, facts: dict[str, Any]) -> list[str]:
     ]
     _write_csv(folder / "classes.csv", [["class", "images", "precision", "recall", "f1"], *rows])
     counts = [[name, *row] for name, row in zip(found.class_names, found.confusion.tolist(), strict=True)]
-    _write_csv(folder / "confusion.csv", [["true class", *found.class_names], *counts])
+    _write_csv(folder / "confusion.csv", [[_TRUE, *distinct(found.class_names, [_TRUE], "predicted")], *counts])
     return ["summary.json", "classes.csv", "confusion.csv"]
 
 

@@ -136,15 +136,18 @@ def _backbone(checkpoint: str | Path, path: Path, base: str | None) -> str:
 
 
 def _name_classes(restored: Restored, names: Sequence[str] | None) -> None:
+    from ncfinetune.learner import are_numbers
+
     learner, source = restored.learner, str(restored.source)
     number = getattr(learner, "num_classes", None)
     if number is None:
         if names:
             raise ValueError(f"{source!r} has no classifier, so that its features have no class names")
         return
-    if learner.class_names and names and [*names] != learner.class_names:
-        raise ValueError(f"{source!r} has class names, {_some(learner.class_names)}; leave --class_names out")
-    learner.class_names = learner.class_names or [*(names or ())] or None
+    known = None if are_numbers(learner.class_names) else learner.class_names
+    if known and names and [*names] != known:
+        raise ValueError(f"{source!r} has class names, {_some(known)}; leave --class_names out")
+    learner.class_names = known or [*(names or ())] or None
     if learner.class_names is None:
         raise ValueError(
             f"{source!r} has no class names, since its data only numbered the classes; give --class_names and "

@@ -104,7 +104,8 @@ class Learner(LightningModule, ABC):
     Attributes:
         lr: A learning rate that replaces the optimiser's own and its scaling by ``lr_batch``, as set by Lightning's
             learning-rate finder; None keeps them.
-        class_names: Class names of the datamodule that the learner was trained on; None while unknown.
+        class_names: Class names of the datamodule that the learner was trained on, ``0`` to ``K - 1`` where it only
+            numbers the classes; None while unknown.
         preprocessing: Image preprocessing of that datamodule: ``mean``, ``std``, ``input_size`` and more, under timm's
             names.
 
@@ -274,7 +275,9 @@ class Learner(LightningModule, ABC):
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
-            self.class_names, self.preprocessing = names or self.class_names, images or self.preprocessing
+            if not (self.class_names and are_numbers(names)):  # which may stand for the names that are known
+                self.class_names = names or self.class_names
+            self.preprocessing = images or self.preprocessing
 
     def on_fit_start(self) -> None:
         """Log the numbers of trained and of all parameters, and the factor of the learning rate.
@@ -418,12 +421,15 @@ def _warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
         )
 
 
+def are_numbers(names: list[str] | None) -> bool:
+    """Whether class names are ``0`` to ``K - 1``, as those of a datamodule that only numbers its classes."""
+    return bool(names) and names == [str(label) for label in range(len(names or ()))]
+
+
 def _described(data: Any) -> tuple[list[str] | None, dict[str, Any] | None]:
-    """A datamodule's class names, unless they are only numbers, and its image preprocessing."""
+    """A datamodule's class names and its image preprocessing, as far as it states them."""
     names, images = getattr(data, "class_names", None), getattr(data, "preprocessing", None)
-    named = [str(name) for name in names or ()]
-    numbered = named == [str(label) for label in range(len(named))]
-    return None if numbered else named, images if isinstance(images, dict) else None
+    return [str(name) for name in names or ()] or None, images if isinstance(images, dict) else None
 
 
 def _images_a_step(trainer: Trainer) -> int:

@@ -25,20 +25,35 @@ _LISTED = 20
 # Arguments of datamodules that are paths of the machine that trained.
 _PATHS = ("root", "folders", "labels", "file", "train", "val", "test", "sizes", "cache_dir")
 _USE = """```python
+import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
-
+{imports}
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # from timm 1.0.16 on; on the hub "hf-hub:..."
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.open("image.jpg")
 image.draft("RGB", ({side}, {side}))  # as in training: much larger JPEGs are decoded at a part of their size
-image = ImageOps.exif_transpose(image).convert("{mode}")
-with torch.no_grad():
+image = ImageOps.exif_transpose(image)
+if image.mode.startswith(("I", "F")):  # grey of more than 8 bits: {black} is black, {white} white
+    grey = (np.asarray(image, np.float32) - {black}) * (255 / ({white} - {black}))
+    image = Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8))
+image = image.convert("{mode}")
+{resized}with torch.no_grad():
     {outputs} = model(transform(image)[None])[0]
 {last}```"""
-_PROBABILITIES = """probabilities = {probabilities}
-print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))
+# Where images are decoded to another side than the network's, which timm's configuration has no word for.
+_IMPORTS = "from torchvision import transforms\n"
+_RESIZED = """# The images of the training were stored at {stored}x{stored}, and resized from there.
+steps = [transforms.Resize({shorter}), transforms.CenterCrop({stored}), transforms.ToTensor()]
+image = transforms.Compose(steps)(image)
+"""
+_SOFTMAX = "probabilities = logits.softmax(0)\n"
+_OF_SQUARES = """positive = logits.clamp(min=0)
+largest = torch.nn.functional.one_hot(logits.argmax(), len(logits)).to(logits)
+probabilities = positive / positive.sum() if positive.any() else largest
+"""
+_NAMED = """print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))
 """
 
 
@@ -141,6 +156,8 @@ def _images(learner: Learner) -> str:
     seen = learner.preprocessing or {}
     channels, height, width = seen["input_size"]
     words = [f"{height}x{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"]
+    stored = seen.get("stored_size", height)
+    words += [f"resized from {stored}x{stored}"] if stored != height else []
     words += [f"{key} {seen[key]}" for key in ("interpolation", "crop_pct", "mean", "std") if key in seen]
     words += (
         [f"black and white are {seen['value_range']} in files of more than 8 bits"] if seen.get("value_range") else []
@@ -194,13 +211,23 @@ def _index(name: str, task: str | None, numbers: Mapping[str, float]) -> dict[st
 
 def _use(name: str, learner: Learner) -> str:
     seen = learner.preprocessing or {}
-    grey, side = seen["input_size"][0] == 1, 2 * math.floor(seen["input_size"][1] / seen.get("crop_pct", 0.875))
+    channels, side, _ = seen["input_size"]
+    stored = seen.get("stored_size", side)
+    shorter = math.floor(stored / seen.get("crop_pct", 0.875))
+    black, white = seen.get("value_range") or (0, 65535)
+    shares = _OF_SQUARES if getattr(learner, "loss_name", "ce") == "mse" else _SOFTMAX
     classifies = isinstance(learner, Classifier)
-    by_squares = getattr(learner, "loss_name", "ce") == "mse"
-    shares = "logits.clamp(min=0) / logits.clamp(min=0).sum()" if by_squares else "logits.softmax(0)"
-    last = _PROBABILITIES.format(probabilities=shares) if classifies else ""
-    outputs = "logits" if classifies else "features"
-    return _USE.format(name=name, side=side, mode="L" if grey else "RGB", outputs=outputs, last=last)
+    return _USE.format(
+        name=name,
+        imports=_IMPORTS if stored != side else "",
+        side=2 * shorter,
+        black=black,
+        white=white,
+        mode="L" if channels == 1 else "RGB",
+        resized=_RESIZED.format(stored=stored, shorter=shorter) if stored != side else "",
+        outputs="logits" if classifies else "features",
+        last=shares + _NAMED if classifies else "",
+    )
 
 
 def _cell(text: str) -> str:

@@ -198,8 +198,9 @@ class PartlyFrozen(Classifier):
         """Merge base and tuned layers into one file, and return the arguments of `timm.create_model` that load it.
 
         After training, or from a delta, these arguments include the class names and the image preprocessing, so that
-        `timm.data.resolve_model_data_config` of the network returns the datamodule's preprocessing. With ``skip_from``
-        the classifier is left out, since timm's networks have no skip connection to it.
+        `timm.data.resolve_model_data_config` of the network returns the datamodule's preprocessing: of images of its
+        ``stored_size``, if that is another side than the network's. With ``skip_from`` the classifier is left out,
+        since timm's networks have no skip connection to it.
 
         Raises:
             ValueError: timm has no such network, as with a stem for small images; its head cannot hold the classifier;

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ncfinetune.atomic import sync, unwritten
 
+# Names of the columns that are not of a class.
+_COLUMNS = ("index", "file", "label", "prediction", "error")
+
 
 def check_format(path: Path) -> None:
     """Refuse a file that `Table` cannot write.
@@ -34,6 +37,9 @@ def check_format(path: Path) -> None:
 
 class Table:
     """A table of predictions: index or file, true class if known, most probable class, class probabilities, error.
+
+    The column of a class's probabilities has its name; that of a class named as another column, such as ``error``, is
+    called ``probability of error``.
 
     Rows are written when they are added, to ``NAME.partial`` beside the file, which is renamed when the table is
     complete: a file with the final name is complete, and an interrupted run leaves its predictions so far. A sample
@@ -69,7 +75,7 @@ class Table:
         columns: list[tuple[str, type]] = [(key, str if key == "file" else int)]
         columns += [("label", str)] * labelled + [("prediction", str)]
         if top_k is None:
-            columns += [(name, float) for name in self._classes]
+            columns += [(name, float) for name in distinct(self._classes, _COLUMNS, "probability of")]
         else:
             places = range(1, top_k + 1)
             columns += [pair for k in places for pair in ((f"top_{k}", str), (f"probability_{k}", float))]
@@ -193,6 +199,25 @@ class _Parquet:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def distinct(names: Sequence[str], others: Sequence[str], words: str) -> list[str]:
+    """Names of columns for classes, each different: where a class is named as another column, after these words.
+
+    Args:
+        names: Names of the classes.
+        others: Names of the columns that are not of a class.
+        words: What goes before the name of such a class, as often as needed.
+    """
+    columns: list[str] = []
+    taken = set(others)
+    for name in names:
+        column = name
+        while column in taken or (column != name and column in names):
+            column = f"{words} {column}"
+        columns.append(column)
+        taken.add(column)
+    return columns
 
 
 def check_top_k(top_k: int | None, classes: int) -> None:

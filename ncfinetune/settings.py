@@ -24,6 +24,9 @@ _NOT_THE_TEST = (
     *("batch_size", "num_workers", "device_cache", "in_memory", "download", "augmentation", "strength", "views"),
     *("mixup", "cutmix", "sampling"),
 )
+# What chooses training images alone in our datamodules, which split off test images first, and validation images next.
+_FEW_LABELS = ("shots", "fraction", "seed")
+_NOT_IN = {"train": (), "val": _FEW_LABELS, "test": (*_FEW_LABELS, "val_fraction")}
 # Where a configuration names the weights that a run starts from.
 CHECKPOINTS = tuple(f"model.{place}checkpoint{path}" for place in ("", "backbone.") for path in ("", ".path"))
 # The parts of a configuration in the order in which their differences are named; then come all others.
@@ -88,14 +91,16 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     return ", ".join([name, *(f"{key} {_word(value)}" for key, value in chosen.items())])
 
 
-def evaluated_images(data: Mapping[str, Any]) -> str:
-    """What of a datamodule's configuration selects its test images and prepares them; equal for the same pixels.
+def evaluated_images(data: Mapping[str, Any], split: str = "test") -> str:
+    """What of a datamodule's configuration selects the images of a split and prepares them; equal for the same pixels.
 
     Args:
         data: The configuration.
+        split: ``train``, ``val`` or ``test``.
     """
-    name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
-    chosen = {key: value for key, value in _arguments(data).items() if value is not None and key not in _NOT_THE_TEST}
+    package, _, name = str(data.get("class_path", "?")).rpartition(".")
+    left_out = {*_NOT_THE_TEST, *(_NOT_IN[split] if package.startswith("ncfinetune.") else ())}
+    chosen = {key: value for key, value in _arguments(data).items() if value is not None and key not in left_out}
     return ", ".join([name, *(f"{key} {_resolved(value)}" for key, value in sorted(chosen.items()))])
 
 

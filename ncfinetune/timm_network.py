@@ -80,7 +80,9 @@ def save_for_timm(
 ) -> tuple[str, dict[str, Any]]:
     """Write a backbone and its classifier for timm; returns the arguments of `timm.create_model` that load them.
 
-    The preprocessing and the class names in ``data`` are part of those arguments and of the file's metadata.
+    The preprocessing and the class names in ``data`` are part of those arguments and of the file's metadata. Where
+    ``stored_size`` is another side than that of ``input_size``, timm's transform is for images that were cropped and
+    resized to ``stored_size`` before.
 
     Raises:
         ValueError: timm has no such network; its head cannot hold the classifier; or the file's name does not end in
@@ -98,6 +100,8 @@ def save_for_timm(
 def _in_timms_words(data: Mapping[str, Any]) -> dict[str, Any]:
     images, names = data.get("preprocessing") or {}, data.get("class_names")
     seen = {name: images[name] for name in _TIMMS if name in images}
+    if "stored_size" in images and images["stored_size"] != images["input_size"][1]:
+        seen["crop_pct"] = 1.0  # Of an image that was cropped when it was decoded to stored_size, as the card does it.
     overlay = {name: tuple(value) if isinstance(value, list) else value for name, value in seen.items()}
     return {**overlay, **({"label_names": tuple(names)} if names else {})}
 

@@ -96,7 +96,7 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
 
     ``predict`` and ``evaluate`` log nothing, so that they have no logger. ``validate`` and ``test`` log to the folder
     of their name in the run's, unless a logger's option is among the words. A test of other images than the run's, or
-    of images that are prepared otherwise, is no test of the run: its folder is another one.
+    of images that are prepared otherwise, is no test of the run: its folder is another one, as is an evaluation's.
 
     Args:
         command: The command.
@@ -117,22 +117,34 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
         and not any(word.startswith("--trainer.logger") for word in words)
     ):
         options = trainer.logger.init_args
-        options.save_dir, options.name, options.version = str(run), "", command
-        if not _on_own_images(command, config, Run(run)):
-            options.version = f"{command}_of_other_images"
-            rank_zero_info(
-                f"{command}: images, or their preparation, other than those of {run}, so that the numbers go to "
-                f"{run / options.version} and are none of the run's in a report"
-            )
+        split = "val" if command == "validate" else "test"
+        limit = f"limit_{split}_batches"
+        # 1 is a batch, 1.0 and null are all.
+        limits = [1.0 if value is None else value for value in (Run(run).part("trainer").get(limit), trainer[limit])]
+        alike = str(limits[0]) == str(limits[1])
+        options.save_dir, options.name = str(run), ""
+        options.version = own_or_other(command, split, config.data, run, alike, name=command)
 
 
-def _on_own_images(command: str, config: Any, run: Run) -> bool:
-    """Whether a command measures the images that its run would have measured."""
-    limit = "limit_val_batches" if command == "validate" else "limit_test_batches"
-    same = evaluated_images(run.part("data")) == evaluated_images(config.data.as_dict())
-    # 1 is a batch, 1.0 and null are all.
-    limits = [str(1.0 if value is None else value) for value in (run.part("trainer").get(limit), config.trainer[limit])]
-    return same and limits[0] == limits[1]
+def own_or_other(command: str, split: str, data: Any, run: Path, as_many: bool, name: str) -> str:
+    """The name of what a command measures: of other images than its run would, which is said, ``NAME_of_other_images``.
+
+    Args:
+        command: The command.
+        split: The part of the data that it measures.
+        data: The configuration of its data.
+        run: The folder of the run.
+        as_many: Whether it measures as many of these images as the run would.
+        name: The name for the images of the run.
+    """
+    if as_many and evaluated_images(Run(run).part("data"), split) == evaluated_images(data.as_dict(), split):
+        return name
+    other = f"{name}_of_other_images"
+    rank_zero_info(
+        f"{command}: images, or their preparation, other than those of {run}, so that the numbers are called {other} "
+        "and are none of the run's in a report"
+    )
+    return other
 
 
 class ForgetFailedStart(Callback):

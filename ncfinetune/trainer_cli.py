@@ -275,7 +275,8 @@ class NCFinetuneCLI(LightningCLI):
             text = "With predict: write so many most probable classes in place of all; with evaluate: measure the "
             add("--top_k", type=int | None, default=None, help=f"{text}top-k accuracy for this number too.")
         if self._command == "evaluate":
-            text = "The folder to write, in place of RUN/evaluation/SPLIT, or RUN/evaluation/images_FOLDER."
+            text = "The folder to write, in place of RUN/evaluation/SPLIT, of RUN/evaluation/SPLIT_of_other_images for "
+            text += "other images than the run's, or a part of them, or of RUN/evaluation/images_FOLDER."
             add("--out", type=str | None, default=None, help=text)
 
     def _parse_ckpt_path(self) -> None:
@@ -470,16 +471,19 @@ class NCFinetuneCLI(LightningCLI):
         """
         from ncfinetune.evaluating import conclude
 
-        images = self._get(self.config, "images")
-        # Set apart from a split of the data, as a folder may be named as one.
-        name = self._get(self.config, "split") if images is None else f"images_{Path(images).absolute().name}"
-        folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
-        rows = self._predicted(folder / "predictions.csv", kwargs)
+        images, split = (self._get(self.config, option) for option in ("images", "split"))
+        data = self.config[self.subcommand].data
         checkpoint = self._get(self.config, "ckpt_path")
         run = interruptions.run_of(checkpoint)
+        if images is not None:  # set apart from a split of the data, as a folder may be named as one
+            name = f"images_{Path(images).absolute().name}"
+        else:
+            name = split if run is None else trained.own_or_other("evaluate", split, data, run, self._takes_all, split)
+        folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
+        rows = self._predicted(folder / "predictions.csv", kwargs)
         facts = {
             "data": name,
-            "images_of": images or settings.evaluated_images(self.config[self.subcommand].data.as_dict()),
+            "images_of": images or settings.evaluated_images(data.as_dict(), split),
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),
@@ -517,14 +521,19 @@ class NCFinetuneCLI(LightningCLI):
         rows.table.finish()
         return rows
 
+    @property
+    def _takes_all(self) -> bool:
+        """Whether ``limit_predict_batches`` leaves no image out."""
+        limit: Any = self.trainer.limit_predict_batches
+        return isinstance(limit, float) and limit == 1  # a whole number counts batches
+
     def _part(self, rows: Any) -> str | None:
         """Which of the images were predicted, in words, where ``limit_predict_batches`` left some out."""
-        trainer: Any = self.trainer
-        loader, limit = trainer.predict_dataloaders, trainer.limit_predict_batches
-        if isinstance(limit, float) and limit == 1:  # a whole number counts batches
+        if self._takes_all:
             return None
+        trainer: Any = self.trainer
         try:
-            images = len(loader.dataset)
+            images = len(trainer.predict_dataloaders.dataset)
         except (AttributeError, TypeError):  # a stream
             return f"the first {rows.table.rows:,} images"
         return f"the first {rows.table.rows:,} of {images:,} images" if rows.table.rows < images else None

@@ -309,15 +309,6 @@ def test_predictions_go_where_they_are_asked_to(tmp_path: Path, trained: tuple[P
     assert not (run / "predictions.csv").exists()
 
 
-def test_classes_named_as_other_columns_lose_none(tmp_path: Path) -> None:
-    written = Table(tmp_path / "a.parquet", "file", ["file", "prediction"])
-    written.add(["x.png"], torch.tensor([[0.25, 0.75]]), [""])
-    written.finish()
-    table = parquet.ParquetFile(tmp_path / "a.parquet").read()
-    assert table.column_names == ["file", "prediction", "file", "prediction", "error"]
-    assert [column.to_pylist() for column in table.columns] == [["x.png"], ["prediction"], [0.25], [0.75], [None]]
-
-
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_rows_are_written_as_they_come(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"

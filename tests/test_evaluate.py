@@ -144,6 +144,30 @@ def test_rows_have_true_classes_and_the_most_probable_ones(suffix: str, tmp_path
         Table(tmp_path / "b.csv", "file", NAMES, top_k=0)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_no_class_is_mistaken_for_another_column(suffix: str, tmp_path: Path) -> None:
+    names = ["probability of error", "error", "label", "file", "index", "prediction", "ok", "ok"]
+    written = Table(tmp_path / f"a.{suffix}", "file", names, labelled=True)
+    shares = [n / 36 for n in range(1, 9)]
+    written.add(["x"], torch.tensor([shares]), [""], [1])
+    written.finish()
+    columns = ["probability of error", "probability of probability of error"]
+    columns += [f"probability of {name}" for name in ("label", "file", "index", "prediction")]
+    columns += ["ok", "probability of ok"]
+    (row,) = parquet.read_table(written.path).to_pylist() if suffix == "parquet" else _csv(written.path)
+    assert list(row) == ["file", "label", "prediction", *columns, "error"]
+    assert (row["file"], row["label"], row["prediction"], row["error"] or None) == ("x", "error", "ok", None)
+    assert [float(row[column]) for column in columns] == pytest.approx(shares, abs=1e-6)
+
+
+def test_a_class_named_true_class_has_a_column_of_its_own(tmp_path: Path) -> None:
+    write(evaluate(torch.eye(2), torch.tensor([0, 1]), ["false class", "true class"]), tmp_path, {})
+    assert _csv(tmp_path / "confusion.csv") == [
+        {"true class": "false class", "false class": "1", "predicted true class": "0"},
+        {"true class": "true class", "false class": "0", "predicted true class": "1"},
+    ]
+
+
 def test_pictures_have_every_class_and_file() -> None:
     shares, labels = _outcome()
     found = evaluate(shares, labels, ["a", "b", "$c", "d_d", "e"])
@@ -279,8 +303,8 @@ def test_a_part_is_called_a_part_and_is_not_the_run_s(place: Path, capsys: pytes
     words = ["--ckpt_path", _checkpoint(run), *QUIET[:4], "--data.batch_size", "5"]
     assert main(["evaluate", *words, "--trainer.limit_predict_batches", "2"]) is None
     printed = capsys.readouterr().out
-    assert printed.startswith("test (the first 10 of 18 images): 10 images, accuracy ")
-    said = json.loads((run / "evaluation" / "test" / "summary.json").read_text())
+    assert printed.startswith("test_of_other_images (the first 10 of 18 images): 10 images, accuracy ")
+    said = json.loads((run / "evaluation" / "test_of_other_images" / "summary.json").read_text())
     assert (said["images"], said["part"]) == (10, "the first 10 of 18 images")
     assert main(["predict", *words, "--trainer.limit_predict_batches", "1"]) is None
     assert capsys.readouterr().out == f"predictions: {run / 'predictions.csv'} (the first 5 of 18 images)\n"
@@ -298,8 +322,51 @@ def test_images_are_the_run_s_if_their_pixels_are(tmp_path: Path, monkeypatch: p
 
     own = said(root="photos", image_size=32, normalize="data", batch_size=4, mean=None)
     assert said(root=str(tmp_path / "photos"), image_size=32, normalize="data", augmentation="plain") == own
-    for other in ({"image_size": 16}, {"normalize": "backbone"}, {"mean": [0.5]}, {"root": "others"}, {"seed": 1}):
+    for other in ({"image_size": 16}, {"normalize": "backbone"}, {"mean": [0.5]}, {"root": "others"}):
         assert said(**{"root": "photos", "image_size": 32, "normalize": "data", **other}) != own
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [("shots", "val test"), ("fraction", "val test"), ("seed", "val test"), ("val_fraction", "test")],
+)
+def test_what_draws_training_images_changes_no_others(name: str, splits: str) -> None:
+    for package in ("ncfinetune.datamodules", "mine"):  # what another's datamodule does with a seed is unknown
+        data = {"class_path": f"{package}.Digits", "init_args": {"image_size": 16}}
+        more = {**data, "init_args": {**data["init_args"], name: 1}}
+        same = [
+            split
+            for split in ("train", "val", "test")
+            if evaluated_images(more, split) == evaluated_images(data, split)
+        ]
+        assert same == (splits.split() if package.startswith("ncfinetune") else [])
+
+
+def test_an_evaluation_of_other_images_leaves_that_of_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = place / "runs" / "version_0"
+    words = ["evaluate", "--ckpt_path", _checkpoint(run), *QUIET[:4]]
+    assert main([*words, "--data.shots", "2", "--data.seed", "3"]) is None  # the test images are the same
+    assert [path.name for path in (run / "evaluation").iterdir()] == ["test"]
+    accuracy, pictures = Run(run).last("test/acc"), EventAccumulator(str(run), {"images": 0}).Reload().Tags()["images"]
+    before = {path: path.read_bytes() for path in (run / "evaluation" / "test").iterdir()}
+    assert accuracy is not None
+    others = _folder(place / "others", NAMES)
+    capsys.readouterr()
+    for further in (["--data.root", str(others)], ["--trainer.limit_predict_batches", "1", "--data.batch_size", "6"]):
+        assert main([*words, *further]) is None
+        assert f"{run / 'evaluation' / 'test_of_other_images'}: summary.json" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in (run / "evaluation" / "test").iterdir()} == before
+        assert Run(run).last("test/acc") == accuracy
+    assert main([*words, "--split", "val"]) is None
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["test", "test_of_other_images", "val"]
+    assert (
+        f"evaluate: images, or their preparation, other than those of {run}, so that the numbers are called "
+        "test_of_other_images and are none of the run's in a report"
+    ) in caplog.text
+    seen = EventAccumulator(str(run), {"images": 0}).Reload().Tags()["images"]
+    assert set(seen) - set(pictures) >= {"evaluate_test_of_other_images/confusion", "evaluate_val/confusion"}
 
 
 @pytest.mark.slow

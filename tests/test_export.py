@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,64 @@ def test_image_files_have_the_same_logits_by_every_way(trained: tuple[FineTuner,
         _agree([net(torch.stack([to_timm(picture) for picture in pictures]))], [expected])
 
 
+@needs_onnx
+@pytest.mark.parametrize(
+    ("channels", "stored", "share", "value_range"),
+    [(1, 8, 1.0, None), (3, 40, 0.875, [100.0, 4095.0]), (3, 32, 0.875, None)],
+)
+def test_the_card_and_the_tour_read_files_as_the_training_did(
+    channels: int, stored: int, share: float, value_range: list[float] | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = FineTuner(3, {**NARROW, "in_chans": channels})
+    further = {"channels": channels, "stored_size": stored, "crop_pct": share, "value_range": value_range}
+    checkpoint = _saved(model, tmp_path / "a.ckpt", **further)
+    files = [*_files(tmp_path / "photos"), *_deep_files(tmp_path / "deep", value_range)]
+    expected = model.predict_images(files)
+    assert expected.errors == [""] * len(files)
+    assert len(set(expected.names)) > 1
+    for name in ("model", "model.onnx"):
+        export(checkpoint, tmp_path / name)
+    by_card = torch.stack([_by_the_card(tmp_path / "model", file) for file in files])
+    torch.testing.assert_close(by_card, expected.probabilities, rtol=0, atol=1e-4)
+    said = _onnx(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    side = {"input_size": [channels, stored, stored]}
+    assert json.loads(said["preprocessing"]) == {**(model.preprocessing or {}), **side}
+    tour = (Path(__file__).parent.parent / "docs" / "tour.md").read_text()
+    program: dict[str, Any] = {}
+    exec(_python_in(tour).replace("flowers.onnx", str(tmp_path / "model.onnx")), program)
+    decided = program["classify"](list(map(str, files)))
+    assert [name for name, _ in decided] == expected.names
+    assert [share for _, share in decided] == pytest.approx(expected.probabilities.amax(1).tolist(), abs=1e-4)
+    resized = f", {'grey' if channels == 1 else 'colour'}, resized from {stored}x{stored}, interpolation"
+    assert (resized in (tmp_path / "model" / "README.md").read_text()) == (stored != 32)
+
+
+def _by_the_card(folder: Path, file: Path) -> Tensor:
+    """The probabilities that the code of a model card gives for an image file."""
+    code = _python_in((folder / "README.md").read_text()).replace("image.jpg", str(file))
+    program: dict[str, Any] = {"model": _from_timm(folder)}
+    exec(re.sub("^model = .*", "", code, flags=re.MULTILINE), program)
+    return program["probabilities"]
+
+
+def _python_in(page: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    return code
+
+
+def _deep_files(folder: Path, value_range: list[float] | None) -> list[Path]:
+    """Grey pictures of more than 8 bits, from black to white: of 16 bits, and with a range of floats too."""
+    folder.mkdir()
+    low, high = value_range or (0, 65535)
+    grey = np.linspace(low, high, 45 * 60).reshape(45, 60)
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(grey.astype(np.uint16)).save(folder / name)
+    if value_range:
+        Image.fromarray(grey.astype(np.float32)).save(folder / "c.tif")
+    return sorted(folder.iterdir())
+
+
 def _files(folder: Path) -> list[Path]:
     """Pictures of many sizes, modes and orientations, none so large that a JPEG would be decoded at half its size."""
     generator = np.random.default_rng(0)
@@ -271,9 +330,20 @@ def test_a_linear_projection_becomes_part_of_timms_classifier(tmp_path: Path) ->
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         _agree([_from_timm(tmp_path / "model")(images)], [model(images)])
-    assert (
-        "probabilities = logits.clamp(min=0) / logits.clamp(min=0).sum()" in (tmp_path / "model/README.md").read_text()
-    )
+
+
+@pytest.mark.parametrize("bias", [0.0, -100.0], ids=["some positive", "none positive"])
+def test_the_card_of_squared_error_has_its_probabilities(bias: float, tmp_path: Path) -> None:
+    model = Supervised(3, NARROW, loss="mse")
+    checkpoint = _saved(model, tmp_path / "a.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["head.bias"] += bias
+    torch.save(content, checkpoint)
+    model.load_state_dict(content["state_dict"])
+    export(checkpoint, tmp_path / "model")
+    for file in _files(tmp_path / "photos"):
+        expected = model.predict_images([file]).probabilities[0]
+        torch.testing.assert_close(_by_the_card(tmp_path / "model", file), expected, rtol=0, atol=1e-4)
 
 
 def test_networks_without_classifier_give_features(tmp_path: Path) -> None:
@@ -385,6 +455,7 @@ def test_what_is_refused_says_why(
     (full / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("x")
     nameless = str(_saved(FineTuner(3, NARROW), tmp_path / "nameless.ckpt", names=None))
+    numbered = str(_saved(FineTuner(3, NARROW), tmp_path / "numbered.ckpt", names=[*"012"]))
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "data": {**content["data"], "preprocessing": None}}, tmp_path / "imageless.ckpt")
     torch.save(content["state_dict"], tmp_path / "weights.pth")
@@ -406,6 +477,11 @@ def test_what_is_refused_says_why(
         (checkpoint, f"{path}/file"): f"'{path}/file' is a file; name a folder that is new, empty or an earlier export",
         (
             nameless,
+            model,
+        ): "has no class names, since its data only numbered the classes; give --class_names and 3 names "
+        "in the order of the labels",
+        (
+            numbered,
             model,
         ): "has no class names, since its data only numbered the classes; give --class_names and 3 names "
         "in the order of the labels",
@@ -437,8 +513,9 @@ def test_what_is_refused_says_why(
         assert message in capsys.readouterr().err
     assert not Path(model).exists()
     assert [file.name for file in full.iterdir()] == ["notes.txt"]
-    assert main(["export", nameless, model, "--class_names", "a", "b", "c"]) == 0
-    assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == ["a", "b", "c"]
+    for unnamed, names in ((nameless, "abc"), (numbered, "012"), (numbered, "abc")):
+        assert main(["export", unnamed, model, "--class_names", *names]) == 0
+        assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == [*names]
     assert main(["export", checkpoint, model]) == 0  # an earlier export is replaced
     assert list(_from_timm(Path(model)).pretrained_cfg["label_names"]) == NAMES
 

@@ -51,7 +51,16 @@ IMPORTS = {
     "evaluation": {"atomic", "calibration", "predictions", "report_statistics"},
     "evaluation_figures": {"evaluation"},
     "events": {"tfrecords"},
-    "export": {"deployed", "model_card", "restoring", "timm_folder", "timm_network", "weight_files", "weights"},
+    "export": {
+        "deployed",
+        "learner",
+        "model_card",
+        "restoring",
+        "timm_folder",
+        "timm_network",
+        "weight_files",
+        "weights",
+    },
     "finetune": {
         "backbone",
         "cache",

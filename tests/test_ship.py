@@ -1,6 +1,7 @@
 """What is shipped is what was trained: from the command line to Python, to timm, and to a machine without the data."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from test_cli import QUIET, RANDOM, TINY, _fit, _refusal
-from tiny import trainer_in
+from tiny import SMALL, trainer_in
 
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.cli import main
@@ -108,13 +109,121 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         tuned.compare_data(["plum", "lime", "apple"], None)
 
 
-def test_images_normalised_otherwise_are_warned_of() -> None:
+_TWELVE = [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "message"),
+    [
+        (_TWELVE, sorted(_TWELVE), "classes 0, 1, 2, 3, 4, ... (12), but the datamodule has 0, 1, 10, 11, 2, ... (12)"),
+        (sorted(_TWELVE), _TWELVE, "classes 0, 1, 10, 11, 2, ... (12), but the datamodule has 0, 1, 2, 3, 4, ... (12)"),
+        ([*"56789"], [*"01234"], "classes 5, 6, 7, 8, 9, but the datamodule has 0, 1, 2, 3, 4"),
+        ([*"01234"], [*"56789"], "classes 0, 1, 2, 3, 4, but the datamodule has 5, 6, 7, 8, 9"),
+        (_TWELVE, _TWELVE, None),
+        (_TWELVE, [f"{number:02}" for number in range(12)], None),
+        ([*"012"], ["apple", "lime", "plum"], None),
+        (["apple", "lime", "plum"], [*"012"], None),
+        (["apple", "1", "2"], [*"012"], None),
+        (None, [*"987"], None),
+        ([*"987"], None, None),
+    ],
+)
+def test_numbers_stand_for_any_names_but_other_numbers(
+    trained: list[str] | None, given: list[str] | None, message: str | None
+) -> None:
+    model = FineTuner(len(trained or given or ()), {"name": "resnet18", "channels": [4, 6, 8, 10]})
+    model.class_names = trained
+    if message is None:
+        model.compare_data(given, None)
+        return
+    whole = f"the model was trained on the {message}; expected the same classes in the same order"
+    with pytest.raises(ValueError, match=re.escape(whole) + "$"):
+        model.compare_data(given, None)
+
+
+@pytest.mark.parametrize(("trained", "others"), [(range(5), range(5, 10)), (range(5, 10), range(5))])
+def test_a_network_of_some_digits_is_not_tested_on_others(trained: range, others: range, tmp_path: Path) -> None:
+    model = FineTuner(5, SMALL, head_init="ridge", allow_random=True)
+    trainer = trainer_in(tmp_path, max_epochs=0)
+    trainer.fit(model, Digits([*trained], shots=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model.save_delta(tmp_path / "a.safetensors")
+    base = {"path": str(tmp_path / "a.ckpt"), "prefix": "backbone.net."}
+    for again in (
+        FineTuner.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True),
+        FineTuner.from_delta(tmp_path / "a.safetensors", checkpoint=base),
+    ):
+        assert again.class_names == [*map(str, trained)]
+        trainer_in(tmp_path).test(again, Digits([*trained]), verbose=False)
+        with pytest.raises(ValueError, match="expected the same classes in the same order"):
+            trainer_in(tmp_path).test(again, Digits([*others]), verbose=False)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.save({**content, "data": {**content["data"], "class_names": None}}, tmp_path / "unknown.ckpt")
+    unknown = FineTuner.load_from_checkpoint(tmp_path / "unknown.ckpt", weights_only=True)
+    trainer_in(tmp_path).test(unknown, Digits([*others]), verbose=False)
+
+
+def test_numbers_do_not_replace_the_names_that_are_known(tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, head_init="ridge", allow_random=True)
+    model.class_names = ["apple", "lime", "plum"]
+    trainer_in(tmp_path, max_epochs=0).fit(model, Digits([0, 1, 2], shots=2))
+    assert model.class_names == ["apple", "lime", "plum"]
+
+
+_BY_FILES = "predict image files by --images or predict_images, which prepare them as the training did"
+
+
+@pytest.mark.parametrize(
+    ("change", "trained", "given", "remedy"),
+    [
+        (
+            {"mean": [0.1], "std": [0.2]},
+            "mean=[0.5], std=[0.25]",
+            "mean=[0.1], std=[0.2]",
+            "give the datamodule the model's mean and std",
+        ),
+        ({"crop_pct": 1.0}, "crop_pct=0.875", "crop_pct=1.0", _BY_FILES),
+        ({"stored_size": 28}, "stored_size=8", "stored_size=28", _BY_FILES),
+        (
+            {"input_size": [1, 64, 64], "stored_size": 64},
+            "input_size=[1, 32, 32], stored_size=8",
+            "input_size=[1, 64, 64], stored_size=64",
+            "give the datamodule the model's image_size",
+        ),
+        (
+            {"value_range": [0, 4095], "crop_pct": 1.0},
+            "value_range=None, crop_pct=0.875",
+            "value_range=[0, 4095], crop_pct=1.0",
+            f"give the datamodule the model's value_range, and {_BY_FILES}",
+        ),
+    ],
+)
+def test_images_prepared_otherwise_are_warned_of(change: dict, trained: str, given: str, remedy: str) -> None:
     model = FineTuner(3, {"name": "resnet18", "channels": [4, 6, 8, 10]})
-    images = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 32, 32]}
+    images = {"mean": [0.5], "std": [0.25], "value_range": None, "input_size": [1, 32, 32]}
+    images |= {"crop_pct": 0.875, "stored_size": 8}
     model.preprocessing = images
-    model.compare_data(None, {**images, "input_size": [3, 64, 64]})
-    with pytest.warns(UserWarning, match=r"normalised with .*0.5.*, but the datamodule normalises with .*0.1"):
-        model.compare_data(None, {**images, "mean": [0.1] * 3})
+    for same in (images, {"mean": [0.5]}, None):  # what is not said is not known to differ
+        model.compare_data(None, same)
+    message = f"the model was trained on images prepared with {trained}, but the datamodule prepares them with {given}"
+    with pytest.warns(UserWarning, match=re.escape(f"{message}; {remedy}") + "$"):
+        model.compare_data(None, {**images, **change})
+
+
+def test_a_network_is_not_tested_on_images_prepared_otherwise_without_a_word(tmp_path: Path) -> None:
+    folders = [_folder(tmp_path / name, ["apple", "lime"]) for name in ("large", "small")]
+    for path in folders[1].rglob("*.png"):
+        Image.open(path).resize((32, 32)).save(path)
+    model = FineTuner(2, {"name": "resnet18", "channels": [4, 6, 8, 10]}, head_init="ridge", allow_random=True)
+
+    def data(folder: Path, size: int = 32) -> ImageFolder:
+        return ImageFolder(str(folder), image_size=size, num_workers=0, augmentation="plain")
+
+    trainer_in(tmp_path, max_epochs=0).fit(model, data(folders[0]))
+    trainer_in(tmp_path).test(model, data(folders[0]), verbose=False)  # a warning would be an error
+    for other, said in ((data(folders[1]), "crop_pct=1.0"), (data(folders[0], 48), r"input_size=\[3, 48, 48\]")):
+        with pytest.warns(UserWarning, match=f"but the datamodule prepares them with {said}"):
+            trainer_in(tmp_path).test(model, other, verbose=False)
 
 
 @pytest.mark.parametrize("size", [24, 32])
@@ -174,7 +283,7 @@ def test_deep_images_are_predicted_in_the_range_of_training(suffix: str, tmp_pat
     with safe_open(tmp_path / "merged.safetensors", framework="pt") as file:
         assert '"value_range": [0' in file.metadata()["data"]
     with pytest.warns(
-        UserWarning, match=r"with value_range=\[0.*, 4095.*\], but the datamodule normalises with value_range=None"
+        UserWarning, match=r"with value_range=\[0.*, 4095.*\], but the datamodule prepares them with value_range=None"
     ):
         tuned.compare_data(None, {**tuned.preprocessing, "value_range": None})
 
