@@ -17,7 +17,7 @@ from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, t
 
 # Settings of which the pixels depend that a network gets of a test image.
 _PIXELS = ("data.image_size", "data.normalize", "data.mean", "data.std")
-# That of the run, of its data, and of the run that it started from.
+# That of the run, of its data, and the same of the run that it started from.
 Seed = tuple[str, ...]
 
 
@@ -127,14 +127,21 @@ class Folders:
             found[key] = self._first.setdefault(_text(self.identity(source, depth + 1)), str(source.path))
         return found
 
-    def seed_of(self, run: Run) -> Seed | None:
-        """The seeds of a run, of its data and of the run that it started from; None where neither is fixed."""
-        data = run.part("data").get("init_args")
-        given = [run.config.get("seed_everything"), data.get("seed") if isinstance(data, dict) else None]
-        if all(value is None or isinstance(value, bool) for value in given):
+    def seed_of(self, run: Run, depth: int = 0) -> Seed | None:
+        """The seeds of a run, of its data and of the runs that it started from; None where its own is not fixed.
+
+        A seed of its data alone fixes neither its weights nor its batches. A source whose seed is not fixed is known
+        by its folder.
+        """
+        own = run.config.get("seed_everything")
+        if own is None or isinstance(own, bool):
             return None
+        data = run.part("data").get("init_args")
+        seed = str(own), str(data.get("seed") if isinstance(data, dict) else None)
         named = self.source_of(run)
-        return (*map(str, given), "" if named is None else str(named[1].config.get("seed_everything")))
+        if named is None or depth > len(self.runs):  # see `identity`
+            return seed
+        return *seed, *(self.seed_of(named[1], depth + 1) or [str(named[1].path)])
 
     def goes_on(self, run: Run, earlier: Run) -> bool:
         """Whether a run was resumed from another of its configuration.

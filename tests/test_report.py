@@ -268,10 +268,33 @@ def test_collapse_is_that_of_the_tested_weights(tmp_path: Path) -> None:
     assert (row["NC1 before"], row["NC1 after"], row["validation accuracy %"]) == ("8", "2", "30.0")
 
 
-def test_runs_without_a_seed_are_all_counted(tmp_path: Path) -> None:
-    for name in "abc":
-        _write(tmp_path / name, _config(seed=None))
-    assert _rows(tmp_path)[0]["runs"] == "3"
+@pytest.mark.parametrize("seed", [None, False])
+@pytest.mark.parametrize("of_data", [None, 0])
+def test_runs_without_a_seed_are_all_counted(
+    seed: bool | None, of_data: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**_config(seed=of_data), "seed_everything": seed}
+    for name, accuracy in (("a", 0.5), ("b", 0.7), ("c", 0.9)):
+        _write(tmp_path / name, config, test=accuracy)
+    _write(tmp_path / "full", {**_config("all", seed=of_data), "seed_everything": seed})
+    full, probe = _rows(tmp_path)
+    assert (probe["runs"], probe["test accuracy %"]) == ("3", "70.0 ± 20")
+    assert full["points over baseline"] == "-"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seeds", [[(False, 0), (False, 0)], [(0, 0), (0, 1)]])
+def test_runs_of_a_seed_from_two_sources_are_two(seeds: list[tuple[bool | int, int]], tmp_path: Path) -> None:
+    """Sources of one configuration, without a seed, or with another one of their data alone."""
+    for number, (seed, of_data) in enumerate(seeds):
+        source = {**_config(seed=of_data), "seed_everything": seed, "model": {"class_path": "Supervised"}}
+        _write(tmp_path / f"pre{number}", source)
+        checkpoint = str(tmp_path / f"pre{number}" / "checkpoints" / "last.ckpt")
+        for train in ("none", "all"):
+            _write(tmp_path / f"{train}{number}", _config(train, checkpoint=checkpoint), test=0.5 + number / 10)
+    found = {row["method"]: row for row in _rows(tmp_path)}
+    assert [found[method]["runs"] for method in ("linear probe", "full FT")] == ["2", "2"]
+    assert found["full FT"]["points over baseline"] == "+0.0 ± 0, 2 seeds"
 
 
 def test_a_folder_that_is_given_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
