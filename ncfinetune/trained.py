@@ -126,10 +126,15 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
             )
 
 
+def has_images_of(run: Path, data: Mapping[str, Any]) -> bool:
+    """Whether a datamodule's configuration has the images of a run, prepared alike; paths are seen from here."""
+    return evaluated_images(Run(run).part("data")) == evaluated_images(data)
+
+
 def _on_own_images(command: str, config: Any, run: Run) -> bool:
     """Whether a command measures the images that its run would have measured."""
     limit = "limit_val_batches" if command == "validate" else "limit_test_batches"
-    same = evaluated_images(run.part("data")) == evaluated_images(config.data.as_dict())
+    same = has_images_of(run.path, config.data.as_dict())
     # 1 is a batch, 1.0 and null are all.
     limits = [str(1.0 if value is None else value) for value in (run.part("trainer").get(limit), config.trainer[limit])]
     return same and limits[0] == limits[1]

@@ -474,12 +474,15 @@ class NCFinetuneCLI(LightningCLI):
         # Set apart from a split of the data, as a folder may be named as one.
         name = self._get(self.config, "split") if images is None else f"images_{Path(images).absolute().name}"
         folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
-        rows = self._predicted(folder / "predictions.csv", kwargs)
-        checkpoint = self._get(self.config, "ckpt_path")
+        checkpoint, data = self._get(self.config, "ckpt_path"), self.config[self.subcommand].data.as_dict()
         run = interruptions.run_of(checkpoint)
+        # Said here, since a report may be made from where the paths lead elsewhere, or nowhere.
+        own = images is None and run is not None and trained.has_images_of(run, data)
+        rows = self._predicted(folder / "predictions.csv", kwargs)
         facts = {
             "data": name,
-            "images_of": images or settings.evaluated_images(self.config[self.subcommand].data.as_dict()),
+            "images_of": images or settings.evaluated_images(data),
+            "own_images": own,
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),

@@ -187,7 +187,15 @@ def test_the_test_of_an_unfinished_run_does_not_finish_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("facts", "counts"), [({}, True), ({"part": "the first 4 of 40 images"}, False), ({"images_of": "Pets"}, False)]
+    ("facts", "counts"),
+    [
+        ({}, True),
+        ({"part": "the first 4 of 40 images"}, False),
+        ({"images_of": "Pets"}, False),
+        ({"images_of": "a folder of another machine", "own_images": True}, True),
+        ({"own_images": False}, False),
+        ({"own_images": True, "part": "the first 4 of 40 images"}, False),
+    ],
 )
 def test_an_evaluation_of_the_test_images_counts(facts: dict[str, Any], counts: bool, tmp_path: Path) -> None:
     run = _write(tmp_path / "run", _config(), test=None)
