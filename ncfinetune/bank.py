@@ -184,11 +184,6 @@ class Source:
         }
 
 
-def asked(sources: Sequence[Source], said: Mapping[str, Any], part: tuple[int, int]) -> dict[str, Any]:
-    """The facts of a part that are known before its images are read."""
-    return {"models": [source.facts() for source in sources], "data": dict(said), "part": list(part)}
-
-
 def fill(
     trainer: Trainer,
     sources: Sequence[Source],
@@ -202,7 +197,8 @@ def fill(
     Each batch is decoded once and goes through all sources.
 
     Args:
-        trainer: Gives device, precision and progress bar.
+        trainer: Gives device, precision and progress bar. With a limit of no batches there are the facts alone, for
+            which one image is decoded.
         sources: Backbones and layers.
         data: A datamodule with ``train_plain_dataloader()``; its batches are images and labels.
         said: What tells the data from others, as plain data.
@@ -214,10 +210,10 @@ def fill(
             else; a network refuses images of their size.
     """
     images, reader = _TrainingImages(data, most, part), _Reader(sources, data, part)
-    known = asked(sources, said, part)  # before a pass in half precision changes the weights' type
+    models = [source.facts() for source in sources]  # before a pass in half precision changes the weights' type
     trainer.predict(reader, images, return_predictions=False)
-    facts = {"classes": classes_of(data), "preprocessing": getattr(data, "preprocessing", None), "images": images.mark}
-    return reader.bank({**known, **facts})
+    known = {"models": models, "data": dict(said), "part": list(part), "classes": classes_of(data)}
+    return reader.bank({**known, "preprocessing": getattr(data, "preprocessing", None), "images": images.mark})
 
 
 def read_images(trainer: Trainer, backbone: Backbone, data: LightningDataModule, most: int) -> tuple[Tensor, Tensor]:
@@ -277,11 +273,11 @@ class _TrainingImages(LightningDataModule):
     def setup(self, stage: str) -> None:
         self.data.trainer = self.trainer
         self.data.setup("fit")
+        self.loader = self.data.train_plain_dataloader()
+        self.mark = _mark(self.loader)
 
     def predict_dataloader(self) -> Any:
-        loader = self.data.train_plain_dataloader()
-        self.mark = _mark(loader)
-        return evenly(loader, self.most, self.part)
+        return evenly(self.loader, self.most, self.part)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.data.on_before_batch_transfer(batch, dataloader_idx)

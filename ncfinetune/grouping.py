@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,55 @@ from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, t
 
 # Settings of which the pixels depend that a network gets of a test image.
 _PIXELS = ("data.image_size", "data.normalize", "data.mean", "data.std")
-# That of the run, of its data, and of the run that it started from.
+# That of the run, of its data, and the same of the run that it started from.
 Seed = tuple[str, ...]
+# Numbers that Lightning's `ModelCheckpoint` writes into a name, as in epoch=3-val_loss=0.25.
+_NUMBERS = re.compile(r"(?<==)-?\d+(\.\d+)?")
+
+
+class Start(NamedTuple):
+    """The weights that a run started from, as far as another run left them.
+
+    Attributes:
+        setting: The setting that names them.
+        run: The run that left them.
+        file: Their path in its folder.
+    """
+
+    setting: str
+    run: Run
+    file: str
+
+    @property
+    def step(self) -> int | None:
+        """After how many steps they were saved, as their name and the run's logs say; None if these don't say it."""
+        said = {word: int(number) for word, number in re.findall(r"\b(epoch|step)=(\d+)", self.file)}
+        if "step" in said:
+            return said["step"]
+        if "epoch" in said:
+            return self.run.end_of(said["epoch"])
+        return self.run.steps if re.fullmatch(r"last(-v\d+)?", Path(self.file).stem) else None
+
+    @property
+    def name(self) -> str:
+        """Their path, as the runs of one configuration have it in common; other weights have another one.
+
+        Where the run kept a single checkpoint by a `monitor`, the numbers in its name are what its seed led to, and do
+        not count. Otherwise they count, but for weights from the end of the training, which are ``last.ckpt``. The
+        version that Lightning adds (``best-v1.ckpt``) never counts.
+        """
+        kept = [one.get("init_args") or {} for one in self.run.callbacks("ModelCheckpoint")]
+        if any(one.get("monitor") for one in kept) and all(one.get("save_top_k", 1) == 1 for one in kept):
+            path = _NUMBERS.sub("*", self.file)
+        elif self.step == self.run.steps:
+            path = str(Path(self.file).with_stem("last"))
+        else:
+            path = self.file
+        return re.sub(r"-v\d+(?=\.ckpt$)", "", path)
+
+    def last(self, tag: str) -> float | None:
+        """What the run logged of these weights under a tag at the end of their epoch; None if it did not."""
+        return None if self.step is None else self.run.at(tag, self.step)
 
 
 @dataclass(frozen=True)
@@ -30,7 +78,7 @@ class Experiment:
         unfinished: The others, which no number is taken from.
         seeds: The seeds of the finished ones; see `Folders.seed_of`.
         settings: What makes it this experiment, by dotted name; see `settings.settings`.
-        sources: The runs whose weights these runs started from, as far as they are known.
+        sources: The weights of other runs that these runs started from, as far as they are known.
         differs: What tells it from other experiments of the same task and method; empty if there is none.
     """
 
@@ -38,7 +86,7 @@ class Experiment:
     unfinished: tuple[Run, ...]
     seeds: tuple[Seed | None, ...]
     settings: Mapping[str, str]
-    sources: tuple[Run, ...] = ()
+    sources: tuple[Start, ...] = ()
     differs: str = ""
 
     @property
@@ -96,45 +144,55 @@ class Folders:
         # The first run of each experiment that others started from, by its settings.
         self._first: dict[str, str] = {}
 
-    def holding(self, file: str, run: Run) -> Run | None:
-        """The run that left the file which another run's configuration names; None if it is none of these.
+    def holding(self, file: str, run: Run) -> tuple[Run, str] | None:
+        """The run that left the file which another run's configuration names, and where in its folder the file is.
 
-        A relative path is one from here, or from any folder above the run that names it.
+        None if it is none of these. A relative path is one from here, or from any folder above the run that names it.
         """
         parents = [parent for parent in Path(file).parents if parent.parts]
         for base in (Path.cwd(), *Path(os.path.abspath(run.path)).parents):
             for parent in parents:
                 found = self.runs.get(Path(os.path.normpath(base / parent)))
                 if found is not None and found.path != run.path:
-                    return found
+                    return found, str(Path(file).relative_to(parent))
         return None
 
-    def source_of(self, run: Run) -> tuple[str, Run] | None:
-        """The run that another one started from and the setting that names it; None if it is none of these."""
+    def start_of(self, run: Run) -> Start | None:
+        """The weights of another run that a run started from; None if they are of none of these."""
         found = settings(run.config)
         for key in CHECKPOINTS:
-            if key in found and (source := self.holding(found[key], run)) is not None:
-                return key, source
+            if key in found and (held := self.holding(found[key], run)) is not None:
+                return Start(key, *held)
         return None
 
     def identity(self, run: Run, depth: int = 0) -> dict[str, str]:
-        """The settings of a run; for the run that it started from stands the first one of the same experiment."""
+        """The settings of a run; for the run that it started from stands the first one of the same experiment.
+
+        Which of that run's checkpoints it started from is told by `Start.name`.
+        """
         found = settings(run.config)
-        named = self.source_of(run)
+        start = self.start_of(run)
         # Configurations that name each other in a circle do not end.
-        if named is not None and depth <= len(self.runs):
-            key, source = named
-            found[key] = self._first.setdefault(_text(self.identity(source, depth + 1)), str(source.path))
+        if start is not None and depth <= len(self.runs):
+            first = self._first.setdefault(_text(self.identity(start.run, depth + 1)), str(start.run.path))
+            found[start.setting] = str(Path(first, start.name))
         return found
 
-    def seed_of(self, run: Run) -> Seed | None:
-        """The seeds of a run, of its data and of the run that it started from; None where neither is fixed."""
-        data = run.part("data").get("init_args")
-        given = [run.config.get("seed_everything"), data.get("seed") if isinstance(data, dict) else None]
-        if all(value is None or isinstance(value, bool) for value in given):
+    def seed_of(self, run: Run, depth: int = 0) -> Seed | None:
+        """The seeds of a run, of its data and of the runs that it started from; None where its own is not fixed.
+
+        A seed of its data alone fixes neither its weights nor its batches. A source whose seed is not fixed is known
+        by its folder.
+        """
+        own = run.config.get("seed_everything")
+        if own is None or isinstance(own, bool):
             return None
-        named = self.source_of(run)
-        return (*map(str, given), "" if named is None else str(named[1].config.get("seed_everything")))
+        data = run.part("data").get("init_args")
+        seed = str(own), str(data.get("seed") if isinstance(data, dict) else None)
+        start = self.start_of(run)
+        if start is None or depth > len(self.runs):  # see `identity`
+            return seed
+        return *seed, *(self.seed_of(start.run, depth + 1) or [str(start.run.path)])
 
     def goes_on(self, run: Run, earlier: Run) -> bool:
         """Whether a run was resumed from another of its configuration.
@@ -143,8 +201,8 @@ class Folders:
         that were both begun anew would begin at the same one.
         """
         checkpoint = run.config.get("ckpt_path")
-        if isinstance(checkpoint, str) and (named := self.holding(checkpoint, run)) is not None:
-            return named.path == earlier.path
+        if isinstance(checkpoint, str) and (held := self.holding(checkpoint, run)) is not None:
+            return held[0].path == earlier.path
         seed = self.seed_of(run)
         return seed is not None and seed == self.seed_of(earlier) and earlier.start < run.start < math.inf
 
@@ -152,7 +210,7 @@ class Folders:
 def group(runs: Iterable[Run]) -> list[Experiment]:
     """Runs of the same configuration but for seed and place, by task and in the order of their trained parameters.
 
-    What a run started from counts as the same where it is the same experiment's, of whatever seed.
+    What a run started from counts as the same where it is the same checkpoint of the same experiment, of whatever seed.
     """
     folders = Folders(runs)
     members: dict[str, list[Run]] = {}
@@ -189,10 +247,10 @@ def _experiment(members: Sequence[Run], folders: Folders) -> Experiment:
         if len(run.tests) > 1:
             steps = ", ".join(map(str, run.tests[:-1]))
             _warn(f"{str(run.path)!r} was tested at step {run.tests[-1]}, which counts, and at {steps}")
-    sources = {named[1].path: named[1] for run in finished if (named := folders.source_of(run)) is not None}
+    sources = dict.fromkeys(start for run in finished if (start := folders.start_of(run)) is not None)
     seeds = tuple(map(folders.seed_of, finished))
     found = folders.identity(members[0])
-    return Experiment(tuple(finished), tuple(unfinished), seeds, found, tuple(sources.values()))
+    return Experiment(tuple(finished), tuple(unfinished), seeds, found, tuple(sources))
 
 
 def _joined(members: Sequence[Run], folders: Folders) -> list[Run]:

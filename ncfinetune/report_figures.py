@@ -193,9 +193,9 @@ def _names(series: Sequence[Sequence[Experiment]]) -> list[str]:
 
 
 def _source_nc1(experiment: Experiment, of_source: bool) -> float:
-    """NC1 of the penultimate features of what was fine-tuned, at the end of its own training or before it was tuned."""
+    """NC1 of the penultimate features of what was fine-tuned, when its own training saved it or before it was tuned."""
     if of_source:
-        values = [value for run in experiment.sources if (value := run.last(_NC1)) is not None]
+        values = [value for start in experiment.sources if (value := start.last(_NC1)) is not None]
         return float(np.mean(values or np.nan))
     return experiment.mean(_NC1, Run.before)
 

@@ -77,7 +77,8 @@ class Run:
     def _evaluated(self) -> Points:
         with suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads((self.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
-            if said["part"] is None and said["images_of"] == evaluated_images(self.part("data")):
+            same = said["images_of"] == evaluated_images(self.part("data"))  # all that older files say
+            if said["part"] is None and said.get("own_images", same):
                 numbers = {"test/acc": said["accuracy"], "test/images": said["images"]}
                 return {tag: [(int(said["step"]), float(value))] for tag, value in numbers.items()}
         return {}
@@ -145,15 +146,36 @@ class Run:
 
         None if there is none but that from before the training.
         """
-        points = sorted(self.points.get(tag, []), key=_step)
-        trained = points[1:] if points and points[0][0] == 0 and (len(points) > 1 or self._epochs()) else points
+        trained = self._trained(tag)
         tested = [point for point in trained if point[0] <= (self.tested_at or math.inf)] or trained[:1]
         return tested[-1][1] if tested else None
+
+    def at(self, tag: str, steps: int) -> float | None:
+        """The value logged under a tag at the end of an epoch that was so many steps into the training, or None."""
+        found = [value for step, value in self._trained(tag) if step == steps - 1]
+        return found[-1] if found else None
+
+    def end_of(self, epoch: int) -> int | None:
+        """How many steps were trained at the end of an epoch, counted from 0; None if it was not logged."""
+        # A test after the training is logged with one epoch more, at a step that is none of the training.
+        ends = [step + 1 for step, at in self.points.get("epoch", ()) if at == epoch and step < self.steps]
+        return max(ends, default=None)
+
+    def _trained(self, tag: str) -> list[tuple[int, float]]:
+        """Steps and values that were logged under a tag, without that from before the training."""
+        points = sorted(self.points.get(tag, []), key=_step)
+        return points[1:] if points and points[0][0] == 0 and (len(points) > 1 or self._epochs()) else points
 
     def part(self, name: str) -> dict[str, Any]:
         """A part of the configuration, empty if it lacks that."""
         part = self.config.get(name)
         return part if isinstance(part, dict) else {}
+
+    def callbacks(self, kind: str) -> list[dict[str, Any]]:
+        """Its callbacks of a class of that name, as configured."""
+        given = self.part("trainer").get("callbacks")
+        listed = given if isinstance(given, list) else [given]
+        return [one for one in listed if isinstance(one, dict) and str(one.get("class_path")).endswith(kind)]
 
     @cached_property
     def began(self) -> tuple[float, str]:
@@ -180,7 +202,7 @@ class Run:
         if progress is None or not self._may_stop_early() or not self._epochs():
             return progress
         by_others = self.tests or self.part("trainer").get("max_time") is not None
-        if by_others or any(self._was_stopped(callback) is not False for callback in self._early_stopping()):
+        if by_others or any(self._was_stopped(callback) is not False for callback in self.callbacks("EarlyStopping")):
             return None
         return f"{progress}, and early stopping did not end it"
 
@@ -201,12 +223,7 @@ class Run:
         return f"it reached step {self.steps} of {steps}" if steps is not None else None
 
     def _may_stop_early(self) -> bool:
-        return self.part("trainer").get("max_time") is not None or bool(self._early_stopping())
-
-    def _early_stopping(self) -> list[dict[str, Any]]:
-        """The callbacks that may stop it early, as configured."""
-        callbacks = [c for c in self.part("trainer").get("callbacks") or () if isinstance(c, dict)]
-        return [callback for callback in callbacks if str(callback.get("class_path")).endswith("EarlyStopping")]
+        return self.part("trainer").get("max_time") is not None or bool(self.callbacks("EarlyStopping"))
 
     def _was_stopped(self, callback: Mapping[str, Any]) -> bool | None:
         """Whether Lightning's `EarlyStopping` ended it, by the logged values; None where these do not tell."""

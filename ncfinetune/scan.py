@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from ncfinetune.atomic import replacing
-from ncfinetune.bank import Bank, Source, asked, difference, fill, merge
+from ncfinetune.bank import Bank, Source, difference, fill, merge
 from ncfinetune.cli_errors import PlainParser
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, said, sources
 from ncfinetune.scores import LayerScore, ModelScore, layer_scores, model_scores
@@ -77,13 +77,13 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: Sequence[Path]) -> None:
-    """Compute a part and write it, unless it is there."""
+    """Compute a part and write it, unless it is there, of the same images."""
     if len(outs) != 1 or outs[0].suffix != ".safetensors":
         raise ValueError(f"--part writes one file; expected --out FILE.safetensors, got {options.out}")
     path, networks = outs[0], sources(options)
     if path.exists():
         there = Bank.load(path).facts
-        facts = asked(networks, said(options), part)
+        facts = _fill(options, parser, networks, part, limit_predict_batches=0).facts
         same = there["part"] == facts["part"]
         if other := difference(facts, there) if same else f"part {'/'.join(map(str, there['part']))}":
             raise ValueError(f"{path} is there, and of another scan: {other}; name another file, or delete it")
@@ -94,9 +94,11 @@ def _write_part(options: Any, parser: PlainParser, part: tuple[int, int], outs: 
     print(f"{path}: {len(bank.labels)} images")
 
 
-def _fill(options: Any, parser: PlainParser, networks: Sequence[Source], part: tuple[int, int]) -> Bank:
+def _fill(
+    options: Any, parser: PlainParser, networks: Sequence[Source], part: tuple[int, int], **arguments: Any
+) -> Bank:
     data = datamodule(options, parser)
-    return fill(pass_trainer(options), networks, data, said(options), options.max_images, part)
+    return fill(pass_trainer(options, **arguments), networks, data, said(options), options.max_images, part)
 
 
 def _check(outs: Sequence[Path]) -> None:

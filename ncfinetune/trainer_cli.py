@@ -484,6 +484,8 @@ class NCFinetuneCLI(LightningCLI):
         facts = {
             "data": name,
             "images_of": images or settings.evaluated_images(data.as_dict(), split),
+            # Said here, since a report may be made from where the paths lead elsewhere, or nowhere.
+            "own_images": run is not None and name == split,
             "checkpoint": checkpoint,
             "step": self._step,
             "run": None if run is None else str(run),

@@ -20,14 +20,16 @@ from lightning.pytorch.loggers import CSVLogger
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
+from ncfinetune import Supervised
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
-from ncfinetune.grouping import group
+from ncfinetune.grouping import Start, group
 from ncfinetune.report_figures import picture
 from ncfinetune.report_statistics import paired, spearman, wilson
 from ncfinetune.report_table import legend, markdown, rows
 from ncfinetune.runs import Run, find_runs
 from ncfinetune.settings import differences, evaluated_images, method_name, settings, task_name
+from reference import nc1
 
 NC1 = "nc1/train/penultimate"
 
@@ -185,7 +187,15 @@ def test_the_test_of_an_unfinished_run_does_not_finish_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("facts", "counts"), [({}, True), ({"part": "the first 4 of 40 images"}, False), ({"images_of": "Pets"}, False)]
+    ("facts", "counts"),
+    [
+        ({}, True),
+        ({"part": "the first 4 of 40 images"}, False),
+        ({"images_of": "Pets"}, False),
+        ({"images_of": "a folder of another machine", "own_images": True}, True),
+        ({"own_images": False}, False),
+        ({"own_images": True, "part": "the first 4 of 40 images"}, False),
+    ],
 )
 def test_an_evaluation_of_the_test_images_counts(facts: dict[str, Any], counts: bool, tmp_path: Path) -> None:
     run = _write(tmp_path / "run", _config(), test=None)
@@ -268,10 +278,33 @@ def test_collapse_is_that_of_the_tested_weights(tmp_path: Path) -> None:
     assert (row["NC1 before"], row["NC1 after"], row["validation accuracy %"]) == ("8", "2", "30.0")
 
 
-def test_runs_without_a_seed_are_all_counted(tmp_path: Path) -> None:
-    for name in "abc":
-        _write(tmp_path / name, _config(seed=None))
-    assert _rows(tmp_path)[0]["runs"] == "3"
+@pytest.mark.parametrize("seed", [None, False])
+@pytest.mark.parametrize("of_data", [None, 0])
+def test_runs_without_a_seed_are_all_counted(
+    seed: bool | None, of_data: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**_config(seed=of_data), "seed_everything": seed}
+    for name, accuracy in (("a", 0.5), ("b", 0.7), ("c", 0.9)):
+        _write(tmp_path / name, config, test=accuracy)
+    _write(tmp_path / "full", {**_config("all", seed=of_data), "seed_everything": seed})
+    full, probe = _rows(tmp_path)
+    assert (probe["runs"], probe["test accuracy %"]) == ("3", "70.0 ± 20")
+    assert full["points over baseline"] == "-"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seeds", [[(False, 0), (False, 0)], [(0, 0), (0, 1)]])
+def test_runs_of_a_seed_from_two_sources_are_two(seeds: list[tuple[bool | int, int]], tmp_path: Path) -> None:
+    """Sources of one configuration, without a seed, or with another one of their data alone."""
+    for number, (seed, of_data) in enumerate(seeds):
+        source = {**_config(seed=of_data), "seed_everything": seed, "model": {"class_path": "Supervised"}}
+        _write(tmp_path / f"pre{number}", source)
+        checkpoint = str(tmp_path / f"pre{number}" / "checkpoints" / "last.ckpt")
+        for train in ("none", "all"):
+            _write(tmp_path / f"{train}{number}", _config(train, checkpoint=checkpoint), test=0.5 + number / 10)
+    found = {row["method"]: row for row in _rows(tmp_path)}
+    assert [found[method]["runs"] for method in ("linear probe", "full FT")] == ["2", "2"]
+    assert found["full FT"]["points over baseline"] == "+0.0 ± 0, 2 seeds"
 
 
 def test_a_folder_that_is_given_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,8 +542,61 @@ def test_a_start_from_the_same_pre_training_of_another_seed_is_the_same_experime
     _sources(tmp_path)
     probes = [row for row in _rows(tmp_path) if row["method"] == "linear probe"]
     assert [row["runs"] for row in probes] == ["2", "2"]
-    assert sorted(row["differs in"][-6:] for row in probes) == ["pre0-0", "pre1-0"]
+    shown = sorted(row["differs in"][-28:] for row in probes)
+    assert shown == ["pre0-0/checkpoints/last.ckpt", "pre1-0/checkpoints/last.ckpt"]
     assert [row["test accuracy %"] for row in probes] == ["50.0 ± 0", "60.0 ± 0"]
+
+
+_BEST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": "val/acc"}}
+_ALL = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}}
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "files", "names"),
+    [
+        # Two seeds of a source that have the same in common.
+        (None, ["last.ckpt", "last-v1.ckpt"], ["last.ckpt"]),
+        ([_BEST], ["best.ckpt", "best-v1.ckpt"], ["best.ckpt"]),
+        ([_BEST], ["epoch=0-step=4.ckpt", "epoch=1-step=8-v1.ckpt"], ["epoch=*-step=*.ckpt"]),
+        ([_BEST], ["epoch=1-loss=-0.25.ckpt", "epoch=2-loss=10.5.ckpt"], ["epoch=*-loss=*.ckpt"]),
+        (None, ["epoch=2-step=12.ckpt", "last.ckpt"], ["last.ckpt"]),
+        (None, ["epoch=2.ckpt", "epoch=2-step=12.ckpt"], ["last.ckpt"]),
+        # Other weights.
+        (None, ["epoch=0.ckpt", "last.ckpt"], ["epoch=0.ckpt", "last.ckpt"]),
+        (None, ["epoch=0.ckpt", "epoch=1.ckpt"], ["epoch=0.ckpt", "epoch=1.ckpt"]),
+        (None, ["epoch=2-step=10.ckpt", "epoch=2-step=12.ckpt"], ["epoch=2-step=10.ckpt", "last.ckpt"]),
+        ([_BEST, _ALL], ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"], ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]),
+        ([_BEST], ["best.ckpt", "last.ckpt"], ["best.ckpt", "last.ckpt"]),
+        (None, ["net-v1.safetensors", "net-v2.safetensors"], ["net-v1.safetensors", "net-v2.safetensors"]),
+    ],
+)
+@pytest.mark.parametrize("sources", [1, 2])
+def test_starts_from_other_checkpoints_of_a_source_are_told_apart(
+    sources: int, callbacks: list[Any] | None, files: list[str], names: list[str], tmp_path: Path
+) -> None:
+    for seed in range(sources):
+        source = _config(seed=seed, trainer={"callbacks": callbacks})
+        run = _write(tmp_path / f"pre{seed}", {**source, "model": {"class_path": "Supervised"}})
+        with SummaryWriter(str(run)) as writer:
+            writer.add_scalar("epoch", 3, 12)  # as Lightning does with the test after the fit
+    for seed, (file, accuracy) in enumerate(zip(files, (0.5, 0.75), strict=True)):
+        checkpoint = str(tmp_path / f"pre{seed % sources}" / "checkpoints" / file)
+        _write(tmp_path / f"probe{seed}", _config(seed=seed, checkpoint=checkpoint), test=accuracy)
+    experiments = [e for e in group(find_runs([tmp_path])) if e.method == "linear probe"]
+    assert sorted(e.settings["model.checkpoint"] for e in experiments) == [
+        str(tmp_path / "pre0" / "checkpoints" / name) for name in names
+    ]
+    assert sorted(e.mean("test/acc") for e in experiments) == ([0.625] if len(names) == 1 else [0.5, 0.75])
+
+
+def test_starts_of_one_seed_from_two_checkpoints_both_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path / "pre", {**_config(), "model": {"class_path": "Supervised"}})
+    for file, accuracy in (("epoch=0", 0.5), ("last", 0.9)):
+        checkpoint = str(tmp_path / "pre" / "checkpoints" / f"{file}.ckpt")
+        _write(tmp_path / file, _config(checkpoint=checkpoint), test=accuracy)
+    probes = [row for row in _rows(tmp_path) if row["method"] == "linear probe"]
+    assert [row["test accuracy %"] for row in probes] == ["50.0", "90.0"]
+    assert capsys.readouterr().err == ""
 
 
 def test_starts_that_no_run_left_are_told_apart(tmp_path: Path) -> None:
@@ -524,7 +610,7 @@ def test_a_relative_checkpoint_is_found(given: str, tmp_path: Path) -> None:
     _write(tmp_path / "pre", {**_config(), "model": {"class_path": "Supervised"}})
     _write(tmp_path / "down" / "a", _config(checkpoint={"path": given, "key": None}))
     (probe,) = [e for e in group(find_runs([tmp_path])) if e.method == "linear probe"]
-    assert [run.path for run in probe.sources] == [tmp_path / "pre"]
+    assert [start.run.path for start in probe.sources] == [tmp_path / "pre"]
 
 
 def test_runs_that_name_each_other_end(tmp_path: Path) -> None:
@@ -878,6 +964,29 @@ def test_transfer_against_the_collapse_of_the_source(tmp_path: Path) -> None:
     assert line.get_label() == "linear probe: Spearman's rho -1.00, p 0.33"
 
 
+def test_the_collapse_of_the_source_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    """NC1 of the source is 4, 2 and 4 / 3 at the ends of its three epochs, and 8 before the first."""
+    _write(tmp_path / "pre", {**_config(), "model": {"class_path": "Supervised"}})
+    known = {"epoch=0": 4, "epoch=1-step=8": 2, "epoch=2": 4 / 3, "last": 4 / 3}
+    for number, file in enumerate(known):
+        checkpoint = str(tmp_path / "pre" / "checkpoints" / f"{file}.ckpt")
+        _write(tmp_path / f"probe{number}", _config(checkpoint=checkpoint), test=0.5 + number / 10)
+    (line,) = _panels(tmp_path)["NC1 of the source training features"].lines
+    assert sorted(line.get_xdata()) == pytest.approx([4 / 3, 2, 4])  # the end of the training by two names
+    # Which weights the best ones are is in no log, nor what comes between two epochs.
+    for file in ("best.ckpt", "epoch=1-step=6.ckpt", "epoch=7.ckpt"):
+        checkpoint = str(tmp_path / "pre" / "checkpoints" / file)
+        shutil.rmtree(tmp_path / "probe0")
+        _write(tmp_path / "probe0", _config(checkpoint=checkpoint), test=0.5)
+        assert not [name for name in _panels(tmp_path) if "source" in name]
+
+
+def test_an_epoch_of_one_step_has_the_collapse_of_its_end(tmp_path: Path) -> None:
+    run = Run(_write(tmp_path, _config(), steps=1))
+    assert [run.at(NC1, steps) for steps in (1, 2, 3, 4)] == pytest.approx([4, 2, 4 / 3, None])
+    assert [run.end_of(epoch) for epoch in range(4)] == [1, 2, 3, None]
+
+
 def test_transfer_against_nc1_before_fine_tuning_where_sources_are_unknown(tmp_path: Path) -> None:
     for name, accuracy in (("a", 0.5), ("b", 0.6)):
         _write(tmp_path / name, _config(checkpoint=f"{name}.pth"), test=accuracy)
@@ -996,3 +1105,30 @@ def test_report_of_real_runs_one_of_which_went_on_elsewhere(
     data = Digits()
     data.setup("test")
     assert joined.last("test/images") == len(data.test_dataloader().dataset)
+
+
+@pytest.mark.slow
+def test_the_collapse_of_a_real_checkpoint_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
+    words = ["--model", "Supervised", "--model.backbone", backbone, "--data", "Digits", "--data.shots", "4"]
+    words += ["--data.batch_size", "10", "--trainer.max_epochs", "2", "--test_after_fit", "true"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    words += ["--trainer.callbacks+=NeuralCollapseTracker"]
+    words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    main(["fit", *words])
+    (run,) = find_runs([tmp_path])
+    data = Digits(shots=4)
+    data.setup("fit")
+    images, labels = map(torch.cat, zip(*data.train_plain_dataloader(), strict=True))
+    images, labels = data.on_after_batch_transfer((images, labels), 0)
+    steps = []
+    for path in sorted((run.path / "checkpoints").iterdir()):
+        start = Start("model.checkpoint", run, f"checkpoints/{path.name}")
+        steps.append(start.step)
+        with torch.no_grad():
+            features = Supervised.load_from_checkpoint(path).eval().backbone(images)
+        assert start.last(NC1) == pytest.approx(nc1(features.double().numpy(), labels.numpy()), rel=0.01)
+    assert steps == [4, 8]

@@ -274,6 +274,7 @@ def test_parts_of_data_that_are_split_at_random_are_of_one_split(weights, tmp_pa
         assert scan(*words, "--part", f"{index}/2", "--out", path) == 0
     features = merge({path: Bank.load(path) for path in parts}).features["resnet18/layer1.0"]
     assert len(features.unique(dim=0)) == 8
+    assert scan(*words, "--part", "2/2", "--out", parts[1]) == 0  # it is known again
 
 
 def test_a_part_in_half_precision_is_known_again(weights, tmp_path, capsys):
