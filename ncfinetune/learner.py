@@ -36,6 +36,7 @@ from ncfinetune.resume import (
     trained,
 )
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
+from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
 Batch = tuple[Tensor, Tensor]
@@ -272,6 +273,7 @@ class Learner(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse processes that would train independently, and read class names and preprocessing of the data."""
         check_launched(self.trainer)
+        synchronise(self.trainer.strategy)
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
