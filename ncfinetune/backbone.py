@@ -221,8 +221,8 @@ class Backbone(nn.Module):
     @property
     def adapters(self) -> list[str]:
         """Paths in the network of peft's adapters, whose initial values no file of weights has."""
-        added = (path for path, _ in self.net.named_modules() if path.rpartition(".")[2].startswith("lora_"))
-        return list(added) if self._adapters else []
+        paths = (path for path, _ in self.net.named_modules(remove_duplicate=False))
+        return [path for path in paths if path.rpartition(".")[2].startswith("lora_")] if self._adapters else []
 
     @property
     def random(self) -> dict[str, nn.Parameter]:

@@ -59,9 +59,12 @@ class Chosen:
         return list(dict.fromkeys([*self.layers, *holders]))
 
     def paths(self, module: nn.Module, network: nn.Module) -> set[str]:
-        """Paths in ``module``, which contains the network, of all chosen layers and parameters."""
+        """Paths in ``module``, which contains the network, of all chosen layers and parameters.
+
+        A layer that is used in several places has several.
+        """
         wanted = set(map(id, self.layers.values()))
-        found = {path for path, part in module.named_modules() if id(part) in wanted}
+        found = {path for path, part in module.named_modules(remove_duplicate=False) if id(part) in wanted}
         prefix = next(path for path, part in module.named_modules() if part is network)
         return found | {f"{prefix}.{path}" for paths in self.parameters.values() for path in paths}
 

@@ -144,9 +144,12 @@ def check_strength(strength: float, facts: Mapping[str, Any]) -> None:
 
 def average(base: Mapping[str, Tensor], state: Mapping[str, Tensor], strength: float) -> None:
     """Set the floating-point tensors of a state to ``base + strength * (state - base)``."""
-    for name, before in base.items():
-        if before.is_floating_point():
-            state[name].copy_(torch.lerp(before, state[name], strength))
+    # All before any is set, since a tensor that is used in several places has several names.
+    between = {
+        name: torch.lerp(before, state[name], strength) for name, before in base.items() if before.is_floating_point()
+    }
+    for name, tensor in between.items():
+        state[name].copy_(tensor)
 
 
 def check_suffix(path: str | Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, callbacks
-from tiny import SMALL, plain_sgd, trainer_in
+from tiny import SHARING, SMALL, plain_sgd, trainer_in
+from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.datamodules import Digits
@@ -135,3 +136,21 @@ def test_a_run_goes_on_without_the_file_it_started_from(base: str, tmp_path: Pat
     trainer.fit(FineTuner(3, SMALL, checkpoint=base, train="layer4.1"), data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     trainer_in(tmp_path, max_epochs=2).fit(FineTuner(3, SMALL, train="layer4.1"), data, ckpt_path=tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize("used", [[], [callbacks.EMAWeightAveraging(decay=0.5)]], ids=["plain", "averaged"])
+def test_a_layer_that_is_used_in_several_places_is_tuned_in_all_of_them(used: list, tmp_path: Path) -> None:
+    Backbone(**SHARING).save(tmp_path / "base.safetensors")
+    model = FineTuner(3, SHARING, checkpoint=str(tmp_path / "base.safetensors"), train="cpe1", optimizer=plain_sgd)
+    assert model.backbone.net.cpe1 is model.backbone.net.serial_blocks1[0].cpe
+    before = model.backbone.net.cpe1.proj.weight.detach().clone()
+    images = TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 3)
+    trainer = trainer_in(tmp_path, callbacks=used, enable_checkpointing=True)
+    trainer.fit(model, DataLoader(images, 4), DataLoader(images, 4))
+    trained = model.backbone.net.cpe1.proj.weight.detach()
+    assert not torch.equal(trained, before)
+    delta = Path(trainer.checkpoint_callback.dirpath) / "delta.safetensors"
+    again = FineTuner.from_delta(delta, checkpoint=str(tmp_path / "base.safetensors"))
+    assert torch.equal(again(images.tensors[0]), model.eval()(images.tensors[0]))
+    half = FineTuner.from_delta(delta, checkpoint=str(tmp_path / "base.safetensors"), strength=0.5)
+    torch.testing.assert_close(half.backbone.net.cpe1.proj.weight, (before + trained) / 2)

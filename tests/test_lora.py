@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny import plain_sgd, trainer_in
+from tiny import SHARING, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner, Supervised
 from ncfinetune.blocks import block_names
@@ -148,6 +148,16 @@ def test_deltas_have_adapters_that_do_not_train(train: str, tmp_path: Path) -> N
     model.save_delta(tmp_path / "delta.safetensors")
     again = FineTuner.from_delta(tmp_path / "delta.safetensors", str(tmp_path / "base.safetensors"))
     images = _images()
+    assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.filterwarnings("ignore:the adapters of lora are frozen")
+def test_deltas_have_adapters_of_layers_that_are_used_in_several_places(tmp_path: Path) -> None:
+    network = {**SHARING, "lora": {"r": 8, "target_modules": ["cpe1.proj"]}}
+    model, images = _adapted(network, tmp_path, "none"), torch.rand(3, 3, 32, 32)
+    model.save_delta(tmp_path / "delta.safetensors")
+    again = FineTuner.from_delta(tmp_path / "delta.safetensors", str(tmp_path / "base.safetensors"))
     assert torch.equal(again(images), model(images))
 
 

@@ -7,6 +7,11 @@ from lightning.pytorch import Trainer
 
 # A ResNet-18 of 10,896 parameters for the digits.
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+# A CoaT of 11,124 parameters, whose blocks share the layers that encode positions.
+SHARING = {
+    **{"name": "coat_tiny", "img_size": 32, "embed_dims": [8] * 4},
+    **{"serial_depths": [1] * 4, "num_heads": 8, "mlp_ratios": [1] * 4},
+}
 
 
 def plain_sgd(parameters) -> torch.optim.Optimizer:
