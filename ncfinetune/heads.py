@@ -124,7 +124,9 @@ def classifier_of(
 
     ``mean`` is `nearest_mean_classifier` and keeps class moments only; the other kinds keep all features. ``ridge`` and
     ``lda`` are `probes.ridge` and `probes.lda`. ``etf`` is the simplex nearest to the class means, with equal norms and
-    angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at the mean of the means.
+    angles (`probes.nearest_simplex`), and a bias that makes all classes equally probable at the mean of the means. A
+    class without samples has no part in this and is never decided for: its weight is 0, its bias lower than the scores
+    of the others.
 
     The scale of ``ridge``, ``lda`` and ``etf`` calibrates the probabilities: scores are divided by the temperature of
     `probes.Head.temperature` (for ``etf`` that of `probes.nearest_mean`). ``ridge`` and ``lda`` use the class weights;
@@ -146,9 +148,10 @@ def classifier_of(
         head = {"ridge": ridge, "lda": lda}[kind](features, labels, num_classes, class_weight=class_weight)
     if kind != "etf":
         return head.logits(labels)
-    weight = nearest_simplex(head.weight) / head.temperature(labels)
-    centre = features.double().mean(0) + head.weight.mean(0)  # nearest_mean's weight holds the means less the mean
-    return weight, -weight @ centre
+    present, weight = head.bias.isfinite(), torch.zeros_like(head.weight)
+    weight[present] = nearest_simplex(head.weight[present]) / head.temperature(labels)
+    means = features.double().mean(0) + head.weight  # nearest_mean's weight holds the means less the mean
+    return weight, _lowest_if_absent(weight, -weight @ means[present].mean(0), means, present)
 
 
 def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:
@@ -159,10 +162,15 @@ def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     variance within classes along the directions between class means, ``Sigma_W`` taken without bias: ``N - K`` in place
     of ``N``. Where ``Sigma_W = sigma^2 I`` it is ``1 / sigma^2``, and the softmax is the posterior of Gaussian classes
     with equal priors (Bishop 2006, eqs. 4.68 to 4.70). Where nothing varies within classes, as with one image of each,
-    ``s = 1 / tr(Sigma_B)``. A class without samples gets weight and bias 0.
+    ``s = 1 / tr(Sigma_B)``. A class without samples gets weight 0 and a bias lower than the scores of the others.
+
+    Raises:
+        ValueError: Fewer than two classes have samples.
     """
     assert moments.within is not None
     samples, present = moments.count.sum(), moments.present
+    if present.sum() < 2:
+        raise ValueError(f"expected samples of at least two classes, got {int(present.sum())}")
     between = moments.centred.square().sum(1).mean()
     spread = (moments.centred @ moments.within * moments.centred).sum(1).mean()
     spread = spread * samples / (samples - present.sum()).clamp(min=1)
@@ -171,7 +179,17 @@ def nearest_mean_classifier(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     weight, bias = torch.zeros_like(moments.mean), torch.zeros_like(moments.count)
     weight[present] = scale * moments.centred
     bias[present] = (moments.global_mean.square().sum() - moments.mean[present].square().sum(1)) * scale / 2
-    return weight, bias
+    return weight, _lowest_if_absent(weight, bias, moments.mean, present)
+
+
+def _lowest_if_absent(weight: Tensor, bias: Tensor, means: Tensor, present: Tensor) -> Tensor:
+    """The bias, for a class without samples one below all scores of the other classes at the class means.
+
+    The weights sum to 0, so that the mean score of the other classes is the same for all features: it is above this
+    bias, and so is the highest of them.
+    """
+    scores = means[present] @ weight[present].T + bias[present]
+    return bias.where(present, scores.min() - 1)
 
 
 def streamed_moments(chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> ClassMoments:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ncfinetune.collapse import class_moments
-from ncfinetune.heads import SkipHead, nearest_mean_classifier, streamed_moments
+from ncfinetune.heads import ClosedForm, SkipHead, classifier_of, nearest_mean_classifier, streamed_moments
 
 
 def test_joins_by_hand() -> None:
@@ -62,11 +62,35 @@ def test_nearest_mean_decides_by_distance_whatever_the_covariance(images: int) -
     assert torch.equal((points @ weight.T + bias).argmax(1), torch.cdist(points, moments.mean).argmin(1))
 
 
-def test_class_without_images_starts_at_zero() -> None:
-    features, labels, _ = _isotropic(1.0)
-    weight, bias = nearest_mean_classifier(class_moments(features, labels, 4))
-    assert torch.equal(weight[3], torch.zeros(4).double())
-    assert bias[3] == 0
+@pytest.mark.parametrize("kind", ["mean", "etf"])
+def test_a_class_without_images_is_never_decided_for_and_changes_nothing(kind: ClosedForm) -> None:
+    """An independent reference is the classifier of the other classes alone."""
+    labels = torch.tensor([0] * 40 + [1] * 5 + [2] * 10)  # uneven, so that the mean is not the mean of the means
+    features = torch.randn(3, 7).double()[labels] + 1.5 * torch.randn(55, 7).double() + 5
+    alone, bias_alone = classifier_of(kind, [(features, labels)], 3)
+    weight, bias = classifier_of(kind, [(features, torch.tensor([0, 1, 3])[labels])], 5)
+    assert torch.equal(weight[[2, 4]], torch.zeros(2, 7).double())
+    assert torch.allclose(weight[[0, 1, 3]], alone)
+    assert torch.allclose(bias[[0, 1, 3]], bias_alone)
+    anywhere = 100 * torch.randn(1000, 7).double()
+    assert not torch.isin((anywhere @ weight.T + bias).argmax(1), torch.tensor([2, 4])).any()
+    assert (features @ weight.T + bias).isfinite().all()
+
+
+def test_classes_with_images_are_equally_probable_at_the_mean_of_their_means() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 5 + [3] * 10)
+    features = torch.randn(4, 7).double()[labels] + torch.randn(55, 7).double()
+    weight, bias = classifier_of("etf", [(features, labels)], 4)
+    centre = torch.stack([features[labels == label].mean(0) for label in (0, 1, 3)]).mean(0)
+    assert torch.allclose((weight @ centre + bias)[[0, 1, 3]], torch.zeros(3).double(), atol=1e-12)
+    norms = torch.linalg.vector_norm(weight, dim=1)[[0, 1, 3]]
+    assert torch.allclose(norms, norms[0].expand(3))
+
+
+@pytest.mark.parametrize("kind", ["mean", "etf"])
+def test_a_single_class_has_no_classifier(kind: ClosedForm) -> None:
+    with pytest.raises(ValueError, match="expected samples of at least two classes, got 1"):
+        classifier_of(kind, [(torch.randn(6, 4), torch.ones(6).long())], 3)
 
 
 def test_moments_of_nothing_are_refused() -> None:
