@@ -169,8 +169,8 @@ def _offered(trainer: Trainer) -> Any:
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader of the same data set in the order of its samples."""
-    options: Any = {name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers", "pin_memory")}
-    return DataLoader(loader.dataset, **options, generator=torch.Generator())
+    options: Any = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
+    return DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator())
 
 
 class TrainingSet:

@@ -579,7 +579,7 @@ def _loader(data: LightningDataModule, split: str) -> Any:
     if split != "train":
         return getattr(data, f"{split}_dataloader")()
     loader: Any = getattr(data, "train_plain_dataloader", data.train_dataloader)()
-    return in_order(loader) if getattr(loader, "batch_size", None) is not None else loader
+    return in_order(loader) if getattr(loader, "batch_sampler", None) is not None else loader
 
 
 class _SafeCLI(NCFinetuneCLI):

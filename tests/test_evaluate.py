@@ -531,12 +531,16 @@ def test_only_what_a_failed_start_made_is_removed(kept: str | None, tmp_path: Pa
     assert (tmp_path / "run").exists() == bool(kept)
 
 
-def test_training_images_of_any_datamodule_are_predicted_in_their_order() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 4, "shuffle": True, "drop_last": True}, {"batch_sampler": [[3, 1, 2, 0], [9, 8, 7, 6], [5, 4]]}],
+)
+def test_training_images_of_any_datamodule_are_predicted_in_their_order(options: dict[str, Any]) -> None:
     images = TensorDataset(torch.arange(10.0), torch.arange(10))
 
     class Theirs(LightningDataModule):
         def train_dataloader(self) -> DataLoader[Any]:
-            return DataLoader(images, batch_size=4, shuffle=True, drop_last=True)
+            return DataLoader(images, **options)
 
     assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == list(range(10))
 
