@@ -194,6 +194,8 @@ class FileImages(Dataset[Batch]):
         """Path and label of each image, as torchvision's folders have them."""
         return self.part.samples
 
+    labelled_files = samples  # by which a cache knows the data set without decoding it
+
     def __len__(self) -> int:
         return len(self.part.chosen)
 

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_collate
+from torchvision.datasets import DatasetFolder
 
 from ncfinetune.checksums import fingerprint, raw
 from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
@@ -182,12 +183,12 @@ def _tensors(batch: Any) -> list[Tensor]:
 def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
     """Fingerprint of a data set and of its preprocessing.
 
-    For image files (a data set with ``samples``, as torchvision's folders have) it is computed from paths, labels,
-    sizes and modification times, for other data sets from every sample; in both cases also from some preprocessed
-    images.
+    Where paths and labels are known without loading an image, in torchvision's folders and in data sets with
+    ``labelled_files``, it is computed from these and from the files' sizes and modification times, for other data sets
+    from every sample; in both cases also from some preprocessed images.
     """
     digest = hashlib.sha256(str(_samples(loader)).encode())
-    files = _files(loader.dataset)
+    files = _files(loader.dataset, loader.collate_fn is default_collate)
     if files is None:
         for batch in loader:
             for tensor in _tensors(batch):
@@ -195,17 +196,27 @@ def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
     else:
         for path, label in files:
             status = os.stat(path)
-            digest.update(f"{path} {label} {status.st_size} {status.st_mtime_ns};".encode())
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns};".encode())
+            digest.update(raw(torch.as_tensor(label)))
     for tensor in _tensors(_sample(trainer, loader)):
         digest.update(raw(tensor))
     return digest.hexdigest()
 
 
-def _files(dataset: Any) -> list[tuple[str, int]] | None:
-    if isinstance(dataset, Subset):
-        inner = _files(dataset.dataset)
+def _files(dataset: Any, collated: bool) -> list[tuple[str, Any]] | None:
+    """Path and label of each sample; None if a class of others, or a collation that is not torch's, may change labels.
+
+    A data set's attribute ``samples`` alone can hold anything.
+    """
+    if type(dataset) is Subset:
+        inner = _files(dataset.dataset, collated)
         return None if inner is None else [inner[i] for i in dataset.indices]
-    return getattr(dataset, "samples", None)
+    if hasattr(dataset, "labelled_files"):
+        return dataset.labelled_files
+    if collated and isinstance(dataset, DatasetFolder) and type(dataset).__getitem__ is DatasetFolder.__getitem__:
+        final = dataset.target_transform or int
+        return [(path, final(label)) for path, label in dataset.samples]
+    return None
 
 
 def replace_loaders(data: Any, stored: Mapping[str, StoredSet]) -> Callable[[], None]:

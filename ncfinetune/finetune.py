@@ -101,8 +101,8 @@ class FineTuner(PartlyFrozen):
         cache: ``memory`` or ``disk`` run the frozen layers once over the training and validation images and then train
             on the stored inputs of the first tuned layer (without tuned layers: on the stored features), which saves
             the forward pass of the frozen layers. For training without random augmentation.
-        cache_dir: Folder for the files of ``disk``. Each is named after a fingerprint of weights, images and transform,
-            so that another run finds it; any may be deleted while no run uses it.
+        cache_dir: Folder for the files of ``disk``. Each is named after a fingerprint of weights, images, labels and
+            transform, so that another run finds it; any may be deleted while no run uses it.
         allow_random: Allow a backbone that is not pre-trained, and frozen parameters that no file provided.
         optimizer: Makes an optimiser of the trained parameters; None is AdamW with learning rate 1e-3.
         lr_scheduler: Makes a scheduler of that optimiser.
