@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from ncfinetune import weight_files, weights
 from ncfinetune.blocks import block_names
 from ncfinetune.layers import PENULTIMATE, find_layers
+from ncfinetune.mode_caches import drop_caches
 from ncfinetune.pool_search import find_pools
 from ncfinetune.pooling import Pool, caught
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Values of a tensor that are kept to tell whether it is still at its random initialisation: eight random float32 values
 # that all agree are no coincidence.
@@ -103,6 +107,7 @@ class Backbone(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
+        self.register_load_state_dict_post_hook(_drop_caches)  # type: ignore[no-untyped-call]
         # peft's wrapper of the network; in a list, so that it is not registered as a submodule.
         self._adapters: list[Any] = []
         if checkpoint is not None:
@@ -126,6 +131,13 @@ class Backbone(nn.Module):
         if isinstance(backbone, dict) and "name" not in backbone:
             raise ValueError(f"expected the name of a timm architecture in the backbone, got {sorted(backbone)}")
         return cls(**({"name": backbone} if isinstance(backbone, str) else backbone))
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode; in eval mode no layer goes on with what it has kept of former parameters."""
+        super().train(mode)
+        if not mode:
+            drop_caches(self.net)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features of images ``x``, ``(N, d)``."""
@@ -179,6 +191,7 @@ class Backbone(nn.Module):
         if adapted:  # their layers have other names than the layers in files
             self.net = self._adapters.pop().unload()
         loaded, data = weights.load(self.net, checkpoint)
+        drop_caches(self.net)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
         self.take_normalisation(data.get("preprocessing"))
         if adapted:
@@ -279,6 +292,10 @@ class Backbone(nn.Module):
         size = self.spec.get("img_size") or getattr(patches, "img_size", None)
         height, width = (size, size) if isinstance(size, int) else size or self.net.pretrained_cfg["input_size"][1:]
         return self.spec.get("in_chans", 3), height, width
+
+
+def _drop_caches(backbone: Backbone, _: Any) -> None:
+    drop_caches(backbone.net)
 
 
 def _adapted(net: nn.Module, lora: Mapping[str, Any]) -> Any:

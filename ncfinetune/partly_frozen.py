@@ -15,6 +15,7 @@ from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
 from ncfinetune.knobs import check_adapters, kept_by_deltas
+from ncfinetune.mode_caches import drop_caches
 from ncfinetune.passes import eval_mode
 from ncfinetune.timm_network import save_for_timm
 
@@ -85,6 +86,12 @@ class PartlyFrozen(Classifier):
         """Restore the frozen tensors: a callback may have averaged them or reset their statistics."""
         super().on_train_epoch_start()
         self._frozen.restore(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Have layers in eval mode of which single parameters train use these as they are now."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.chosen.parameters:
+            drop_caches(self.backbone.net)
 
     def on_validation_epoch_start(self) -> None:
         """Restore the frozen tensors: a callback may have replaced them by an average."""
