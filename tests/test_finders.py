@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from tiny import SMALL, trainer_in
 
-from ncfinetune import FineTuner
+from ncfinetune import FineTuner, Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
@@ -147,3 +147,26 @@ def test_one_rate_of_an_average_for_layers_that_have_their_own(tmp_path: Path) -
         trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())
     average = StochasticWeightAveraging(swa_lrs=[0.01, 0.1], swa_epoch_start=1)
     trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())
+
+
+@pytest.mark.parametrize("mode", ["exponential", "linear"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_search_tries_the_rates_that_the_run_would_have(mode: str, accumulated: int, tmp_path: Path) -> None:
+    steps: list[list[float]] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            steps.append([group["lr"] for group in self.param_groups])
+            return loss
+
+    model = Supervised(3, SMALL, optimizer=partial(Watched, lr=0.01), layer_decay=0.5, lr_batch=4)
+    finder = LearningRateFinder(1e-4, 1e-2, num_training_steps=15, mode=mode, early_stop_threshold=None)
+    trainer = trainer_in(tmp_path, callbacks=[finder], max_epochs=5, accumulate_grad_batches=accumulated)
+    trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8 // accumulated))
+    groups = trainer.optimizers[0].param_groups
+    factors = torch.tensor([group.get("lr_factor", 1.0) for group in groups])
+    assert len(factors.unique()) > 4
+    tried, run = torch.tensor(steps[:15]), torch.tensor(steps[-1])
+    torch.testing.assert_close(tried / factors, torch.tensor(finder.optimal_lr.results["lr"])[:, None].expand_as(tried))
+    torch.testing.assert_close(run, model.lr * factors)
