@@ -29,18 +29,38 @@ def split(state: Mapping[str, Tensor], tuned: Iterable[str]) -> tuple[dict[str, 
     return inside, {name: tensor for name, tensor in state.items() if name not in inside}
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], base_fingerprint: str, facts: Mapping[str, Any]) -> None:
+def save(
+    path: str | Path, tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
     """Write the tensors to a safetensors file, whose metadata hold the facts, and fingerprints of base and file.
 
     Raises:
         ValueError: The file's name does not end in ``.safetensors``.
     """
     check_suffix(path)
-    metadata = {"format": _FORMAT, "base_fingerprint": base_fingerprint}
+    metadata = {"format": _FORMAT, "base_fingerprint": fingerprint(frozen)}
+    facts = {**facts, "base_dtype": _dtype(frozen)}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
     metadata["fingerprint"] = fingerprint(tensors, metadata)
     with replacing(path) as part:
         save_file(with_own_memory(tensors), part, metadata)
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
+    """The floating-point type of the tensors; None if they have several or none."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def as_tuned_on(frozen: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The frozen tensors in the floating-point type in which the delta of these facts was tuned on them.
+
+    A run with a precision such as ``bf16-true`` casts its weights, the frozen ones too.
+    """
+    dtype = getattr(torch, str(facts.get("base_dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        return dict(frozen)
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in frozen.items()}
 
 
 def is_delta(path: str | Path) -> bool:
@@ -51,6 +71,8 @@ def is_delta(path: str | Path) -> bool:
 
 def facts(path: str | Path) -> dict[str, Any]:
     """The metadata of a delta: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
+
+    Of a delta that records it also ``base_dtype``, the type of the frozen tensors in its run.
 
     Raises:
         FileNotFoundError: No such file.
@@ -101,7 +123,7 @@ def load(
         ours, theirs = here["knobs"].get(name), there["knobs"].get(name)
         if ours != theirs:
             raise ValueError(f"delta {str(path)!r} was tuned with {name}={theirs!r}, but the model has {ours!r}")
-    own = fingerprint(frozen)
+    own = fingerprint(as_tuned_on(frozen, there))
     if there["base"] != here["base"] or there["base_fingerprint"] != own:
         raise ValueError(
             f"delta {str(path)!r} belongs to another base: it was tuned on {there['base']} whose frozen weights have "

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ncfinetune import delta
-from ncfinetune.checksums import fingerprint
 from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
@@ -155,17 +154,23 @@ class PartlyFrozen(Classifier):
         """
         tensors, frozen = self._of_delta(state)
         names = self.class_names if class_names is None else class_names
-        delta.save(path, tensors, fingerprint(frozen), {**self._facts(), "class_names": names})
+        delta.save(path, tensors, frozen, {**self._facts(), "class_names": names})
 
     def load_delta(self, path: str | Path) -> None:
         """Load tuned layers and classifier from a delta.
+
+        Frozen tensors stay as they are, but for a delta of a run with a precision such as ``bf16-true``: they become
+        the rounded ones on which it was tuned.
 
         Raises:
             FileNotFoundError: No such file.
             ValueError: The file is no delta, a damaged one, or a delta of other options or of another base.
         """
         facts = delta.facts(path)
-        self.load_state_dict(delta.load(path, *self._of_delta(), self._facts()), strict=False)
+        tuned, base = self._of_delta()
+        self.load_state_dict(
+            delta.load(path, tuned, base, self._facts()) | delta.as_tuned_on(base, facts), strict=False
+        )
         self._trained_on(facts["class_names"], facts["preprocessing"])
 
     @classmethod

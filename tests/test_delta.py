@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, plain_sgd, trainer_in
 
 from ncfinetune import Backbone, FineTuner
+from ncfinetune.checksums import fingerprint
 from ncfinetune.datamodules import Digits
 from ncfinetune.weight_files import read
 
@@ -122,6 +124,37 @@ def test_fingerprint_does_not_depend_on_what_was_tuned(tmp_path: Path) -> None:
     _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0")).save_delta(tmp_path / "delta.safetensors")
     other = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0"))
     other.load_delta(tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+@pytest.mark.parametrize("train", ["none", "layer3.0", "all"])
+def test_a_delta_of_any_precision_gives_the_model_of_the_checkpoint(precision: Any, train: str, tmp_path: Path) -> None:
+    base, images = _base(tmp_path), torch.randn(4, 1, 8, 8)
+    model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=plain_sgd)
+    trainer = trainer_in(tmp_path, precision=precision, enable_checkpointing=True)
+    trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    checkpoint = Path(trainer.checkpoint_callback.best_model_path)
+    saved = FineTuner.load_from_checkpoint(checkpoint).eval()
+    path = checkpoint.parent / "delta.safetensors"
+    again = FineTuner.from_delta(path, checkpoint=base)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in saved.state_dict().items())
+    assert torch.equal(again(images), saved(images))
+    again.load_delta(path)
+    if train != "all":
+        with pytest.raises(ValueError, match="belongs to another base"):
+            FineTuner(3, SMALL, train=train).load_delta(path)
+
+
+def test_a_delta_that_does_not_say_the_type_of_its_base_is_loaded(tmp_path: Path) -> None:
+    base, path = _base(tmp_path), tmp_path / "delta.safetensors"
+    model = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer3.0"))
+    model.save_delta(path)
+    with safe_open(path, framework="pt") as file:
+        said = {name: fact for name, fact in file.metadata().items() if name not in ("base_dtype", "fingerprint")}
+    tensors = load_file(path)
+    save_file(tensors, path, {**said, "fingerprint": fingerprint(tensors, said)})
+    again = FineTuner.from_delta(path, checkpoint=base)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
 def test_what_is_no_delta_is_refused(tmp_path: Path) -> None:
