@@ -9,20 +9,19 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
+from ncfinetune.finders import refuse_finders_of_resumed, scale_search, warn_of_one_rate
 from ncfinetune.inputs import may_look
 from ncfinetune.resume import (
     last_numbers,
@@ -35,7 +34,7 @@ from ncfinetune.resume import (
     train_as_before,
     trained,
 )
-from ncfinetune.schedule import follows_rates, monitored, scale_rates, scale_search
+from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
@@ -194,7 +193,7 @@ class Learner(LightningModule, ABC):
             self._trained_before = checkpoint.get(_TRAINED, {})
             self._numbers_before = checkpoint.get(NUMBERS, {})
             take_up_after_last_batch(checkpoint)
-            _refuse_finders_of_resumed(self.trainer)
+            refuse_finders_of_resumed(self.trainer)
         if self._trainer is not None:
             self.compare_data(*_described(getattr(self.trainer, "datamodule", None)))
 
@@ -241,7 +240,7 @@ class Learner(LightningModule, ABC):
             group["lr"] = group["lr"] if self.lr is None else self.lr
         factors = [self.lr_factor(group) for group in optimizer.param_groups]
         if self._trainer is not None:
-            _warn_of_one_rate(self.trainer, factors)
+            warn_of_one_rate(self.trainer, factors)
         if self._lr_scheduler is None:
             scale_rates(optimizer, None, factors)
             return optimizer
@@ -398,32 +397,6 @@ def check_launched(trainer: Trainer) -> None:
         raise ValueError(
             f"torchrun launched {launched} processes, but the Trainer has {trainer.world_size}; give it as many "
             "(devices a node, and num_nodes), or start one process"
-        )
-
-
-# Names of the checkpoints that finders save before their search, and load after it.
-_OF_FINDERS = (".lr_find_", ".scale_batch_size_")
-
-
-def _refuse_finders_of_resumed(trainer: Any) -> None:
-    """Refuse callbacks whose search, which restores a checkpoint of its own, would begin a resumed run at step 0."""
-    finders = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
-    if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
-        raise ValueError(
-            f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
-            "found, which a run's config.yaml has in its place"
-        )
-
-
-def _warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
-    """Warn of a callback that would set one learning rate for parameter groups with different factors."""
-    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
-    rate = next((callback._swa_lrs for callback in averaging), None)
-    if isinstance(rate, float) and len(set(factors)) > 1:
-        rates = ", ".join(f"{rate * factor:g}" for factor in factors)
-        rank_zero_warn(
-            f"StochasticWeightAveraging sets swa_lrs={rate:g} for all {len(factors)} parameter groups, whose rates "
-            f"layer_decay and head_lr_factor set apart; give a rate for each: swa_lrs=[{rates}]"
         )
 
 

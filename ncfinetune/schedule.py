@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -103,21 +102,6 @@ def scale_rates(optimizer: Optimizer, scheduler: Any, factors: Sequence[float]) 
             rates = getattr(part, name, None)
             if isinstance(rates, list):
                 setattr(part, name, [rate * factor for rate, factor in zip(rates, factors, strict=True)])
-
-
-def scale_search(trainer: Any, optimizer: Optimizer, factors: Sequence[float]) -> None:
-    """Multiply the rates of the next step where Lightning's finder searches, which gives all groups the same rate.
-
-    Args:
-        trainer: The trainer.
-        optimizer: The optimiser.
-        factors: A factor for each of its groups of parameters.
-    """
-    for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, _LinearLR | _ExponentialLR):
-            rates: Any = config.scheduler.lr
-            for group, rate, factor in zip(optimizer.param_groups, rates, factors, strict=True):
-                group["lr"] = rate * factor
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:

@@ -61,6 +61,7 @@ IMPORTS = {
         "weight_files",
         "weights",
     },
+    "finders": set(),
     "finetune": {
         "backbone",
         "cache",
@@ -90,7 +91,7 @@ IMPORTS = {
     "knobs": {"backbone", "cache", "heads", "split"},
     "lab": {"backbone", "bank", "cli_errors"},
     "layers": {"blocks"},
-    "learner": {"backbone", "checksums", "inputs", "resume", "schedule", "synchronised", "weight_files"},
+    "learner": {"backbone", "checksums", "finders", "inputs", "resume", "schedule", "synchronised", "weight_files"},
     "linearised": {"backbone", "passes", "probes", "samples"},
     "losses": {"gathering"},
     "metric_base": set(),

@@ -1,0 +1,52 @@
+"""Lightning's finders and averages, which set one learning rate for all groups of parameters or begin a run anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+# Names of the checkpoints that finders save before their search, and load after it.
+_OF_FINDERS = (".lr_find_", ".scale_batch_size_")
+
+
+def refuse_finders_of_resumed(trainer: Any) -> None:
+    """Refuse callbacks whose search, which restores a checkpoint of its own, would begin a resumed run at step 0."""
+    finders = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
+    if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
+        raise ValueError(
+            f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
+            "found, which a run's config.yaml has in its place"
+        )
+
+
+def warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
+    """Warn of a callback that would set one learning rate for parameter groups with different factors."""
+    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
+    rate = next((callback._swa_lrs for callback in averaging), None)
+    if isinstance(rate, float) and len(set(factors)) > 1:
+        rates = ", ".join(f"{rate * factor:g}" for factor in factors)
+        rank_zero_warn(
+            f"StochasticWeightAveraging sets swa_lrs={rate:g} for all {len(factors)} parameter groups, whose rates "
+            f"layer_decay and head_lr_factor set apart; give a rate for each: swa_lrs=[{rates}]"
+        )
+
+
+def scale_search(trainer: Any, optimizer: Optimizer, factors: Sequence[float]) -> None:
+    """Multiply the rates of the next step where Lightning's finder searches, which gives all groups the same rate.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimiser.
+        factors: A factor for each of its groups of parameters.
+    """
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, _LinearLR | _ExponentialLR):
+            rates: Any = config.scheduler.lr
+            for group, rate, factor in zip(optimizer.param_groups, rates, factors, strict=True):
+                group["lr"] = rate * factor
