@@ -18,6 +18,7 @@ from torch.utils.data import SequentialSampler
 
 from ncfinetune.evaluation_figures import Mistake
 from ncfinetune.predictions import Table
+from ncfinetune.samples import known_files
 
 # Images of a sheet: four rows of six.
 _MOST_MISTAKES = 24
@@ -93,11 +94,10 @@ class PredictionRows(Callback):
         else:
             # What a stranger's datamodule predicts may have anything beside the images.
             ours, dataset = hasattr(data, "predict_part"), getattr(loader, "dataset", None)
-            samples = getattr(dataset, "samples", None)
             self._labels = getattr(dataset, "targets", None) if ours else None
             labelled = self._evaluates or ours
-            if isinstance(getattr(loader, "sampler", None), SequentialSampler) and samples is not None:
-                self._files = [str(path) for path, _ in samples]
+            if isinstance(getattr(loader, "sampler", None), SequentialSampler):
+                self._files = known_files(dataset)
         key = "index" if self._files is None else "file"
         self.table = Table(self._path, key, self.names, labelled, self._top_k)
 

@@ -1,7 +1,8 @@
-"""Which samples of a data set: so many of them evenly over its classes, folds of them, and the labels that it knows."""
+"""Which samples of a data set: some evenly over its classes, folds of them, and the labels and files that it knows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,3 +72,15 @@ def known_labels(dataset: Any) -> Any:
             if values.ndim == 1 and values.dtype.kind in "iu":
                 return values
     return None
+
+
+def known_files(dataset: Any) -> list[str] | None:
+    """The files of a data set with pairs of path and label in ``samples``, as torchvision's folders have; else None."""
+    samples = getattr(dataset, "samples", None)
+    if not isinstance(samples, list | tuple) or not all(map(_is_file, samples)):
+        return None
+    return [os.fspath(path) for path, _ in samples]
+
+
+def _is_file(sample: Any) -> bool:
+    return isinstance(sample, list | tuple) and len(sample) == 2 and isinstance(sample[0], str | os.PathLike)

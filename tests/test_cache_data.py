@@ -15,6 +15,7 @@ from torchvision.transforms import Compose, Grayscale, ToTensor
 
 from ncfinetune import FineTuner
 from ncfinetune.cache import data_key
+from ncfinetune.predicting import PredictionRows
 
 _PIXELS = Compose([Grayscale(), ToTensor()])
 _CLASSES, _EACH = 12, 2
@@ -142,6 +143,20 @@ def test_samples_may_be_anything(kind: type[_Relative], root: Path, tmp_path: Pa
     data = kind(root)
     stored, plain = (_fit(tmp_path, lambda: data, cache=place) for place in ("disk", "none"))
     assert sorted(stored.seen) == sorted(plain.seen) == sorted([*range(_CLASSES)] * _EACH)
+
+
+@pytest.mark.parametrize(("kind", "key"), [(_Relative, "file"), (_Pixels, "index"), (_Records, "index")])
+def test_predictions_of_samples_have_the_name_of_a_file_or_the_number(
+    kind: type[_Relative], key: str, root: Path, tmp_path: Path
+) -> None:
+    rows = PredictionRows(tmp_path / "rows.csv", None, None, None, evaluates=False)
+    loader = DataLoader(kind(root), 8)
+    trainer_in(tmp_path, callbacks=[rows]).predict(FineTuner(_CLASSES, SMALL), loader, return_predictions=False)
+    assert rows.table is not None
+    rows.table.finish()
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert lines[0].startswith(f"{key},")
+    assert lines[1].startswith({"file": "00/0.png,", "index": "0,"}[key])
 
 
 @pytest.mark.parametrize("knobs", [{"cache": "memory"}, {"cache": "disk"}, {"cache": "none", "head_init": "ridge"}])

@@ -113,7 +113,7 @@ IMPORTS = {
     "passes": {"copies", "progress", "samples"},
     "pool_search": {"channels", "passes", "pooling", "tokens", "tracing"},
     "pooling": set(),
-    "predicting": {"evaluation_figures", "predictions"},
+    "predicting": {"evaluation_figures", "predictions", "samples"},
     "predictions": {"atomic"},
     "probes": {"calibration", "closed_forms"},
     "progress": set(),

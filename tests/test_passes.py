@@ -1,5 +1,6 @@
 """Passes: what is touched is as it was, and which samples a limited pass takes."""
 
+from pathlib import Path
 from typing import Any
 
 import loralib
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from ncfinetune import Backbone
 from ncfinetune.adversarial import PGD
 from ncfinetune.passes import eval_mode, evenly
-from ncfinetune.samples import known_labels, spread
+from ncfinetune.samples import known_files, known_labels, spread
 
 
 class Caching(nn.Module):
@@ -138,3 +139,21 @@ def test_labels_that_a_data_set_knows() -> None:
     assert known_labels(Subset(Named(), [2, 1])).tolist() == [1, 0]
     assert known_labels(TensorDataset(torch.zeros(3), torch.rand(3))) is None
     assert known_labels([1, 2]) is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "files"),
+    [
+        ([("a.png", 0), (Path("b.png"), 1)], ["a.png", "b.png"]),
+        ([{"image": 1, "label": 0}], None),
+        (torch.rand(3, 2), None),
+        ([(torch.rand(2), 0)], None),
+        (None, None),
+    ],
+)
+def test_files_that_a_data_set_knows(samples: Any, files: list[str] | None) -> None:
+    class Named(torch.utils.data.Dataset):
+        def __init__(self) -> None:
+            self.samples = samples
+
+    assert known_files(Named()) == files
