@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,10 @@ def balanced_folds(labels: Tensor) -> Tensor:
 
 
 def known_labels(dataset: Any) -> Any:
-    """The integer labels ``(N,)`` of a data set in ``targets`` or ``labels``; None if it has none."""
+    """The integer labels ``(N,)`` of a data set in ``targets`` or ``labels``; None if it has none.
+
+    Torchvision's data sets keep there the labels before their ``target_transform``, which is applied.
+    """
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
@@ -70,8 +73,13 @@ def known_labels(dataset: Any) -> Any:
         if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):
             values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
             if values.ndim == 1 and values.dtype.kind in "iu":
-                return values
+                return _transformed(values, getattr(dataset, "target_transform", None))
     return None
+
+
+def _transformed(labels: np.ndarray, transform: Callable[[int], Any] | None) -> np.ndarray | None:
+    values = labels if transform is None else np.asarray([transform(label) for label in labels.tolist()])
+    return values if values.ndim == 1 and values.dtype.kind in "iu" else None
 
 
 def known_files(dataset: Any) -> list[str] | None:

@@ -102,6 +102,16 @@ def test_labels_that_were_changed_since_are_those_of_the_run(kind: str, root: Pa
     assert sorted(_fit(tmp_path, changed[kind]).seen) == sorted(map(merged, [*range(_CLASSES)] * _EACH))
 
 
+def test_balanced_weights_count_the_labels_of_the_run(root: Path, tmp_path: Path) -> None:
+    model = _fit(
+        tmp_path, lambda: ImageFolder(root, _PIXELS, target_transform=merged), cache="none", class_weight="balanced"
+    )
+    assert model.class_weights is not None
+    shares = torch.tensor([*map(merged, [*range(_CLASSES)] * _EACH)]).bincount(minlength=_CLASSES)
+    expected = torch.where(shares > 0, shares.sum() / ((shares > 0).sum() * shares), 0.0)
+    torch.testing.assert_close(model.class_weights, expected)
+
+
 def test_labels_that_a_collation_changes_are_read(root: Path, tmp_path: Path) -> None:
     trainer, images = trainer_in(tmp_path), ImageFolder(root, _PIXELS)
     trainer.strategy.connect(FineTuner(_CLASSES, SMALL))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import FakeData
+from torchvision.transforms import ToTensor
 
 from ncfinetune import Backbone
 from ncfinetune.adversarial import PGD
@@ -139,6 +141,16 @@ def test_labels_that_a_data_set_knows() -> None:
     assert known_labels(Subset(Named(), [2, 1])).tolist() == [1, 0]
     assert known_labels(TensorDataset(torch.zeros(3), torch.rand(3))) is None
     assert known_labels([1, 2]) is None
+
+
+@pytest.mark.parametrize(
+    ("transform", "labels"), [(None, [0, 1, 2, 0]), (lambda label: label // 2, [0, 0, 1, 0]), (lambda _: 0.5, None)]
+)
+def test_labels_are_those_after_the_transform_of_torchvision(transform: Any, labels: list[int] | None) -> None:
+    data = FakeData(4, (1, 2, 2), 3, transform=ToTensor(), target_transform=transform)
+    data.targets = [0, 1, 2, 0]
+    known = known_labels(data)
+    assert labels is None if known is None else known.tolist() == labels
 
 
 @pytest.mark.parametrize(
