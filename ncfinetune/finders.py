@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import Optimizer
 
 # Names of the checkpoints that finders save before their search, and load after it.
 _OF_FINDERS = (".lr_find_", ".scale_batch_size_")
@@ -37,16 +36,16 @@ def warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
         )
 
 
-def scale_search(trainer: Any, optimizer: Optimizer, factors: Sequence[float]) -> None:
+def scale_search(trainer: Any, factor: Callable[[dict[str, Any]], float]) -> None:
     """Multiply the rates of the next step where Lightning's finder searches, which gives all groups the same rate.
 
     Args:
         trainer: The trainer.
-        optimizer: The optimiser.
-        factors: A factor for each of its groups of parameters.
+        factor: The factor of each of the optimiser's groups of parameters.
     """
     for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, _LinearLR | _ExponentialLR):
-            rates: Any = config.scheduler.lr
-            for group, rate, factor in zip(optimizer.param_groups, rates, factors, strict=True):
-                group["lr"] = rate * factor
+        search = config.scheduler
+        if isinstance(search, _LinearLR | _ExponentialLR):
+            rates: Any = search.lr
+            for group, rate in zip(search.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(group)

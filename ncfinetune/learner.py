@@ -330,10 +330,8 @@ class Learner(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the epoch's means in a run that is resumed within the epoch; scale the rates of a finder's search."""
         self._resume_means(batch_idx > 0)
-        for optimizer in self.trainer.optimizers:
-            # Without the factor of lr_batch, which the rate that is found replaces.
-            factors = [self.lr_factor(group) / self._lr_factor for group in optimizer.param_groups]
-            scale_search(self.trainer, optimizer, factors)
+        # Without the factor of lr_batch, which the rate that is found replaces.
+        scale_search(self.trainer, lambda group: self.lr_factor(group) / self._lr_factor)
 
     def on_train_epoch_end(self) -> None:
         """Refuse an epoch without a batch; log the means of one in a run that is resumed after its last batch."""
