@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from .schedule import is_new
+
 
 def log_epoch(module: LightningModule, values: Mapping[str, float], prog_bar: bool = False) -> None:
     """Log numbers of an epoch; all processes must call it.
@@ -58,6 +60,6 @@ def log_before_training(trainer: Trainer, values: Mapping[str, float], device: t
     """
     for name, value in values.items():
         trainer.callback_metrics[name] = torch.tensor(value, device=device)
-    if trainer.global_step == 0:
+    if is_new(trainer):
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=0)

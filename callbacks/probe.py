@@ -24,7 +24,7 @@ from .classify import Fit, Neighbours, OnlineClassifier, Scores, accuracy, count
 from .features import gathered, prepare, read, read_second, take
 from .logs import log_epoch
 from .observer import LayerObserver
-from .schedule import PassSchedule, every_process_gets_a_batch
+from .schedule import PassSchedule, every_process_gets_a_batch, is_new
 
 _NAME = "OnlineProbe"
 Kind = Literal["linear", "ridge"]
@@ -167,7 +167,7 @@ class OnlineProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting epochs, and restore the classifier of a resumed run; a new run has a new one."""
         self._schedule.start(trainer)
-        if trainer.global_step == 0:
+        if is_new(trainer):
             self._linear.forget()
         self._linear.restore(self._classes, pl_module.device)
 

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 _LOOKED_AT = 16
 
 
+def is_new(trainer: Any) -> bool:
+    """Whether a run begins with its first batch: one that is resumed does not, be it before its first step."""
+    return not trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
 class PassSchedule:
     """Determines when passes are due: every few epochs, in the epoch's validation if it has one.
 

@@ -19,7 +19,7 @@ from .meter import CollapseMeter
 from .notices import Notices
 from .observer import LayerObserver, Pooling
 from .records import Records
-from .schedule import PassSchedule
+from .schedule import PassSchedule, is_new
 
 _NAME = "NeuralCollapseTracker"
 _DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3", "nc4")
@@ -125,6 +125,7 @@ class NeuralCollapseTracker(Callback):
         self.prog_bar = prog_bar
         self.values: dict[str, float] = {}
         self.records: Records = {}
+        self._of_fit: set[tuple[str, int]] = set()  # splits and epochs that a fit has recorded
         self._schedule = PassSchedule(_NAME, train_every_n_epochs)
         self._notices = Notices(_NAME)
         self._training_set = _unread()
@@ -198,6 +199,7 @@ class NeuralCollapseTracker(Callback):
             self._keeps_records = False
             return
         self.values, self.records = state_dict["values"], state_dict["records"]
+        self._of_fit = {(split, epochs) for split, passes in self.records.items() for epochs in passes}
         self._passes_done = state_dict["passes"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -222,8 +224,9 @@ class NeuralCollapseTracker(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training set before the first step; a resumed run has done so already."""
-        if trainer.global_step == 0:
+        if is_new(trainer):
             self.values, self.records, self._passes_done, self._drawn_at = {}, {}, 0, None
+            self._of_fit.clear()
             if self.train_every_n_epochs:
                 self._measure_training_set(trainer, pl_module)
         self._schedule.start(trainer)
@@ -338,8 +341,11 @@ class NeuralCollapseTracker(Callback):
         """Refuse another tracker of the same numbers, which Lightning would log as the mean of both."""
         for other in trainer.callbacks:
             if other is not self and isinstance(other, NeuralCollapseTracker) and other._attached is not None:
-                both = [layer for layer in layers if layer in other._attached.observer.names]
-                if both and set(self.metrics) & set(other.metrics):
+                shared = set(self.metrics) & set(other.metrics)
+                of_any_layer = shared - {"nc3", "nc4"}
+                theirs = other._attached.observer.names
+                both = [layer for layer in layers if layer in theirs and (of_any_layer or layer == PENULTIMATE)]
+                if shared and both:
                     raise ValueError(
                         f"expected trackers with different layers or metrics, got two that measure {both[0]!r}, whose "
                         "numbers have the same names; measure it in one of them"
@@ -369,8 +375,12 @@ class NeuralCollapseTracker(Callback):
                 self._notices.classes(result, f"{split}{suffix}", self._meter.num_classes)
             self._notices.rounding(result, f"{split}{suffix}")
             passes, epochs = self.records.setdefault(f"{split}{suffix}", {}), self._epochs(trainer)
-            # A later validation, perhaps of other images, leaves those of the training as they are.
-            passes[epochs] = passes.get(epochs, result.values) if trainer.state.fn == "validate" else result.values
+            key = f"{split}{suffix}", epochs
+            if trainer.state.fn == "fit":
+                self._of_fit.add(key)
+            # A later validation, perhaps of other images, leaves what a fit has recorded as it is.
+            if trainer.state.fn == "fit" or key not in self._of_fit:
+                passes[epochs] = result.values
             found |= result.by_log_name(split, suffix)
         self.values |= found
         return found

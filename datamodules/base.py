@@ -70,7 +70,8 @@ class ImageDataModule(LightningDataModule, ABC):
         std: Standard deviation of each channel, for pixels in 0..1; replaces that of ``normalize``.
 
     Attributes:
-        class_names: Names of the classes in the order of their labels; the data set's own once it is set up.
+        class_names: Names of the classes in the order of their labels; the data set's own once it is set up. Empty
+            where the data only number the classes.
         input_size: Shape ``(C, S, S)`` of an image in a batch.
         recipe: The recipe of ``augmentation`` at its ``strength``.
         decoding: Options for decoding image files.

@@ -59,7 +59,10 @@ class Digits(IndexedImages):
 
 
 def _split(digits: np.ndarray) -> dict[str, np.ndarray]:
-    """Indices of each part of all ten digits, so that no choice of classes moves an image to another part."""
+    """Indices of each part of all ten digits, so that no choice of classes moves an image to another part.
+
+    The digits 0 to 4 and 5 to 9, which the examples pre-train on and fine-tune on, are drawn apart.
+    """
     halves = [np.flatnonzero(half) for half in (digits < 5, digits >= 5)]
     cuts = [split_indices(digits[half], _PARTS, SPLIT_SEED) for half in halves]
     return {

@@ -224,7 +224,7 @@ class ImageFolder(FileDataModule):
                 f"{len(missing)} of {len(paths)} files that {str(self._labels)!r} names do not exist: {some(missing)}; "
                 f"expected paths relative to root{first}"
             )
-        _count_images_without_row(self.root, set(paths), str(self._labels))
+        _count_images_without_row(self.root, set(map(os.path.normpath, paths)), str(self._labels))
 
     def _readable(self, paths: list[str]) -> list[str]:
         if not self.skip_broken or self.mark_broken:

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -153,8 +154,10 @@ def _below(roots: tuple[str, str], path: str) -> str:
 def _one_row_an_image(file: Path, rows: list[Row], root: str) -> list[Row]:
     """The first row of each image; others must say the same."""
     kept: dict[str, Row] = {}
+    resolved = cache(os.path.realpath)  # of folders, which have many images
     for row in rows:
-        other = kept.setdefault(os.path.normpath(os.path.join(root, row.path)), row)
+        folder, name = os.path.split(os.path.normpath(os.path.join(root, row.path)))
+        other = kept.setdefault(os.path.join(resolved(folder), name), row)
         if other.label != row.label:
             raise ValueError(
                 f"{str(file)!r} has {row.path} with the labels {other.label!r} and {row.label!r}; multi-label images "

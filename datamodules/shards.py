@@ -91,6 +91,7 @@ class WebDataset(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, (3, image_size, image_size), IMAGENET_MEAN, IMAGENET_STD, **kwargs)
+        self.class_names = []  # shards only number them
         self.decoding = Decoding(value_range=value_range, centre=CENTRE)
         if shuffle < 1:
             raise ValueError(f"expected shuffle of at least 1, got {shuffle}")

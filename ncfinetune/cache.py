@@ -20,6 +20,7 @@ from torchvision.datasets import DatasetFolder
 
 from ncfinetune.checksums import fingerprint, raw
 from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
+from ncfinetune.samples import is_as_stored
 from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
 
@@ -208,12 +209,14 @@ def _files(dataset: Any, collated: bool) -> list[tuple[str, Any]] | None:
 
     A data set's attribute ``samples`` alone can hold anything.
     """
-    if type(dataset) is Subset:
+    if not is_as_stored(dataset):
+        return None
+    if isinstance(dataset, Subset):
         inner = _files(dataset.dataset, collated)
         return None if inner is None else [inner[i] for i in dataset.indices]
     if hasattr(dataset, "labelled_files"):
         return dataset.labelled_files
-    if collated and isinstance(dataset, DatasetFolder) and type(dataset).__getitem__ is DatasetFolder.__getitem__:
+    if collated and isinstance(dataset, DatasetFolder):
         final = dataset.target_transform or int
         return [(path, final(label)) for path, label in dataset.samples]
     return None

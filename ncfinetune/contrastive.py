@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.gathering import sum_of_all
 from ncfinetune.heads import Projection, projection_head
 from ncfinetune.inputs import whole
 from ncfinetune.learner import Batch, Interval, Learner
@@ -108,12 +109,13 @@ class Contrastive(Learner):
         self.log_mean(f"{split}/loss", loss, self._share(len(labels)), loader)
         return loss
 
-    def _share(self, samples: int) -> Tensor:
+    def _share(self, samples: int) -> int | Tensor:
         """The number of samples that this process's loss counts for in the mean over all processes.
 
         It is the same on each process, as the loss that is trained is the mean over processes.
         """
-        return self.trainer.strategy.reduce(torch.full((), float(samples), device=self.device), reduce_op="mean")
+        processes = self.trainer.world_size
+        return samples if processes == 1 else sum_of_all(torch.full((), samples / processes, device=self.device))
 
 
 class SupCon(Contrastive):

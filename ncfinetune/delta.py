@@ -38,8 +38,8 @@ def save(
         ValueError: The file's name does not end in ``.safetensors``.
     """
     check_suffix(path)
-    metadata = {"format": _FORMAT, "base_fingerprint": fingerprint(frozen)}
     facts = {**facts, "base_dtype": _dtype(frozen)}
+    metadata = {"format": _FORMAT, "base_fingerprint": fingerprint(as_tuned_on(frozen, facts))}
     metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
     metadata["fingerprint"] = fingerprint(tensors, metadata)
     with replacing(path) as part:
@@ -47,9 +47,15 @@ def save(
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
-    """The floating-point type of the tensors; None if they have several or none."""
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
-    return kinds.pop() if len(kinds) == 1 else None
+    """The narrowest floating-point type that holds the tensors' values exactly; None if there is none.
+
+    It is that of a run that has rounded them, also where they have been cast back.
+    """
+    numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        if all(tensor.to(dtype).to(tensor.dtype).equal(tensor) for tensor in numbers):
+            return str(dtype).removeprefix("torch.")
+    return None
 
 
 def as_tuned_on(frozen: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -72,7 +78,7 @@ def is_delta(path: str | Path) -> bool:
 def facts(path: str | Path) -> dict[str, Any]:
     """The metadata of a delta: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
 
-    Of a delta that records it also ``base_dtype``, the type of the frozen tensors in its run.
+    Of a delta that records it also ``base_dtype``, the type to which its run has rounded the frozen tensors.
 
     Raises:
         FileNotFoundError: No such file.

@@ -1,4 +1,4 @@
-"""Rows of all processes, which may have different numbers of them."""
+"""Sums over all processes, and rows of all, which may have different numbers of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def sum_of_all(number: Tensor) -> Tensor:
+    """The sum of a number over the processes, without waiting for them or for the device."""
+    dist.all_reduce(number)
+    return number
 
 
 def numbers_of_all(rows: Tensor) -> list[int]:

@@ -51,12 +51,12 @@ class Start(NamedTuple):
     def name(self) -> str:
         """Their path, as the runs of one configuration have it in common; other weights have another one.
 
-        Where the run kept a single checkpoint by a `monitor`, the numbers in its name are what its seed led to, and do
-        not count. Otherwise they count, but for weights from the end of the training, which are ``last.ckpt``. The
-        version that Lightning adds (``best-v1.ckpt``) never counts.
+        Where the run kept single checkpoints alone, each by a `monitor`, the numbers in their names are what its seed
+        led to, and do not count. Otherwise they count, but for weights from the end of the training, which are
+        ``last.ckpt``. The version that Lightning adds (``best-v1.ckpt``) never counts.
         """
         kept = [one.get("init_args") or {} for one in self.run.callbacks("ModelCheckpoint")]
-        if any(one.get("monitor") for one in kept) and all(one.get("save_top_k", 1) == 1 for one in kept):
+        if kept and all(one.get("monitor") and one.get("save_top_k", 1) == 1 for one in kept):
             path = _NUMBERS.sub("*", self.file)
         elif self.step == self.run.steps:
             path = str(Path(self.file).with_stem("last"))

@@ -35,6 +35,8 @@ class CollapseMetric(Metric, ABC):
         if num_classes < 2:
             raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
+        # Names of the states that are arguments, which metrics must have in common to be merged.
+        self.fixed: tuple[str, ...] = ()
         self._lenient = False
 
     def add_state(self, name: str, default: list[Any] | Tensor, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +97,19 @@ class CollapseMetric(Metric, ABC):
         """Make the state that of several together."""
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Merge the state of another metric of this class, or a state dictionary."""
+        """Merge the state of another metric of this class, or a state dictionary.
+
+        Raises:
+            ValueError: The state does not fit, or is of a metric with other arguments.
+        """
+        given: Mapping[str, Any] = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        for name in self.fixed:
+            own, other = getattr(self, name), given.get(name)
+            if isinstance(other, Tensor) and not torch.equal(other.to(own), own):
+                raise ValueError(
+                    f"expected the state of a {type(self).__name__} with {name} {own.tolist()}, got one with "
+                    f"{other.tolist()}; merge metrics of the same arguments"
+                )
         super().merge_state(incoming_state)
         self._computed = None  # the base class would return the cached value, or warn that there was no update
         self._update_count += 1

@@ -50,6 +50,7 @@ class _MomentMetric(AccumulatorMetric):
         # A state, so that a MetricCollection does not take metrics that leave out other samples for the same metric.
         none = torch.iinfo(torch.int64).min
         self.add_state("ignored", torch.tensor(none if ignore_index is None else ignore_index), dist_reduce_fx="max")
+        self.fixed = ("ignored",)
 
     def _new_accumulator(self) -> MomentAccumulator:
         return MomentAccumulator(self.num_classes, self._keeps_scatter, self._ignore_index)
@@ -246,6 +247,10 @@ class NC4(CollapseMetric):
     def __init__(self, moments: ClassMoments, **kwargs: Any) -> None:
         super().__init__(len(moments.count), **kwargs)
         self._moments = moments
+        # For the same reason as `ignored` of the metrics above.
+        means = torch.stack([moments.mean.sum(), moments.mean.square().sum(), moments.count.sum()])
+        self.add_state("means", means, dist_reduce_fx="max")
+        self.fixed = ("means",)
         self.add_state("differ", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("flags", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
@@ -281,7 +286,7 @@ class NC4(CollapseMetric):
             self.flags = self.flags + flags
 
     def _merge(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for name in self._defaults:
+        for name in self._defaults.keys() - set(self.fixed):
             setattr(self, name, sum(each[name] for each in states))
 
     def compute(self) -> Tensor:
@@ -344,11 +349,14 @@ class CollapseCollection(MetricCollection):
     """A MetricCollection whose metrics of class moments share one state, updated and synchronised once."""
 
     def __init__(self, metrics: dict[str, CollapseMetric], **kwargs: Any) -> None:
-        moments = [name for name, metric in metrics.items() if isinstance(metric, _MomentMetric)]
-        others = [[name] for name in metrics if name not in moments]
-        # The group shares its first member's state, which must be one with the (d, d) matrix if there is one.
-        groups = [sorted(moments, key=lambda name: not metrics[name]._keeps_scatter)] if moments else []
-        super().__init__(dict(metrics), compute_groups=[*groups, *others], **kwargs)
+        alike: dict[Any, list[str]] = {}
+        for name, metric in metrics.items():
+            key = metric._ignore_index if isinstance(metric, _MomentMetric) else ("alone", name)
+            alike.setdefault(key, []).append(name)
+        # A group shares its first member's state, which must be one with the (d, d) matrix if there is one.
+        groups = [sorted(names, key=lambda name: not getattr(metrics[name], "_keeps_scatter", False))
+                  for names in alike.values()]  # fmt: skip
+        super().__init__(dict(metrics), compute_groups=groups, **kwargs)
 
     def update(  # type: ignore[override]
         self, features: Tensor, labels: Tensor, weight: Tensor | None = None

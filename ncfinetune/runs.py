@@ -77,7 +77,8 @@ class Run:
     def _evaluated(self) -> Points:
         with suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads((self.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
-            same = said["images_of"] == evaluated_images(self.part("data"))  # all that older files say
+            # A file without this flag names the images by all options of the data, as those of training images.
+            same = said["images_of"] == evaluated_images(self.part("data"), "train")
             if said["part"] is None and said.get("own_images", same):
                 numbers = {"test/acc": said["accuracy"], "test/images": said["images"]}
                 return {tag: [(int(said["step"]), float(value))] for tag, value in numbers.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import VisionDataset
 
 
 def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[int]:
@@ -62,8 +63,11 @@ def balanced_folds(labels: Tensor) -> Tensor:
 def known_labels(dataset: Any) -> Any:
     """The integer labels ``(N,)`` of a data set in ``targets`` or ``labels``; None if it has none.
 
-    Torchvision's data sets keep there the labels before their ``target_transform``, which is applied.
+    Torchvision's data sets keep there the labels before their ``target_transform``, which is applied; a class of others
+    that changes their samples makes labels unknown.
     """
+    if not is_as_stored(dataset):
+        return None
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=int)]
@@ -73,8 +77,16 @@ def known_labels(dataset: Any) -> Any:
         if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):
             values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
             if values.ndim == 1 and values.dtype.kind in "iu":
-                return _transformed(values, getattr(dataset, "target_transform", None))
+                return _transformed(values, dataset.target_transform if isinstance(dataset, VisionDataset) else None)
     return None
+
+
+def is_as_stored(dataset: Any) -> bool:
+    """Whether no class of others changes the samples of a torchvision data set, or of a part of any."""
+    if not isinstance(dataset, Subset | VisionDataset):
+        return True
+    ways = [getattr(type(dataset), name, None) for name in ("__getitem__", "__getitems__")]
+    return all(way.__module__.split(".")[0] in ("torch", "torchvision") for way in ways if way is not None)
 
 
 def _transformed(labels: np.ndarray, transform: Callable[[int], Any] | None) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from torchvision.transforms import Compose, Grayscale, ToTensor
 from ncfinetune import FineTuner
 from ncfinetune.cache import data_key
 from ncfinetune.predicting import PredictionRows
+from ncfinetune.samples import known_labels
 
 _PIXELS = Compose([Grayscale(), ToTensor()])
 _CLASSES, _EACH = 12, 2
@@ -100,6 +101,13 @@ def test_labels_that_were_changed_since_are_those_of_the_run(kind: str, root: Pa
     first = _fit(tmp_path, as_they_are.get(kind, lambda: ImageFolder(root, _PIXELS)))
     assert sorted(first.seen) == sorted([*range(_CLASSES)] * _EACH)
     assert sorted(_fit(tmp_path, changed[kind]).seen) == sorted(map(merged, [*range(_CLASSES)] * _EACH))
+
+
+def test_labels_are_unknown_where_another_class_changes_them(root: Path) -> None:
+    folder, every = ImageFolder(root, _PIXELS), range(_CLASSES * _EACH)
+    assert known_labels(Subset(folder, every)).tolist() == sorted([*range(_CLASSES)] * _EACH)
+    assert known_labels(_Merging(root, _PIXELS)) is None
+    assert known_labels(_MergingSubset(folder, every)) is None
 
 
 def test_balanced_weights_count_the_labels_of_the_run(root: Path, tmp_path: Path) -> None:

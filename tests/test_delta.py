@@ -140,6 +140,10 @@ def test_a_delta_of_any_precision_gives_the_model_of_the_checkpoint(precision: A
     assert all(torch.equal(again.state_dict()[name], value) for name, value in saved.state_dict().items())
     assert torch.equal(again(images), saved(images))
     again.load_delta(path)
+    for number, one in enumerate((again, saved)):  # whose weights are the rounded ones, in float32
+        one.save_delta(tmp_path / f"{number}.safetensors")
+        third = FineTuner.from_delta(tmp_path / f"{number}.safetensors", checkpoint=base)
+        assert torch.equal(third.eval()(images), saved(images))
     if train != "all":
         with pytest.raises(ValueError, match="belongs to another base"):
             FineTuner(3, SMALL, train=train).load_delta(path)

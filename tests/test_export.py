@@ -589,7 +589,7 @@ def test_the_card_says_what_the_run_logged_at_the_checkpoints_step(tmp_path: Pat
     assert not [word for word in ("accuracy", "NC1", "model-index") if word in card]
     (run / "evaluation" / "test").mkdir(parents=True)
     summary = run / "evaluation" / "test" / "summary.json"
-    own = evaluated_images(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    own = evaluated_images(yaml.safe_load((run / "config.yaml").read_text())["data"], "train")
     for step, data, known in ((5, own, True), (6, own, False), (5, "ImageFolder, root elsewhere", False)):
         summary.write_text(json.dumps({"step": step, "images_of": data, "part": None, "accuracy": 0.8, "images": 40}))
         export(checkpoint, tmp_path / "birds")

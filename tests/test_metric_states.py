@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 
 from ncfinetune import Supervised
-from ncfinetune.collapse import FAMILY, class_moments, nc1
+from ncfinetune.collapse import FAMILY, cdnv, class_moments, disagreements, nc1
 from ncfinetune.contrastive import SupCon
 from ncfinetune.folds import FoldMoments
 from ncfinetune.learner import Learner
-from ncfinetune.metrics import MEMBERS, NC1, NC4, neural_collapse
+from ncfinetune.metrics import CDNV, MEMBERS, NC1, NC4, CollapseCollection, neural_collapse
 from ncfinetune.probes import ridge
 
 FEATURES = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
@@ -96,6 +96,30 @@ def test_a_collection_tells_metrics_apart_that_leave_out_other_samples() -> None
     for name, rows in (("all", labels >= 0), ("but the first", labels > 0)):
         expected = nc1(class_moments(features[rows], labels[rows], 4))
         assert float(collection.compute()[name]) == pytest.approx(float(expected))
+
+
+def test_metrics_of_other_arguments_share_no_state() -> None:
+    """Also in our own collection, and NC4 of other class means, whose first batch both decide alike."""
+    first, other = NC1(4), NC1(4, ignore_index=0)
+    for metric in (first, other):
+        metric.update(FEATURES, LABELS)
+    with pytest.raises(ValueError, match="expected the state of a NC1 with ignored .*, got one with 0; merge metrics"):
+        first.merge_state(other)
+    own = CollapseCollection({"all": NC1(4), "less": CDNV(4, ignore_index=0)})
+    own.update(FEATURES, LABELS)
+    kept = LABELS > 0
+    expected = cdnv(class_moments(FEATURES[kept], LABELS[kept], 4))
+    assert float(own.compute()["less"]) == pytest.approx(float(expected))
+    moments = [class_moments(FEATURES + place * FEATURES.flip(0), LABELS, 4) for place in (0.0, 2.0)]
+    weight, bias = moments[0].centred.float(), -moments[0].centred.square().sum(1).float() / 2
+    alike = [disagreements(FEATURES, of, weight, bias) for of in moments]
+    first_rows = alike[0] == alike[1]
+    assert 0 < first_rows.sum() < len(FEATURES)
+    collection = MetricCollection({"a": NC4(moments[0]), "b": NC4(moments[1])})
+    for rows in (first_rows, ~first_rows):
+        collection.update(FEATURES[rows], LABELS[rows], weight, bias)
+    for name, decided in zip("ab", alike, strict=True):
+        assert float(collection.compute()[name]) == pytest.approx(float(decided.double().mean()))
 
 
 def test_metrics_plot_themselves() -> None:

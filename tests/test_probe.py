@@ -251,8 +251,6 @@ class Unequal(IterableDataset):
 
 
 def test_two_processes_with_unequal_batches_learn_one_probe(tmp_path: Path) -> None:
-    seen = []
-
     class Keep(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
             torch.save(probe.state_dict()["probe"], tmp_path / f"{trainer.global_rank}.pt")
@@ -284,6 +282,26 @@ def test_the_loss_is_of_the_samples_that_the_probe_learns_from(tmp_path: Path) -
     model.training_step = lambda batch, batch_idx: model(batch[0]).square().mean()
     trainer.fit(model, DataLoader(some, batch_size=7))
     assert trainer.callback_metrics["probe/loss"].item() == pytest.approx(np.log(3), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_before_its_first_step_goes_on_with_its_probe(tmp_path: Path) -> None:
+    """A probe learns from each batch, of which a step has four; they are all the same."""
+    images, labels = _data(1, 15).tensors
+    loader = DataLoader(TensorDataset(images.repeat(4, 1, 1, 1), labels.repeat(4)), batch_size=15)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+            if rest[-1] == 1:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    probes = [OnlineProbe(3), OnlineProbe(3)]
+    for probe, path in zip(probes, (None, tmp_path / "early.ckpt"), strict=True):
+        torch.manual_seed(0)
+        trainer = _trainer(tmp_path, probe, Save(), max_epochs=1, accumulate_grad_batches=4, limit_val_batches=0)
+        trainer.fit(Stranger(lr=0.0), loader, ckpt_path=path)
+    for key, value in probes[0].state_dict()["probe"].items():
+        torch.testing.assert_close(probes[1].state_dict()["probe"][key], value)
 
 
 def test_a_probe_begins_anew_with_each_run(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def _tested(run: Path, step: int, **numbers: float) -> None:
 
 def _evaluated(run: Path, step: int, accuracy: float, images: int, **facts: Any) -> None:
     """What the command ``evaluate`` writes."""
-    own = evaluated_images(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    own = evaluated_images(yaml.safe_load((run / "config.yaml").read_text())["data"], "train")
     numbers = {"accuracy": accuracy, "images": images, "step": step}
     (run / "evaluation" / "test").mkdir(parents=True, exist_ok=True)
     summary = run / "evaluation" / "test" / "summary.json"

@@ -131,6 +131,13 @@ def test_a_later_validation_leaves_the_records_of_the_training(tmp_path: Path) -
     trainer.validate(model, DataLoader(TensorDataset(images + labels.view(-1, 1, 1, 1), labels), batch_size=16))
     assert tracker.records == before
     assert tracker.values["nc1/val/penultimate"] != before["val"][2]["nc1"]["penultimate"]
+    alone, found = NeuralCollapseTracker(3), []
+    for seed in range(2):  # without a fit the last validation counts
+        torch.manual_seed(seed)
+        _trainer(tmp_path / str(seed), alone).validate(Stranger(), _loader())
+        found.append(alone.records["val"][0]["nc1"]["penultimate"])
+        assert found[-1] == alone.values["nc1/val/penultimate"]
+    assert found[0] != found[1]
 
 
 def test_classes_that_a_limit_of_one_batch_leaves_out_are_reported(tmp_path: Path) -> None:
