@@ -337,7 +337,7 @@ class NeuralCollapseTracker(Callback):
         self._class_names = adapters.class_names(trainer, pl_module, num_classes)
         self._attached = CollapseMeter(observer, num_classes, self.metrics, self.ignore_index, trainer.world_size > 1)
 
-    def _refuse_rivals(self, trainer: Trainer, layers: Sequence[str]) -> None:
+    def _refuse_rivals(self, trainer: Any, layers: Sequence[str]) -> None:
         """Refuse another tracker of the same numbers, which Lightning would log as the mean of both."""
         for other in trainer.callbacks:
             if other is not self and isinstance(other, NeuralCollapseTracker) and other._attached is not None:

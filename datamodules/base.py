@@ -339,13 +339,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _taken_batches(self, source: Any) -> int:
         """The number of the epoch's batches that were trained on, if they come from this sampler or stream."""
-        if not _trains_on(self.trainer, source):
+        trainer: Any = self.trainer
+        if not _trains_on(trainer, source):
             return 0
-        batches = _batch_progress(self.trainer).current.ready
+        batches = _batch_progress(trainer).current.ready
         within = self._before.pop("within_epoch", False)  # once: later epochs begin with their first batch
         # An interrupted epoch has had enough larger batches, perhaps, and begins again; a complete one goes on with
         # smaller batches.
-        if within or 0 < batches < self.trainer.num_training_batches:
+        if within or 0 < batches < trainer.num_training_batches:
             self._warn_of_other_batches()
         return batches
 

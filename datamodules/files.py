@@ -262,10 +262,11 @@ def _part_folders(root: Path, folders: dict[str, str] | None) -> dict[str, Path]
 
 def _folders_by_name(root: Path) -> dict[str, Path]:
     """The folders in root whose names are words for parts, if there are any; others with images are reported."""
-    there, named = _class_folders(root), defaultdict(list)
+    there, where = _class_folders(root), repr(str(root))
+    named: dict[str, list[str]] = defaultdict(list)
     for name in there:
-        named[PART_OF.get(name.lower())].append(name)
-    others, where = named.pop(None, []), repr(str(root))
+        named[PART_OF.get(name.lower(), "")].append(name)
+    others = named.pop("", [])
     for part, names in named.items():
         if len(names) > 1:
             raise ValueError(
