@@ -229,6 +229,10 @@ def test_sources_are_pre_trained_and_measured_once(textures: Path) -> None:
     assert sorted(path.name for path in (textures / "runs" / "first2" / "train").iterdir()) == ["0", "1"]
     assert "method=" in said
     assert "method=" not in _run("sources.py", *words)
+    out.unlink()
+    (textures / "runs" / "ce-seed1" / "checkpoints" / "last.ckpt").unlink()  # as if interrupted in its first epoch
+    _run("sources.py", *words)
+    assert [row["nc1"] for row in _rows(out)] == [row["nc1"] for row in rows]
     table = _run("sources.py", "table", str(out)).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in table[2:5]] == sorted(
         methods, key=lambda name: float(rows[methods.index(name)]["nc1"])

@@ -18,6 +18,7 @@ its last epoch.
 import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -103,12 +104,13 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
     words += ["--model.backbone.channels", NETWORK["channels"], "--trainer.max_epochs", options.epochs]
     words += ["--model.lr_scheduler.epochs", options.epochs, "--trainer.precision", options.precision]
     words += ["--trainer.check_val_every_n_epoch", options.epochs, "--trainer.enable_progress_bar", "false"]
-    words += [
-        "--trainer.callbacks",
-        "[{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false}}]",
-    ]
+    # By epochs, as there is no validation before the last.
+    keeps = "{filename: last, enable_version_counter: false, save_on_train_epoch_end: true}"
+    words += ["--trainer.callbacks", f"[{{class_path: ModelCheckpoint, init_args: {keeps}}}]"]
     words += ["--trainer.logger.save_dir", run.parent, "--trainer.logger.version", run.name, *changes]
     words += ["--ckpt_path", last] if last.is_file() else []
+    if run.exists() and not last.is_file():  # interrupted in its first epoch
+        shutil.rmtree(run)
     before = os.times()
     if not last.is_file() or torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 < options.epochs:
         subprocess.run([sys.executable, "-m", "ncfinetune", "fit", *map(str, words)], check=True)
