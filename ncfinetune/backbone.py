@@ -107,6 +107,7 @@ class Backbone(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
+        # Loading weights changes no mode, at which `train` would drop them; torch leaves the hook untyped.
         self.register_load_state_dict_post_hook(_drop_caches)  # type: ignore[no-untyped-call]
         # peft's wrapper of the network; in a list, so that it is not registered as a submodule.
         self._adapters: list[Any] = []

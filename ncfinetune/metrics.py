@@ -354,9 +354,9 @@ class CollapseCollection(MetricCollection):
             key = metric._ignore_index if isinstance(metric, _MomentMetric) else ("alone", name)
             alike.setdefault(key, []).append(name)
         # A group shares its first member's state, which must be one with the (d, d) matrix if there is one.
-        groups = [sorted(names, key=lambda name: not getattr(metrics[name], "_keeps_scatter", False))
-                  for names in alike.values()]  # fmt: skip
-        super().__init__(dict(metrics), compute_groups=groups, **kwargs)
+        for names in alike.values():
+            names.sort(key=lambda name: not getattr(metrics[name], "_keeps_scatter", False))
+        super().__init__(dict(metrics), compute_groups=[*alike.values()], **kwargs)
 
     def update(  # type: ignore[override]
         self, features: Tensor, labels: Tensor, weight: Tensor | None = None
