@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ncfinetune.frozen import give_back_weights
 from ncfinetune.resume import begin_again, last_saved
 
 # Exit status of a process ended by a signal: 128 + 15, 128 + 2.
@@ -49,6 +50,7 @@ class SaveOnSIGTERM(Callback):
         if not isinstance(exception, SIGTERMException):
             return
         if trainer.validating:
+            give_back_weights(trainer, pl_module)
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             state = progress.state_dict()
             begin_again(state)

@@ -109,6 +109,38 @@ def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
         )
 
 
+def waiting_gradients(trainer: Any, module: nn.Module) -> dict[str, Tensor]:
+    """This process's gradients of the batches that wait for others (``accumulate_grad_batches``); none after a step."""
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    return {name: p.grad.detach().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """Have the gradients of the next batches added to those of an interrupted run's `waiting_gradients`."""
+    for name, parameter in module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
+
+
+def step_plateaus(trainer: Trainer) -> None:
+    """Step schedulers that wait for a plateau after an epoch that was checkpointed at its end.
+
+    Lightning (2.6) makes this step after the checkpoint, and leaves it out in a run that is resumed from there.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop._num_ready_batches_reached():
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def let_plateaus_step(trainer: Trainer) -> None:
+    """Have Lightning step schedulers that wait for a plateau at the end of an epoch that was resumed within too.
+
+    Lightning (2.6) leaves this step out, since its checkpoints lack the numbers that such schedulers monitor.
+    """
+    trainer.fit_loop._restarting = False
+
+
 def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
     """Make a run that is resumed from an epoch's last batch run the epoch's validation and end.
 
@@ -126,6 +158,35 @@ def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
             total["completed"] += 1
             current["completed"] += 1
             begin_again(validation)
+
+
+def take_up_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Make a run go on in the epoch in which it stopped, and after an epoch that had all its batches in the next one.
+
+    ``max_steps``, ``max_time`` and early stopping end an epoch before its last batch. Lightning (2.6) trains the rest
+    of it as another epoch: of other images, and one epoch less afterwards.
+
+    With ``max_steps`` Lightning takes every epoch for one that was interrupted: it would end a second time one that had
+    ended, and number those after it, by which images are drawn, one too high.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The loaded checkpoint; its loops are changed in place.
+    """
+    loop: Any = trainer.fit_loop
+    loop._iteration_based_training = _never
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    if not batches or not epochs or batches["is_last_batch"] or not batches["current"]["ready"]:
+        return
+    for part in (epochs["total"], epochs["current"]):
+        if part["processed"] == part["ready"]:
+            part["processed"] -= 1
+            part["completed"] = min(part["completed"], part["processed"])
+
+
+def _never() -> bool:
+    return False
 
 
 def take_up_before_validation(trainer: Trainer) -> None:
@@ -149,6 +210,14 @@ def begin_again(progress: dict[str, Any]) -> None:
     for part in ("total", "current"):
         progress[part].update(ready=1, started=1, processed=0, completed=0)
     progress["is_last_batch"] = False
+
+
+def forget_interrupted_validation(trainer: Trainer) -> None:
+    """Have a validation that is repeated counted alone.
+
+    Otherwise Lightning (2.6) takes it for an interrupted one in a run that is resumed from a checkpoint at its end.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
 
 def last_saved(trainer: Any) -> str | None:
