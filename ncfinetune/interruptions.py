@@ -49,6 +49,9 @@ class SaveOnSIGTERM(Callback):
             _say(f"interrupted in epoch {trainer.current_epoch} after step {trainer.global_step}; {_resuming(trainer)}")
         if not isinstance(exception, SIGTERMException):
             return
+        if trainer.sanity_checking:  # a resumed run has not taken up its random numbers yet
+            _say("stopped by SIGTERM before a step was trained; start again by the same command")
+            return
         if trainer.validating:
             give_back_weights(trainer, pl_module)
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
