@@ -115,13 +115,6 @@ def average_anew(trainer: Any, module: LightningModule) -> None:
             callback.setup(trainer, module, "fit")
 
 
-def give_back_weights(trainer: Any, module: LightningModule) -> None:
-    """Make callbacks that average weights swap the trained ones back in, as at the end of a validation."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, _AVERAGING):
-            callback.on_validation_epoch_end(trainer, module)
-
-
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:
     """Refuse a network that is not pre-trained, or with frozen parameters that are still ``random``.
 

@@ -21,8 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune.frozen import give_back_weights
-from ncfinetune.resume import begin_again, last_saved
+from ncfinetune.resume import last_saved
 
 # Exit status of a process ended by a signal: 128 + 15, 128 + 2.
 STATUS, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
@@ -52,12 +51,6 @@ class SaveOnSIGTERM(Callback):
         if trainer.sanity_checking:  # a resumed run has not taken up its random numbers yet
             _say("stopped by SIGTERM before a step was trained; start again by the same command")
             return
-        if trainer.validating:
-            give_back_weights(trainer, pl_module)
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            state = progress.state_dict()
-            begin_again(state)
-            progress.load_state_dict(state)
         run = Path(trainer.log_dir or trainer.default_root_dir)
         path = run / "checkpoints" / _NAME
         when = f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}"

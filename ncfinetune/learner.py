@@ -27,6 +27,7 @@ from ncfinetune.resume import (
     forget_interrupted_validation,
     last_numbers,
     last_saved,
+    leave_out_what_has_begun,
     let_plateaus_step,
     restore_numbers,
     state_of_process,
@@ -189,6 +190,7 @@ class Learner(LightningModule, ABC):
             checkpoint[_PROCESSES] = states_of_processes(self.trainer, state)
             checkpoint[_TRAINED] = trained(self)
             checkpoint[NUMBERS] = last_numbers(self.trainer)
+            leave_out_what_has_begun(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# Key under which Lightning's `WeightAveraging` saves the weights that are trained; ``state_dict`` has their averages.
+_TRAINED_WEIGHTS = "current_model_state"
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,6 +125,28 @@ def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> Non
     for name, parameter in module.named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter)
+
+
+def leave_out_what_has_begun(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint within a batch or a validation, as at an exception, one of before, so that it is repeated.
+
+    Lightning (2.6) would number the steps of its logs one too high, or go on with the rest of the validation, whose
+    numbers would be of that alone; and it would train averages that a callback has swapped in for the validation.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What is about to be saved; changed in place.
+    """
+    loops, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop.val_loop
+    for part in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+        part.update(ready=part["processed"], started=part["processed"])
+    batches = loop.batch_progress
+    ended = batches.is_last_batch and batches.current.completed == batches.current.ready
+    if trainer.state.fn == TrainerFn.FITTING and trainer.validating and not ended:
+        begin_again(loops["epoch_loop.val_loop.batch_progress"])
+        if batches.current.ready and _TRAINED_WEIGHTS in checkpoint:
+            averages = checkpoint[_TRAINED_WEIGHTS]
+            checkpoint[_TRAINED_WEIGHTS], checkpoint["state_dict"] = checkpoint["state_dict"], averages
 
 
 def step_plateaus(trainer: Trainer) -> None:

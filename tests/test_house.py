@@ -87,7 +87,7 @@ IMPORTS = {
     "heads": {"moments", "probes"},
     "image_predictions": {"passes", "predictions"},
     "inputs": set(),
-    "interruptions": {"frozen", "resume"},
+    "interruptions": {"resume"},
     "knobs": {"backbone", "cache", "heads", "split"},
     "lab": {"backbone", "bank", "cli_errors"},
     "layers": {"blocks"},

@@ -45,6 +45,28 @@ class Terminate(Callback):
         self._end(trainer, True)
 
 
+class Fail(Callback):
+    """Fails before a batch of training, counted from 0, or within the validation after it, and saves what there is."""
+
+    def __init__(self, path: Path, batch: int, validation: bool) -> None:
+        self.path, self.batch, self.validation = path, batch, validation
+
+    def _fail(self, trainer: Any, number: int) -> None:
+        if number == self.batch:
+            raise RuntimeError("out of memory")
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if not self.validation:
+            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.validation and batch_idx == 1:
+            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 class Rates(Callback):
     """The learning rate of each batch."""
 
@@ -149,6 +171,29 @@ def test_the_weights_of_a_run_that_is_stopped_in_a_validation_are_not_its_averag
         _fit(tmp_path / "run", average(), Terminate(2 * BATCHES - 1, validation=True))
     stopped = tmp_path / "run" / "checkpoints" / "stopped.ckpt"
     assert _equal(_fit(tmp_path / "run", average(), ckpt_path=stopped), weights)
+    assert _same_numbers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("batch", "validation", "averages"),
+    [
+        (BATCHES + 2, False, False),
+        pytest.param(2 * BATCHES - 1, True, False, marks=pytest.mark.slow),
+        (2 * BATCHES - 1, True, hasattr(callbacks, "EMAWeightAveraging")),
+    ],
+)
+def test_a_checkpoint_at_an_exception_is_of_before_what_failed(
+    batch: int, validation: bool, averages: bool, tmp_path: Path
+) -> None:
+    """As ``ModelCheckpoint(save_on_exception=True)`` saves."""
+
+    def average() -> list[Callback]:
+        return [callbacks.EMAWeightAveraging(decay=0.9)] if averages else []
+
+    weights = _fit(tmp_path / "whole", *average())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _fit(tmp_path / "run", *average(), Fail(tmp_path / "failed.ckpt", batch, validation))
+    assert _equal(_fit(tmp_path / "run", *average(), ckpt_path=tmp_path / "failed.ckpt"), weights)
     assert _same_numbers(tmp_path)
 
 
