@@ -317,7 +317,8 @@ class Learner(LightningModule, ABC):
     def on_fit_end(self) -> None:
         """Have later tests normalise as the training did; forget the state of a resumed run without more to train."""
         self.backbone.take_normalisation(self.preprocessing)
-        self._numbers_before = {}
+        self._processes, self._epoch_ended = [], False
+        self._numbers_before, self._trained_before, self._means_before = {}, {}, {}
 
     def on_train_start(self) -> None:
         """Restore the progress, the trained parameters and the random state of a resumed run."""

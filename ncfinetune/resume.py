@@ -114,10 +114,14 @@ def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
 
 
 def waiting_gradients(trainer: Any, module: nn.Module) -> dict[str, Tensor]:
-    """This process's gradients of the batches that wait for others (``accumulate_grad_batches``); none after a step."""
+    """This process's gradients of the batches that wait for others (``accumulate_grad_batches``); none after a step.
+
+    Those of parameters that are sharded over processes (``DTensor``) are left out: they cannot be read as data.
+    """
     if not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
-    return {name: p.grad.detach().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+    return {name: grad.cpu().clone() for name, grad in gradients.items() if not hasattr(grad, "to_local")}
 
 
 def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:

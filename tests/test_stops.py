@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch import Callback, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -93,11 +93,21 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
 
 
+def _model(scheduler: Any = None) -> Supervised:
+    seed_everything(0, verbose=False)
+    return Supervised(3, NETWORK, optimizer=_sgd, lr_scheduler=scheduler)
+
+
 def _fit(
-    folder: Path, *added: Callback, ckpt_path: Path | None = None, scheduler: Any = None, **options: Any
+    folder: Path,
+    *added: Callback,
+    ckpt_path: Path | None = None,
+    scheduler: Any = None,
+    model: Supervised | None = None,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     """The weights at the end of a run, whose logs are in the folder."""
-    seed_everything(0, verbose=False)
+    model = model or _model(scheduler)
     trainer = Trainer(
         **{"max_epochs": 3, "accelerator": "cpu", "limit_val_batches": 3, "num_sanity_val_steps": 0, **options},
         callbacks=[*added, SaveOnSIGTERM()],
@@ -106,7 +116,6 @@ def _fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model: LightningModule = Supervised(3, NETWORK, optimizer=_sgd, lr_scheduler=scheduler)
     data = Digits([1, 2, 3], shots=12, batch_size=7)
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -147,6 +156,23 @@ def test_a_rate_is_lowered_on_a_plateau_as_in_a_run_that_did_not_stop(when: dict
         resumed = _fit(tmp_path / f"{step}", rates, ckpt_path=saved[step], scheduler=_halving_each_epoch, max_epochs=4)
         assert rates.seen == expected[step:]
         assert _equal(resumed, weights)
+
+
+def test_a_model_of_a_run_that_had_ended_begins_another_one_anew(tmp_path: Path) -> None:
+    _fit(
+        tmp_path / "run", Saved(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True), scheduler=_halving_each_epoch
+    )
+    ended = tmp_path / "checkpoints" / f"step={3 * BATCHES}.ckpt"
+    resumed, fresh = (_model(_halving_each_epoch) for _ in range(2))
+    _fit(tmp_path / "run", ckpt_path=ended, model=resumed)
+    fresh.load_state_dict(torch.load(ended, weights_only=True)["state_dict"])
+    weights = []
+    for model in (resumed, fresh):
+        seed_everything(1, verbose=False)
+        rates = Rates()
+        weights.append(_fit(tmp_path / f"another{len(weights)}", rates, model=model))
+        assert rates.seen == [RATE / 2**epoch for epoch in range(3) for _ in range(BATCHES)]
+    assert _equal(*weights)
 
 
 @pytest.mark.parametrize("batch", [BATCHES + 2, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (0, 3))])
