@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune.resume import begin_again, last_saved
+from ncfinetune.resume import last_saved
 
 # Exit status of a process ended by a signal: 128 + 15, 128 + 2.
 STATUS, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
@@ -48,11 +48,9 @@ class SaveOnSIGTERM(Callback):
             _say(f"interrupted in epoch {trainer.current_epoch} after step {trainer.global_step}; {_resuming(trainer)}")
         if not isinstance(exception, SIGTERMException):
             return
-        if trainer.validating:
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            state = progress.state_dict()
-            begin_again(state)
-            progress.load_state_dict(state)
+        if trainer.sanity_checking:  # a resumed run has not taken up its random numbers yet
+            _say("stopped by SIGTERM before a step was trained; start again by the same command")
+            return
         run = Path(trainer.log_dir or trainer.default_root_dir)
         path = run / "checkpoints" / _NAME
         when = f"stopped by SIGTERM in epoch {trainer.current_epoch} after step {trainer.global_step}"

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# Key under which Lightning's `WeightAveraging` saves the weights that are trained; ``state_dict`` has their averages.
+_TRAINED_WEIGHTS = "current_model_state"
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,6 +113,64 @@ def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
         )
 
 
+def waiting_gradients(trainer: Any, module: nn.Module) -> dict[str, Tensor]:
+    """This process's gradients of the batches that wait for others (``accumulate_grad_batches``); none after a step.
+
+    Those of parameters that are sharded over processes (``DTensor``) are left out: they cannot be read as data.
+    """
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    gradients = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+    return {name: grad.cpu().clone() for name, grad in gradients.items() if not hasattr(grad, "to_local")}
+
+
+def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """Have the gradients of the next batches added to those of an interrupted run's `waiting_gradients`."""
+    for name, parameter in module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
+
+
+def leave_out_what_has_begun(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint within a batch or a validation, as at an exception, one of before, so that it is repeated.
+
+    Lightning (2.6) would number the steps of its logs one too high, or go on with the rest of the validation, whose
+    numbers would be of that alone; and it would train averages that a callback has swapped in for the validation.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What is about to be saved; changed in place.
+    """
+    loops, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop.val_loop
+    for part in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+        part.update(ready=part["processed"], started=part["processed"])
+    batches = loop.batch_progress
+    ended = batches.is_last_batch and batches.current.completed == batches.current.ready
+    if trainer.state.fn == TrainerFn.FITTING and trainer.validating and not ended:
+        begin_again(loops["epoch_loop.val_loop.batch_progress"])
+        if batches.current.ready and _TRAINED_WEIGHTS in checkpoint:
+            averages = checkpoint[_TRAINED_WEIGHTS]
+            checkpoint[_TRAINED_WEIGHTS], checkpoint["state_dict"] = checkpoint["state_dict"], averages
+
+
+def step_plateaus(trainer: Trainer) -> None:
+    """Step schedulers that wait for a plateau after an epoch that was checkpointed at its end.
+
+    Lightning (2.6) makes this step after the checkpoint, and leaves it out in a run that is resumed from there.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop._num_ready_batches_reached():
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def let_plateaus_step(trainer: Trainer) -> None:
+    """Have Lightning step schedulers that wait for a plateau at the end of an epoch that was resumed within too.
+
+    Lightning (2.6) leaves this step out, since its checkpoints lack the numbers that such schedulers monitor.
+    """
+    trainer.fit_loop._restarting = False
+
+
 def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
     """Make a run that is resumed from an epoch's last batch run the epoch's validation and end.
 
@@ -126,6 +188,35 @@ def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
             total["completed"] += 1
             current["completed"] += 1
             begin_again(validation)
+
+
+def take_up_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Make a run go on in the epoch in which it stopped, and after an epoch that had all its batches in the next one.
+
+    ``max_steps``, ``max_time`` and early stopping end an epoch before its last batch. Lightning (2.6) trains the rest
+    of it as another epoch: of other images, and one epoch less afterwards.
+
+    With ``max_steps`` Lightning takes every epoch for one that was interrupted: it would end a second time one that had
+    ended, and number those after it, by which images are drawn, one too high.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The loaded checkpoint; its loops are changed in place.
+    """
+    loop: Any = trainer.fit_loop
+    loop._iteration_based_training = _never
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    if not batches or not epochs or batches["is_last_batch"] or not batches["current"]["ready"]:
+        return
+    for part in (epochs["total"], epochs["current"]):
+        if part["processed"] == part["ready"]:
+            part["processed"] -= 1
+            part["completed"] = min(part["completed"], part["processed"])
+
+
+def _never() -> bool:
+    return False
 
 
 def take_up_before_validation(trainer: Trainer) -> None:
@@ -149,6 +240,14 @@ def begin_again(progress: dict[str, Any]) -> None:
     for part in ("total", "current"):
         progress[part].update(ready=1, started=1, processed=0, completed=0)
     progress["is_last_batch"] = False
+
+
+def forget_interrupted_validation(trainer: Trainer) -> None:
+    """Have a validation that is repeated counted alone.
+
+    Otherwise Lightning (2.6) takes it for an interrupted one in a run that is resumed from a checkpoint at its end.
+    """
+    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
 
 def last_saved(trainer: Any) -> str | None:

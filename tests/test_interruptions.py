@@ -82,6 +82,31 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     assert Run(stopped).scalars == Run(whole).scalars
 
 
+class TerminateCheck(Callback):
+    """Sends its process SIGTERM in the sanity check."""
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_before_the_first_step_leaves_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint from before it would have other random numbers, and a new run no configuration to go on with."""
+    terminate = ["--trainer.callbacks+=test_interruptions.TerminateCheck"]
+    assert main([*RUN, *terminate, *_place(tmp_path)]) == 143
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "stopped by SIGTERM before a step was trained; start again by the same command"
+    assert not list(tmp_path.iterdir())
+    assert main([*RUN, *_place(tmp_path), "--trainer.max_epochs", "1"]) is None
+    run = tmp_path / "version_0"
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    resume = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "2"]
+    assert main([*resume, *terminate]) == 143
+    assert [*(run / "checkpoints").iterdir()] == [checkpoint]
+
+
 class Interrupt(Callback):
     """Ctrl-C after a batch."""
 

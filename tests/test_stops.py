@@ -1,0 +1,254 @@
+"""Runs that stop where a checkpoint of Lightning lacks something end as those that did not stop."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, callbacks, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ncfinetune import Supervised
+from ncfinetune.datamodules import Digits
+from ncfinetune.interruptions import SaveOnSIGTERM
+from ncfinetune.runs import Run
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Be aware that when using `ckpt_path`, callbacks",
+)
+NETWORK: dict[str, Any] = {"name": "test_vit", "img_size": 8, "patch_size": 4, "in_chans": 1, "drop_path_rate": 0.2}
+# Of 36 images in batches of 7; the last image is left out.
+BATCHES = 5
+RATE = 0.01
+
+
+class Terminate(Callback):
+    """Sends its process SIGTERM after a batch of training, counted from 0, or in the validation that follows it."""
+
+    def __init__(self, batch: int, validation: bool = False) -> None:
+        self.batch, self.validation = batch, validation
+
+    def _end(self, trainer: Any, validation: bool) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and validation == self.validation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._end(trainer, False)
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._end(trainer, True)
+
+
+class Fail(Callback):
+    """Fails before a batch of training, counted from 0, or within the validation after it, and saves what there is."""
+
+    def __init__(self, path: Path, batch: int, validation: bool) -> None:
+        self.path, self.batch, self.validation = path, batch, validation
+
+    def _fail(self, trainer: Any, number: int) -> None:
+        if number == self.batch:
+            raise RuntimeError("out of memory")
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if not self.validation:
+            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.validation and batch_idx == 1:
+            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class Rates(Callback):
+    """The learning rate of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Saved(ModelCheckpoint):
+    """A checkpoint of each time, named by its step."""
+
+    def __init__(self, folder: Path, **when: Any) -> None:
+        super().__init__(folder / "checkpoints", "{step}", save_top_k=-1, **when)
+
+
+def _halving_each_epoch(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """No epoch is better than the ones before it, whatever their loss."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10)
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
+
+
+def _model(scheduler: Any = None) -> Supervised:
+    seed_everything(0, verbose=False)
+    return Supervised(3, NETWORK, optimizer=_sgd, lr_scheduler=scheduler)
+
+
+def _fit(
+    folder: Path,
+    *added: Callback,
+    ckpt_path: Path | None = None,
+    scheduler: Any = None,
+    model: Supervised | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run, whose logs are in the folder."""
+    model = model or _model(scheduler)
+    trainer = Trainer(
+        **{"max_epochs": 3, "accelerator": "cpu", "limit_val_batches": 3, "num_sanity_val_steps": 0, **options},
+        callbacks=[*added, SaveOnSIGTERM()],
+        logger=TensorBoardLogger(folder.parent, "", folder.name),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = Digits([1, 2, 3], shots=12, batch_size=7)
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def _same_numbers(folder: Path, besides: int | None = None) -> bool:
+    """Whether ``run`` has logged what ``whole`` has, at the same steps, and no more but at one of its steps."""
+    numbers, whole = (
+        {tag: dict(points) for tag, points in Run(folder / name).points.items()} for name in ("run", "whole")
+    )
+    for tag, points in numbers.items():
+        if besides is not None and besides not in whole[tag]:
+            points.pop(besides, None)
+        assert points == pytest.approx(whole[tag], rel=1e-6), tag
+    return numbers.keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param({"every_n_epochs": 1, "save_on_train_epoch_end": True}, id="epochs"),
+        pytest.param({"save_on_train_epoch_end": False}, id="validations", marks=pytest.mark.slow),
+        pytest.param({"every_n_train_steps": 1}, id="steps", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rate_is_lowered_on_a_plateau_as_in_a_run_that_did_not_stop(when: dict[str, Any], tmp_path: Path) -> None:
+    expected = [RATE / 2**epoch for epoch in range(4) for _ in range(BATCHES)]
+    whole = Rates()
+    weights = _fit(tmp_path / "run", Saved(tmp_path, **when), whole, scheduler=_halving_each_epoch, max_epochs=4)
+    assert whole.seen == expected
+    saved = {int(path.stem.split("=")[1]): path for path in (tmp_path / "checkpoints").glob("*.ckpt")}
+    for step in sorted(saved)[:-1] if len(saved) < 3 * BATCHES else (3, BATCHES, 2 * BATCHES + 2):
+        rates = Rates()
+        resumed = _fit(tmp_path / f"{step}", rates, ckpt_path=saved[step], scheduler=_halving_each_epoch, max_epochs=4)
+        assert rates.seen == expected[step:]
+        assert _equal(resumed, weights)
+
+
+def test_a_model_of_a_run_that_had_ended_begins_another_one_anew(tmp_path: Path) -> None:
+    _fit(
+        tmp_path / "run", Saved(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True), scheduler=_halving_each_epoch
+    )
+    ended = tmp_path / "checkpoints" / f"step={3 * BATCHES}.ckpt"
+    resumed, fresh = (_model(_halving_each_epoch) for _ in range(2))
+    _fit(tmp_path / "run", ckpt_path=ended, model=resumed)
+    fresh.load_state_dict(torch.load(ended, weights_only=True)["state_dict"])
+    weights = []
+    for model in (resumed, fresh):
+        seed_everything(1, verbose=False)
+        rates = Rates()
+        weights.append(_fit(tmp_path / f"another{len(weights)}", rates, model=model))
+        assert rates.seen == [RATE / 2**epoch for epoch in range(3) for _ in range(BATCHES)]
+    assert _equal(*weights)
+
+
+@pytest.mark.parametrize("batch", [BATCHES + 2, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (0, 3))])
+def test_batches_that_wait_for_others_are_in_the_step_of_a_resumed_run(batch: int, tmp_path: Path) -> None:
+    weights = _fit(tmp_path / "whole", accumulate_grad_batches=2)
+    with pytest.raises(SIGTERMException):
+        _fit(tmp_path / "run", Terminate(batch), accumulate_grad_batches=2)
+    stopped = tmp_path / "run" / "checkpoints" / "stopped.ckpt"
+    waits = batch % BATCHES % 2 == 0
+    assert bool(torch.load(stopped, weights_only=True)["processes"][0]["gradients"]) == waits
+    assert _equal(_fit(tmp_path / "run", ckpt_path=stopped, accumulate_grad_batches=2), weights)
+    assert _same_numbers(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this Lightning has no averaging callback")
+def test_the_weights_of_a_run_that_is_stopped_in_a_validation_are_not_its_averages(tmp_path: Path) -> None:
+    def average() -> Callback:
+        return callbacks.EMAWeightAveraging(decay=0.9)
+
+    weights = _fit(tmp_path / "whole", average())
+    with pytest.raises(SIGTERMException):
+        _fit(tmp_path / "run", average(), Terminate(2 * BATCHES - 1, validation=True))
+    stopped = tmp_path / "run" / "checkpoints" / "stopped.ckpt"
+    assert _equal(_fit(tmp_path / "run", average(), ckpt_path=stopped), weights)
+    assert _same_numbers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("batch", "validation", "averages"),
+    [
+        (BATCHES + 2, False, False),
+        pytest.param(2 * BATCHES - 1, True, False, marks=pytest.mark.slow),
+        (2 * BATCHES - 1, True, hasattr(callbacks, "EMAWeightAveraging")),
+    ],
+)
+def test_a_checkpoint_at_an_exception_is_of_before_what_failed(
+    batch: int, validation: bool, averages: bool, tmp_path: Path
+) -> None:
+    """As ``ModelCheckpoint(save_on_exception=True)`` saves."""
+
+    def average() -> list[Callback]:
+        return [callbacks.EMAWeightAveraging(decay=0.9)] if averages else []
+
+    weights = _fit(tmp_path / "whole", *average())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _fit(tmp_path / "run", *average(), Fail(tmp_path / "failed.ckpt", batch, validation))
+    assert _equal(_fit(tmp_path / "run", *average(), ckpt_path=tmp_path / "failed.ckpt"), weights)
+    assert _same_numbers(tmp_path)
+
+
+def test_a_run_that_is_stopped_again_after_a_repeated_validation_keeps_its_numbers(tmp_path: Path) -> None:
+    _fit(tmp_path / "whole")
+    with pytest.raises(SIGTERMException):
+        _fit(tmp_path / "run", Terminate(2 * BATCHES - 1, validation=True))
+    stopped = tmp_path / "run" / "checkpoints" / "stopped.ckpt"
+    saved = Saved(tmp_path, save_on_train_epoch_end=False)
+    with pytest.raises(SIGTERMException):
+        _fit(tmp_path / "run", saved, Terminate(2 * BATCHES), ckpt_path=stopped)
+    # As if the machine had failed, which leaves the checkpoint of the end of the validation.
+    _fit(tmp_path / "run", ckpt_path=tmp_path / "checkpoints" / f"step={2 * BATCHES}.ckpt")
+    assert _same_numbers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "epochs"),
+    [
+        (BATCHES, -1),
+        (BATCHES + 2, 3),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in ((BATCHES, 3), (BATCHES + 2, -1))),
+    ],
+)
+def test_a_run_that_its_number_of_steps_ended_goes_on_where_it_was(step: int, epochs: int, tmp_path: Path) -> None:
+    last = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    weights = _fit(tmp_path / "whole", max_epochs=epochs, max_steps=3 * BATCHES)
+    _fit(tmp_path / "run", Saved(tmp_path, **last), max_epochs=epochs, max_steps=step)
+    path = tmp_path / "checkpoints" / f"step={step}.ckpt"
+    assert _equal(_fit(tmp_path / "run", ckpt_path=path, max_epochs=epochs, max_steps=3 * BATCHES), weights)
+    # The end of the first run was the end of an epoch to it.
+    assert _same_numbers(tmp_path, besides=step - 1)
