@@ -24,6 +24,7 @@ from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search, warn_of_one_rate
 from ncfinetune.inputs import may_look
 from ncfinetune.resume import (
+    end_epoch_without_validation,
     forget_interrupted_validation,
     last_numbers,
     last_saved,
@@ -325,6 +326,7 @@ class Learner(LightningModule, ABC):
         # Once more: the sanity check resets them, and some strategies load a checkpoint after the fit has started.
         restore_numbers(self.trainer, self._numbers_before)
         take_up_before_validation(self.trainer)
+        end_epoch_without_validation(self.trainer)
         train_as_before(self, self._trained_before)
         if self._epoch_ended:
             step_plateaus(self.trainer)

@@ -235,6 +235,20 @@ def take_up_before_validation(trainer: Trainer) -> None:
     loop.update_restart_stage()
 
 
+def end_epoch_without_validation(trainer: Trainer) -> None:
+    """Make a run that is resumed from an epoch's last batch train no more of it, where no validation is due.
+
+    Lightning (2.6) trains while it waits for a validation: on a batch of a loader that begins anew, or on all of one
+    without a length.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    if fetcher is None or not loop.restarted_on_last or not loop.batch_progress.is_last_batch:
+        return
+    if not loop._should_check_val_fx(fetcher):
+        fetcher.done, fetcher.batches = True, []
+
+
 def begin_again(progress: dict[str, Any]) -> None:
     """Set the progress of a validation to that of one started without a completed batch, so that it is repeated."""
     for part in ("total", "current"):

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_datamodules import Recorder, _trainer
 from test_shards import _write_shards
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ncfinetune import FineTuner, Supervised
@@ -368,6 +368,52 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
     whole = fit()
     for epoch in (0, 1):
         assert fit(tmp_path / f"step={2 * epoch + 2}.ckpt") == whole[whole.index((epoch, 1)) + 1 :]
+
+
+class _Stream(IterableDataset[Any]):
+    """Twelve samples, without a length."""
+
+    def __iter__(self) -> Any:
+        return zip(torch.rand(12, 1, 8, 8), torch.arange(12) % 2, strict=True)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:You.re resuming from a checkpoint that ended before the epoch ended",
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["set", "stream"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_val_batches": 0},
+        pytest.param({"check_val_every_n_epoch": 2}, marks=pytest.mark.slow),
+        pytest.param({"val_check_interval": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_loader_that_begins_anew_trains_no_more_of_an_epoch_that_is_over(
+    options: dict[str, Any], stream: bool, tmp_path: Path
+) -> None:
+    data = _Stream() if stream else TensorDataset(*map(torch.stack, zip(*_Stream(), strict=True)))
+
+    def fit(ckpt_path: Path | None = None) -> tuple[list[tuple[int, Any]], int]:
+        order = Order(tmp_path)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(
+            max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=[order], **quiet, **options
+        )
+        model = Supervised(2, {"name": "test_resnet", "in_chans": 1}, lr_scheduler=_halving)
+        loaders = [DataLoader(data, batch_size=4) for _ in ("train", "val")]
+        trainer.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=True)
+        return order.order, trainer.global_step
+
+    whole, steps = fit()
+    assert steps == 9
+    for epoch in (0, 1, 2):
+        rest, steps = fit(tmp_path / f"step={3 * epoch + 3}.ckpt")
+        assert rest == whole[whole.index((epoch, 2)) + 1 :]
+        assert steps == 9
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
