@@ -366,9 +366,12 @@ def _checked(
     weight = _sample_weights(sample_weight, features)
     weight = weight * _class_weights(class_weight, valid, num_classes, weight)
     total = weight.sum()
-    mean = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    # Less a sample, so that the mean of features that do not vary is exact and rounding is not taken for variation.
+    first = features[0].double()
+    apart = torch.zeros_like(first)
     for part in row_parts(len(labels)):
-        mean += weight[part] @ features[part].double()
+        apart += weight[part] @ (features[part].double() - first)
+    mean = first + apart / total
     share = torch.zeros(num_classes, dtype=torch.float64, device=features.device).index_add_(0, valid, weight / total)
     facts = [labels.min(), labels.max(), mean.isfinite().all(), (share > 0).sum()]
     lowest, highest, finite, present = (int(fact) for fact in torch.stack([fact.long() for fact in facts]).tolist())
@@ -380,7 +383,7 @@ def _checked(
     if present < 2:
         raise ValueError(f"expected samples of at least two classes, got {present}")
     equal = class_weight is None and sample_weight is None
-    return Samples(features, labels, weight, mean / total, share, present, equal)
+    return Samples(features, labels, weight, mean, share, present, equal)
 
 
 def _sample_weights(weights: Tensor | None, features: Tensor) -> Tensor:

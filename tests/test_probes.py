@@ -206,6 +206,22 @@ def test_ridge_of_constant_features_gives_the_shares_of_the_classes() -> None:
     torch.testing.assert_close(head.loo_scores[3], torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("weights", [None, "balanced", [0.3, 2.0, 1.7]], ids=["equal", "balanced", "given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [5, 64])
+def test_rounding_of_features_that_do_not_vary_is_no_feature(dim: int, dtype: torch.dtype, weights: Any) -> None:
+    labels = torch.arange(60) % 3 % torch.tensor([3, 1]).repeat(30)
+    features = (
+        torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).expand(60, -1)
+    )
+    head = ridge(features, labels, 3, class_weight=weights)
+    shares = labels.bincount().double()
+    if weights is not None:
+        shares = torch.ones_like(shares) if weights == "balanced" else shares * torch.tensor(weights).double()
+    assert head.weight.abs().max() == 0
+    torch.testing.assert_close(head.bias, shares / shares.sum())
+
+
 @pytest.mark.parametrize("name", ["ridge", "nearest_mean"])
 def test_one_sample_a_class_is_never_right_when_left_out(name: str) -> None:
     features, labels = _data(6, 30, 6)
