@@ -184,10 +184,16 @@ class Groups:
         """The classes of a fit; an absent one's mean is ``m``."""
         weight = torch.zeros_like(fit.share).index_add_(0, fit.labels, fit.weight)
         squares = torch.zeros_like(fit.share).index_add_(0, fit.labels, fit.weight.square())
-        sums = fit.mean.new_zeros(len(fit.share), len(fit.mean))
+        # Less a sample of the class, so that the mean of samples that are all the same is exact.
+        numbers = torch.arange(len(fit.labels), device=fit.labels.device)
+        first = numbers.new_zeros(len(weight)).scatter_reduce(0, fit.labels, numbers, "amin", include_self=False)
+        one = fit.features[first].double() - fit.mean
+        sums = torch.zeros_like(one)
         for part in fit.parts():
-            sums.index_add_(0, fit.labels[part], fit.centred(part) * fit.weight[part, None])
-        return cls(weight, squares, sums / weight.where(weight > 0, 1.0)[:, None])
+            labels = fit.labels[part]
+            sums.index_add_(0, labels, (fit.centred(part) - one[labels]) * fit.weight[part, None])
+        present = (weight > 0)[:, None]
+        return cls(weight, squares, (one + sums / weight[:, None]).where(present, 0.0))
 
     @property
     def freedom(self) -> Tensor:

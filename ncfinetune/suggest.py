@@ -349,7 +349,8 @@ def closed_rows(
         "LDA": ("lda", lda),
         "ridge": ("ridge", ridge),
     }
-    if not all(_has_covariance(labels[way != fold]) for way in folds for fold in way.unique()):
+    trains = [way != fold for way in folds for fold in way.unique()]
+    if not all(_has_covariance(penultimate[train], labels[train]) for train in trains):
         del kinds["LDA"]
     rows = [row(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
     if skips := choose_skips(penultimate, layers, labels, _SKIPS):
@@ -358,9 +359,11 @@ def closed_rows(
     return rows
 
 
-def _has_covariance(labels: Tensor) -> bool:
-    """Whether LDA of so many samples exists, one of them left out."""
-    return len(labels) >= int((labels.bincount() > 0).sum()) + 2
+def _has_covariance(features: Tensor, labels: Tensor) -> bool:
+    """Whether LDA of these samples exists, one of them left out: they are enough, and vary within a class."""
+    classes = (features[labels == label] for label in range(int(labels.max()) + 1))
+    varies = any(bool((rows != rows[:1]).any()) for rows in classes)
+    return varies and len(labels) >= int((labels.bincount() > 0).sum()) + 2
 
 
 def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:

@@ -222,6 +222,18 @@ def test_rounding_of_features_that_do_not_vary_is_no_feature(dim: int, dtype: to
     torch.testing.assert_close(head.bias, shares / shares.sum())
 
 
+@pytest.mark.parametrize("weights", [None, "balanced", [0.3, 2.0, 1.7]], ids=["equal", "balanced", "given"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [4, 64])
+def test_rounding_of_classes_that_do_not_vary_is_no_covariance(dim: int, dtype: torch.dtype, weights: Any) -> None:
+    labels = torch.arange(60) % 3 % torch.tensor([3, 1]).repeat(30)
+    means = torch.randn(3, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    with pytest.raises(
+        ValueError, match="^lda needs features that vary within classes, got constant ones; use nearest"
+    ):
+        lda(means[labels], labels, 3, class_weight=weights)
+
+
 @pytest.mark.parametrize("name", ["ridge", "nearest_mean"])
 def test_one_sample_a_class_is_never_right_when_left_out(name: str) -> None:
     features, labels = _data(6, 30, 6)

@@ -141,6 +141,14 @@ def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
         torch.testing.assert_close(trial.loss[rows], torch.full((6,), 2 / 3), rtol=0, atol=0.05)
 
 
+def test_lda_is_not_judged_of_features_that_do_not_vary_within_classes():
+    labels = torch.arange(30) % 3
+    collapsed = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[labels]
+    bench = SimpleNamespace(labels=labels, num_classes=3)
+    rows = closed_rows(collapsed, {}, bench, partial(skip_ridge, collapsed, {}, labels, 3, 1))
+    assert [found.method for found in rows] == ["nearest mean", "ridge"]
+
+
 @pytest.mark.parametrize(("images", "judged"), [(2, False), (3, True)])
 def test_lda_is_judged_where_a_fold_leaves_it_a_covariance(images, judged):
     labels = torch.arange(3 * images) % 3
