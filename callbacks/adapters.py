@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ncfinetune.inputs import may_look
 from ncfinetune.layers import PENULTIMATE, find_layers
@@ -202,6 +203,24 @@ def defines(module: nn.Module, method: str) -> bool:
     return home not in ("torch", "lightning", "pytorch_lightning")
 
 
+def hooks_early(module: nn.Module, attach: Callable[[], None]) -> None:
+    """Call ``attach`` in a callback's ``setup``, unless the module makes its layers later.
+
+    That is in ``configure_model``, or in its own ``setup``, which Lightning calls after those of the callbacks.
+
+    Raises:
+        ValueError: What ``attach`` raises, if the module has neither method.
+        TypeError: As above.
+    """
+    if defines(module, "configure_model"):
+        return
+    try:
+        attach()
+    except (ValueError, TypeError):
+        if not defines(module, "setup"):
+            raise
+
+
 def network_of(module: nn.Module) -> nn.Module | None:
     """The module if it has its own forward, else its only child with parameters; None if there is neither."""
     if defines(module, "forward"):
@@ -307,7 +326,11 @@ def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor
 
 def is_sharded(classifier: nn.Module) -> bool:
     """Whether a process holds only a part of the weight: a DTensor, or a piece of FSDP's flat parameter."""
-    weight = getattr(getattr(classifier, "base_layer", classifier), "weight", None)
+    linear: Any = getattr(classifier, "base_layer", classifier)
+    if is_parametrized(linear, "weight"):  # to compute the weight may change a state, as `spectral_norm` does
+        weight = next(linear.parametrizations["weight"].parameters(), None)
+    else:
+        weight = getattr(linear, "weight", None)
     return isinstance(weight, Tensor) and (hasattr(weight, "placements") or weight.ndim != 2)
 
 

@@ -97,25 +97,39 @@ def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             trainer.state.stage = stage
 
 
-def on_device(trainer: Trainer, batch: Any) -> Any:
-    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it."""
-    with _data_precision():
-        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+def on_device(trainer: Trainer, batch: Any, data: Any = None) -> Any:
+    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it.
+
+    Args:
+        trainer: The trainer.
+        batch: The batch, as a loader gives it.
+        data: The datamodule whose hooks are called; None is that of the run.
+    """
+    with data_precision():
+        batch = trainer.precision_plugin.convert_input(batch)
+        if data is None:
+            return trainer.strategy.batch_to_device(batch)
+        batch = data.on_before_batch_transfer(batch, 0)
+        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        return data.on_after_batch_transfer(batch, 0)
 
 
-def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader after the transfer to the device, as a step gets them; with a bar if that takes long."""
+def ready_batches(trainer: Trainer, loader: Iterable[Any], data: Any = None) -> Iterator[Any]:
+    """The batches of a loader after the transfer to the device, as a step gets them; with a bar if that takes long.
+
+    Arguments as in `on_device`.
+    """
     batches = watched(trainer, loader, "pass over images")
     while True:
-        with _data_precision():
+        with data_precision():
             batch = next(batches, _END)
         if batch is _END:
             return
-        yield on_device(trainer, batch)
+        yield on_device(trainer, batch, data)
 
 
 @contextmanager
-def _data_precision() -> Iterator[None]:
+def data_precision() -> Iterator[None]:
     """Create data in float32, as outside a pass: inside, precision bf16-true makes bfloat16 the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -416,10 +430,11 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
     """
     sampler = _own_sampler(loader)
-    if isinstance(sampler, SequentialSampler | RandomSampler):
+    order = type(sampler).__iter__  # a class derived from torch's may draw others
+    if order in (SequentialSampler.__iter__, RandomSampler.__iter__):
         return range(len(sampler.data_source))
-    if isinstance(sampler, WeightedRandomSampler):
-        return range(len(cast(Sized, loader.dataset)))
+    if order is WeightedRandomSampler.__iter__:
+        return cast(list[int], sampler.weights.nonzero().squeeze(1).tolist())
     drawn = copy_of(sampler, loader.dataset)
     return sorted(set(itertools.chain.from_iterable(drawn) if sampler is loader.batch_sampler else drawn))
 
@@ -447,6 +462,15 @@ def _has_length(loader: Any) -> bool:
         return len(loader) >= 0
     except TypeError:
         return False
+
+
+def evaluated(trainer: Trainer) -> list[Any]:
+    """The data sets of the running validation or test in the order of their ``dataloader_idx``, each by its loader.
+
+    A `CombinedLoader` whose batches hold a part of each loader, in every mode but ``sequential``, is one data set.
+    """
+    loader: Any = trainer._evaluation_loop._combined_loader
+    return list(loader.flattened) if loader._mode == "sequential" else [loader]
 
 
 def flat(loaders: Any) -> list[Any]:
