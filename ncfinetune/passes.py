@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -30,6 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
     WeightedRandomSampler,
 )
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ncfinetune.copies import CopyError, copy_of
 from ncfinetune.progress import watched
@@ -184,7 +187,7 @@ def _offered(trainer: Trainer) -> Any:
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader of the same data set in the order of its samples."""
     options: Any = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
-    return DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator())
+    return _of_class(loader, DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator()))
 
 
 class TrainingSet:
@@ -249,7 +252,7 @@ class TrainingSet:
     def _samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None, shared: bool
     ) -> Iterator[Any]:
-        drawn = _drawn(loader)
+        drawn = _of_all(trainer, _drawn(loader))
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
         fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
@@ -370,7 +373,25 @@ def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any)
         "persistent_workers": loader.persistent_workers,
         "generator": torch.Generator(),
     }
-    return DataLoader(**(made | options))
+    return _of_class(loader, DataLoader(**(made | options)))
+
+
+def _of_class(loader: DataLoader[Any], made: DataLoader[Any]) -> DataLoader[Any]:
+    """Give a new loader the class and attributes of another whose own ``__iter__`` may change the batches.
+
+    A class that repeats one iterator for ever, such as timm's ``MultiEpochsDataLoader``, gives the batches as they are:
+    it holds that iterator, or has put an endless sampler in place of its own.
+
+    Raises:
+        CopyError: An attribute cannot be copied.
+    """
+    own = {name: value for name, value in vars(loader).items() if name not in vars(made)}
+    replaced = loader.batch_size is not None and type(loader.batch_sampler) is not BatchSampler
+    repeats = replaced or any(isinstance(value, _BaseDataLoaderIter) for value in own.values())
+    if type(loader).__iter__ is not DataLoader.__iter__ and not repeats:
+        vars(made).update(copy_of(own, loader.dataset))
+        made.__class__ = type(loader)
+    return made
 
 
 def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[Any]:
@@ -434,9 +455,24 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     if order in (SequentialSampler.__iter__, RandomSampler.__iter__):
         return range(len(sampler.data_source))
     if order is WeightedRandomSampler.__iter__:
-        return cast(list[int], sampler.weights.nonzero().squeeze(1).tolist())
+        possible = sampler.weights.nonzero().squeeze(1)
+        return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     drawn = copy_of(sampler, loader.dataset)
-    return sorted(set(itertools.chain.from_iterable(drawn) if sampler is loader.batch_sampler else drawn))
+    of_batches = sampler is loader.batch_sampler
+    if _has_length(sampler):  # those of an epoch, since it may go on after it
+        drawn = islice(drawn, len(sampler))
+    drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
+    # Without a length it may be endless: as many as the data set has.
+    return sorted(set(drawn if _has_length(sampler) else islice(drawn, len(cast(Sized, loader.dataset)))))
+
+
+def _of_all(trainer: Trainer, drawn: Sequence[int]) -> Sequence[int]:
+    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it."""
+    if trainer.world_size == 1 or isinstance(drawn, range):
+        return drawn
+    parts: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(parts, drawn)
+    return sorted(set(itertools.chain.from_iterable(parts)))
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:

@@ -25,6 +25,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -583,12 +584,32 @@ class EvenOnly(RandomSampler):
         return N // 2
 
 
+class EndlessSampler(Sampler):
+    """Draws the first samples again and again, in random order."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(100):
+            yield from torch.randperm(self.number).tolist()
+        raise AssertionError("an endless sampler was asked for all that it draws")
+
+
+class EndlessWithLength(EndlessSampler):
+    def __len__(self) -> int:
+        return self.number
+
+
 # Samplers and the samples that they draw.
 SAMPLERS: dict[str, tuple[Any, list[int]]] = {
     "subset": (SubsetRandomSampler(range(0, N, 2)), list(range(0, N, 2))),
     "weights, some 0": (WeightedRandomSampler([i % 3 for i in range(N)], N), [i for i in range(N) if i % 3]),
     "weights of the first": (WeightedRandomSampler([1.0] * 20, N), list(range(20))),
     "derived": (EvenOnly(range(N)), list(range(0, N, 2))),
+    "endless": (EndlessSampler(N), list(range(N))),
+    "endless, of some": (EndlessSampler(20), list(range(20))),
+    "endless, of a length": (EndlessWithLength(20), list(range(20))),
 }
 
 
@@ -600,7 +621,9 @@ def test_only_what_the_training_sampler_draws_is_measured(sampler: str, tmp_path
         labels = torch.arange(N) // 2 % K  # so that every class is drawn
     loader = DataLoader(TensorDataset(images, labels), batch_size=8, sampler=draws)
     module, tracker = _training(pl, _small()), NeuralCollapseTracker(K)
-    _trainer(tmp_path, tracker).fit(module, loader, _loader())
+    _trainer(tmp_path, tracker, **({"limit_train_batches": 7} if "endless" in sampler else {})).fit(
+        module, loader, _loader()
+    )
     with torch.no_grad():
         features = module.model[:4](images[chosen])
     expected = reference.nc1(features.numpy(), labels[chosen].numpy())
