@@ -39,7 +39,7 @@ class NeuralCollapseTracker(Callback):
     training weights. Between passes ``trainer.callback_metrics`` keeps the last value, so that it can be monitored.
 
     A run ends with the same weights, bit for bit, as without the tracker, unless a data set has its own random
-    generator.
+    generator, or the network changes anything but its tensors when it runs in eval mode.
 
     ``nc1`` is the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and Donoho (2020); 0 is full
     collapse. ``nc3`` and ``nc4`` compare the classifier with the class means of its input; ``nc4/val`` compares the

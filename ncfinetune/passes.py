@@ -89,10 +89,28 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 @contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too."""
+    kept = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in kept:
+            part._buffers[name] = buffer
+            buffer.data.copy_(value)
+
+
+@contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """`eval_mode` without gradients; on exit the trainer's stage and the random state are restored too."""
+    """`eval_mode` without gradients; on exit all buffers, the trainer's stage and the random state are restored too."""
     stage = trainer.state.stage
-    with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context(), eval_mode(module):
+    precision = trainer.precision_plugin.forward_context()
+    with isolate_rng(), torch.no_grad(), precision, eval_mode(module), buffers_kept(module):
         try:
             trainer.validating = True
             yield

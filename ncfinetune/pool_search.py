@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ncfinetune.channels import axis_by_parts, axis_by_pass
-from ncfinetune.passes import eval_mode
+from ncfinetune.passes import buffers_kept, eval_mode
 from ncfinetune.pooling import (
     ALL_TOKENS,
     CLASS_TOKEN,
@@ -37,7 +37,7 @@ from ncfinetune.pooling import (
     tensors,
 )
 from ncfinetune.tokens import FeatureGradients, LastTokens, is_all, last_tokens
-from ncfinetune.tracing import Call, Trace, buffers_kept
+from ncfinetune.tracing import Call, Trace
 
 # Names of the class tokens of timm, torchvision and Hugging Face.
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")

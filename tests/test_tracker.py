@@ -195,6 +195,31 @@ def test_a_classifier_whose_weight_has_a_state_trains_alike(validated: bool, tmp
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
+class Centring(nn.Module):
+    """Subtracts a running mean, and counts its batches, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(6, 1, 1))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.batches = self.batches + 1
+        self.centre.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+        return (x - self.centre) / (1 + 0.01 * self.batches)
+
+
+def test_a_network_with_a_state_of_its_own_trains_alike(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ((), (NeuralCollapseTracker(3), OnlineProbe(3, kind="ridge", knn=3))):
+        seed_everything(0, verbose=False)
+        model = Stranger()
+        model.features.append(Centring())
+        _trainer(tmp_path, *callbacks).fit(model, _loader(shuffle=True), _loader())
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
 # Newer releases of Lightning warn of modules in eval mode.
 @pytest.mark.filterwarnings("ignore:.*eval mode at the start")
 def test_modes_and_stage_are_as_they_were_and_hooks_are_gone(tmp_path: Path) -> None:
