@@ -102,11 +102,13 @@ class BatchReader:
     def forward(self, module: nn.Module, batch: Any) -> Any:
         """Run a module, or its only child if it has no ``forward``, on the inputs of a batch.
 
-        Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated;
-        the items of a mapping that ``forward`` accepts, without labels; or a tensor.
+        Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated
+        and a list with a tensor for each sample is not; the items of a mapping that ``forward`` accepts, without
+        labels; or a tensor.
 
         Raises:
-            ValueError: The module has no ``forward`` and not exactly one child, or it does not accept the inputs.
+            ValueError: The module has no ``forward`` and not exactly one child, it does not accept the inputs, or a
+                list of tensors has no labels.
         """
         if self.run is not None:
             return self.run(module, batch)
@@ -117,11 +119,12 @@ class BatchReader:
                 f"{len(_with_parameters(module))} children with parameters; give it "
                 f"{self.asker}(forward=lambda module, batch: ...)"
             )
+        inputs: Any = None if isinstance(batch, Mapping) else inputs_of(batch)
+        views = _are_views(inputs) and len(self.labels(batch)) in (len(inputs[0]), sum(map(len, inputs)))
         try:
             if isinstance(batch, Mapping):
                 return network(**_named_inputs(network, batch))
-            inputs = inputs_of(batch)
-            return network(_joined(inputs) if _are_views(inputs) else inputs)
+            return network(_joined(inputs) if views else inputs)
         except (NoTensorError, PoolError):
             raise
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:

@@ -204,7 +204,8 @@ class NeuralCollapseTracker(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hook the layers, unless the module makes them later."""
-        adapters.hooks_early(pl_module, lambda: self._attach(trainer, pl_module))
+        if stage != "predict":  # which measures nothing
+            adapters.hooks_early(pl_module, lambda: self._attach(trainer, pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks, and free data and features."""

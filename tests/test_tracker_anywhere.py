@@ -841,6 +841,40 @@ def test_layers_made_in_the_modules_own_setup(anew: bool, tmp_path: Path) -> Non
     assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_predictions_of_a_module_without_such_layers(tmp_path: Path) -> None:
+    class Predicting(pl.LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return batch[0].mean((1, 2, 3))
+
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(K, layers="0"))
+    assert sum(map(len, trainer.predict(Predicting(), _loader()))) == N
+
+
+@pytest.mark.parametrize("sizes", [[16] * N, [16 + 4 * (i % 2) for i in range(N)]], ids=["one size", "two sizes"])
+def test_inputs_with_a_tensor_for_each_sample(sizes: list[int], tmp_path: Path) -> None:
+    labels = torch.arange(N) % K
+    images = [torch.randn(3, size, size) + label for size, label in zip(sizes, labels.tolist(), strict=True)]
+    network = _small()
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = network[:4], network[4]
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.head(torch.cat([self.one(image[None]) for image in images]))
+
+    batches = DataLoader([([images[i] for i in r], labels[r]) for r in torch.arange(N).split(16)], batch_size=None)
+    module: Any = _training(pl, Listed())
+    module.validation_step = lambda batch, batch_idx: module.model(batch[0])
+    _trainer(tmp_path, tracker := NeuralCollapseTracker(K)).fit(module, batches, batches)
+    with torch.no_grad():
+        features = torch.cat([module.model.one(image[None]) for image in images])
+    expected = reference.nc1(features.numpy(), labels.numpy())
+    for split in ("train", "val"):
+        assert tracker.values[f"nc1/{split}/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_layer_that_setup_does_not_make_either_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no layer fits 'layer9'"):
         _trainer(tmp_path, NeuralCollapseTracker(K, layers="layer9")).fit(InSetup(False), _loader(), _loader())
