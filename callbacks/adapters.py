@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ncfinetune.inputs import may_look
 from ncfinetune.layers import PENULTIMATE, find_layers
@@ -101,11 +102,13 @@ class BatchReader:
     def forward(self, module: nn.Module, batch: Any) -> Any:
         """Run a module, or its only child if it has no ``forward``, on the inputs of a batch.
 
-        Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated;
-        the items of a mapping that ``forward`` accepts, without labels; or a tensor.
+        Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated
+        and a list with a tensor for each sample is not; the items of a mapping that ``forward`` accepts, without
+        labels; or a tensor.
 
         Raises:
-            ValueError: The module has no ``forward`` and not exactly one child, or it does not accept the inputs.
+            ValueError: The module has no ``forward`` and not exactly one child, it does not accept the inputs, or a
+                list of tensors has no labels.
         """
         if self.run is not None:
             return self.run(module, batch)
@@ -116,11 +119,12 @@ class BatchReader:
                 f"{len(_with_parameters(module))} children with parameters; give it "
                 f"{self.asker}(forward=lambda module, batch: ...)"
             )
+        inputs: Any = None if isinstance(batch, Mapping) else inputs_of(batch)
+        views = _are_views(inputs) and len(self.labels(batch)) in (len(inputs[0]), sum(map(len, inputs)))
         try:
             if isinstance(batch, Mapping):
                 return network(**_named_inputs(network, batch))
-            inputs = inputs_of(batch)
-            return network(_joined(inputs) if _are_views(inputs) else inputs)
+            return network(_joined(inputs) if views else inputs)
         except (NoTensorError, PoolError):
             raise
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
@@ -200,6 +204,24 @@ def defines(module: nn.Module, method: str) -> bool:
     """Whether a module overrides a method of torch and Lightning (either of its two packages)."""
     home = getattr(type(module), method).__module__.split(".")[0]
     return home not in ("torch", "lightning", "pytorch_lightning")
+
+
+def hooks_early(module: nn.Module, attach: Callable[[], None]) -> None:
+    """Call ``attach`` in a callback's ``setup``, unless the module makes its layers later.
+
+    That is in ``configure_model``, or in its own ``setup``, which Lightning calls after those of the callbacks.
+
+    Raises:
+        ValueError: What ``attach`` raises, if the module has neither method.
+        TypeError: As above.
+    """
+    if defines(module, "configure_model"):
+        return
+    try:
+        attach()
+    except (ValueError, TypeError):
+        if not defines(module, "setup"):
+            raise
 
 
 def network_of(module: nn.Module) -> nn.Module | None:
@@ -307,7 +329,11 @@ def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor
 
 def is_sharded(classifier: nn.Module) -> bool:
     """Whether a process holds only a part of the weight: a DTensor, or a piece of FSDP's flat parameter."""
-    weight = getattr(getattr(classifier, "base_layer", classifier), "weight", None)
+    linear: Any = getattr(classifier, "base_layer", classifier)
+    if is_parametrized(linear, "weight"):  # to compute the weight may change a state, as `spectral_norm` does
+        weight = next(linear.parametrizations["weight"].parameters(), None)
+    else:
+        weight = getattr(linear, "weight", None)
     return isinstance(weight, Tensor) and (hasattr(weight, "placements") or weight.ndim != 2)
 
 

@@ -5,18 +5,18 @@ Legend: ``N`` samples of a batch, ``M`` rows of features, ``K`` classes, ``d`` f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ncfinetune.gathering import numbers_of_all, rows_of_all
 from ncfinetune.inputs import may_look
-from ncfinetune.passes import evenly, flat
+from ncfinetune.passes import data_precision, evenly, flat, ready_batches
 
 from .adapters import BatchReader
 from .observer import LayerObserver
@@ -89,9 +89,9 @@ def prepare(data: LightningDataModule, trainer: Trainer) -> None:
 
 def read_second(
     observer: LayerObserver,
+    trainer: Trainer,
     data: Any,
     reader: BatchReader,
-    device: torch.device,
     max_samples: int,
     ignore_index: int | None = None,
 ) -> tuple[FeatureSet, list[FeatureSet]]:
@@ -99,23 +99,21 @@ def read_second(
 
     Args:
         observer: An observer of one layer.
-        data: The datamodule, whose hook preprocesses batches.
+        trainer: The trainer of the run.
+        data: The datamodule, whose hooks preprocess batches.
         reader: Reads labels; has the callback's name for messages.
-        device: Device of the module.
         max_samples: Largest number of images of each split, evenly spread over it.
         ignore_index: Samples with this label are left out.
 
     Raises:
         ValueError: A split has no batches.
     """
-
-    def ready(loader: Any) -> Iterator[Any]:
-        for batch in evenly(loader, max_samples):
-            yield data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
-
-    train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
+    with data_precision():
+        train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
+        loaders = [train, *(flat(data.val_dataloader()) or [[]])]
     own = replace(reader, num_classes=None)
-    loaders = flat(data.val_dataloader()) or [[]]
-    return read(observer, own, ready(train), ignore_index), [
-        read(observer, own, ready(loader), ignore_index) for loader in loaders
-    ]
+    bank, *tested = (
+        read(observer, own, ready_batches(trainer, evenly(loader, max_samples), data), ignore_index)
+        for loader in loaders
+    )
+    return bank, tested

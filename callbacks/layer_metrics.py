@@ -96,6 +96,7 @@ class LayerMetrics:
         self._shared = shared
         self._broken: dict[str, str] = {}
         self._mistake: ValueError | None = None
+        self._begun = False
         self._ran: set[str] = set()
 
     def update(self, features: Mapping[str, Tensor], labels: Tensor, weight: Weight | None = None) -> None:
@@ -109,6 +110,7 @@ class LayerMetrics:
         Raises:
             ValueError: Labels out of range, unless they lie on an accelerator or processes share the set.
         """
+        self._begun = True
         for layer, rows in features.items():
             self._ran.add(layer)
             if layer in self._broken or self._mistake is not None:
@@ -152,13 +154,14 @@ class LayerMetrics:
         """
         total = _summing(strategy) if self._shared else lambda tensor: tensor
         mistaken = self._mistake is not None
-        flags = [[layer in self._broken, layer in self._ran, mistaken, has_classifier] for layer in self.layers]
+        own = mistaken, has_classifier, self._begun
+        flags = [[layer in self._broken, layer in self._ran, *own] for layer in self.layers]
         counts = total(torch.tensor(flags, dtype=torch.float32)).tolist()
         has_classifier = bool(counts[0][3])
         if counts[0][2]:
             raise self._mistake or ValueError(f"another process found an error in the {split} set: see its message")
         broken = {layer: bool(row[0]) for layer, row in zip(self.layers, counts, strict=True)}
-        silent = [layer for layer, row in zip(self.layers, counts, strict=True) if not row[1]]
+        silent = [layer for layer, row in zip(self.layers, counts, strict=True) if row[4] and not row[1]]
         if silent:
             raise ValueError(
                 f"layer {silent[0]!r} never ran in a pass over the {split} set; name layers that the module's forward "
@@ -188,13 +191,13 @@ class LayerMetrics:
             accumulator.reduce(total, device)
         accumulator.check(f"layer {layer!r} on the {split} set")
         moments = accumulator.moments(within=False)
+        if not moments.present.any():
+            raise UndefinedCollapseError(f"no samples in the {split} set")
         for name in self._metrics:
             if name == "nc1":
                 _set(result, name, layer, _nc1(result, moments, layer, split))
             elif name in _OF_MOMENTS:
                 _set(result, name, layer, float(FAMILY[name](moments)))
-        if not moments.present.any():
-            raise UndefinedCollapseError(f"no samples in the {split} set")
         if layer in self._ranks:
             rank = self._ranks[layer] if device is None else self._ranks[layer].to(device)
             _set(result, "numerical_rank", layer, float(rank.compute()))

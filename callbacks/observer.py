@@ -70,6 +70,7 @@ class LayerObserver:
         self._handles: list[RemovableHandle] = []
         self._declared = adapters.penultimate_of(module) if PENULTIMATE in layers else None
         found = find_layers(module, [name for name in layers if name != PENULTIMATE])
+        self._rivals = self._classifiers(classifier, needs_classifier) if PENULTIMATE in layers else {}
         self.names = list(found)
         if self._declared is not None:
             found[PENULTIMATE] = self._declared
@@ -77,14 +78,14 @@ class LayerObserver:
         self._handles += self._pools.handles
         for name, layer in found.items():
             self._hook_output(name, layer)
-        self._rivals: dict[str, nn.Module] = {}
+        self._hooked = {*found.values(), *self._rivals.values()}
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, list[Any]] = {}
         self._sharded = False
         self._whole: Any = None
         if PENULTIMATE in layers:
             self.names.append(PENULTIMATE)
-            self._hook_penultimate(classifier, needs_classifier)
+            self._hook_penultimate()
 
     def listen(self, step: str | None = None) -> None:
         """Keep the layers' outputs from now on.
@@ -95,6 +96,11 @@ class LayerObserver:
         """
         self._open, self._step = True, step
         self._forget()
+
+    @property
+    def caught(self) -> bool:
+        """Whether a layer ran since `listen`."""
+        return bool(self._caught or self._inputs)
 
     def restart(self) -> None:
         """Begin a pass: count the samples of each loader from 0."""
@@ -160,6 +166,10 @@ class LayerObserver:
         """Output and pooling of each layer that ran, in words."""
         return "; ".join(f"{name}: {how}" for name, how in self._how.items())
 
+    def is_within(self, module: nn.Module) -> bool:
+        """Whether a module has all hooked layers, which it may have replaced by others."""
+        return self._hooked <= set(module.modules())
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -183,20 +193,24 @@ class LayerObserver:
 
         self._handles.append(layer.register_forward_hook(catch))
 
-    def _hook_penultimate(self, classifier: str, needs_classifier: bool) -> None:
-        declared = self._declared
-        if declared is None or needs_classifier:
-            try:
-                self._rivals = adapters.classifiers(self._module, self._reader.num_classes, classifier)
-            except ValueError:
-                if declared is None or classifier != "auto":
-                    raise
+    def _classifiers(self, classifier: str, needed: bool) -> dict[str, nn.Module]:
+        """The layers that may be the classifier, by path; none where the features are declared and none is found."""
+        if self._declared is not None and not needed:
+            return {}
+        try:
+            return adapters.classifiers(self._module, self._reader.num_classes, classifier)
+        except ValueError:
+            if self._declared is None or classifier != "auto":
+                raise
+            return {}
+
+    def _hook_penultimate(self) -> None:
         if len(self._rivals) == 1:
             (self.classifier,) = self._rivals.values()
         elif self._rivals:
             self._hook_networks()
         for path, layer in self._rivals.items():
-            self._hook_classifier(path, layer, declared is None)
+            self._hook_classifier(path, layer, self._declared is None)
 
     def _hook_classifier(self, path: str, layer: nn.Module, is_penultimate: bool) -> None:
         def catch(m: nn.Module, args: Any, kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ncfinetune.pool_search import find_pools, guess_pool
-from ncfinetune.pooling import Pool, tensors
+from ncfinetune.pooling import Pool, SampleAxisError, tensors
 from ncfinetune.tracing import few
 
 # Errors of a forward that was written for whole batches, or for the module's own step, on two samples of a batch.
@@ -101,6 +101,8 @@ class PoolFinder:
         try:
             with _second_run(network):
                 pools = find_pools(network, missing, run, strict=False)
+        except SampleAxisError:
+            raise
         except _MISFITS as error:
             rank_zero_debug(f"cannot run {type(network).__name__} on two samples ({type(error).__name__}: {error})")
             return

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ncfinetune.inputs import check_labels
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.passes import TrainingSet, evaluation, flat, ready_batches
+from ncfinetune.passes import TrainingSet, evaluated, evaluation, ready_batches
 
 from . import adapters
 from .adapters import BatchReader
@@ -141,11 +141,10 @@ class OnlineProbe(Callback):
             self._linear.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the second data set, and hook the layer unless the module makes it later, in ``configure_model``."""
+        """Read the second data set, and hook the layer unless the module makes it later."""
         if stage != "fit":
             return
-        if not adapters.defines(pl_module, "configure_model"):
-            self._attach(trainer, pl_module)
+        adapters.hooks_early(pl_module, lambda: self._attach(trainer, pl_module))
         if self.downstream is not None:
             prepare(self.downstream, trainer)
 
@@ -182,7 +181,9 @@ class OnlineProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Train the classifier on the batch, gathered from all processes."""
-        if self.kind == "linear":
+        # A step that trains nothing may leave out its forward pass, in a single process as Lightning demands.
+        skipped = not self._seen_by.caught and self._linear.probe is not None and trainer.world_size == 1
+        if self.kind == "linear" and not skipped:
             taken = take(self._seen_by, self._reader, batch, shares=True)
             features, labels = gathered(
                 taken, trainer.world_size
@@ -198,7 +199,7 @@ class OnlineProbe(Callback):
         self._counts, self._found = {}, {}
         epoch_due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or self._schedule.is_due(trainer)
         self._bank_due = epoch_due and (self.kind == "ridge" or self.knn > 0)
-        self._loaders = flat(trainer.val_dataloaders)
+        self._loaders = evaluated(trainer)
         self._seen_by.restart()
         last = self._schedule.open_validation(trainer)
         # All processes make a bank or none does, since they must log its results together.
@@ -262,7 +263,9 @@ class OnlineProbe(Callback):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observer is not None:
-            return
+            if self._observer.is_within(pl_module):
+                return
+            self._observer.remove()  # the module has made its layers anew
         self._classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME)
         self._reader = BatchReader(_NAME, self._classes, self.batch_to_labels, self.forward)
         self._observer = LayerObserver(pl_module, [self.layer], self._reader, self.classifier)
@@ -308,9 +311,9 @@ class OnlineProbe(Callback):
 
     def _transfer(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the accuracies of the features on the second data set."""
-        how = self._reader, module.device, self.max_samples, self.ignore_index
+        how = self._reader, self.max_samples, self.ignore_index
         with evaluation(trainer, module):
-            bank, tested = read_second(self._seen_by, self.downstream, *how)
+            bank, tested = read_second(self._seen_by, trainer, self.downstream, *how)
         self._found |= transferred(bank, tested, _FITS[self.kind], self.knn, self._name)
 
 

@@ -21,9 +21,9 @@ class PassSchedule:
     """Determines when passes are due: every few epochs, in the epoch's validation if it has one.
 
     Weight averaging and some optimisers swap the weights during a validation. So that a pass and the validation measure
-    the same weights, the pass is made right before the first batch of the validation, after the swap. An epoch without
-    validation has a pass at its end, unless weights are swapped in this run: then the pass is made in the next
-    validation.
+    the same weights, the pass is made right before the first batch of the validation, after the swap. An epoch that
+    does not end in a validation has a pass at its end, unless weights are swapped in this run: then the pass is made in
+    the next validation.
 
     Args:
         asker: Name of the callback, for messages.
@@ -33,14 +33,14 @@ class PassSchedule:
     def __init__(self, asker: str, every: int) -> None:
         self._asker, self._every = asker, every
         self._epochs_done = 0
-        self._pending = self._last = False
+        self._pending = self._last = self._waits = False
         self._swapped = False
         self._validated: Tensor | None = None
 
     def start(self, trainer: Any) -> None:
         """Begin a run."""
         self._epochs_done = trainer.current_epoch
-        self._pending, self._swapped, self._validated = False, False, None
+        self._pending, self._waits, self._swapped, self._validated = False, False, False, None
         if self._every and _swaps(trainer) and not _validates(trainer):
             rank_zero_info(
                 f"{self._asker}: weights are averaged in this run, but it has no validation: the training weights are "
@@ -58,8 +58,9 @@ class PassSchedule:
 
     def open_validation(self, trainer: Any) -> bool:
         """Whether to make the pass at the start of a validation, because a process may get no batch in it."""
-        self._last = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch
-        self._pending = self._last and self.is_due(trainer)
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        self._last = training and trainer.is_last_batch
+        self._pending = training and (self._waits or (self._last and self.is_due(trainer)))
         return self._pending and not every_process_gets_a_batch(trainer)
 
     def in_validation(self, trainer: Any, module: nn.Module) -> bool:
@@ -77,12 +78,15 @@ class PassSchedule:
                 f"{self._asker}: validation uses other weights than training (an average, say); passes over the "
                 "training set measure the weights of the validation, in epochs with a validation"
             )
-        waits = _validates(trainer) and (self._swapped or _swaps(trainer))
-        return self.is_due(trainer) and not waits
+        due = self.is_due(trainer)
+        self._waits = due and _validates(trainer) and (self._swapped or _swaps(trainer))
+        return due and not self._waits
 
     def done(self, trainer: Any) -> None:
         """Record that a pass has been made."""
-        self._epochs_done, self._pending = trainer.current_epoch + 1, False
+        inside = self._pending and not self._last  # the pass of an earlier epoch, within the current one
+        self._epochs_done = trainer.current_epoch + (not inside)
+        self._pending = self._waits = False
 
 
 def _swaps(trainer: Any) -> bool:
@@ -93,9 +97,9 @@ def _swaps(trainer: Any) -> bool:
 
 
 def _validates(trainer: Any) -> bool:
-    """Whether some epochs end in a validation."""
+    """Whether the run has validations."""
     some = trainer.val_dataloaders is None or sum(_lengths(trainer)) > 0  # None: the loaders are not created yet
-    return bool(trainer.enable_validation) and trainer.check_val_every_n_epoch is not None and some
+    return bool(trainer.enable_validation) and some
 
 
 def _lengths(trainer: Any) -> list[float]:

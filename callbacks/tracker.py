@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.passes import TrainingSet, evaluation, flat, leaves_out, ready_batches
+from ncfinetune.passes import TrainingSet, evaluated, evaluation, leaves_out, ready_batches
 
 from . import adapters, figures, logs, pages, pictures, records
 from .adapters import BatchReader
@@ -39,7 +39,7 @@ class NeuralCollapseTracker(Callback):
     training weights. Between passes ``trainer.callback_metrics`` keeps the last value, so that it can be monitored.
 
     A run ends with the same weights, bit for bit, as without the tracker, unless a data set has its own random
-    generator.
+    generator, or the network changes anything but its tensors when it runs in eval mode.
 
     ``nc1`` is the within-class variability trace(Sigma_W Sigma_B^+)/K of Papyan, Han and Donoho (2020); 0 is full
     collapse. ``nc3`` and ``nc4`` compare the classifier with the class means of its input; ``nc4/val`` compares the
@@ -203,9 +203,9 @@ class NeuralCollapseTracker(Callback):
         self._passes_done = state_dict["passes"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hook the layers, unless the module makes them later, in ``configure_model``."""
-        if not adapters.defines(pl_module, "configure_model"):
-            self._attach(trainer, pl_module)
+        """Hook the layers, unless the module makes them later."""
+        if stage != "predict":  # which measures nothing
+            adapters.hooks_early(pl_module, lambda: self._attach(trainer, pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks, and free data and features."""
@@ -257,7 +257,7 @@ class NeuralCollapseTracker(Callback):
         """Begin a pass over the validation sets."""
         self._attach(trainer, pl_module)
         self._beside = {}
-        self._meter.begin(flat(trainer.val_dataloaders))
+        self._meter.begin(evaluated(trainer))
         if self._schedule.open_validation(trainer):
             self._measure_for_validation(trainer, pl_module)
 
@@ -291,7 +291,7 @@ class NeuralCollapseTracker(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a pass over the test sets."""
         self._attach(trainer, pl_module)
-        self._meter.begin(flat(trainer.test_dataloaders))
+        self._meter.begin(evaluated(trainer))
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -328,7 +328,9 @@ class NeuralCollapseTracker(Callback):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._attached is not None:
-            return
+            if self._attached.observer.is_within(pl_module):
+                return
+            self._attached.observer.remove()  # the module has made its layers anew
         num_classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME, self.classifier)
         reader = BatchReader(_NAME, num_classes, self.batch_to_labels, self.forward)
         needs_classifier = bool({"nc3", "nc4"} & set(self.metrics))
@@ -374,13 +376,12 @@ class NeuralCollapseTracker(Callback):
             if limited and not getattr(trainer, "fast_dev_run", False):
                 self._notices.classes(result, f"{split}{suffix}", self._meter.num_classes)
             self._notices.rounding(result, f"{split}{suffix}")
-            passes, epochs = self.records.setdefault(f"{split}{suffix}", {}), self._epochs(trainer)
-            key = f"{split}{suffix}", epochs
+            key = f"{split}{suffix}", self._epochs(trainer)
             if trainer.state.fn == "fit":
                 self._of_fit.add(key)
             # A later validation, perhaps of other images, leaves what a fit has recorded as it is.
-            if trainer.state.fn == "fit" or key not in self._of_fit:
-                passes[epochs] = result.values
+            if result.values and (trainer.state.fn == "fit" or key not in self._of_fit):
+                self.records.setdefault(key[0], {})[key[1]] = result.values
             found |= result.by_log_name(split, suffix)
         self.values |= found
         return found
@@ -395,7 +396,7 @@ class NeuralCollapseTracker(Callback):
         """Measure the training set within a validation, whose `nc4` uses the class means of the training set."""
         self._beside = self._measure_training_set(trainer, pl_module)
         assert self._train_result is not None
-        self._meter.begin(flat(trainer.val_dataloaders), self._train_result.moments.get(PENULTIMATE))
+        self._meter.begin(evaluated(trainer), self._train_result.moments.get(PENULTIMATE))
 
     def _measure_training_set(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         batches = self._training_set.batches(trainer, max_batches=self.max_train_batches)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -30,6 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
     WeightedRandomSampler,
 )
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ncfinetune.copies import CopyError, copy_of
 from ncfinetune.progress import watched
@@ -86,10 +89,28 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 @contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too."""
+    kept = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in kept:
+            part._buffers[name] = buffer
+            buffer.data.copy_(value)
+
+
+@contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """`eval_mode` without gradients; on exit the trainer's stage and the random state are restored too."""
+    """`eval_mode` without gradients; on exit all buffers, the trainer's stage and the random state are restored too."""
     stage = trainer.state.stage
-    with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context(), eval_mode(module):
+    precision = trainer.precision_plugin.forward_context()
+    with isolate_rng(), torch.no_grad(), precision, eval_mode(module), buffers_kept(module):
         try:
             trainer.validating = True
             yield
@@ -97,25 +118,39 @@ def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             trainer.state.stage = stage
 
 
-def on_device(trainer: Trainer, batch: Any) -> Any:
-    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it."""
-    with _data_precision():
-        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+def on_device(trainer: Trainer, batch: Any, data: Any = None) -> Any:
+    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it.
+
+    Args:
+        trainer: The trainer.
+        batch: The batch, as a loader gives it.
+        data: The datamodule whose hooks are called; None is that of the run.
+    """
+    with data_precision():
+        batch = trainer.precision_plugin.convert_input(batch)
+        if data is None:
+            return trainer.strategy.batch_to_device(batch)
+        batch = data.on_before_batch_transfer(batch, 0)
+        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        return data.on_after_batch_transfer(batch, 0)
 
 
-def ready_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader after the transfer to the device, as a step gets them; with a bar if that takes long."""
+def ready_batches(trainer: Trainer, loader: Iterable[Any], data: Any = None) -> Iterator[Any]:
+    """The batches of a loader after the transfer to the device, as a step gets them; with a bar if that takes long.
+
+    Arguments as in `on_device`.
+    """
     batches = watched(trainer, loader, "pass over images")
     while True:
-        with _data_precision():
+        with data_precision():
             batch = next(batches, _END)
         if batch is _END:
             return
-        yield on_device(trainer, batch)
+        yield on_device(trainer, batch, data)
 
 
 @contextmanager
-def _data_precision() -> Iterator[None]:
+def data_precision() -> Iterator[None]:
     """Create data in float32, as outside a pass: inside, precision bf16-true makes bfloat16 the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -170,7 +205,7 @@ def _offered(trainer: Trainer) -> Any:
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader of the same data set in the order of its samples."""
     options: Any = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
-    return DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator())
+    return _of_class(loader, DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator()))
 
 
 class TrainingSet:
@@ -235,7 +270,7 @@ class TrainingSet:
     def _samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None, shared: bool
     ) -> Iterator[Any]:
-        drawn = _drawn(loader)
+        drawn = _of_all(trainer, _drawn(loader))
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
         fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
@@ -356,7 +391,25 @@ def like(loader: DataLoader[Any], indices: Sequence[int] | None, **options: Any)
         "persistent_workers": loader.persistent_workers,
         "generator": torch.Generator(),
     }
-    return DataLoader(**(made | options))
+    return _of_class(loader, DataLoader(**(made | options)))
+
+
+def _of_class(loader: DataLoader[Any], made: DataLoader[Any]) -> DataLoader[Any]:
+    """Give a new loader the class and attributes of another whose own ``__iter__`` may change the batches.
+
+    A class that repeats one iterator for ever, such as timm's ``MultiEpochsDataLoader``, gives the batches as they are:
+    it holds that iterator, or has put an endless sampler in place of its own.
+
+    Raises:
+        CopyError: An attribute cannot be copied.
+    """
+    own = {name: value for name, value in vars(loader).items() if name not in vars(made)}
+    replaced = loader.batch_size is not None and type(loader.batch_sampler) is not BatchSampler
+    repeats = replaced or any(isinstance(value, _BaseDataLoaderIter) for value in own.values())
+    if type(loader).__iter__ is not DataLoader.__iter__ and not repeats:
+        vars(made).update(copy_of(own, loader.dataset))
+        made.__class__ = type(loader)
+    return made
 
 
 def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[Any]:
@@ -416,12 +469,28 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
     """
     sampler = _own_sampler(loader)
-    if isinstance(sampler, SequentialSampler | RandomSampler):
+    order = type(sampler).__iter__  # a class derived from torch's may draw others
+    if order in (SequentialSampler.__iter__, RandomSampler.__iter__):
         return range(len(sampler.data_source))
-    if isinstance(sampler, WeightedRandomSampler):
-        return range(len(cast(Sized, loader.dataset)))
+    if order is WeightedRandomSampler.__iter__:
+        possible = sampler.weights.nonzero().squeeze(1)
+        return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     drawn = copy_of(sampler, loader.dataset)
-    return sorted(set(itertools.chain.from_iterable(drawn) if sampler is loader.batch_sampler else drawn))
+    of_batches = sampler is loader.batch_sampler
+    if _has_length(sampler):  # those of an epoch, since it may go on after it
+        drawn = islice(drawn, len(sampler))
+    drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
+    # Without a length it may be endless: as many as the data set has.
+    return sorted(set(drawn if _has_length(sampler) else islice(drawn, len(cast(Sized, loader.dataset)))))
+
+
+def _of_all(trainer: Trainer, drawn: Sequence[int]) -> Sequence[int]:
+    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it."""
+    if trainer.world_size == 1 or isinstance(drawn, range):
+        return drawn
+    parts: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(parts, drawn)
+    return sorted(set(itertools.chain.from_iterable(parts)))
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:
@@ -447,6 +516,15 @@ def _has_length(loader: Any) -> bool:
         return len(loader) >= 0
     except TypeError:
         return False
+
+
+def evaluated(trainer: Trainer) -> list[Any]:
+    """The data sets of the running validation or test in the order of their ``dataloader_idx``, each by its loader.
+
+    A `CombinedLoader` whose batches hold a part of each loader, in every mode but ``sequential``, is one data set.
+    """
+    loader: Any = trainer._evaluation_loop._combined_loader
+    return list(loader.flattened) if loader._mode == "sequential" else [loader]
 
 
 def flat(loaders: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ncfinetune.channels import axis_by_parts, axis_by_pass
-from ncfinetune.passes import eval_mode
+from ncfinetune.passes import buffers_kept, eval_mode
 from ncfinetune.pooling import (
     ALL_TOKENS,
     CLASS_TOKEN,
@@ -32,14 +32,25 @@ from ncfinetune.pooling import (
     Pool,
     PoolError,
     Positions,
+    SampleAxisError,
     no_tensor,
     tensors,
 )
 from ncfinetune.tokens import FeatureGradients, LastTokens, is_all, last_tokens
-from ncfinetune.tracing import Call, Trace, buffers_kept
+from ncfinetune.tracing import Call, Trace
 
 # Names of the class tokens of timm, torchvision and Hugging Face.
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+# Layers of torch whose `batch_first` tells the axis of the samples in their output.
+_OF_SEQUENCES = (
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.Transformer,
+)
 # The tensors of an output that can be pooled, by index, with the pool of each.
 _Candidates = dict[int, tuple[Tensor, Pool]]
 
@@ -61,7 +72,7 @@ def find_pools(
         layers: Its layers, by name.
         run: Passes at least two samples through the module; returns the classifier's input, or an output computed from
             it.
-        strict: Refuse layers that can't be pooled, instead of leaving them out.
+        strict: Refuse layers that can't be pooled, instead of leaving them out, for whatever reason.
 
     Returns:
         A pool for each layer that ran, in the order in which they ran.
@@ -69,6 +80,7 @@ def find_pools(
     Raises:
         PoolError: A layer's output has no tensor with one entry per sample, or two possible channel axes.
         NoTensorError: A layer's output holds no tensor.
+        SampleAxisError: The samples are not on the first axis of a layer's output, ``strict`` or not.
     """
     # Validation runs in inference mode, whose tensors cannot have gradients.
     with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), eval_mode(module), buffers_kept(module):
@@ -78,8 +90,8 @@ def find_pools(
         for name, call in trace.last_calls(layers).items():
             try:
                 found[name] = _candidates(name, call, trace, len(features))
-            except (PoolError, NoTensorError):
-                if strict:
+            except (PoolError, NoTensorError) as error:
+                if strict or isinstance(error, SampleAxisError):
                     raise
         return _settled(found, trace, features)
 
@@ -87,15 +99,17 @@ def find_pools(
 def _candidates(name: str, call: Call, trace: Trace, samples: int) -> _Candidates:
     if not call.outputs:
         raise no_tensor(name, call.output)
+    _refuse_sequence_first(name, call.outputs, call.module)
     found = {}
     for index, tensor in enumerate(call.outputs):
         if tensor.is_floating_point() and tensor.ndim > 1 and len(tensor) == samples:
             axis = 1 if tensor.ndim == 2 else axis_by_pass(name, tensor, call, trace)
             found[index] = tensor, Pool(tensor.ndim, tensor.shape[axis], axis, index=index)
     if not found:
-        raise PoolError(
-            f"the output of layer {name!r} for {samples} samples is {_shapes(call.outputs)}, without one entry per "
-            f"sample; {OTHERWISE}"
+        elsewhere = any(tensor.ndim > 2 and tensor.shape[1] == samples for tensor in call.outputs)
+        where = "with them on its second axis" if elsewhere else "without one entry per sample"
+        raise (SampleAxisError if elsewhere else PoolError)(
+            f"the output of layer {name!r} for {samples} samples is {_shapes(call.outputs)}, {where}; {OTHERWISE}"
         )
     return found
 
@@ -164,6 +178,7 @@ def guess_pool(name: str, output: Any, layer: nn.Module, network: nn.Module) -> 
     found = list(tensors(output))
     if not found:
         raise no_tensor(name, output)
+    _refuse_sequence_first(name, found, layer)
     fitting = [index for index, tensor in enumerate(found) if tensor.ndim > 1 and tensor.is_floating_point()]
     if not fitting:
         raise PoolError(
@@ -175,6 +190,17 @@ def guess_pool(name: str, output: Any, layer: nn.Module, network: nn.Module) -> 
     axis = 1 if tensor.ndim == 2 else axis_by_parts(name, tensor, layer, network)
     pool = Pool(tensor.ndim, tensor.shape[axis], axis, index=index)
     return dataclasses.replace(pool, tokens=(_named_tokens(name, layer, network),)) if pool.of_tokens else pool
+
+
+def _refuse_sequence_first(name: str, outputs: list[Tensor], layer: nn.Module) -> None:
+    """Refuse outputs ``(T, N, C)`` of torch's recurrent and attention layers, which have them by default."""
+    stated = (part for part in layer.modules() if isinstance(part, nn.RNNBase | nn.MultiheadAttention))
+    sequential = isinstance(layer, _OF_SEQUENCES) and not getattr(next(stated, None), "batch_first", True)
+    if sequential and outputs[0].ndim == 3:
+        raise SampleAxisError(
+            f"the output of layer {name!r} is {_shapes(outputs)} with the samples on its second axis, as its "
+            f"batch_first=False says; {OTHERWISE}"
+        )
 
 
 def _named_tokens(name: str, layer: nn.Module, network: nn.Module) -> Positions:

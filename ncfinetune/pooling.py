@@ -31,6 +31,10 @@ class PoolError(ValueError):
     """The pooling of a layer's output cannot be determined."""
 
 
+class SampleAxisError(PoolError):
+    """The samples of a layer's output lie on another axis than its first one."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """A pooling of a layer's output to one vector per sample.

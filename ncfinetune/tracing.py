@@ -5,8 +5,7 @@ Legend: ``N`` samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -88,20 +87,3 @@ def few(arguments: Any, samples: int = 2) -> Any:
         return own.detach().clone()
 
     return apply_to_collection(arguments, Tensor, first)
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A context that restores all buffers: some networks count their passes in eval mode too."""
-    kept = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for part, name, buffer, value in kept:
-            part._buffers[name] = buffer
-            buffer.data.copy_(value)

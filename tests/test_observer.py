@@ -320,6 +320,29 @@ def test_averaged_weights_are_measured_whole(kind: str, first: bool, every: int,
     assert "nc4/val/penultimate" in own[0].values
 
 
+@pytest.mark.parametrize("options", [{}, {"check_val_every_n_epoch": None}])
+def test_averages_are_measured_where_no_epoch_ends_in_a_validation(options: Any, tmp_path: Path) -> None:
+    seen: dict[int, Tensor] = {}
+
+    class Module(Net):
+        def on_validation_batch_start(self, *args: Any) -> None:
+            seen[self.trainer.global_step] = self.net[0].weight.clone()
+
+    class Tracker(NeuralCollapseTracker):
+        def _measure_training_set(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+            measured[trainer.global_step] = pl_module.net[0].weight.clone()
+            return super()._measure_training_set(trainer, pl_module)
+
+    measured: dict[int, Tensor] = {}
+    callbacks = [tracker := Tracker(K), WeightAveraging(avg_fn=lambda average, new, number: 0.9 * average + 0.1 * new)]
+    _fit(tmp_path, Module(lr=0.5), callbacks, max_epochs=4, val_check_interval=2, **options)  # of 3 batches
+    # Epochs end at steps 3, 6, 9 and 12; the first three wait for a validation, two of which end an epoch or begin one.
+    steps = {"per epoch": [5, 8, 11], "over epochs": [4, 6, 10, 12]}["over epochs" if options else "per epoch"]
+    assert list(measured) == [0, *steps]
+    assert all(torch.equal(measured[step], seen[step]) for step in steps)
+    assert "nc4/val/penultimate" in tracker.values
+
+
 class SwappingOptimizer(torch.optim.SGD):
     """Trains other weights than it means, and swaps them in `eval` and `train`, as schedule-free optimisers do."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import webdataset
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from timm.data.loader import MultiEpochsDataLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
@@ -93,6 +94,42 @@ def _shuffled(**options: Any) -> Any:
     return DataLoader(IMAGE_SET, BATCH, shuffle=True, **options)
 
 
+class Shifting(DataLoader):
+    """Changes its batches in its own way of iterating, with noise from a generator of its own."""
+
+    def __init__(self, *args: Any, noise: float = 0.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.noise, self.own = noise, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, labels in super().__iter__():
+            yield images.square() + self.noise * torch.rand(images.shape, generator=self.own), labels
+
+
+class Repeating(DataLoader):
+    """Keeps its workers by an iterator that never ends."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        object.__setattr__(self, "batch_sampler", Again(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (next(self.iterator) for _ in range(len(self)))
+
+
+class Again:
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.batches
+
+
 def _val_is_plain() -> Data:
     plain = DataLoader(IMAGE_SET, BATCH, **WORKERS)
     return Data(_shuffled(), plain, plain)
@@ -107,6 +144,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own loader": Own,
     "own sampler": lambda: DataLoader(IMAGE_SET, BATCH, sampler=SubsetRandomSampler(range(N), torch.Generator())),
     "own batch sampler": lambda: DataLoader(IMAGE_SET, batch_sampler=Own(images=False)),
+    "own iteration": lambda: Shifting(IMAGE_SET, BATCH, shuffle=True, noise=0.5),
+    "repeated": lambda: Repeating(IMAGE_SET, BATCH, shuffle=True),
+    "timm": lambda: MultiEpochsDataLoader(IMAGE_SET, batch_size=BATCH, shuffle=True, **WORKERS),
     "stream": lambda: DataLoader(Counting(), BATCH),
     "stream with workers": lambda: DataLoader(Counting(), BATCH, **WORKERS),
     "plain": lambda: Data(_shuffled(), DataLoader(IMAGE_SET, BATCH)),
@@ -140,6 +180,7 @@ LIKE_ANOTHER = {
     "stream with workers",
     "plain is web training",
     "plain is own training",
+    "timm",
 }
 
 
@@ -155,6 +196,19 @@ def test_weights_are_those_without_the_tracker(kind: str, tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
     assert np.isfinite(tracker.values["nc1/train/penultimate"])
     assert list(tracker.history["train"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_images_are_those_of_the_loaders_own_iteration(plain: bool, tmp_path: Path) -> None:
+    seen: set[bytes] = set()
+    loader = Shifting(IMAGE_SET, BATCH, shuffle=not plain)
+    tracker = NeuralCollapseTracker(K, batch_to_labels=lambda batch: seen.update(map(_key, batch[0])) or batch[1])
+    _fit(tmp_path, Data(_shuffled(), loader) if plain else loader, tracker)
+    assert all(_key(image) in seen for image in IMAGES.square())
+
+
+def _key(image: Tensor) -> bytes:
+    return image.numpy().tobytes()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ncfinetune.callbacks.pool_finder import PoolFinder
+from ncfinetune.pooling import SampleAxisError
 
 K, N, T, C = 3, 6, 5, 8
 
@@ -45,6 +46,36 @@ class Observed:
     def _see(self, name: str, output: Any) -> None:
         if self.wanted and not PoolFinder.looking:
             self.words.append(self.finder.of(name, output).describe())
+
+
+class SequenceFirst(nn.Module):
+    """Runs its blocks on tokens ``(T, N, C)``, as torch's recurrent and attention layers do by default."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        made = {"attention": lambda: nn.TransformerEncoderLayer(C, 2, C), "recurrent": lambda: nn.LSTM(C, C)}
+        self.embed, self.block, self.head = nn.Linear(C, C), made[kind](), nn.Linear(C, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.embed(x.transpose(0, 1)))
+        return self.head((x[0] if isinstance(x, tuple) else x).mean(0))
+
+
+@pytest.mark.parametrize("layer", ["embed", "block"])
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+@pytest.mark.parametrize("number", [N, T])  # of T samples the tokens pass for samples
+def test_samples_on_the_second_axis_are_refused(kind: str, layer: str, number: int) -> None:
+    network = SequenceFirst(kind)
+    Observed(network, layer)
+    with pytest.raises(SampleAxisError, match=rf"of layer '{layer}'.* is \({T}, 2, {C}\).*second axis.*its own pool="):
+        network(IMAGES[:number])
+
+
+def test_samples_on_the_second_axis_are_refused_where_nothing_runs_around_the_layer() -> None:
+    module = SequenceFirst("recurrent")
+    Observed(module, "block")
+    with pytest.raises(SampleAxisError, match="second axis, as its batch_first=False says; name another layer"):
+        module.block(IMAGES.transpose(0, 1))
 
 
 LAST, MEAN = f"mean of the tokens behind the first {T - 1}", "mean of the tokens"

@@ -1,5 +1,6 @@
 """OnlineProbe: what it learns and measures, on whose features, and that the run doesn't notice."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
@@ -108,6 +109,31 @@ def test_a_probed_run_ends_in_the_same_weights(noise: float, tmp_path: Path) -> 
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     logged = {name for name in trainer.callback_metrics if name.startswith("probe/")}
     assert logged == {f"probe/{name}" for name in ("loss", "acc", "knn", "downstream_acc", "downstream_knn")}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_second_data_set_has_the_precision_of_the_run(precision: Any, tmp_path: Path) -> None:
+    found, model = [], Stranger(lr=0.0)
+    for given in ("32-true", precision):
+        trainer = _trainer(tmp_path, OnlineProbe(3, knn=5, downstream=Second()), precision=given, max_epochs=1)
+        trainer.fit(copy.deepcopy(model), _loader(), _loader())
+        found.append([trainer.callback_metrics[f"probe/downstream_{name}"].item() for name in ("acc", "knn")])
+    assert found[1] == pytest.approx(found[0], abs=0.05)  # one or two of 40 images
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_forward_pass_is_left_out(tmp_path: Path) -> None:
+    class Skipping(Stranger):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    found = []
+    for kind, rows in ((Skipping, range(60)), (Stranger, [*range(16), *range(32, 48)])):
+        trainer = _trainer(tmp_path, OnlineProbe(3))
+        seed_everything(0, verbose=False)
+        trainer.fit(kind(lr=0.0), DataLoader(Subset(_data(), list(rows)), batch_size=16), _loader(2))
+        found.append([trainer.callback_metrics[f"probe/{name}"].item() for name in ("loss", "acc")])
+    assert found[0] == found[1]
 
 
 def test_neighbours_and_second_data_set_are_measured_with_the_weights_of_the_epoch(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import reference
 from ncfinetune import FineTuner, Supervised
-from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.callbacks.adapters import BatchReader
 from ncfinetune.callbacks.observer import LayerObserver
 from ncfinetune.collapse import class_moments, disagreement, nc1
@@ -178,6 +178,44 @@ def test_a_tracked_run_ends_in_the_same_weights(noise: float, tmp_path: Path) ->
         seed_everything(0, verbose=False)
         model = Stranger(noise)
         _trainer(tmp_path, *callbacks, max_epochs=3).fit(model, _loader(shuffle=True), _loader())
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_classifier_whose_weight_has_a_state_trains_alike(validated: bool, tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ((), (NeuralCollapseTracker(3), OnlineProbe(3, kind="ridge"))):
+        seed_everything(0, verbose=False)
+        model = Stranger()
+        model.classify = nn.utils.parametrizations.spectral_norm(model.classify)  # each look in training is a step
+        validation = {"limit_val_batches": 1.0 if validated else 0}
+        _trainer(tmp_path, *callbacks, **validation).fit(model, _loader(shuffle=True), _loader())
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+class Centring(nn.Module):
+    """Subtracts a running mean, and counts its batches, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(6, 1, 1))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.batches = self.batches + 1
+        self.centre.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+        return (x - self.centre) / (1 + 0.01 * self.batches)
+
+
+def test_a_network_with_a_state_of_its_own_trains_alike(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ((), (NeuralCollapseTracker(3), OnlineProbe(3, kind="ridge", knn=3))):
+        seed_everything(0, verbose=False)
+        model = Stranger()
+        model.features.append(Centring())
+        _trainer(tmp_path, *callbacks).fit(model, _loader(shuffle=True), _loader())
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 

@@ -18,12 +18,21 @@ import timm
 import torch
 import torchvision
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import reference
-from ncfinetune.callbacks import NeuralCollapseTracker
+from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 
 K, N = 3, 50
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -565,12 +574,56 @@ def test_progress_bar_on_request(tmp_path: Path) -> None:
     assert shown == {"nc1/train/penultimate", "nc1/val/penultimate"}
 
 
-def test_only_what_the_training_sampler_draws_is_measured(tmp_path: Path) -> None:
+class EvenOnly(RandomSampler):
+    """Draws the samples with even numbers."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index in super().__iter__() if index % 2 == 0)
+
+    def __len__(self) -> int:
+        return N // 2
+
+
+class EndlessSampler(Sampler):
+    """Draws the first samples again and again, in random order."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(100):
+            yield from torch.randperm(self.number).tolist()
+        raise AssertionError("an endless sampler was asked for all that it draws")
+
+
+class EndlessWithLength(EndlessSampler):
+    def __len__(self) -> int:
+        return self.number
+
+
+# Samplers and the samples that they draw.
+SAMPLERS: dict[str, tuple[Any, list[int]]] = {
+    "subset": (SubsetRandomSampler(range(0, N, 2)), list(range(0, N, 2))),
+    "weights, some 0": (WeightedRandomSampler([i % 3 for i in range(N)], N), [i for i in range(N) if i % 3]),
+    "weights of the first": (WeightedRandomSampler([1.0] * 20, N), list(range(20))),
+    "derived": (EvenOnly(range(N)), list(range(0, N, 2))),
+    "endless": (EndlessSampler(N), list(range(N))),
+    "endless, of some": (EndlessSampler(20), list(range(20))),
+    "endless, of a length": (EndlessWithLength(20), list(range(20))),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_only_what_the_training_sampler_draws_is_measured(sampler: str, tmp_path: Path) -> None:
     images, labels = _images()
-    chosen = list(range(0, N, 2))
-    loader = DataLoader(TensorDataset(images, labels), batch_size=8, sampler=SubsetRandomSampler(chosen))
+    draws, chosen = SAMPLERS[sampler]
+    if sampler == "weights, some 0":
+        labels = torch.arange(N) // 2 % K  # so that every class is drawn
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8, sampler=draws)
     module, tracker = _training(pl, _small()), NeuralCollapseTracker(K)
-    _trainer(tmp_path, tracker).fit(module, loader, _loader())
+    _trainer(tmp_path, tracker, **({"limit_train_batches": 7} if "endless" in sampler else {})).fit(
+        module, loader, _loader()
+    )
     with torch.no_grad():
         features = module.model[:4](images[chosen])
     expected = reference.nc1(features.numpy(), labels[chosen].numpy())
@@ -640,6 +693,41 @@ def test_validation_loaders_by_name(tmp_path: Path) -> None:
     assert "nc1/val/penultimate/dataloader_idx_1" in tracker.values
 
 
+@pytest.mark.parametrize("mode", ["sequential", "max_size"])
+def test_batches_with_a_part_of_each_validation_loader_are_one_set(mode: str, tmp_path: Path) -> None:
+    images, labels = _images()
+    second = DataLoader(TensorDataset(images[:20] + 1, labels[:20]), batch_size=16)
+    module: Any = _training(pl, _small())
+    # The last forward pass of the step is measured: of combined batches that of the first part.
+    module.validation_step = lambda batch, batch_idx, dataloader_idx=0: [
+        module.model(images) for images, _ in reversed([batch] if mode == "sequential" else [b for b in batch if b])
+    ]
+    parts = None if mode == "sequential" else lambda batch: (batch[0] if isinstance(batch[0], list) else batch)[1]
+    tracker = NeuralCollapseTracker(K, train_every_n_epochs=0, batch_to_labels=parts)
+    both = CombinedLoader([_loader(), second], mode)
+    trainer = _trainer(tmp_path, tracker, OnlineProbe(K, kind="ridge", batch_to_labels=parts))
+    trainer.fit(module, _loader(), both)
+    name = "nc1/val/penultimate" + ("/dataloader_idx_0" if mode == "sequential" else "")
+    expected = _nc1(module.model, module.model[4], lambda o: o, "input")
+    assert tracker.values[name] == pytest.approx(expected, rel=1e-5)
+    assert ("probe/acc" in trainer.callback_metrics) == (mode != "sequential")
+    assert sum(logged.startswith("nc1/val/") for logged in tracker.values) == (2 if mode == "sequential" else 1)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+def test_a_validation_set_without_samples_is_nan(tmp_path: Path) -> None:
+    images, labels = _images()
+    empty = DataLoader(TensorDataset(images[:0], labels[:0]), batch_size=16)
+    module: Any = _training(pl, _small())
+    module.validation_step = lambda batch, batch_idx, dataloader_idx=0: module.model(batch[0])
+    tracker = NeuralCollapseTracker(K, layers=["0", "auto"], metrics="all")
+    with pytest.warns(UserWarning, match="'0', 'penultimate' on the val set is logged as nan: no samples in the val"):
+        _trainer(tmp_path, tracker).fit(module, _loader(), [_loader(), empty])
+    for metric in ("nc1", "nc3", "nc4", "numerical_rank"):
+        assert np.isfinite(tracker.values[f"{metric}/val/penultimate/dataloader_idx_0"])
+        assert np.isnan(tracker.values[f"{metric}/val/penultimate/dataloader_idx_1"])
+
+
 def test_several_training_loaders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot choose among 2 training loaders; give the datamodule"):
         _trainer(tmp_path, NeuralCollapseTracker(K)).fit(
@@ -703,6 +791,95 @@ def test_a_second_fit_starts_its_history_anew_and_validation_adds_to_the_last(tm
 
 
 @pytest.mark.slow
+def test_a_pass_without_numbers_leaves_no_record(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K, metrics="nc4")  # which the training set does not have
+    _trainer(tmp_path, tracker, limit_val_batches=0).fit(_training(pl, _small()), _loader(), _loader())
+    assert tracker.records == {}
+    assert repr(tracker) == "NeuralCollapseTracker(layers=['penultimate'], metrics=['nc4'])"
+    _trainer(tmp_path, tracker).fit(_training(pl, _small()), _loader(), _loader())
+    assert list(tracker.records) == ["val"]
+    assert tracker.plot().axes[0].get_title() == "nc4"
+
+
+class InSetup(pl.LightningModule):
+    """Makes its network in its own ``setup``, ``anew`` for each run."""
+
+    def __init__(self, anew: bool) -> None:
+        super().__init__()
+        self.anew = anew
+        if anew:
+            self.model = _small()
+
+    def setup(self, stage: str) -> None:
+        if self.anew or not hasattr(self, "model"):
+            self.model, self.num_classes = _small(), K
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_layers_made_in_the_modules_own_setup(anew: bool, tmp_path: Path) -> None:
+    module = InSetup(anew)
+    replaced = list(module.modules())
+    tracker, probe = NeuralCollapseTracker(K if anew else None, layers=["0", "auto"]), OnlineProbe(K if anew else None)
+    trainer = _trainer(tmp_path, tracker, probe)
+    trainer.fit(module, _loader(), _loader())
+    expected = _nc1(module.model, module.model[4], lambda o: o, "input")
+    for split in ("train", "val"):
+        assert tracker.values[f"nc1/{split}/penultimate"] == pytest.approx(expected, rel=1e-5)
+    assert "probe/acc" in trainer.callback_metrics
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in [*replaced, *module.modules()])
+    trainer.validate(module, _loader(), verbose=False)
+    expected = _nc1(module.model, module.model[4], lambda o: o, "input")
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_predictions_of_a_module_without_such_layers(tmp_path: Path) -> None:
+    class Predicting(pl.LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return batch[0].mean((1, 2, 3))
+
+    trainer = _trainer(tmp_path, NeuralCollapseTracker(K, layers="0"))
+    assert sum(map(len, trainer.predict(Predicting(), _loader()))) == N
+
+
+@pytest.mark.parametrize("sizes", [[16] * N, [16 + 4 * (i % 2) for i in range(N)]], ids=["one size", "two sizes"])
+def test_inputs_with_a_tensor_for_each_sample(sizes: list[int], tmp_path: Path) -> None:
+    labels = torch.arange(N) % K
+    images = [torch.randn(3, size, size) + label for size, label in zip(sizes, labels.tolist(), strict=True)]
+    network = _small()
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = network[:4], network[4]
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.head(torch.cat([self.one(image[None]) for image in images]))
+
+    batches = DataLoader([([images[i] for i in r], labels[r]) for r in torch.arange(N).split(16)], batch_size=None)
+    module: Any = _training(pl, Listed())
+    module.validation_step = lambda batch, batch_idx: module.model(batch[0])
+    _trainer(tmp_path, tracker := NeuralCollapseTracker(K)).fit(module, batches, batches)
+    with torch.no_grad():
+        features = torch.cat([module.model.one(image[None]) for image in images])
+    expected = reference.nc1(features.numpy(), labels.numpy())
+    for split in ("train", "val"):
+        assert tracker.values[f"nc1/{split}/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_that_setup_does_not_make_either_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no layer fits 'layer9'"):
+        _trainer(tmp_path, NeuralCollapseTracker(K, layers="layer9")).fit(InSetup(False), _loader(), _loader())
+
+
 def test_metrics_of_the_classifier_need_its_layer() -> None:
     with pytest.raises(ValueError, match="metrics nc3, nc4 need the layer 'penultimate', which is not among layers"):
         NeuralCollapseTracker(K, layers=["0"], metrics=["nc3", "nc4"])

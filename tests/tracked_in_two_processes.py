@@ -12,9 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.callbacks.meter import CollapseMeter
@@ -47,11 +48,26 @@ def counted(calls: list[int]) -> Iterator[None]:
         torch.distributed.all_reduce = reduce
 
 
-def run(number: int, devices: int, folder: str) -> dict[str, float]:
+class OwnPart(Sampler):
+    """Draws a process's own part of the samples, as Lightning is asked to leave to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[int]:
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return iter(range(rank, self.number, processes))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def run(number: int, devices: int, folder: str, own: bool = False) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(number) % K
     images = torch.randn(number, 3, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    data = TensorDataset(images, labels)
+    loader = DataLoader(data, batch_size=8, sampler=OwnPart(number) if own else None)
     torch.manual_seed(0)
     tracker = NeuralCollapseTracker(K, layers=["0", "auto"], metrics="all")
     trainer = Trainer(
@@ -66,6 +82,7 @@ def run(number: int, devices: int, folder: str) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        use_distributed_sampler=not own,
         default_root_dir=folder,
     )
     with tempfile.TemporaryDirectory() as out:
@@ -93,8 +110,9 @@ def run(number: int, devices: int, folder: str) -> dict[str, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    found = {}
+    found: dict[Any, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in (51, 33, 18):
             found[number] = [run(number, devices, folder) for devices in (1, 2)]
+        found["own part"] = [run(32, devices, folder, own=True) for devices in (1, 2)]
     print(json.dumps(found))
