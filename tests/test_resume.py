@@ -370,6 +370,49 @@ def test_the_last_batch_of_an_epoch_is_followed_by_what_follows_it(options: dict
         assert fit(tmp_path / f"step={2 * epoch + 2}.ckpt") == whole[whole.index((epoch, 1)) + 1 :]
 
 
+class _Stops(Callback):
+    """Stops a run after so many steps, as Lightning's ``Timer`` does after its ``max_time``."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop |= trainer.global_step == self.steps
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    "by_hand",
+    [pytest.param(False, id="saved by a callback"), pytest.param(True, id="saved afterwards", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("by_steps", [True, False], ids=["max_steps", "max_time"])
+def test_a_run_that_stopped_within_an_epoch_goes_on_within_it(by_steps: bool, by_hand: bool, tmp_path: Path) -> None:
+    def fit(folder: str, stop: int = -1, ckpt_path: Path | None = None) -> tuple[Trainer, list[Any], Any]:
+        seed_everything(0, verbose=False)
+        order, last = Order(tmp_path / folder), ModelCheckpoint(tmp_path / folder, save_last=True)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [order, last, _Stops(-1 if by_steps else stop)]
+        steps = stop if by_steps else -1
+        trainer = Trainer(
+            max_epochs=3, max_steps=steps, accelerator="cpu", limit_val_batches=0, **quiet, callbacks=callbacks
+        )
+        model = Supervised(2, {**NETWORK, "in_chans": 1}, lr_scheduler=_halving)
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=True)
+        return trainer, order.order, model.state_dict()
+
+    whole, order, weights = fit("whole")
+    for stop in (2, 4, 7):
+        trainer, begun, _ = fit(f"until {stop}", stop)
+        checkpoint = tmp_path / f"until {stop}" / "last.ckpt"
+        if by_hand:
+            trainer.save_checkpoint(checkpoint)
+        rest, further, ends = fit(f"from {stop}", ckpt_path=checkpoint)
+        assert [entry for entry in begun + further if entry[1] != "end"] == [e for e in order if e[1] != "end"]
+        assert rest.optimizers[0].param_groups[0]["lr"] == whole.optimizers[0].param_groups[0]["lr"]
+        assert rest.callback_metrics["train/loss"] == whole.callback_metrics["train/loss"]
+        torch.testing.assert_close(ends, weights, rtol=0, atol=0)
+
+
 class _Stream(IterableDataset[Any]):
     """Twelve samples, without a length."""
 
