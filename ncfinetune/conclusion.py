@@ -11,8 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from ncfinetune.checkpoint_io import read_checkpoint
 from ncfinetune.classifier import Classifier
-from ncfinetune.learner import NUMBERS
-from ncfinetune.resume import last_saved
+from ncfinetune.resume import NUMBERS, last_saved
 
 
 def conclusion(trainer: Trainer, module: Any) -> Iterator[str]:

@@ -23,25 +23,13 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search, warn_of_one_rate
 from ncfinetune.inputs import may_look
-from ncfinetune.resume import (
-    end_epoch_without_validation,
+from ncfinetune.loop_progress import (
     forget_interrupted_validation,
-    last_numbers,
-    last_saved,
-    leave_out_what_has_begun,
     let_plateaus_step,
-    restore_numbers,
-    state_of_process,
-    states_of_processes,
-    step_plateaus,
     take_up_after_last_batch,
-    take_up_before_validation,
     take_up_epoch,
-    take_up_gradients,
-    train_as_before,
-    trained,
-    waiting_gradients,
 )
+from ncfinetune.resume import Resumption, last_saved
 from ncfinetune.schedule import follows_rates, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
@@ -154,11 +142,7 @@ class Learner(LightningModule, ABC):
         )
         self.class_names: list[str] | None = None
         self.preprocessing: dict[str, Any] | None = None
-        self._processes: list[dict[str, Any]] = []
-        self._means_before: dict[str, Any] = {}
-        self._epoch_ended = False
-        self._trained_before: dict[str, bool] = {}
-        self._numbers_before: dict[str, Any] = {}
+        self._resumption = Resumption()
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare a datamodule's class names and preprocessing with those that the learner was trained on."""
@@ -185,13 +169,8 @@ class Learner(LightningModule, ABC):
         """Save class names, preprocessing, and the state that resuming within an epoch needs."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
         if "loops" in checkpoint:  # absent when only weights are saved
-            # Those of a resumed run that has not yet trained a batch are the ones that it has still to take up.
-            means = self._means_before or {name: mean.metric_state for name, mean in self._means_of("train")}
-            state = {"means": means, "gradients": waiting_gradients(self.trainer, self)}
-            checkpoint[_PROCESSES] = states_of_processes(self.trainer, state)
-            checkpoint[_TRAINED] = trained(self)
-            checkpoint[NUMBERS] = last_numbers(self.trainer)
-            leave_out_what_has_begun(self.trainer, checkpoint)
+            means = {name: mean.metric_state for name, mean in self._means_of("train")}
+            self._resumption.save(self.trainer, self, means, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.
@@ -202,10 +181,7 @@ class Learner(LightningModule, ABC):
         said = checkpoint.get(DATA, {})
         self._trained_on(said.get("class_names"), said.get("preprocessing"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._processes = checkpoint.get(_PROCESSES, [])
-            self._trained_before = checkpoint.get(_TRAINED, {})
-            self._numbers_before = checkpoint.get(NUMBERS, {})
-            self._epoch_ended = bool(self._numbers_before.get("ended"))
+            self._resumption = Resumption(checkpoint)
             take_up_after_last_batch(checkpoint)
             take_up_epoch(self.trainer, checkpoint)
             refuse_finders_of_resumed(self.trainer)
@@ -313,28 +289,18 @@ class Learner(LightningModule, ABC):
             rank_zero_info(f"learning rate scaled by {self._lr_factor:g}, from {self._lr_batch} images a step")
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
-        restore_numbers(self.trainer, self._numbers_before)
+        self._resumption.restore_numbers(self.trainer)
 
     def on_fit_end(self) -> None:
         """Have later tests normalise as the training did; forget the state of a resumed run without more to train."""
         self.backbone.take_normalisation(self.preprocessing)
-        self._processes, self._epoch_ended = [], False
-        self._numbers_before, self._trained_before, self._means_before = {}, {}, {}
+        self._resumption = Resumption()
 
     def on_train_start(self) -> None:
         """Restore the progress, the trained parameters and the random state of a resumed run."""
-        # Once more: the sanity check resets them, and some strategies load a checkpoint after the fit has started.
-        restore_numbers(self.trainer, self._numbers_before)
-        take_up_before_validation(self.trainer)
-        end_epoch_without_validation(self.trainer)
-        train_as_before(self, self._trained_before)
-        if self._epoch_ended:
-            step_plateaus(self.trainer)
-        self._trained_before, self._epoch_ended, self._means_before = {}, False, {}
-        if self._processes:
-            state = state_of_process(self.trainer, self._processes)
-            self._processes, self._means_before = [], state.get("means", {})
-            take_up_gradients(self, state.get("gradients", {}))
+        # The logged values once more: the sanity check resets them, and some strategies load a checkpoint after the fit
+        # has started.
+        self._resumption.begin(self.trainer, self)
 
     def on_train_epoch_start(self) -> None:
         """Forget what an interrupted epoch has left in the means."""
@@ -359,14 +325,14 @@ class Learner(LightningModule, ABC):
         """Refuse an epoch without a batch; log the means of one in a run that is resumed after its last batch."""
         if not (self.trainer.fit_loop.epoch_loop.batch_progress.current.ready or self.trainer.should_stop):
             raise ValueError(_no_batch(self.trainer.current_epoch))
-        if self._means_before:
+        if self._resumption.means:
             self._resume_means(True)
             for name, mean in self._means_of("train"):
                 self.log(f"train/{name}", mean, on_step=False, on_epoch=True, prog_bar=True)
         let_plateaus_step(self.trainer)
 
     def _resume_means(self, within: bool) -> None:
-        means, self._means_before = self._means_before if within else {}, {}
+        means, self._resumption.means = self._resumption.means if within else {}, {}
         for name, mean in self._means_of("train"):
             if name in means and means[name]["samples"]:
                 mean.reset()
@@ -388,12 +354,6 @@ class Learner(LightningModule, ABC):
             raise FloatingPointError(_not_finite(self.trainer, loss))
 
 
-# Key of the checkpoint for the state that each process needs to resume.
-_PROCESSES = "processes"
-# Key for whether each parameter was trained.
-_TRAINED = "trained"
-# Key for the last logged values.
-NUMBERS = "numbers"
 # Hyper-parameters of the run that the model does not depend on.
 _OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 

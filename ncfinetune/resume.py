@@ -9,13 +9,69 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Key under which Lightning's `WeightAveraging` saves the weights that are trained; ``state_dict`` has their averages.
-_TRAINED_WEIGHTS = "current_model_state"
+from ncfinetune.loop_progress import (
+    end_epoch_without_validation,
+    leave_out_what_has_begun,
+    step_plateaus,
+    take_up_before_validation,
+)
+
+# Keys of the checkpoint: the state of each process, whether each parameter was trained, and the last logged values.
+_PROCESSES, _TRAINED, NUMBERS = "processes", "trained", "numbers"
+
+
+class Resumption:
+    """What a run takes up from the checkpoint that it is resumed from; empty for a run that is not resumed.
+
+    Args:
+        checkpoint: The loaded checkpoint.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any] | None = None) -> None:
+        checkpoint = checkpoint or {}
+        self._processes: list[dict[str, Any]] = checkpoint.get(_PROCESSES, [])
+        self._trained: dict[str, bool] = checkpoint.get(_TRAINED, {})
+        self._numbers: dict[str, Any] = checkpoint.get(NUMBERS, {})
+        self._epoch_ended = bool(self._numbers.get("ended"))
+        # State of each of the epoch's means, until the first batch is trained.
+        self.means: dict[str, dict[str, Tensor]] = {}
+
+    def save(self, trainer: Trainer, module: nn.Module, means: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Add to a checkpoint what a run that is resumed from it takes up; all processes must call it.
+
+        Args:
+            trainer: The trainer.
+            module: The module that is trained.
+            means: States of the epoch's means. Those of a resumed run that has not trained a batch yet are still here.
+            checkpoint: What is about to be saved; changed in place.
+        """
+        state = {"means": self.means or means, "gradients": waiting_gradients(trainer, module)}
+        checkpoint[_PROCESSES] = states_of_processes(trainer, state)
+        checkpoint[_TRAINED] = trained(module)
+        checkpoint[NUMBERS] = last_numbers(trainer)
+        leave_out_what_has_begun(trainer, checkpoint)
+
+    def restore_numbers(self, trainer: Trainer) -> None:
+        """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""
+        restore_numbers(trainer, self._numbers)
+
+    def begin(self, trainer: Trainer, module: nn.Module) -> None:
+        """Restore the progress, the trained parameters and the random state, when training starts."""
+        restore_numbers(trainer, self._numbers)
+        take_up_before_validation(trainer)
+        end_epoch_without_validation(trainer)
+        train_as_before(module, self._trained)
+        if self._epoch_ended:
+            step_plateaus(trainer)
+        self._trained, self._epoch_ended = {}, False
+        if self._processes:
+            state = state_of_process(trainer, self._processes)
+            self._processes, self.means = [], state.get("means", {})
+            take_up_gradients(module, state.get("gradients", {}))
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,139 +185,6 @@ def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> Non
     for name, parameter in module.named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter)
-
-
-def leave_out_what_has_begun(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint within a batch or a validation, as at an exception, one of before, so that it is repeated.
-
-    Lightning (2.6) would number the steps of its logs one too high, or go on with the rest of the validation, whose
-    numbers would be of that alone; and it would train averages that a callback has swapped in for the validation.
-
-    Args:
-        trainer: The trainer.
-        checkpoint: What is about to be saved; changed in place.
-    """
-    loops, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop.val_loop
-    for part in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
-        part.update(ready=part["processed"], started=part["processed"])
-    batches = loop.batch_progress
-    ended = batches.is_last_batch and batches.current.completed == batches.current.ready
-    if trainer.state.fn == TrainerFn.FITTING and trainer.validating and not ended:
-        begin_again(loops["epoch_loop.val_loop.batch_progress"])
-        if batches.current.ready and _TRAINED_WEIGHTS in checkpoint:
-            averages = checkpoint[_TRAINED_WEIGHTS]
-            checkpoint[_TRAINED_WEIGHTS], checkpoint["state_dict"] = checkpoint["state_dict"], averages
-
-
-def step_plateaus(trainer: Trainer) -> None:
-    """Step schedulers that wait for a plateau after an epoch that was checkpointed at its end.
-
-    Lightning (2.6) makes this step after the checkpoint, and leaves it out in a run that is resumed from there.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    if loop._num_ready_batches_reached():
-        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-
-
-def let_plateaus_step(trainer: Trainer) -> None:
-    """Have Lightning step schedulers that wait for a plateau at the end of an epoch that was resumed within too.
-
-    Lightning (2.6) leaves this step out, since its checkpoints lack the numbers that such schedulers monitor.
-    """
-    trainer.fit_loop._restarting = False
-
-
-def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:
-    """Make a run that is resumed from an epoch's last batch run the epoch's validation and end.
-
-    Lightning (2.6) resumes from such a checkpoint, which may be written every few steps, at the start of the next
-    epoch: it omits the validation and the hooks at the epoch's end.
-
-    Args:
-        checkpoint: The loaded checkpoint; its loops are changed in place.
-    """
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    progress, validation = (loops.get(f"epoch_loop.{name}batch_progress") for name in ("", "val_loop."))
-    if progress and validation and progress["is_last_batch"]:
-        total, current = progress["total"], progress["current"]
-        if total["completed"] == total["processed"] - 1:  # saved before the batch was completed
-            total["completed"] += 1
-            current["completed"] += 1
-            begin_again(validation)
-
-
-def take_up_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Make a run go on in the epoch in which it stopped, and after an epoch that had all its batches in the next one.
-
-    ``max_steps``, ``max_time`` and early stopping end an epoch before its last batch. Lightning (2.6) trains the rest
-    of it as another epoch: of other images, and one epoch less afterwards.
-
-    With ``max_steps`` Lightning takes every epoch for one that was interrupted: it would end a second time one that had
-    ended, and number those after it, by which images are drawn, one too high.
-
-    Args:
-        trainer: The trainer.
-        checkpoint: The loaded checkpoint; its loops are changed in place.
-    """
-    loop: Any = trainer.fit_loop
-    loop._iteration_based_training = _never
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
-    if not batches or not epochs or batches["is_last_batch"] or not batches["current"]["ready"]:
-        return
-    for part in (epochs["total"], epochs["current"]):
-        if part["processed"] == part["ready"]:
-            part["processed"] -= 1
-            part["completed"] = min(part["completed"], part["processed"])
-
-
-def _never() -> bool:
-    return False
-
-
-def take_up_before_validation(trainer: Trainer) -> None:
-    """Make a run that is resumed within an epoch, right before a validation, start with that validation.
-
-    Lightning (2.6) omits it, which happens with ``val_check_interval`` and a checkpoint every few steps.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    fetcher = trainer.fit_loop._data_fetcher
-    if fetcher is None or not loop.restarted_on_train_batch_end or not loop._should_check_val_fx(fetcher):
-        return
-    loop.batch_progress.increment_completed()
-    validation = loop.val_loop.batch_progress.state_dict()
-    begin_again(validation)
-    loop.val_loop.batch_progress.load_state_dict(validation)
-    loop.update_restart_stage()
-
-
-def end_epoch_without_validation(trainer: Trainer) -> None:
-    """Make a run that is resumed from an epoch's last batch train no more of it, where no validation is due.
-
-    Lightning (2.6) trains while it waits for a validation: on a batch of a loader that begins anew, or on all of one
-    without a length.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    if fetcher is None or not loop.restarted_on_last or not loop.batch_progress.is_last_batch:
-        return
-    if not loop._should_check_val_fx(fetcher):
-        fetcher.done, fetcher.batches = True, []
-
-
-def begin_again(progress: dict[str, Any]) -> None:
-    """Set the progress of a validation to that of one started without a completed batch, so that it is repeated."""
-    for part in ("total", "current"):
-        progress[part].update(ready=1, started=1, processed=0, completed=0)
-    progress["is_last_batch"] = False
-
-
-def forget_interrupted_validation(trainer: Trainer) -> None:
-    """Have a validation that is repeated counted alone.
-
-    Otherwise Lightning (2.6) takes it for an interrupted one in a run that is resumed from a checkpoint at its end.
-    """
-    trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
 
 def last_saved(trainer: Any) -> str | None:
