@@ -253,6 +253,7 @@ class Classifier(Learner):
 
     def on_validation_epoch_end(self) -> None:
         """Raise for wrong label rows that were counted on the device during the epoch."""
+        super().on_validation_epoch_end()
         self._refuse_counted()
 
     def on_test_epoch_end(self) -> None:

@@ -261,7 +261,11 @@ class Learner(LightningModule, ABC):
         return self.lr, self._lr_batch and _images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Refuse processes that would train independently, and read class names and preprocessing of the data."""
+        """Refuse processes that would train independently, and read class names and preprocessing of the data.
+
+        A fit forgets what an earlier one was resumed from, however that ended.
+        """
+        self._resumption = Resumption()
         check_launched(self.trainer)
         synchronise(self.trainer.strategy)
         names, images = _described(getattr(self.trainer, "datamodule", None))
@@ -292,9 +296,8 @@ class Learner(LightningModule, ABC):
         self._resumption.restore_numbers(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Have later tests normalise as the training did; forget the state of a resumed run without more to train."""
+        """Have later tests normalise as the training did."""
         self.backbone.take_normalisation(self.preprocessing)
-        self._resumption = Resumption()
 
     def on_train_start(self) -> None:
         """Restore the progress, the trained parameters and the random state of a resumed run."""
@@ -310,6 +313,11 @@ class Learner(LightningModule, ABC):
         """Forget what an interrupted validation has left in the means and in the trainer's progress."""
         self._reset_means("val")
         forget_interrupted_validation(self.trainer)
+        self._resumption.in_validation = True
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the validation has ended."""
+        self._resumption.in_validation = False
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test has left in the means."""

@@ -119,26 +119,47 @@ def forget_interrupted_validation(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
 
-def leave_out_what_has_begun(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint within a batch or a validation, as at an exception, one of before, so that it is repeated.
+def leave_out_what_has_begun(trainer: Any, checkpoint: dict[str, Any], in_validation: bool) -> None:
+    """Make a checkpoint within an epoch's start, a batch or a validation, as at an exception, one of before.
 
-    Lightning (2.6) would number the steps of its logs one too high, or go on with the rest of the validation, whose
-    numbers would be of that alone; and it would train averages that a callback has swapped in for the validation.
+    It is then repeated. Lightning (2.6) would leave out the epoch or its last batch, number the steps of its logs one
+    too high, or go on with the rest of the validation, whose numbers would be of that alone; and it would train
+    averages that a callback has swapped in for the validation.
 
     Args:
         trainer: The trainer.
         checkpoint: What is about to be saved; changed in place.
+        in_validation: Whether the validation has begun, and swapped its weights in, and has not ended.
     """
-    loops, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop.val_loop
-    for part in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+    loops = checkpoint["loops"]["fit_loop"]
+    for part in map(loops["epoch_progress"].get, ("total", "current")):
+        part.update(ready=part["started"])
+    progress = loops["epoch_loop.batch_progress"]
+    if progress["current"]["ready"] != progress["current"]["processed"]:
+        progress["is_last_batch"] = False
+    for part in map(progress.get, ("total", "current")):
         part.update(ready=part["processed"], started=part["processed"])
-    batches = loop.batch_progress
+    if trainer.state.fn != TrainerFn.FITTING or not trainer.validating:
+        return
+    batches = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     ended = batches.is_last_batch and batches.current.completed == batches.current.ready
-    if trainer.state.fn == TrainerFn.FITTING and trainer.validating and not ended:
+    if in_validation or not ended:
         _begin_again(loops["epoch_loop.val_loop.batch_progress"])
-        if batches.current.ready and _TRAINED_WEIGHTS in checkpoint:
-            averages = checkpoint[_TRAINED_WEIGHTS]
-            checkpoint[_TRAINED_WEIGHTS], checkpoint["state_dict"] = checkpoint["state_dict"], averages
+    if in_validation and _TRAINED_WEIGHTS in checkpoint:
+        averages = checkpoint[_TRAINED_WEIGHTS]
+        checkpoint[_TRAINED_WEIGHTS], checkpoint["state_dict"] = checkpoint["state_dict"], averages
+
+
+def count_no_step_twice(trainer: Trainer) -> None:
+    """Make a run that is resumed where every batch is complete count none of them again.
+
+    Lightning (2.6) ends the last batch again where a validation would be due, and numbers all later logs one too high,
+    unless the checkpoint was saved within that validation.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    ends_again = fetcher is not None and loop.restarted_on_last and loop._should_check_val_fx(fetcher)
+    if ends_again and not loop._should_accumulate() and loop._batches_that_stepped == trainer.global_step:
+        loop._batches_that_stepped -= 1
 
 
 def _begin_again(progress: dict[str, Any]) -> None:

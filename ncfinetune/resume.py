@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ncfinetune.loop_progress import (
+    count_no_step_twice,
     end_epoch_without_validation,
     leave_out_what_has_begun,
     step_plateaus,
@@ -39,6 +40,8 @@ class Resumption:
         self._epoch_ended = bool(self._numbers.get("ended"))
         # State of each of the epoch's means, until the first batch is trained.
         self.means: dict[str, dict[str, Tensor]] = {}
+        # Whether a validation is under way, whose weights a callback may have swapped in.
+        self.in_validation = False
 
     def save(self, trainer: Trainer, module: nn.Module, means: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint what a run that is resumed from it takes up; all processes must call it.
@@ -49,34 +52,35 @@ class Resumption:
             means: States of the epoch's means. Those of a resumed run that has not trained a batch yet are still here.
             checkpoint: What is about to be saved; changed in place.
         """
-        state = {"means": self.means or means, "gradients": waiting_gradients(trainer, module)}
-        checkpoint[_PROCESSES] = states_of_processes(trainer, state)
-        checkpoint[_TRAINED] = trained(module)
-        checkpoint[NUMBERS] = last_numbers(trainer)
-        leave_out_what_has_begun(trainer, checkpoint)
+        leave_out_what_has_begun(trainer, checkpoint, self.in_validation)
+        waiting = _waiting_gradients(trainer, module, checkpoint)
+        checkpoint[_PROCESSES] = states_of_processes(trainer, {"means": self.means or means, "gradients": waiting})
+        checkpoint[_TRAINED] = _trained(module)
+        checkpoint[NUMBERS] = _last_numbers(trainer)
 
     def restore_numbers(self, trainer: Trainer) -> None:
         """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""
-        restore_numbers(trainer, self._numbers)
+        _restore_numbers(trainer, self._numbers)
 
     def begin(self, trainer: Trainer, module: nn.Module) -> None:
         """Restore the progress, the trained parameters and the random state, when training starts."""
-        restore_numbers(trainer, self._numbers)
+        _restore_numbers(trainer, self._numbers)
         take_up_before_validation(trainer)
         end_epoch_without_validation(trainer)
-        train_as_before(module, self._trained)
+        count_no_step_twice(trainer)
+        _train_as_before(module, self._trained)
         if self._epoch_ended:
             step_plateaus(trainer)
         self._trained, self._epoch_ended = {}, False
         if self._processes:
             state = state_of_process(trainer, self._processes)
             self._processes, self.means = [], state.get("means", {})
-            take_up_gradients(module, state.get("gradients", {}))
+            _take_up_gradients(module, state.get("gradients", {}))
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of all processes by rank, with their random states; all processes must call it."""
-    state = {**state, "random": random_state(trainer.strategy.root_device)}
+    state = {**state, "random": _random_state(trainer.strategy.root_device)}
     if trainer.world_size == 1:
         return [state]
     states: list[Any] = [None] * trainer.world_size
@@ -93,11 +97,11 @@ def state_of_process(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str
         )
         return {}
     state = states[trainer.global_rank]
-    set_random_state(trainer.strategy.root_device, state["random"])
+    _set_random_state(trainer.strategy.root_device, state["random"])
     return state
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
+def _random_state(device: torch.device) -> dict[str, Tensor]:
     """State of torch's generators, the CPU's and the device's."""
     state = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
@@ -105,14 +109,14 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Restore a `random_state`, as far as its generators exist here."""
+def _set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Restore a `_random_state`, as far as its generators exist here."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), device)
 
 
-def last_numbers(trainer: Trainer) -> dict[str, Any]:
+def _last_numbers(trainer: Trainer) -> dict[str, Any]:
     """The last logged values, and the values of an epoch that is checkpointed at its end, with their step.
 
     Lightning (2.6) saves no logged values, and logs those of an epoch after the checkpoint at its end.
@@ -128,8 +132,8 @@ def last_numbers(trainer: Trainer) -> dict[str, Any]:
     return {"known": _as_floats(known), "ended": ended}
 
 
-def restore_numbers(trainer: Trainer, numbers: dict[str, Any]) -> None:
-    """Restore `last_numbers` of the interrupted run, and log the values that it may not have logged."""
+def _restore_numbers(trainer: Trainer, numbers: dict[str, Any]) -> None:
+    """Restore `_last_numbers` of the interrupted run, and log the values that it may not have logged."""
     device = trainer.strategy.root_device
     known = {name: torch.tensor(value, device=device) for name, value in numbers.get("known", {}).items()}
     trainer._logger_connector._callback_metrics.update(known)
@@ -143,12 +147,12 @@ def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def trained(module: nn.Module) -> dict[str, bool]:
+def _trained(module: nn.Module) -> dict[str, bool]:
     """Which parameters are trained."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
 
 
-def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
+def _train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
     """Restore which parameters are trained, and warn if that is a change.
 
     Lightning's ``BackboneFinetuning`` (2.6) freezes at the start of a resumed run what it had unfrozen before.
@@ -169,21 +173,23 @@ def train_as_before(module: nn.Module, before: Mapping[str, bool]) -> None:
         )
 
 
-def waiting_gradients(trainer: Any, module: nn.Module) -> dict[str, Tensor]:
+def _waiting_gradients(trainer: Trainer, module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """This process's gradients of the batches that wait for others (``accumulate_grad_batches``); none after a step.
 
-    Those of parameters that are sharded over processes (``DTensor``) are left out: they cannot be read as data.
+    Those of parameters that are sharded over processes (``DTensor``) are left out: they cannot be read as data. At an
+    exception in a batch's backward pass, what it has added by then is among them.
     """
-    if not trainer.fit_loop.epoch_loop._should_accumulate():
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["is_last_batch"] or progress["current"]["processed"] % trainer.accumulate_grad_batches == 0:
         return {}
     gradients = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
-    return {name: grad.cpu().clone() for name, grad in gradients.items() if not hasattr(grad, "to_local")}
+    return {name: grad.to("cpu", copy=True) for name, grad in gradients.items() if not hasattr(grad, "to_local")}
 
 
-def take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
-    """Have the gradients of the next batches added to those of an interrupted run's `waiting_gradients`."""
+def _take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    """Have the gradients of the next batches added to those of an interrupted run's batches that waited for them."""
     for name, parameter in module.named_parameters():
-        if name in gradients:
+        if name in gradients and gradients[name].shape == parameter.shape:  # flat ones of a strategy that shards differ
             parameter.grad = gradients[name].to(parameter)
 
 

@@ -46,22 +46,31 @@ class Terminate(Callback):
 
 
 class Fail(Callback):
-    """Fails before a batch of training, counted from 0, or within the validation after it, and saves what there is."""
+    """Fails in a hook, or as a loader of a validation does, at a batch of training; saves what there is.
 
-    def __init__(self, path: Path, batch: int, validation: bool) -> None:
-        self.path, self.batch, self.validation = path, batch, validation
+    Batches are counted from 0. Of the batches of a validation it fails at the second.
+    """
 
-    def _fail(self, trainer: Any, number: int) -> None:
-        if number == self.batch:
+    def __init__(self, path: Path, where: str, batch: int) -> None:
+        self.path, self.where, self.batch = path, where, batch
+        if where != "loader":
+            setattr(self, where, self._fail)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        ready = trainer.datamodule.on_after_batch_transfer
+
+        def fail(batch: Any, loader: int) -> Any:
+            if trainer.validating:
+                self._fail(trainer)
+            return ready(batch, loader)
+
+        if self.where == "loader":
+            trainer.datamodule.on_after_batch_transfer = fail
+
+    def _fail(self, trainer: Any, *rest: Any) -> None:
+        late = "validation_batch" not in self.where or rest[2] == 1
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and late:
             raise RuntimeError("out of memory")
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if not self.validation:
-            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
-
-    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        if self.validation and batch_idx == 1:
-            self._fail(trainer, trainer.fit_loop.epoch_loop.total_batch_idx)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         trainer.save_checkpoint(self.path)
@@ -200,27 +209,57 @@ def test_the_weights_of_a_run_that_is_stopped_in_a_validation_are_not_its_averag
     assert _same_numbers(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("batch", "validation", "averages"),
-    [
-        (BATCHES + 2, False, False),
-        pytest.param(2 * BATCHES - 1, True, False, marks=pytest.mark.slow),
-        (2 * BATCHES - 1, True, hasattr(callbacks, "EMAWeightAveraging")),
-    ],
-)
-def test_a_checkpoint_at_an_exception_is_of_before_what_failed(
-    batch: int, validation: bool, averages: bool, tmp_path: Path
-) -> None:
+FAILURES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "a run's first batch": ("on_train_batch_start", 0, {}),
+    "an epoch's first batch": ("on_train_batch_start", BATCHES, {}),
+    "a batch": ("on_train_batch_start", BATCHES + 2, {}),
+    "an epoch's last batch": ("on_train_batch_start", 2 * BATCHES - 1, {}),
+    "the start of an epoch": ("on_train_epoch_start", 2 * BATCHES - 1, {}),
+    "a batch that waits": ("on_train_batch_start", BATCHES, {"accumulate_grad_batches": 2}),
+    "a batch that others wait for": ("on_train_batch_start", BATCHES + 1, {"accumulate_grad_batches": 2}),
+    "a batch before a validation": ("on_train_batch_start", BATCHES + 1, {"val_check_interval": 2}),
+    "a batch after a validation": ("on_train_batch_start", BATCHES + 2, {"val_check_interval": 2}),
+    "a validation": ("on_validation_batch_start", 2 * BATCHES - 1, {}),
+    "the first batch of a validation": ("loader", 2 * BATCHES - 1, {}),
+    "the end of a validation": ("on_validation_epoch_end", 2 * BATCHES - 1, {}),
+}
+QUICK = ("an epoch's last batch", "a batch that others wait for", "a validation")
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("where", [at if at in QUICK else pytest.param(at, marks=pytest.mark.slow) for at in FAILURES])
+def test_a_checkpoint_at_an_exception_is_of_before_what_failed(where: str, averages: bool, tmp_path: Path) -> None:
     """As ``ModelCheckpoint(save_on_exception=True)`` saves."""
+    hook, batch, options = FAILURES[where]
+    if averages and not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no averaging callback")
 
-    def average() -> list[Callback]:
-        return [callbacks.EMAWeightAveraging(decay=0.9)] if averages else []
+    def fit(name: str, fail: list[Callback], ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        average = [callbacks.EMAWeightAveraging(decay=0.9)] if averages else []
+        # Before them, so that the averages are not swapped out yet where the end of a validation fails.
+        return _fit(tmp_path / name, *fail, *average, ckpt_path=ckpt_path, **options)
 
-    weights = _fit(tmp_path / "whole", *average())
+    weights = fit("whole", [])
+    failed = tmp_path / "failed.ckpt"
     with pytest.raises(RuntimeError, match="out of memory"):
-        _fit(tmp_path / "run", *average(), Fail(tmp_path / "failed.ckpt", batch, validation))
-    assert _equal(_fit(tmp_path / "run", *average(), ckpt_path=tmp_path / "failed.ckpt"), weights)
+        fit("run", [Fail(failed, hook, batch)])
+    assert _equal(fit("run", [], failed), weights)
     assert _same_numbers(tmp_path)
+
+
+def test_a_fit_forgets_what_a_failed_one_was_resumed_from(tmp_path: Path) -> None:
+    _fit(tmp_path / "run", Saved(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True))
+    saved = tmp_path / "checkpoints" / f"step={2 * BATCHES}.ckpt"
+    resumed, fresh = (_model() for _ in range(2))
+    fail = Fail(tmp_path / "failed.ckpt", "on_sanity_check_start", 2 * BATCHES - 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _fit(tmp_path / "run", fail, ckpt_path=saved, model=resumed, num_sanity_val_steps=1)
+    fresh.load_state_dict(torch.load(saved, weights_only=True)["state_dict"])
+    weights = []
+    for model in (resumed, fresh):
+        seed_everything(1, verbose=False)
+        weights.append(_fit(tmp_path / f"another{len(weights)}", model=model))
+    assert _equal(*weights)
 
 
 def test_a_run_that_is_stopped_again_after_a_repeated_validation_keeps_its_numbers(tmp_path: Path) -> None:
@@ -244,11 +283,15 @@ def test_a_run_that_is_stopped_again_after_a_repeated_validation_keeps_its_numbe
         *(pytest.param(*of, marks=pytest.mark.slow) for of in ((BATCHES, 3), (BATCHES + 2, -1))),
     ],
 )
-def test_a_run_that_its_number_of_steps_ended_goes_on_where_it_was(step: int, epochs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("within", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_that_its_number_of_steps_ended_goes_on_where_it_was(
+    step: int, epochs: int, within: bool, tmp_path: Path
+) -> None:
     last = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    weights = _fit(tmp_path / "whole", max_epochs=epochs, max_steps=3 * BATCHES)
-    _fit(tmp_path / "run", Saved(tmp_path, **last), max_epochs=epochs, max_steps=step)
+    options = {"max_epochs": epochs, **({"val_check_interval": 2} if within else {})}
+    weights = _fit(tmp_path / "whole", **options, max_steps=3 * BATCHES)
+    _fit(tmp_path / "run", Saved(tmp_path, **last), **options, max_steps=step)
     path = tmp_path / "checkpoints" / f"step={step}.ckpt"
-    assert _equal(_fit(tmp_path / "run", ckpt_path=path, max_epochs=epochs, max_steps=3 * BATCHES), weights)
+    assert _equal(_fit(tmp_path / "run", ckpt_path=path, **options, max_steps=3 * BATCHES), weights)
     # The end of the first run was the end of an epoch to it.
     assert _same_numbers(tmp_path, besides=step - 1)
