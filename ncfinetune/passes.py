@@ -401,13 +401,13 @@ def _of_class(loader: DataLoader[Any], made: DataLoader[Any]) -> DataLoader[Any]
     it holds that iterator, or has put an endless sampler in place of its own.
 
     Raises:
-        CopyError: An attribute cannot be copied.
+        CopyError: An attribute has an iterator that cannot be copied.
     """
     own = {name: value for name, value in vars(loader).items() if name not in vars(made)}
     replaced = loader.batch_size is not None and type(loader.batch_sampler) is not BatchSampler
     repeats = replaced or any(isinstance(value, _BaseDataLoaderIter) for value in own.values())
     if type(loader).__iter__ is not DataLoader.__iter__ and not repeats:
-        vars(made).update(copy_of(own, loader.dataset))
+        vars(made).update(copy_of(own, loader.dataset, shares_uncopyable=True))
         made.__class__ = type(loader)
     return made
 
