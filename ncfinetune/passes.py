@@ -270,7 +270,7 @@ class TrainingSet:
     def _samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None, shared: bool
     ) -> Iterator[Any]:
-        drawn = _of_all(trainer, _drawn(loader))
+        drawn = _of_all(trainer, loader, _drawn(loader))
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
         fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
@@ -466,13 +466,13 @@ def draws_by_weights(loader: Any) -> bool:
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices of the samples that a loader draws in an epoch, each once, in increasing order.
 
-    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
+    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator. One without a
+    length may be endless: it has drawn all when as many draws as the data set has samples gave no new one.
     """
     sampler = _own_sampler(loader)
-    order = type(sampler).__iter__  # a class derived from torch's may draw others
-    if order in (SequentialSampler.__iter__, RandomSampler.__iter__):
+    if _draws_all(sampler):
         return range(len(sampler.data_source))
-    if order is WeightedRandomSampler.__iter__:
+    if type(sampler).__iter__ is WeightedRandomSampler.__iter__:
         possible = sampler.weights.nonzero().squeeze(1)
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     drawn = copy_of(sampler, loader.dataset)
@@ -480,17 +480,40 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     if _has_length(sampler):  # those of an epoch, since it may go on after it
         drawn = islice(drawn, len(sampler))
     drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
-    # Without a length it may be endless: as many as the data set has.
-    return sorted(set(drawn if _has_length(sampler) else islice(drawn, len(cast(Sized, loader.dataset)))))
+    drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
+    return sorted(set(drawn) if _has_length(sampler) else _until_nothing_new(drawn, len(cast(Sized, loader.dataset))))
 
 
-def _of_all(trainer: Trainer, drawn: Sequence[int]) -> Sequence[int]:
-    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it."""
-    if trainer.world_size == 1 or isinstance(drawn, range):
+def _until_nothing_new(drawn: Iterable[int], patience: int) -> set[int]:
+    """What is drawn until ``patience`` successive draws gave nothing new."""
+    found: set[int] = set()
+    in_vain = 0
+    for index in drawn:
+        in_vain = in_vain + 1 if index in found else 0
+        found.add(index)
+        if in_vain >= patience:
+            break
+    return found
+
+
+def _of_all(trainer: Trainer, loader: DataLoader[Any], drawn: Sequence[int]) -> Sequence[int]:
+    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it.
+
+    They are exchanged only if they differ. Whether to compare them is decided by what is equal on all processes.
+    """
+    if trainer.world_size == 1 or _draws_all(_own_sampler(loader)):
         return drawn
     parts: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(parts, (len(drawn), hash(tuple(drawn))))
+    if len(set(parts)) == 1:
+        return drawn
     dist.all_gather_object(parts, drawn)
     return sorted(set(itertools.chain.from_iterable(parts)))
+
+
+def _draws_all(sampler: Any) -> bool:
+    """Whether a sampler's way to iterate is torch's and draws each sample; a class derived from it may have another."""
+    return type(sampler).__iter__ in (SequentialSampler.__iter__, RandomSampler.__iter__)
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:

@@ -602,12 +602,28 @@ class EndlessWithLength(EndlessSampler):
         return self.number
 
 
+class ThriceEach(Sampler):
+    """Draws each sample three times, and does not say how many that are."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (index // 3 for index in range(3 * N))
+
+
+class Tensors(Sampler):
+    """Draws some samples twice, as tensors."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(30) % 20)
+
+
 # Samplers and the samples that they draw.
 SAMPLERS: dict[str, tuple[Any, list[int]]] = {
     "subset": (SubsetRandomSampler(range(0, N, 2)), list(range(0, N, 2))),
     "weights, some 0": (WeightedRandomSampler([i % 3 for i in range(N)], N), [i for i in range(N) if i % 3]),
     "weights of the first": (WeightedRandomSampler([1.0] * 20, N), list(range(20))),
     "derived": (EvenOnly(range(N)), list(range(0, N, 2))),
+    "each three times": (ThriceEach(), list(range(N))),
+    "tensors": (Tensors(), list(range(20))),
     "endless": (EndlessSampler(N), list(range(N))),
     "endless, of some": (EndlessSampler(20), list(range(20))),
     "endless, of a length": (EndlessWithLength(20), list(range(20))),
