@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -55,7 +56,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     tensors and attributes.
     """
     modes = {part: part.training for part in module.modules()}
-    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _own_tensors(part)]
+    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _has_values(part)]
     try:
         module.eval()
         yield
@@ -75,6 +76,12 @@ def _has_own_train(part: nn.Module) -> bool:
     return type(part).train is not nn.Module.train
 
 
+def _has_values(part: nn.Module) -> bool:
+    """Whether it has tensors, all of which have a shape: a lazy layer's get theirs in its first pass."""
+    tensors = _own_tensors(part)
+    return bool(tensors) and not any(map(is_lazy, tensors))
+
+
 def _own_tensors(part: nn.Module) -> list[Tensor]:
     return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
@@ -90,12 +97,15 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too."""
+    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too.
+
+    Buffers of lazy layers that have no shape yet get one in the pass, and keep it.
+    """
     kept = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     try:
         yield
