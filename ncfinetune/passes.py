@@ -568,7 +568,8 @@ def flat(loaders: Any) -> list[Any]:
 def new_samples(loader: Any, start: int, size: int) -> int:
     """How many of ``size`` samples from a process's ``start``-th on its sampler has not given to another process too.
 
-    `DistributedSampler` repeats samples so that all processes get equally many; repeated samples come last.
+    `DistributedSampler` repeats samples so that all processes get equally many; repeated samples come last. Of a
+    `CombinedLoader` of several parts all count as new, since it is not known of which part they are.
     """
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):
