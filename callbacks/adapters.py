@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class BatchReader:
     num_classes: int | None = None
     labels_of: Callable[[Any], Tensor] | None = None
     run: Callable[[Any, Any], Any] | None = None
+    # Whether lists of tensors are those of views, of which one batch may tell nothing; empty until one did.
+    _lists: set[bool] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def labels(self, batch: Any) -> Tensor:
         """Integer labels ``(N,)``, or class probabilities ``(N, K)``, of a batch.
@@ -104,7 +106,8 @@ class BatchReader:
 
         Inputs are the first item of a sequence that is not a vector of integers, where a list of views is concatenated
         and a list with a tensor for each sample is not; the items of a mapping that ``forward`` accepts, without
-        labels; or a tensor.
+        labels; or a tensor. A list that may be either, as of 3 images of 3 channels, is what lists of earlier batches
+        were, or else of views if each tensor has as many rows as there are samples and is no single image.
 
         Raises:
             ValueError: The module has no ``forward`` and not exactly one child, it does not accept the inputs, or a
@@ -120,7 +123,7 @@ class BatchReader:
                 f"{self.asker}(forward=lambda module, batch: ...)"
             )
         inputs: Any = None if isinstance(batch, Mapping) else inputs_of(batch)
-        views = _are_views(inputs) and len(self.labels(batch)) in (len(inputs[0]), sum(map(len, inputs)))
+        views = _are_views(inputs) and self._lists_views(inputs, len(self.labels(batch)))
         try:
             if isinstance(batch, Mapping):
                 return network(**_named_inputs(network, batch))
@@ -132,6 +135,17 @@ class BatchReader:
                 f"cannot run {type(network).__name__} on the inputs of {sketch(batch)} ({type(error).__name__}: "
                 f"{error}); give {self.asker}(forward=lambda module, batch: ...)"
             ) from error
+
+    def _lists_views(self, inputs: Sequence[Tensor], number: int) -> bool:
+        """Whether a list with this number of labels is of views, not of samples."""
+        whole = all(len(part) == number for part in inputs)
+        views = whole or sum(map(len, inputs)) == number
+        if not views or len(inputs) != number:
+            self._lists.add(views)
+            return views
+        if len(self._lists) == 1:
+            return True in self._lists
+        return whole and inputs[0].ndim != 3
 
     def classes(self, labels: Tensor) -> Tensor:
         """Integer labels ``(N,)``, from integer or from one-hot labels.

@@ -33,6 +33,9 @@ class NeuralCollapseTracker(Callback):
     separate pass, in eval mode, with fixed weights and without augmentation, once before the first epoch and then after
     every ``train_every_n_epochs``; it costs as much as a validation over the training set.
 
+    Among several processes, samples that Lightning's sampler repeats so that all get equally many count once, except in
+    a `CombinedLoader` of a mode other than ``sequential``: of which of its loaders the labels are, is not known there.
+
     The pass is made in the epoch's validation, before its first batch, so that both measure the same weights. If
     the weights are swapped for validation (weight averaging, schedule-free optimisers), the pass measures the same
     averages as validation, and epochs without a validation have no pass; in a run without validation it measures the

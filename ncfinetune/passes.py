@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -55,7 +56,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     tensors and attributes.
     """
     modes = {part: part.training for part in module.modules()}
-    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _own_tensors(part)]
+    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _has_values(part)]
     try:
         module.eval()
         yield
@@ -75,6 +76,12 @@ def _has_own_train(part: nn.Module) -> bool:
     return type(part).train is not nn.Module.train
 
 
+def _has_values(part: nn.Module) -> bool:
+    """Whether it has tensors, all of which have a shape: a lazy layer's get theirs in its first pass."""
+    tensors = _own_tensors(part)
+    return bool(tensors) and not any(map(is_lazy, tensors))
+
+
 def _own_tensors(part: nn.Module) -> list[Tensor]:
     return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
@@ -90,12 +97,15 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too."""
+    """A context that restores all buffers: some networks count their passes, or keep means, in eval mode too.
+
+    Buffers of lazy layers that have no shape yet get one in the pass, and keep it.
+    """
     kept = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     try:
         yield
@@ -270,7 +280,7 @@ class TrainingSet:
     def _samples(
         self, trainer: Trainer, loader: DataLoader[Any], max_batches: int | None, max_samples: int | None, shared: bool
     ) -> Iterator[Any]:
-        drawn = _of_all(trainer, _drawn(loader))
+        drawn = _of_all(trainer, loader, _drawn(loader))
         most = self._most_samples(trainer, loader, max_batches, max_samples)
         self.limited = most is not None and most < len(drawn)
         fixed = bool(_of(trainer, "overfit_batches")) and not self._plain
@@ -401,13 +411,13 @@ def _of_class(loader: DataLoader[Any], made: DataLoader[Any]) -> DataLoader[Any]
     it holds that iterator, or has put an endless sampler in place of its own.
 
     Raises:
-        CopyError: An attribute cannot be copied.
+        CopyError: An attribute has an iterator that cannot be copied.
     """
     own = {name: value for name, value in vars(loader).items() if name not in vars(made)}
     replaced = loader.batch_size is not None and type(loader.batch_sampler) is not BatchSampler
     repeats = replaced or any(isinstance(value, _BaseDataLoaderIter) for value in own.values())
     if type(loader).__iter__ is not DataLoader.__iter__ and not repeats:
-        vars(made).update(copy_of(own, loader.dataset))
+        vars(made).update(copy_of(own, loader.dataset, shares_uncopyable=True))
         made.__class__ = type(loader)
     return made
 
@@ -466,13 +476,13 @@ def draws_by_weights(loader: Any) -> bool:
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices of the samples that a loader draws in an epoch, each once, in increasing order.
 
-    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator.
+    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator. One without a
+    length may be endless: it has drawn all when as many draws as the data set has samples gave no new one.
     """
     sampler = _own_sampler(loader)
-    order = type(sampler).__iter__  # a class derived from torch's may draw others
-    if order in (SequentialSampler.__iter__, RandomSampler.__iter__):
+    if _draws_all(sampler):
         return range(len(sampler.data_source))
-    if order is WeightedRandomSampler.__iter__:
+    if type(sampler).__iter__ is WeightedRandomSampler.__iter__:
         possible = sampler.weights.nonzero().squeeze(1)
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     drawn = copy_of(sampler, loader.dataset)
@@ -480,17 +490,40 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     if _has_length(sampler):  # those of an epoch, since it may go on after it
         drawn = islice(drawn, len(sampler))
     drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
-    # Without a length it may be endless: as many as the data set has.
-    return sorted(set(drawn if _has_length(sampler) else islice(drawn, len(cast(Sized, loader.dataset)))))
+    drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
+    return sorted(set(drawn) if _has_length(sampler) else _until_nothing_new(drawn, len(cast(Sized, loader.dataset))))
 
 
-def _of_all(trainer: Trainer, drawn: Sequence[int]) -> Sequence[int]:
-    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it."""
-    if trainer.world_size == 1 or isinstance(drawn, range):
+def _until_nothing_new(drawn: Iterable[int], patience: int) -> set[int]:
+    """What is drawn until ``patience`` successive draws gave nothing new."""
+    found: set[int] = set()
+    in_vain = 0
+    for index in drawn:
+        in_vain = in_vain + 1 if index in found else 0
+        found.add(index)
+        if in_vain >= patience:
+            break
+    return found
+
+
+def _of_all(trainer: Trainer, loader: DataLoader[Any], drawn: Sequence[int]) -> Sequence[int]:
+    """Indices that the samplers of all processes draw, since each may draw its own part; all processes must call it.
+
+    They are exchanged only if they differ. Whether to compare them is decided by what is equal on all processes.
+    """
+    if trainer.world_size == 1 or _draws_all(_own_sampler(loader)):
         return drawn
     parts: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(parts, (len(drawn), hash(tuple(drawn))))
+    if len(set(parts)) == 1:
+        return drawn
     dist.all_gather_object(parts, drawn)
     return sorted(set(itertools.chain.from_iterable(parts)))
+
+
+def _draws_all(sampler: Any) -> bool:
+    """Whether a sampler's way to iterate is torch's and draws each sample; a class derived from it may have another."""
+    return type(sampler).__iter__ in (SequentialSampler.__iter__, RandomSampler.__iter__)
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:
@@ -535,7 +568,8 @@ def flat(loaders: Any) -> list[Any]:
 def new_samples(loader: Any, start: int, size: int) -> int:
     """How many of ``size`` samples from a process's ``start``-th on its sampler has not given to another process too.
 
-    `DistributedSampler` repeats samples so that all processes get equally many; repeated samples come last.
+    `DistributedSampler` repeats samples so that all processes get equally many; repeated samples come last. Of a
+    `CombinedLoader` of several parts all count as new, since it is not known of which part they are.
     """
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):

@@ -1,6 +1,9 @@
 """A pass takes neither batches nor random numbers from the training, whatever loader that has."""
 
+import copy
 import random
+import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
-from ncfinetune.passes import CopyError, copy_of
+from ncfinetune.passes import CopyError, copy_of, evenly, in_order
 
 K, N, BATCH = 3, 24, 4
 LABELS = torch.arange(N) % K
@@ -205,6 +208,35 @@ def test_images_are_those_of_the_loaders_own_iteration(plain: bool, tmp_path: Pa
     tracker = NeuralCollapseTracker(K, batch_to_labels=lambda batch: seen.update(map(_key, batch[0])) or batch[1])
     _fit(tmp_path, Data(_shuffled(), loader) if plain else loader, tracker)
     assert all(_key(image) in seen for image in IMAGES.square())
+
+
+@pytest.mark.parametrize("part", [threading.Lock(), threading.RLock(), sqlite3.connect(":memory:")], ids=str)
+def test_loaders_with_what_cannot_be_copied_keep_their_own_iteration(part: Any) -> None:
+    loader = Shifting(IMAGE_SET, BATCH)
+    loader.part = {"within": [part]}
+    for made in (evenly(loader, N), in_order(loader)):
+        assert torch.equal(torch.cat([images for images, _ in made]), IMAGES.square())
+        assert type(made.part["within"][0]) is type(part)
+        assert made.own is not loader.own
+    loader.part = iter([0 for _ in range(3)]), (index for index in range(3))
+    with pytest.raises(CopyError, match="a dict cannot be copied \\(cannot pickle 'generator' object\\)"):
+        in_order(loader)
+
+
+def test_a_copy_has_locks_of_its_own() -> None:
+    lock, within = threading.Lock(), threading.Condition(threading.Lock())
+    with lock, within:
+        for copied in copy_of([lock, within]):
+            assert copied.acquire(blocking=False)
+    assert lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("numbers", [random.Random(0), np.random.default_rng(0)], ids=["random", "numpy"])
+def test_a_copy_draws_by_methods_of_its_own_generator(numbers: Any) -> None:
+    expected = [numbers.random() for numbers in [copy.deepcopy(numbers)] for _ in range(4)]
+    copied = copy_of({"draw": numbers.random})["draw"]
+    assert [copied() for _ in range(4)] == expected
+    assert [numbers.random() for _ in range(4)] == expected
 
 
 def _key(image: Tensor) -> bytes:

@@ -1,20 +1,25 @@
 """Passes: what is touched is as it was, and which samples a limited pass takes."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import ddp
 import loralib
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 from torchvision.datasets import FakeData
 from torchvision.transforms import ToTensor
 
 from ncfinetune import Backbone
 from ncfinetune.adversarial import PGD
-from ncfinetune.passes import eval_mode, evenly
+from ncfinetune.passes import TrainingSet, buffers_kept, eval_mode, evenly
 from ncfinetune.samples import known_files, known_labels, spread
 
 
@@ -94,6 +99,45 @@ def test_each_part_has_its_own_mode_again() -> None:
         assert not any(part.training for part in network.modules())
     assert [part.training for part in network.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(before, _state(network), strict=True))
+
+
+@pytest.mark.parametrize("own_train", [True, False])
+def test_layers_without_shapes_yet_are_made_in_a_pass(own_train: bool) -> None:
+    class Own(nn.LazyBatchNorm1d):
+        cls_to_become = None
+
+        def train(self, mode: bool = True) -> Any:
+            return super().train(mode)
+
+    network = nn.Sequential(nn.LazyLinear(3), Own() if own_train else nn.LazyBatchNorm1d(), nn.BatchNorm1d(3)).train()
+    with eval_mode(network), buffers_kept(network), torch.no_grad():
+        network(torch.rand(4, 2))
+        network[2].running_mean += 1
+    assert all(part.training for part in network.modules())
+    assert network[1].running_mean.tolist() == [0, 0, 0]
+    assert network[2].running_mean.tolist() == [0, 0, 0]
+
+
+def _passed(rank: int, weights: list[list[float]]) -> tuple[list[int], int]:
+    """Samples of a process's pass where its sampler has these weights, and how often processes exchanged objects."""
+    sampler = WeightedRandomSampler(weights[rank], 4)
+    loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=4, sampler=sampler)
+    trainer: Any = SimpleNamespace(
+        fit_loop=None, train_dataloader=loader, val_dataloaders=None, limit_train_batches=1.0
+    )
+    trainer.world_size, trainer.global_rank = len(weights), rank
+    with patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as exchanged:
+        batches = TrainingSet("Tracker", "max", "every=0").batches(trainer)
+    return [int(sample) for (samples,) in batches for sample in samples], exchanged.call_count
+
+
+def test_processes_whose_samplers_differ_exchange_what_they_draw(tmp_path: Path) -> None:
+    all_of_them, but_one = [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]
+    differ = ddp.run(2, tmp_path, partial(_passed, weights=[all_of_them, but_one]))
+    assert differ == [([0, 2], 2), ([1, 3], 2)]
+    (tmp_path / "store").unlink(missing_ok=True)
+    agree = ddp.run(2, tmp_path, partial(_passed, weights=[but_one, but_one]))
+    assert agree == [([0, 3], 1), ([2], 1)]
 
 
 @pytest.mark.slow

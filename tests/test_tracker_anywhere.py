@@ -33,6 +33,7 @@ from torch.utils.data import (
 
 import reference
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
+from ncfinetune.callbacks.adapters import BatchReader
 
 K, N = 3, 50
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -601,12 +602,28 @@ class EndlessWithLength(EndlessSampler):
         return self.number
 
 
+class ThriceEach(Sampler):
+    """Draws each sample three times, and does not say how many that are."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (index // 3 for index in range(3 * N))
+
+
+class Tensors(Sampler):
+    """Draws some samples twice, as tensors."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(30) % 20)
+
+
 # Samplers and the samples that they draw.
 SAMPLERS: dict[str, tuple[Any, list[int]]] = {
     "subset": (SubsetRandomSampler(range(0, N, 2)), list(range(0, N, 2))),
     "weights, some 0": (WeightedRandomSampler([i % 3 for i in range(N)], N), [i for i in range(N) if i % 3]),
     "weights of the first": (WeightedRandomSampler([1.0] * 20, N), list(range(20))),
     "derived": (EvenOnly(range(N)), list(range(0, N, 2))),
+    "each three times": (ThriceEach(), list(range(N))),
+    "tensors": (Tensors(), list(range(20))),
     "endless": (EndlessSampler(N), list(range(N))),
     "endless, of some": (EndlessSampler(20), list(range(20))),
     "endless, of a length": (EndlessWithLength(20), list(range(20))),
@@ -850,10 +867,11 @@ def test_predictions_of_a_module_without_such_layers(tmp_path: Path) -> None:
     assert sum(map(len, trainer.predict(Predicting(), _loader()))) == N
 
 
-@pytest.mark.parametrize("sizes", [[16] * N, [16 + 4 * (i % 2) for i in range(N)]], ids=["one size", "two sizes"])
-def test_inputs_with_a_tensor_for_each_sample(sizes: list[int], tmp_path: Path) -> None:
-    labels = torch.arange(N) % K
-    images = [torch.randn(3, size, size) + label for size, label in zip(sizes, labels.tolist(), strict=True)]
+@pytest.mark.parametrize("number", [N, 51])  # of 51 the last batch has as many images as an image has channels
+@pytest.mark.parametrize("growth", [0, 4], ids=["one size", "two sizes"])
+def test_inputs_with_a_tensor_for_each_sample(growth: int, number: int, tmp_path: Path) -> None:
+    labels = torch.arange(number) % K
+    images = [torch.randn(3, 16 + growth * (i % 2), 16) + label for i, label in enumerate(labels.tolist())]
     network = _small()
 
     class Listed(nn.Module):
@@ -864,7 +882,7 @@ def test_inputs_with_a_tensor_for_each_sample(sizes: list[int], tmp_path: Path) 
         def forward(self, images: list[Tensor]) -> Tensor:
             return self.head(torch.cat([self.one(image[None]) for image in images]))
 
-    batches = DataLoader([([images[i] for i in r], labels[r]) for r in torch.arange(N).split(16)], batch_size=None)
+    batches = DataLoader([([images[i] for i in r], labels[r]) for r in torch.arange(number).split(16)], batch_size=None)
     module: Any = _training(pl, Listed())
     module.validation_step = lambda batch, batch_idx: module.model(batch[0])
     _trainer(tmp_path, tracker := NeuralCollapseTracker(K)).fit(module, batches, batches)
@@ -873,6 +891,43 @@ def test_inputs_with_a_tensor_for_each_sample(sizes: list[int], tmp_path: Path) 
     expected = reference.nc1(features.numpy(), labels.numpy())
     for split in ("train", "val"):
         assert tracker.values[f"nc1/{split}/penultimate"] == pytest.approx(expected, rel=1e-5)
+
+
+class Received(nn.Module):
+    """Keeps what it was run on."""
+
+    def forward(self, inputs: Any) -> Any:
+        self.inputs = inputs
+        return inputs
+
+
+def _received(reader: BatchReader, inputs: list[Tensor], labels: int) -> Any:
+    reader.forward(network := Received(), (inputs, torch.arange(labels)))
+    return network.inputs
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (2, 5), (1, 4, 8, 8)], ids=str)
+def test_lists_of_samples_are_not_taken_for_views(shape: tuple[int, ...]) -> None:
+    reader = BatchReader("NeuralCollapseTracker", K)
+    for number in (16, 2, 3):  # (2, 5) is of 2 samples only where the first batch tells
+        samples = list(torch.randn(number, *shape))
+        assert _received(reader, samples, number) is samples
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (4, 5), (7,)], ids=str)
+@pytest.mark.parametrize("a_label_each", [False, True], ids=["a label for each sample", "a label for each view"])
+def test_lists_of_views_are_concatenated_in_batches_of_any_size(shape: tuple[int, ...], a_label_each: bool) -> None:
+    reader = BatchReader("NeuralCollapseTracker", K)
+    for number in (16, 3, 2, 1):
+        views = list(torch.randn(3, number, *shape))
+        received = _received(reader, views, number * (3 if a_label_each else 1))
+        assert torch.equal(received, torch.cat(views)), number
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (7,)], ids=str)
+def test_as_many_views_as_samples_from_the_first_batch(shape: tuple[int, ...]) -> None:
+    views = list(torch.randn(2, 2, *shape))
+    assert torch.equal(_received(BatchReader("NeuralCollapseTracker", K), views, 2), torch.cat(views))
 
 
 def test_a_layer_that_setup_does_not_make_either_is_named(tmp_path: Path) -> None:
