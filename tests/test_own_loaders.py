@@ -1,5 +1,6 @@
 """A pass takes neither batches nor random numbers from the training, whatever loader that has."""
 
+import contextlib
 import copy
 import random
 import sqlite3
@@ -210,14 +211,15 @@ def test_images_are_those_of_the_loaders_own_iteration(plain: bool, tmp_path: Pa
     assert all(_key(image) in seen for image in IMAGES.square())
 
 
-@pytest.mark.parametrize("part", [threading.Lock(), threading.RLock(), sqlite3.connect(":memory:")], ids=str)
-def test_loaders_with_what_cannot_be_copied_keep_their_own_iteration(part: Any) -> None:
+def test_loaders_with_what_cannot_be_copied_keep_their_own_iteration() -> None:
     loader = Shifting(IMAGE_SET, BATCH)
-    loader.part = {"within": [part]}
-    for made in (evenly(loader, N), in_order(loader)):
-        assert torch.equal(torch.cat([images for images, _ in made]), IMAGES.square())
-        assert type(made.part["within"][0]) is type(part)
-        assert made.own is not loader.own
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        for part in (threading.Lock(), threading.RLock(), database):
+            loader.part = {"within": [part]}
+            for made in (evenly(loader, N), in_order(loader)):
+                assert torch.equal(torch.cat([images for images, _ in made]), IMAGES.square())
+                assert type(made.part["within"][0]) is type(part)
+                assert made.own is not loader.own
     loader.part = iter([0 for _ in range(3)]), (index for index in range(3))
     with pytest.raises(CopyError, match="a dict cannot be copied \\(cannot pickle 'generator' object\\)"):
         in_order(loader)

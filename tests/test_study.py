@@ -237,6 +237,30 @@ def test_sources_are_pre_trained_and_measured_once(textures: Path) -> None:
     assert [line.split(" | ")[0].strip("| ") for line in table[2:5]] == sorted(
         methods, key=lambda name: float(rows[methods.index(name)]["nc1"])
     )
+    words = ["directions", str(textures), *words[words.index("--runs") :]]
+    words.remove("--shots")
+    words.remove("4")
+    (textures / "runs" / "ce-seed1" / "checkpoints" / "last.ckpt").unlink()
+    lines = [line.strip("| ").split(" | ") for line in _run("sources.py", *words).splitlines()[2:]]
+    assert [cells[0] for cells in lines] == [methods[0], methods[2]]
+    # Of two classes there is one direction.
+    assert all(cells[1] == cells[4] and cells[3] == "0 of 1" for cells in lines)
+
+
+def test_directions_of_class_means_add_up_to_nc1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three classes at (4, 0), (-4, 1), (0, -1) with the variances 1 and 4 within them: axes are not the directions."""
+    monkeypatch.syspath_prepend(FOLDER)
+    sources = importlib.import_module("sources")
+    means = torch.tensor([[4.0, 0.0], [-4.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 2], [0, -2]], dtype=torch.float64) * 2**0.5
+    features = (means[:, None] + cross).reshape(-1, 2)
+    moments = class_moments(features, torch.arange(3).repeat_interleave(4), 3)
+    shares, terms = sources.directions_of(moments)
+    squares, vectors = torch.linalg.eigh(means.T @ means)
+    within = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
+    torch.testing.assert_close(shares, squares.flip(0) / squares.sum())
+    torch.testing.assert_close(terms, ((vectors.T @ within @ vectors).diagonal() / squares).flip(0))
+    torch.testing.assert_close(terms.sum(), nc1(moments))
 
 
 def test_rank_correlations_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,10 @@ its last epoch.
 
     python experiments/studies/sources.py run SOURCE DOWNSTREAM ... --out sources.csv [--seeds 0 1 2] [--methods ce mse]
     python experiments/studies/sources.py table sources.csv
+    python experiments/studies/sources.py directions SOURCE [--methods ce mse]
+
+``directions`` tells for the networks that ``run`` has left, of the first seed, how much of their NC1 comes from
+directions of the class means with little variance between classes.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from torch import Tensor
 
 from ncfinetune import Backbone, SimCLR, SupCon, Supervised
 from ncfinetune.bank import read_images
-from ncfinetune.collapse import cdnv, class_moments, nc1
+from ncfinetune.collapse import ClassMoments, cdnv, class_moments, nc1, nc1_ratio
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments
 from ncfinetune.probes import ridge
@@ -90,6 +94,19 @@ def folder_of(runs: Path, method: str, seed: int) -> Path:
     return runs / f"{method.replace(', ', '-').replace(' ', '-').replace('/', '-')}-seed{seed}"
 
 
+def last_of(runs: Path, method: str, seed: int) -> Path:
+    """The checkpoint of a pre-training's last epoch so far."""
+    return folder_of(runs, method, seed) / "checkpoints" / "last.ckpt"
+
+
+def is_finished(options: argparse.Namespace, method: str, seed: int) -> bool:
+    """Whether a method's pre-training has made all its epochs."""
+    last = last_of(options.runs, method, seed)
+    return METHODS[method] is None or (
+        last.is_file() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= options.epochs
+    )
+
+
 def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path) -> tuple[Backbone, float]:
     """The network of a method, and the CPU seconds of its training, as far as they were spent in this call."""
     chosen = METHODS[method]
@@ -98,7 +115,7 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
         return Backbone(**NETWORK), 0.0
     overlay, changes = chosen
     run = folder_of(options.runs, method, seed)
-    last = run / "checkpoints" / "last.ckpt"
+    last = last_of(options.runs, method, seed)
     words = ["--config", OVERLAYS / "cifar10.yaml", "--config", OVERLAYS / f"{overlay}.yaml"]
     words += ["--data.root", source, "--data.fraction", "1.0", "--data.batch_size", "128", "--seed_everything", seed]
     words += ["--model.backbone.channels", NETWORK["channels"], "--trainer.max_epochs", options.epochs]
@@ -112,7 +129,7 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
     if run.exists() and not last.is_file():  # interrupted in its first epoch
         shutil.rmtree(run)
     before = os.times()
-    if not last.is_file() or torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 < options.epochs:
+    if not is_finished(options, method, seed):
         subprocess.run([sys.executable, "-m", "ncfinetune", "fit", *map(str, words)], check=True)
     after = os.times()
     kind: type[LightningModule] = {"simclr": SimCLR}.get(overlay, SupCon if "supcon" in overlay else Supervised)
@@ -178,6 +195,34 @@ def run(options: argparse.Namespace) -> None:
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
+def directions_of(moments: ClassMoments) -> tuple[Tensor, Tensor]:
+    """The principal directions of the class means: shares of the variance between classes, and terms of NC1."""
+    centred = moments.centred
+    _, sizes, rows = torch.linalg.svd(centred, full_matrices=False)
+    sizes, rows = (part[: len(centred) - 1] for part in (sizes, rows))
+    squares = sizes.square()
+    return squares / squares.sum(), ((rows @ moments.within) * rows).sum(1) / squares
+
+
+def directions(options: argparse.Namespace) -> str:
+    """How much of NC1 comes from directions with less than 1 % of the variance between classes.
+
+    Methods without a finished pre-training are left out.
+    """
+    source = classes_alone(options.source, options.classes, options.runs / f"first{options.classes}")
+    lines = ["| method | nc1 | nc1_ratio | directions below 1 % | nc1 of the others |", "|" + "---|" * 5]
+    seed = options.seeds[0]
+    for method in (method for method in options.methods if is_finished(options, method, seed)):
+        features, labels = features_of(pretrained(options, method, seed, source)[0], source, "train", None)
+        moments = class_moments(features, labels, int(labels.max()) + 1)
+        shares, terms = directions_of(moments)
+        few = shares < 0.01
+        cells = [f"{float(value):.3g}" for value in (nc1(moments), nc1_ratio(moments))]
+        others = float(terms[~few].sum())
+        lines.append(f"| {method} | {' | '.join(cells)} | {int(few.sum())} of {len(few)} | {others:.3g} |")
+    return "\n".join(lines)
+
+
 def table(path: Path) -> str:
     """Means and standard deviations over seeds, and the rank correlations of collapse with accuracy."""
     found = rows(path)
@@ -216,24 +261,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table").add_argument("rows", type=Path)
-    command = commands.add_parser("run")
-    command.add_argument("source", type=Path)
-    command.add_argument("downstream", type=Path, nargs="+")
-    command.add_argument("--out", type=Path, default=Path("sources.csv"))
-    command.add_argument("--runs", type=Path, default=Path("runs/sources"), help="folder of the pre-trainings")
-    command.add_argument("--classes", type=int, default=20, help="classes of the source, the first ones")
-    command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    command.add_argument("--epochs", type=int, default=30)
-    command.add_argument("--shots", type=int, default=20, help="downstream training images a class")
-    command.add_argument("--precision", default="bf16-mixed")
+    runs, parts = commands.add_parser("run"), commands.add_parser("directions")
+    runs.add_argument("source", type=Path)
+    runs.add_argument("downstream", type=Path, nargs="+")
+    runs.add_argument("--out", type=Path, default=Path("sources.csv"))
+    runs.add_argument("--shots", type=int, default=20, help="downstream training images a class")
+    parts.add_argument("source", type=Path)
+    for command in (runs, parts):
+        command.add_argument("--runs", type=Path, default=Path("runs/sources"), help="folder of the pre-trainings")
+        command.add_argument("--classes", type=int, default=20, help="classes of the source, the first ones")
+        command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+        command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        command.add_argument("--epochs", type=int, default=30)
+        command.add_argument("--precision", default="bf16-mixed")
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.rows))
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    run(options)
+    if options.command == "directions":
+        print(directions(options))
+    else:
+        run(options)
 
 
 if __name__ == "__main__":
