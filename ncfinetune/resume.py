@@ -93,7 +93,8 @@ def state_of_process(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str
     if len(states) != trainer.world_size:
         rank_zero_info(
             f"the checkpoint is of {len(states)} processes, but this run has {trainer.world_size}: random numbers, as "
-            "of dropout, differ from those of the interrupted run"
+            "of dropout, differ from those of the interrupted run; of the epoch in which it stopped, train/ means are "
+            "of the rest, and batches that waited for others (accumulate_grad_batches) are left out"
         )
         return {}
     state = states[trainer.global_rank]

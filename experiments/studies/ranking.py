@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from downstream import by, regret
-from sources import NETWORK, classes_alone, folder_of
+from sources import classes_alone, folder_of, network_of
 from study import rows as rows_of
 from study import so_far
 from suggestions import spread, tested, trainer
@@ -85,9 +85,10 @@ def networks_of(options: argparse.Namespace) -> tuple[dict[str, Backbone], dict[
     networks, known = {}, {}
     for row in rows_of(options.sources):
         if row["method"] != "random weights":
-            folder = folder_of(options.runs, row["method"], int(row["seed"]))
-            networks[folder.name] = Backbone(**NETWORK, checkpoint=str(folder / "checkpoints" / "last.ckpt"))
-            known[folder.name] = {"source_nc1": row["nc1"], "source_acc": row["source_acc"]}
+            which = options.runs, row["method"], int(row["seed"])
+            name = folder_of(*which).name
+            networks[name] = network_of(*which)
+            known[name] = {"source_nc1": row["nc1"], "source_acc": row["source_acc"]}
     return networks, known
 
 

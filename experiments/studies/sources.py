@@ -13,10 +13,10 @@ its last epoch.
 
     python experiments/studies/sources.py run SOURCE DOWNSTREAM ... --out sources.csv [--seeds 0 1 2] [--methods ce mse]
     python experiments/studies/sources.py table sources.csv
-    python experiments/studies/sources.py directions SOURCE [--methods ce mse]
+    python experiments/studies/sources.py directions SOURCE [--seed 0] [--methods ce mse]
 
-``directions`` tells for the networks that ``run`` has left, of the first seed, how much of their NC1 comes from
-directions of the class means with little variance between classes.
+``directions`` tells for the networks that ``run`` has left how much of their NC1 comes from directions of the class
+means with little variance between classes.
 """
 
 import argparse
@@ -99,23 +99,31 @@ def last_of(runs: Path, method: str, seed: int) -> Path:
     return folder_of(runs, method, seed) / "checkpoints" / "last.ckpt"
 
 
-def is_finished(options: argparse.Namespace, method: str, seed: int) -> bool:
-    """Whether a method's pre-training has made all its epochs."""
-    last = last_of(options.runs, method, seed)
+def is_finished(runs: Path, method: str, seed: int, epochs: int) -> bool:
+    """Whether a method's pre-training has made all its epochs; random weights need none."""
+    last = last_of(runs, method, seed)
     return METHODS[method] is None or (
-        last.is_file() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= options.epochs
+        last.is_file() and torch.load(last, weights_only=True, mmap=True)["epoch"] + 1 >= epochs
     )
 
 
-def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path) -> tuple[Backbone, float]:
-    """The network of a method, and the CPU seconds of its training, as far as they were spent in this call."""
+def network_of(runs: Path, method: str, seed: int) -> Backbone:
+    """The network of a method whose pre-training is finished."""
     chosen = METHODS[method]
     if chosen is None:
         seed_everything(seed, verbose=False)
-        return Backbone(**NETWORK), 0.0
+        return Backbone(**NETWORK)
+    kind: type[LightningModule] = {"simclr": SimCLR}.get(chosen[0], SupCon if "supcon" in chosen[0] else Supervised)
+    return kind.load_from_checkpoint(last_of(runs, method, seed)).backbone
+
+
+def pretrain(options: argparse.Namespace, method: str, seed: int, source: Path) -> float:
+    """Pre-train by a method, unless that is finished; the CPU seconds that it took in this call."""
+    chosen = METHODS[method]
+    if chosen is None or is_finished(options.runs, method, seed, options.epochs):
+        return 0.0
     overlay, changes = chosen
-    run = folder_of(options.runs, method, seed)
-    last = last_of(options.runs, method, seed)
+    run, last = folder_of(options.runs, method, seed), last_of(options.runs, method, seed)
     words = ["--config", OVERLAYS / "cifar10.yaml", "--config", OVERLAYS / f"{overlay}.yaml"]
     words += ["--data.root", source, "--data.fraction", "1.0", "--data.batch_size", "128", "--seed_everything", seed]
     words += ["--model.backbone.channels", NETWORK["channels"], "--trainer.max_epochs", options.epochs]
@@ -129,13 +137,9 @@ def pretrained(options: argparse.Namespace, method: str, seed: int, source: Path
     if run.exists() and not last.is_file():  # interrupted in its first epoch
         shutil.rmtree(run)
     before = os.times()
-    if not is_finished(options, method, seed):
-        subprocess.run([sys.executable, "-m", "ncfinetune", "fit", *map(str, words)], check=True)
+    subprocess.run([sys.executable, "-m", "ncfinetune", "fit", *map(str, words)], check=True)
     after = os.times()
-    kind: type[LightningModule] = {"simclr": SimCLR}.get(overlay, SupCon if "supcon" in overlay else Supervised)
-    learner = kind.load_from_checkpoint(last)
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    return learner.backbone, spent
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def features_of(backbone: Backbone, root: Path, part: str, shots: int | None) -> tuple[Tensor, Tensor]:
@@ -183,8 +187,8 @@ def run(options: argparse.Namespace) -> None:
             if (method, str(seed), str(options.epochs)) in known:
                 continue
             start = time.process_time()
-            backbone, spent = pretrained(options, method, seed, source)
-            numbers = measure(options, backbone, source)
+            spent = pretrain(options, method, seed, source)
+            numbers = measure(options, network_of(options.runs, method, seed), source)
             row = {"method": method, "seed": seed, "epochs": options.epochs, **numbers}
             row["seconds"] = round(spent + time.process_time() - start)
             with options.out.open("a", newline="") as file:
@@ -211,9 +215,9 @@ def directions(options: argparse.Namespace) -> str:
     """
     source = classes_alone(options.source, options.classes, options.runs / f"first{options.classes}")
     lines = ["| method | nc1 | nc1_ratio | directions below 1 % | nc1 of the others |", "|" + "---|" * 5]
-    seed = options.seeds[0]
-    for method in (method for method in options.methods if is_finished(options, method, seed)):
-        features, labels = features_of(pretrained(options, method, seed, source)[0], source, "train", None)
+    how = options.seed, options.epochs
+    for method in (method for method in options.methods if is_finished(options.runs, method, *how)):
+        features, labels = features_of(network_of(options.runs, method, options.seed), source, "train", None)
         moments = class_moments(features, labels, int(labels.max()) + 1)
         shares, terms = directions_of(moments)
         few = shares < 0.01
@@ -266,14 +270,15 @@ def main() -> None:
     runs.add_argument("downstream", type=Path, nargs="+")
     runs.add_argument("--out", type=Path, default=Path("sources.csv"))
     runs.add_argument("--shots", type=int, default=20, help="downstream training images a class")
+    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runs.add_argument("--precision", default="bf16-mixed")
     parts.add_argument("source", type=Path)
+    parts.add_argument("--seed", type=int, default=0)
     for command in (runs, parts):
         command.add_argument("--runs", type=Path, default=Path("runs/sources"), help="folder of the pre-trainings")
         command.add_argument("--classes", type=int, default=20, help="classes of the source, the first ones")
         command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-        command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         command.add_argument("--epochs", type=int, default=30)
-        command.add_argument("--precision", default="bf16-mixed")
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.rows))
