@@ -4,9 +4,9 @@ SOURCES are the rows of sources.py, and RUNS its folder, whose networks, random 
 their pre-training. Of each ROOT the first ``--classes`` classes are taken, and a draw takes training images of these by
 its seed, the same for all networks. The measures see the training images alone: what ``ncfinetune scan`` ranks by, the
 leave-one-out accuracy of ridge regression, and its squared error; k-NN, H-score and LogME; NC1, cross-validated NC1 and
-CDNV of these images; and from SOURCES, NC1 and accuracy of the source. Outcomes are accuracies of ridge regression, and
-of layer FT of ``--block`` and full FT from there, on the first ``--tested`` images of each class of ``val``. Rows are
-written as they come; what a file has already is not run again. Seconds are those of the processor.
+CDNV of these images; and from SOURCES, NC1, trace ratio and accuracy of the source. Outcomes are accuracies of ridge
+regression, and of layer FT of ``--block`` and full FT from there, on the first ``--tested`` images of each class of
+``val``. Rows are written as they come; what a file has already is not run again. Seconds are those of the processor.
 
     python experiments/studies/ranking.py run SOURCES RUNS ROOT ... --out rows.csv [--shots 5 20] [--seeds 0 1 2 3 4]
     python experiments/studies/ranking.py table rows.csv
@@ -45,7 +45,7 @@ from ncfinetune.trials import Bench, Method
 
 # Each measure with the sign that makes its lowest value that of the network to take.
 MEASURES = {"loo_accuracy": -1, "loo_squared_error": 1, "knn": -1, "h_score": -1, "logme": -1, "nc1": 1, "cv_nc1": 1}
-MEASURES |= {"cdnv": 1, "source_nc1": -1, "source_acc": -1}
+MEASURES |= {"cdnv": 1, "source_nc1": -1, "source_nc1_ratio": -1, "source_acc": -1}
 OUTCOMES = ("ridge", "layer FT", "full FT")
 FIELDS = ("data", "shots", "seed", "network", *MEASURES, *OUTCOMES, "seconds")
 
@@ -88,7 +88,8 @@ def networks_of(options: argparse.Namespace) -> tuple[dict[str, Backbone], dict[
             which = options.runs, row["method"], int(row["seed"])
             name = folder_of(*which).name
             networks[name] = network_of(*which)
-            known[name] = {"source_nc1": row["nc1"], "source_acc": row["source_acc"]}
+            known[name] = {f"source_{measure}": row[measure] for measure in ("nc1", "nc1_ratio")}
+            known[name]["source_acc"] = row["source_acc"]
     return networks, known
 
 

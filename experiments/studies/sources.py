@@ -3,7 +3,8 @@
 SOURCE and each DOWNSTREAM have ``train/CLASS/*`` and ``val/CLASS/*``. Every method of `METHODS` pre-trains a ResNet-18
 of half the usual width on the first ``--classes`` classes of SOURCE by ``ncfinetune fit``, with the files of
 ``experiments/pretrain`` and the same epochs, batch size and, but for methods that are about it, augmentation. On the
-training images of the source, as they are evaluated, the penultimate features have NC1, cross-validated NC1 and CDNV.
+training images of the source, as they are evaluated, the penultimate features have NC1, cross-validated NC1, CDNV and
+the trace ratio.
 Ridge regression, whose strength leaving one out chooses, has an accuracy on the images of ``val``: of the source, and
 of each DOWNSTREAM with ``--shots`` training images a class, always the same. No number has a learning rate of its own
 to disagree about.
@@ -69,11 +70,11 @@ METHODS: dict[str, tuple[str, list[str]] | None] = {
 # Families within which rank correlations are given beside those over all.
 FAMILIES = {
     "all that were trained": [name for name in METHODS if name != "random weights"],
-    "losses and heads": [name for name in METHODS if name.startswith(("ce", "mse", "SupCon")) and "str" not in name],
+    "losses and heads": [loss + h for loss in ("ce", "mse", "SupCon") for h in ("", ", linear head", ", mlp head")],
     "augmentation of ce": ["ce", "ce, plain", "ce, strength 0.25", "ce, strength 1"],
     "radii of PGD": ["ce", "PGD 2/255", "PGD 4/255"],
 }
-MEASURES = ("nc1", "cv_nc1", "cdnv")
+MEASURES = ("nc1", "cv_nc1", "cdnv", "nc1_ratio")
 # Images that source statistics and downstream accuracies are taken of, at most.
 MOST = 10_000
 
@@ -160,7 +161,8 @@ def measure(options: argparse.Namespace, backbone: Backbone, source: Path) -> di
     classes = int(labels.max()) + 1
     moments, folds = class_moments(features, labels, classes), FoldMoments(classes)
     folds.update(features, labels)
-    numbers = {"nc1": float(nc1(moments)), "cv_nc1": float(folds.nc1()), "cdnv": float(cdnv(moments))}
+    values = (nc1(moments), folds.nc1(), cdnv(moments), nc1_ratio(moments))
+    numbers = dict(zip(MEASURES, map(float, values), strict=True))
     for name, root, shots in [("source", source, None), *((d.name, d, options.shots) for d in options.downstream)]:
         train = (features, labels) if root is source else features_of(backbone, root, "train", shots)
         test, truth = features_of(backbone, root, "val", None)
@@ -214,16 +216,15 @@ def directions(options: argparse.Namespace) -> str:
     Methods without a finished pre-training are left out.
     """
     source = classes_alone(options.source, options.classes, options.runs / f"first{options.classes}")
-    lines = ["| method | nc1 | nc1_ratio | directions below 1 % | nc1 of the others |", "|" + "---|" * 5]
+    lines = ["| method | nc1 | directions below 1 % | nc1 of the others |", "|" + "---|" * 4]
     how = options.seed, options.epochs
     for method in (method for method in options.methods if is_finished(options.runs, method, *how)):
         features, labels = features_of(network_of(options.runs, method, options.seed), source, "train", None)
         moments = class_moments(features, labels, int(labels.max()) + 1)
         shares, terms = directions_of(moments)
         few = shares < 0.01
-        cells = [f"{float(value):.3g}" for value in (nc1(moments), nc1_ratio(moments))]
-        others = float(terms[~few].sum())
-        lines.append(f"| {method} | {' | '.join(cells)} | {int(few.sum())} of {len(few)} | {others:.3g} |")
+        some = f"{int(few.sum())} of {len(few)}"
+        lines.append(f"| {method} | {float(nc1(moments)):.3g} | {some} | {float(terms[~few].sum()):.3g} |")
     return "\n".join(lines)
 
 
