@@ -1,12 +1,13 @@
 """Which of several pre-trained networks to take: what says it beforehand, and what each is worth in the end.
 
-SOURCES are the rows of sources.py, and RUNS its folder, whose networks, random weights apart, differ in nothing but
-their pre-training. Of each ROOT the first ``--classes`` classes are taken, and a draw takes training images of these by
-its seed, the same for all networks. The measures see the training images alone: what ``ncfinetune scan`` ranks by, the
-leave-one-out accuracy of ridge regression, and its squared error; k-NN, H-score and LogME; NC1, cross-validated NC1 and
-CDNV of these images; and from SOURCES, NC1, trace ratio and accuracy of the source. Outcomes are accuracies of ridge
-regression, and of layer FT of ``--block`` and full FT from there, on the first ``--tested`` images of each class of
-``val``. Rows are written as they come; what a file has already is not run again. Seconds are those of the processor.
+SOURCES are the rows of sources.py, and RUNS its folder, whose networks differ in nothing but their pre-training; those
+of `sources.UNRANKED` are left out. Of each ROOT the first ``--classes`` classes are taken, and a draw takes training
+images of these by its seed, the same for all networks. The measures see the training images alone: what ``ncfinetune
+scan`` ranks by, the leave-one-out accuracy of ridge regression, and its squared error; k-NN, H-score and LogME; NC1,
+cross-validated NC1 and CDNV of these images; and from SOURCES, NC1, trace ratio and accuracy of the source. Outcomes
+are accuracies of ridge regression, and of layer FT of ``--block`` and full FT from there, on the first ``--tested``
+images of each class of ``val``. Rows are written as they come; what a file has already is not run again. Seconds are
+those of the processor.
 
     python experiments/studies/ranking.py run SOURCES RUNS ROOT ... --out rows.csv [--shots 5 20] [--seeds 0 1 2 3 4]
     python experiments/studies/ranking.py table rows.csv
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from downstream import by, regret
-from sources import classes_alone, folder_of, network_of
+from sources import UNRANKED, classes_alone, folder_of, network_of
 from study import rows as rows_of
 from study import so_far
 from suggestions import spread, tested, trainer
@@ -84,7 +85,7 @@ def networks_of(options: argparse.Namespace) -> tuple[dict[str, Backbone], dict[
     """Each pre-trained network by the name of its folder, and what SOURCES knows of it."""
     networks, known = {}, {}
     for row in rows_of(options.sources):
-        if row["method"] != "random weights":
+        if row["method"] not in UNRANKED:
             which = options.runs, row["method"], int(row["seed"])
             name = folder_of(*which).name
             networks[name] = network_of(*which)

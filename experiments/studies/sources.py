@@ -68,11 +68,11 @@ METHODS: dict[str, tuple[str, list[str]] | None] = {
     "PGD 2/255": ("adversarial", ["--model.adversary.radius", "0.0078"]),
     "mse, plain": ("mse", ["--data.augmentation", "plain"]),
 }
-# Added when the rows of the others were known: no correlation has it.
-AFTERWARDS = "mse, plain"
+# Not trained, or added when the rows of the others were known: no rank correlation has these.
+UNRANKED = ("random weights", "mse, plain")
 # Families within which rank correlations are given beside those over all.
 FAMILIES = {
-    "all that were trained": [name for name in METHODS if name not in ("random weights", AFTERWARDS)],
+    "all that were trained": [name for name in METHODS if name not in UNRANKED],
     "losses and heads": [loss + h for loss in ("ce", "mse", "SupCon") for h in ("", ", linear head", ", mlp head")],
     "augmentation of ce": ["ce", "ce, plain", "ce, strength 0.25", "ce, strength 1"],
     "radii of PGD": ["ce", "PGD 2/255", "PGD 4/255"],
