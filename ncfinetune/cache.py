@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import DatasetFolder
 
 from ncfinetune.checksums import fingerprint, raw
-from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, like, on_device, plain_loader, ready_batches, whole_set
 from ncfinetune.samples import is_as_stored
 from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
@@ -65,7 +65,7 @@ class PrefixCache(Callback):
         plain = plain_loader(trainer, f"cache={self.place!r}")
         data: Any = getattr(trainer, "datamodule", None)
         refuse_random(trainer, module, data.train_dataloader(), plain)
-        loaders = {"train": plain}
+        loaders = {"train": whole_set(plain)}
         with evaluation(trainer, module):
             images = next(iter(ready_batches(trainer, plain)))[0][:_TRIED]
             start = self._cut(images)
@@ -87,7 +87,7 @@ class PrefixCache(Callback):
         elif self._split.has_foreign_hook():
             reason = "run through all layers, since a frozen layer has a hook"
         else:
-            return {"val": in_order(loader)}
+            return {"val": whole_set(loader)}
         if loader != []:
             rank_zero_info(f"cache: validation images {reason}, and are not stored")
         return {}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from ncfinetune import FineTuner
 from ncfinetune.calibration import fit_temperature
@@ -151,6 +152,39 @@ def test_start_is_made_of_plain_images_and_said(tmp_path: Path, caplog: pytest.L
         heads.append(model.head.weight)
     assert torch.equal(*heads)
     assert "classifier: initialised as ridge of the training images without augmentation" in caplog.text
+
+
+class Sampled(LightningDataModule):
+    """A stranger's: the last third of one data set validates, with other labels, and samplers tell the parts apart."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        features, labels = torch.randn(36, 1, 8, 8), torch.arange(36) % 3
+        self.train, self.val = list(range(24)), list(range(24, 36))
+        self.images = TensorDataset(features, torch.where(torch.arange(36) < 24, labels, 2 - labels))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=SubsetRandomSampler(self.train))
+
+    def train_plain_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=self.train)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=self.val)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_start_is_of_the_images_that_the_plain_loader_draws(cache: str, tmp_path: Path) -> None:
+    data, model = Sampled(), _model(head_init="ridge", cache=cache)
+    trainer_in(tmp_path, max_epochs=0).fit(model, data)
+    images, labels = (part[:24] for part in data.images.tensors)
+    with torch.no_grad():
+        features = model.eval()._joined(images)
+    head = ridge(features, labels, 3)
+    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    torch.testing.assert_close(model.head(features), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 class Compared(Callback):

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cli import QUIET, RANDOM, _csv, _fit, _refusal
 from test_ship import NARROW, _checkpoint, _data, _folder
 from tiny import trainer_in
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from ncfinetune import FineTuner
 from ncfinetune.cli import main
@@ -533,7 +533,11 @@ def test_only_what_a_failed_start_made_is_removed(kept: str | None, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 4, "shuffle": True, "drop_last": True}, {"batch_sampler": [[3, 1, 2, 0], [9, 8, 7, 6], [5, 4]]}],
+    [
+        {"batch_size": 4, "shuffle": True, "drop_last": True},
+        {"batch_sampler": [[3, 1, 2, 0], [9, 8, 7, 6], [5, 4]]},
+        {"batch_size": 4, "sampler": SubsetRandomSampler([7, 2, 5, 4, 9])},  # the others validate
+    ],
 )
 def test_training_images_of_any_datamodule_are_predicted_in_their_order(options: dict[str, Any]) -> None:
     images = TensorDataset(torch.arange(10.0), torch.arange(10))
@@ -542,7 +546,10 @@ def test_training_images_of_any_datamodule_are_predicted_in_their_order(options:
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(images, **options)
 
-    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == list(range(10))
+    drawn = [2, 4, 5, 7, 9] if "sampler" in options else list(range(10))
+    state = torch.get_rng_state()
+    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == drawn
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_images_of_any_datamodule_are_predicted_without_augmentation() -> None:

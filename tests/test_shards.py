@@ -15,7 +15,9 @@ import torch
 from image_files import number_of, write_image
 from PIL import Image
 from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _trainer
+from tiny import SMALL, plain_sgd
 
+from ncfinetune import FineTuner
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder, Recipe, Unlabelled, WebDataset
@@ -266,6 +268,23 @@ def test_two_processes_train_equally_long_and_evaluate_each_sample_once(
         assert len(set(trained)) == 16
         assert set(trained) <= set(range(17))
     assert numbers[0]["train0"] != numbers[0]["train1"]
+
+
+def test_two_processes_start_from_the_closed_form_of_all_samples(tmp_path: Path) -> None:
+    _write_pictures(tmp_path)
+
+    class Keep(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            torch.save(pl_module.head.weight.detach(), tmp_path / f"{trainer.world_size}{trainer.global_rank}.pt")
+
+    data = _make(tmp_path, train=f"{tmp_path}/train-0.tar")
+    for spread in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        torch.manual_seed(0)
+        model = FineTuner(CLASSES, {**SMALL, "in_chans": 3}, optimizer=plain_sgd, allow_random=True, head_init="ridge")
+        _trainer(callbacks=[Keep()], max_steps=1, **spread).fit(model, data)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("10", "20", "21"))
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(first, second)
 
 
 class ThreeChannels(ShardRecorder):
