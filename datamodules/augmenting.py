@@ -127,9 +127,10 @@ class BatchAugmentation:
         return images.view(-1, self.views, *images.shape[1:]) if self.views > 1 else images
 
     def _mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
-        # torchvision's mixers draw from the global generators, which are seeded here and restored.
+        # torchvision's mixers draw from the CPU's global generator, which is seeded here and restored;
+        # torch.manual_seed would seed the generators of accelerators too, which dropout draws from.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
             return mixer(images, labels)
 

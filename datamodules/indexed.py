@@ -101,6 +101,8 @@ class IndexedImages(ImageDataModule, ABC):
         parts = self.parts()
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"expected {self.num_classes} classes, got {len(self.class_names)}; is the data complete?")
+        for name, part in parts.items():
+            _check_labels(name, part, self.num_classes)
         if self.val_fraction is not None and "val" in parts:
             parts["train"] = parts["train"].join(parts.pop("val"))
         if "val" not in parts:
@@ -161,8 +163,17 @@ class IndexedImages(ImageDataModule, ABC):
         if getattr(self.trainer, "overfit_batches", 0):
             sampler = SameSampler(dataset, *place, taken)
         # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
-        drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        drop_last = 1 < self.batch_size < len(sampler) and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
+
+
+def _check_labels(name: str, part: Labelled, num_classes: int) -> None:
+    labels = part.own_labels
+    if len(outside := labels[(labels < 0) | (labels >= num_classes)]):
+        raise ValueError(
+            f"expected labels in 0..{num_classes - 1} (num_classes={num_classes}) of the {name} images, got "
+            f"{outside[0]}; number the classes from 0, or correct num_classes"
+        )
 
 
 def _check_shares(fraction: float | None, val_fraction: float | None) -> None:

@@ -147,11 +147,17 @@ def test_stretches_share_out_the_stream(world_size: int, workers: int, batch_siz
     assert len(set(seen)) == len(seen)
     if shuffle:
         left_over = 17 % world_size
-        single = batch_size > 1 and 17 // world_size % batch_size == 1
+        single = 1 < batch_size < 17 // world_size and 17 // world_size % batch_size == 1
         assert len(seen) == 17 - left_over - single * world_size
         assert len(batches) == 1
     else:
         assert set(seen) == {(shard, position) for shard, size in enumerate(SIZES) for position in range(size)}
+
+
+def test_the_only_sample_of_a_process_is_trained_on() -> None:
+    shards = Shards(["0"], np.array([3]))
+    own = [ShardBatches(shards, 4, CLASSES, 8, world_size=2, rank=rank, shuffle=10) for rank in range(2)]
+    assert [(len(part), part.start, part.stop) for part in own] == [(1, 0, 1), (1, 1, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
