@@ -653,6 +653,13 @@ BYTES = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
             "correct num_classes",
         ),
         (BYTES, [-1, 0, 1] * 2, r"of the train images, got -1;"),
+        (
+            torch.zeros(6, 1, 10, 10, dtype=torch.uint8),
+            [0, 1, 2] * 2,
+            r"expected train images of 1 channels and 8 rows, as input_size says, got \(1, 10, 10\); give as "
+            "input_size the shape in which they are stored, and as image_size the side of images in batches",
+        ),
+        (BYTES.expand(6, 3, 8, 8), [0, 1, 2] * 2, r"got \(3, 8, 8\); give as input_size"),
     ],
 )
 def test_own_images_that_cannot_be(images: Tensor, labels: Any, message: str) -> None:
