@@ -171,7 +171,7 @@ def data_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
+def plain_loader(trainer: Trainer, purpose: str) -> Any:
     """All training images without augmentation in a fixed order, the same on every process, but for a divided stream.
 
     Raises:
@@ -214,8 +214,13 @@ def _offered(trainer: Trainer) -> Any:
     return getattr(_of(trainer, "datamodule"), "train_plain_dataloader", None)
 
 
-def in_order(loader: DataLoader[Any], drawn: Sequence[int] | None = None) -> DataLoader[Any]:
-    """A loader of the samples that a loader draws, or of given ones, each once, in the order of the data set."""
+def in_order(loader: Any, drawn: Sequence[int] | None = None) -> Any:
+    """A loader of the samples that a loader draws, or of given ones, each once, in the order of the data set.
+
+    Loaders of other kinds than torch's are returned as they are.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
     if drawn is None and not is_stream(loader):
         drawn = _drawn(loader)
     if drawn is not None and len(drawn) == len(cast(Sized, loader.dataset)):
@@ -225,7 +230,7 @@ def in_order(loader: DataLoader[Any], drawn: Sequence[int] | None = None) -> Dat
     return _of_class(loader, DataLoader(loader.dataset, _batch_size(loader), **options))
 
 
-def whole_set(loader: DataLoader[Any]) -> DataLoader[Any]:
+def whole_set(loader: DataLoader[Any]) -> Any:
     """A loader of the whole data set of a loader, in its order, whatever that one draws."""
     return in_order(loader, range(len(cast(Sized, loader.dataset))))
 

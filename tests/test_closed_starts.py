@@ -1,13 +1,15 @@
 """Classifiers in closed form: as a start, as the whole model, and on the tuned features."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from ncfinetune import FineTuner
 from ncfinetune.calibration import fit_temperature
@@ -185,6 +187,61 @@ def test_start_is_of_the_images_that_the_plain_loader_draws(cache: str, tmp_path
     head = ridge(features, labels, 3)
     expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
     torch.testing.assert_close(model.head(features), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+class Images(IterableDataset):
+    """The training images of `Sampled` as a stream."""
+
+    def __iter__(self) -> Iterator:
+        torch.manual_seed(0)
+        return iter([Sampled().images[index] for index in range(24)])
+
+
+class Batches(Dataset):
+    """The same in batches of six."""
+
+    def __init__(self) -> None:
+        self.images = list(Images())
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return default_collate(self.images[6 * index : 6 * index + 6])
+
+
+class Loaded(LightningDataModule):
+    """A stranger's, of one kind of loader."""
+
+    num_classes = 3
+
+    def __init__(self, loader: Callable) -> None:
+        super().__init__()
+        self.train_dataloader = self.train_plain_dataloader = self.val_dataloader = loader
+
+
+LOADERS = {
+    "stream": lambda: DataLoader(Images(), 5),
+    "webdataset": lambda: webdataset.WebLoader(Images(), batch_size=5, num_workers=0),
+    "batches": lambda: DataLoader(Batches(), None),
+    "list": lambda: list(DataLoader(Images(), 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_start_is_of_the_images_of_any_loader(kind: str, tmp_path: Path) -> None:
+    heads = []
+    for loader in (LOADERS[kind], lambda: DataLoader(list(Images()), 24)):
+        model = _model(head_init="ridge")
+        trainer_in(tmp_path, max_epochs=0, limit_val_batches=0).fit(model, Loaded(loader))
+        heads.append(model.head.weight)
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-5)
+    message = (
+        "the cache needs a DataLoader of single images that can be read in any order, got several loaders, a stream, "
+        'or a data set that makes its batches; use cache="none"'
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer_in(tmp_path).fit(_model(cache="memory"), Loaded(LOADERS[kind]))
 
 
 class Compared(Callback):
