@@ -42,6 +42,8 @@ from ncfinetune.samples import known_labels, spread
 
 # Attributes of every torch module; all others are defined by its class.
 _OF_TORCH = frozenset(vars(nn.Module()))
+# Packages whose distributed samplers draw all samples, over all processes.
+_DISTRIBUTING = ("torch", "lightning", "pytorch_lightning", "ncfinetune")
 # Marks the end of a loader's iterator, since a batch may be any object.
 _END = object()
 # Images that suffice to tell layers apart; the cost of a choice grows with their third power.
@@ -554,12 +556,20 @@ def _draws_all(sampler: Any) -> bool:
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler of samples, not distributed; the batch sampler if batches are not made of samples."""
+    """The sampler of samples, not distributed; the batch sampler if batches are not made of samples.
+
+    One that is derived from torch's `DistributedSampler` and iterates in a way of its own stays: it may draw a part.
+    """
     sampler: Any = loader.sampler
     if loader.batch_sampler is not None and loader.batch_size is None:
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
-        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
+    while isinstance(sampler, DistributedSampler):
+        # Around the user's own, if there is one: Lightning's, and that of catalyst, which many projects have copied.
+        names = () if sampler.dataset is loader.dataset else ("_sampler", "sampler")
+        wrapped = [inner for name in names if (inner := getattr(sampler.dataset, name, None)) is not None]
+        if not wrapped and type(sampler).__iter__.__module__.split(".")[0] not in _DISTRIBUTING:
+            return sampler
+        sampler = wrapped[0] if wrapped else SequentialSampler(cast(Sized, loader.dataset))
     return sampler
 
 
