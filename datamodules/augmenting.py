@@ -137,8 +137,9 @@ class BatchAugmentation:
 
 def _of_channels(name: str, values: Sequence[float], channels: int) -> Tensor:
     """One value per channel; a single channel gets the mean of three values."""
+    values = [float(value) for value in values]
     if channels == 1 and len(values) == 3:
         values = [sum(values) / 3]
     if len(values) != channels or (name == "std" and min(values) <= 0):
-        raise ValueError(f"expected {name} of {channels} {'positive ' * (name == 'std')}numbers, got {list(values)}")
+        raise ValueError(f"expected {name} of {channels} {'positive ' * (name == 'std')}numbers, got {values}")
     return torch.tensor(values, dtype=torch.float32)

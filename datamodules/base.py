@@ -121,8 +121,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self._augmentation = BatchAugmentation(
             self.input_size,
             num_classes,
-            mean or data_mean,
-            std or data_std,
+            data_mean if mean is None else mean,
+            data_std if std is None else std,
             recipe_for(augmentation, strength, size),
             views,
             mixup,
@@ -282,7 +282,8 @@ class ImageDataModule(LightningDataModule, ABC):
         networks = model.modules() if model is not None and self.follows_network else ()
         config = next((net.pretrained_cfg for net in networks if hasattr(net, "pretrained_cfg")), None)
         if config is not None:
-            self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])
+            mean, std = (config[name] if given is None else given for name, given in self._given.items())
+            self._augmentation.normalise(mean, std)
         return config is not None
 
     def _place(self) -> tuple[int, int]:

@@ -201,10 +201,21 @@ def test_batches_are_normalised() -> None:
     assert images.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_mean_and_std_can_be_given() -> None:
-    data = Digits(mean=[0.5], std=[0.25])
+@pytest.mark.parametrize("make", [list, torch.tensor, np.array])
+def test_mean_and_std_can_be_given(make: Any) -> None:
+    data = Digits(mean=make([0.5]), std=make([0.25]))
     images, _ = data.on_after_batch_transfer((torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(2)), 0)
     torch.testing.assert_close(images, torch.full((2, 1, 8, 8), 2.0))
+
+
+def test_mean_and_std_of_another_datamodule_can_be_given(folder: Path) -> None:
+    of_another = _folder(folder, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    data = _folder(folder, mean=of_another.mean, std=of_another.std)
+    model = Recorder()
+    model.net = timm.create_model("test_vit", num_classes=3)  # whose own are 0.5
+    _trainer(max_steps=1).fit(model, data)
+    assert torch.equal(data.mean, of_another.mean)
+    assert torch.equal(data.std, of_another.std)
 
 
 def test_images_can_be_enlarged_on_the_device() -> None:
