@@ -300,6 +300,10 @@ def _check_classes(root: Path, where: Path, names: list[str]) -> None:
             f"expected a folder for each class in {str(where)!r}, got {', '.join(names)}, which are words for splits; "
             "name the folders: folders={train: ..., val: ..., test: ...}"
         )
+    if unreadable := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise ValueError(
+            f"expected names of classes in UTF-8 in {str(where)!r}, got the folder {unreadable[0]!r}; rename it"
+        )
     if len(names) < 2:
         hint = f"; if {where.name} is a class itself, give folders={{train: .}}" if not names and where != root else ""
         raise ValueError(f"expected a folder for each of at least two classes in {str(where)!r}, got {names}{hint}")

@@ -206,7 +206,7 @@ def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
     else:
         for path, label in files:
             status = os.stat(path)
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns};".encode())
+            digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns};"))
             digest.update(raw(torch.as_tensor(label)))
     for tensor in _tensors(_sample(trainer, loader)):
         digest.update(raw(tensor))

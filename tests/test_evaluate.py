@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,21 @@ def test_rows_and_mistakes_name_the_files_of_a_run_s_own_images(in_memory: bool,
     for mistake in rows.mistakes:
         number = int(Path(mistake.name).stem)
         assert np.abs(mistake.image.mean((0, 1)) - colour(number)).max() < 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_whose_name_is_no_utf_8_does_not_stop_a_prediction(suffix: str, tmp_path: Path) -> None:
+    written = Table(tmp_path / f"a.{suffix}", "file", NAMES, labelled=True)
+    name = os.fsdecode(b"caf\xe9.jpg")
+    written.add([name, "caf\u00e9.jpg"], torch.eye(3)[:2], [f"cannot read {name}", ""], [0, 1])
+    written.finish()
+    rows = parquet.read_table(written.path).to_pylist() if suffix == "parquet" else _csv(written.path)
+    assert [row["file"] for row in rows] == [r"caf\udce9.jpg", "caf\u00e9.jpg"]
+    assert rows[0]["error"] == r"cannot read caf\udce9.jpg"
+    found = PredictionRows(tmp_path / "b.csv", None, None, None, True)
+    found.names = ["a", "b"]
+    found._keep(torch.tensor([[0.9, 0.1]]), torch.tensor([1]), [""], [name], torch.zeros(1, 3, 4, 4), None)
+    assert found.mistakes[0].name == r"caf\udce9.jpg"
 
 
 def test_a_picture_is_what_the_network_saw() -> None:

@@ -104,6 +104,13 @@ def test_the_folder_of_a_part_is_no_class_of_another(tmp_path: Path) -> None:
     assert _read(data, "test") == written["holdout"]
 
 
+def test_a_class_folder_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, {"": 2}, ("ant", os.fsdecode(b"caf\xe9")))
+    message = r"expected names of classes in UTF-8 in '.*', got the folder 'caf\\udce9'; rename it"
+    with pytest.raises(ValueError, match=message):
+        _make(tmp_path)
+
+
 def test_one_folder_for_two_parts_is_said(tmp_path: Path) -> None:
     _write(tmp_path, {"train": 4, "val": 3})
     with pytest.warns(
