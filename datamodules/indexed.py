@@ -86,6 +86,10 @@ class IndexedImages(ImageDataModule, ABC):
         self.sampling = sampling
         self.device_cache = device_cache
 
+    def _numbers(self) -> dict[str, Any]:
+        drawn = {"seed": self.seed} if self.shots or self.fraction else {}
+        return {**super()._numbers(), "sampling": self.sampling, **drawn}
+
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:
         """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""

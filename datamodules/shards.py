@@ -117,7 +117,7 @@ class WebDataset(ImageDataModule):
         if self.num_workers is None and (workers := self._workers()) != cores:
             rank_zero_info(f"num_workers is {workers} as in the interrupted run, not {cores}: batches depend on it")
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> dict[str, Any]:
         # Without workers the batches are those of one worker.
         return {**super()._numbers(), "num_workers": max(1, self._workers())}
 
