@@ -14,9 +14,9 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ncfinetune.gathering import numbers_of_all, rows_of_all
+from ncfinetune.gathering import numbers_of_all, rows_of_all, rows_of_parts
 from ncfinetune.inputs import may_look
-from ncfinetune.passes import data_precision, evenly, flat, ready_batches
+from ncfinetune.passes import data_precision, evenly, flat, is_stream, ready_batches
 
 from .adapters import BatchReader
 from .observer import LayerObserver
@@ -54,6 +54,13 @@ def gathered(part: FeatureSet, world_size: int) -> FeatureSet:
         return part
     numbers = numbers_of_all(part.labels) if may_look(part.features) else [len(part.labels)] * world_size
     return FeatureSet(rows_of_all(part.features, numbers), rows_of_all(part.labels, numbers))
+
+
+def whole_pass(part: FeatureSet, loader: Any, world_size: int, max_samples: int) -> FeatureSet:
+    """The rows of a pass on every process, at most so many; of a stream each process has read its own part."""
+    if world_size > 1 and is_stream(loader):
+        part = FeatureSet(*rows_of_parts(*part))
+    return FeatureSet(*(rows[:max_samples] for rows in part))
 
 
 def read(
@@ -112,8 +119,9 @@ def read_second(
         train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
         loaders = [train, *(flat(data.val_dataloader()) or [[]])]
     own = replace(reader, num_classes=None)
+    batches = (ready_batches(trainer, evenly(loader, max_samples), data) for loader in loaders)
+    parts = (read(observer, own, part, ignore_index) for part in batches)
     bank, *tested = (
-        read(observer, own, ready_batches(trainer, evenly(loader, max_samples), data), ignore_index)
-        for loader in loaders
+        whole_pass(part, loader, trainer.world_size, max_samples) for part, loader in zip(parts, loaders, strict=True)
     )
     return bank, tested

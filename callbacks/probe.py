@@ -21,7 +21,7 @@ from ncfinetune.passes import TrainingSet, evaluated, evaluation, ready_batches
 from . import adapters
 from .adapters import BatchReader
 from .classify import Fit, Neighbours, OnlineClassifier, Scores, accuracy, count, fit_probe, fit_ridge, transferred
-from .features import gathered, prepare, read, read_second, take
+from .features import gathered, prepare, read, read_second, take, whole_pass
 from .logs import log_epoch
 from .observer import LayerObserver
 from .schedule import PassSchedule, every_process_gets_a_batch, is_new
@@ -70,7 +70,7 @@ class OnlineProbe(Callback):
         knn: Number of neighbours in kNN, limited to the size of the bank; 0 is no kNN.
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
         every_n_epochs: Epochs between the passes for the bank and the second data set.
-        max_samples: Largest number of images of each split in a pass, evenly spread over it.
+        max_samples: Largest number of images of each split in a pass, evenly spread over it; of a stream, the first.
         classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
         batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. The linear
             classifier is also trained on class probabilities ``(N, K)``.
@@ -300,7 +300,8 @@ class OnlineProbe(Callback):
         """Compute the features of training images, and fit the classifiers on them."""
         data = self._training_set.batches(trainer, max_samples=self.max_samples, shared=False)
         with evaluation(trainer, module):
-            bank = read(self._seen_by, self._reader, ready_batches(trainer, data), self.ignore_index)
+            part = read(self._seen_by, self._reader, ready_batches(trainer, data), self.ignore_index)
+        bank = whole_pass(part, self._training_set.loader, trainer.world_size, self.max_samples)
         check_labels(bank.labels, self._classes)
         self._bank_due = False
         if self.kind == "ridge":

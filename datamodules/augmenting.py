@@ -127,17 +127,19 @@ class BatchAugmentation:
         return images.view(-1, self.views, *images.shape[1:]) if self.views > 1 else images
 
     def _mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
-        # torchvision's mixers draw from the global generators, which are seeded here and restored.
+        # torchvision's mixers draw from the CPU's global generator, which is seeded here and restored;
+        # torch.manual_seed would seed the generators of accelerators too, which dropout draws from.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
             return mixer(images, labels)
 
 
 def _of_channels(name: str, values: Sequence[float], channels: int) -> Tensor:
     """One value per channel; a single channel gets the mean of three values."""
+    values = [float(value) for value in values]
     if channels == 1 and len(values) == 3:
         values = [sum(values) / 3]
     if len(values) != channels or (name == "std" and min(values) <= 0):
-        raise ValueError(f"expected {name} of {channels} {'positive ' * (name == 'std')}numbers, got {list(values)}")
+        raise ValueError(f"expected {name} of {channels} {'positive ' * (name == 'std')}numbers, got {values}")
     return torch.tensor(values, dtype=torch.float32)

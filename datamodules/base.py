@@ -121,8 +121,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self._augmentation = BatchAugmentation(
             self.input_size,
             num_classes,
-            mean or data_mean,
-            std or data_std,
+            data_mean if mean is None else mean,
+            data_std if std is None else std,
             recipe_for(augmentation, strength, size),
             views,
             mixup,
@@ -133,7 +133,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.mark_broken = False
         self._parts: Mapping[str, Part] = {}
         self._files: list[str] | None = None
-        self._run_seed = 0
+        self._seeded = self._run_seed = 0
         self._before: dict[str, Any] = {}
 
     @property
@@ -210,8 +210,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in random order."""
         trainer: Any = self.trainer
-        seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
-        self._run_seed = mixed_seed(seed)
+        seed = torch.initial_seed()
+        self._seeded = seed if trainer is None else trainer.strategy.broadcast(seed)
+        self._run_seed = mixed_seed(self._seeded)
         self._augmentation.restart()
         return self._loader("train", training=True)
 
@@ -282,7 +283,8 @@ class ImageDataModule(LightningDataModule, ABC):
         networks = model.modules() if model is not None and self.follows_network else ()
         config = next((net.pretrained_cfg for net in networks if hasattr(net, "pretrained_cfg")), None)
         if config is not None:
-            self._augmentation.normalise(self._given["mean"] or config["mean"], self._given["std"] or config["std"])
+            mean, std = (config[name] if given is None else given for name, given in self._given.items())
+            self._augmentation.normalise(mean, std)
         return config is not None
 
     def _place(self) -> tuple[int, int]:
@@ -360,9 +362,10 @@ class ImageDataModule(LightningDataModule, ABC):
                 "numbers as they were, or resume from a checkpoint of an epoch's end"
             )
 
-    def _numbers(self) -> dict[str, int]:
-        """The numbers, besides the seed, that the batches of an epoch depend on."""
-        return {"batch_size": self.batch_size, "processes": self._place()[0]}
+    def _numbers(self) -> dict[str, Any]:
+        """What the batches of an epoch depend on."""
+        images = {"images": len(self._parts["train"])} if "train" in self._parts else {}
+        return {"batch_size": self.batch_size, "processes": self._place()[0], "seed_everything": self._seeded, **images}
 
 
 def _batch_progress(trainer: Any) -> Any:

@@ -103,7 +103,7 @@ class ImageFolder(FileDataModule):
         folders: The folder in ``root`` of each split; None is train, val (or valid, validation) and test, in any case,
             as far as they exist. For ImageNet, whose val is commonly used for testing, give ``{train: train, test:
             val}``; validation images are then split off train. Where train is the name of a class, ``{train: .}``
-            takes every folder in ``root`` for a class.
+            takes every folder in ``root`` for a class, but for those of the other splits.
         labels: A CSV file in ``root`` or elsewhere, with comma-separated columns: path relative to ``root``, label, and
             optionally the split (train, val or test). A first line may name the columns, in any order and among others:
             ``path`` (or file, filename, file_name, image), ``label`` (or class), ``split``. Each image has one label.
@@ -142,7 +142,7 @@ class ImageFolder(FileDataModule):
                 raise ValueError(f"expected labels of at least two classes in {str(self._labels)!r}, got {names}")
         else:
             self._folders = _part_folders(self.root, folders)
-            names = _class_folders(self._folders["train"])
+            names = self._classes_of("train")
             _check_classes(self.root, self._folders["train"], names)
         self.test_fraction = test_fraction
         self.skip_broken = skip_broken
@@ -195,10 +195,16 @@ class ImageFolder(FileDataModule):
         numbers = {cls: label for label, cls in enumerate(self.class_names)}
         return Labelled.all([path for path, _ in found], [numbers[cls] for _, cls in found])
 
+    def _classes_of(self, name: str) -> list[str]:
+        """Names of the folders in a part's folder, but for the folders of other parts."""
+        here = self._folders[name]
+        others = [folder.resolve() for part, folder in self._folders.items() if part != name]
+        return [cls for cls in _class_folders(here) if (here / cls).resolve() not in others]
+
     def _files_of(self, name: str) -> list[tuple[str, str]]:
         """Path and class of the images in a part's folders."""
         folder, found, rows = self._folders[name], Found(), []
-        for cls in _class_folders(folder):
+        for cls in self._classes_of(name):
             before = len(found.images)
             found.add(folder / cls)
             rows += [(path, cls) for path in found.images[before:]]
@@ -294,6 +300,10 @@ def _check_classes(root: Path, where: Path, names: list[str]) -> None:
             f"expected a folder for each class in {str(where)!r}, got {', '.join(names)}, which are words for splits; "
             "name the folders: folders={train: ..., val: ..., test: ...}"
         )
+    if unreadable := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise ValueError(
+            f"expected names of classes in UTF-8 in {str(where)!r}, got the folder {unreadable[0]!r}; rename it"
+        )
     if len(names) < 2:
         hint = f"; if {where.name} is a class itself, give folders={{train: .}}" if not names and where != root else ""
         raise ValueError(f"expected a folder for each of at least two classes in {str(where)!r}, got {names}{hint}")
@@ -331,26 +341,32 @@ def _count_images_without_row(root: Path, named: set[str], labels: str) -> None:
 @rank_zero_only
 def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str]) -> None:
     """Warn of images that occur in two parts, or in two classes, byte for byte."""
-    labels = {
-        path: int(label) for part in parts.values() for path, label in zip(part.paths, part.own_labels, strict=True)
-    }
-    homes = {path: name for name, part in parts.items() for path in part.paths}
-    groups = same_content(labels, lambda group: len({(homes[path], labels[path]) for path in group}) > 1)
+    homes: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[int]] = defaultdict(set)
+    for name, part in parts.items():
+        for path, label in part.samples:
+            homes[path].add(name)
+            labels[path].add(label)
+
+    def differ(group: list[str]) -> bool:
+        return any(len(set().union(*(of[path] for path in group))) > 1 for of in (homes, labels))
+
+    groups = [*same_content(homes, differ), *([path] for path in homes if differ([path]))]
     for name, others in (("val", ("train",)), ("test", ("train", "val"))):
         for other in others:
             pairs = [
-                (path, next(twin for twin in group if homes[twin] == other))
+                (path, next(twin for twin in group if other in homes[twin]))
                 for group in groups
                 for path in group
-                if homes[path] == name and any(homes[twin] == other for twin in group)
+                if name in homes[path] and any(other in homes[twin] for twin in group)
             ]
             if pairs:
                 rank_zero_warn(
                     f"{len(pairs)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as "
                     f"{pairs[0][0]} and {pairs[0][1]}: results on {name} are too good; remove one of each pair"
                 )
-    torn = [group for group in groups if len({labels[path] for path in group}) > 1]
+    torn = [group for group in groups if len(set().union(*(labels[path] for path in group))) > 1]
     if torn:
-        names = some(sorted({class_names[labels[path]] for path in torn[0]}))
+        names = some(sorted({class_names[label] for path in torn[0] for label in labels[path]}))
         images = counted(len(torn), "image")
         rank_zero_warn(f"{images} in several classes, byte for byte, as {torn[0][0]} is in {names}")

@@ -59,10 +59,25 @@ class Labelled:
 
     @staticmethod
     def all(images: Tensor | Sequence[Any], labels: Sequence[int] | np.ndarray) -> Labelled:
-        """A part of all these images, or paths."""
+        """A part of all these images, or paths.
+
+        Raises:
+            ValueError: The images are not uint8, or there is not one whole-number label for each.
+        """
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
+            raise ValueError(
+                f"expected images (N, C, H, W) in uint8, 0..255, got {tuple(images.shape)} in {images.dtype}; of "
+                "floats in 0..1 make (images * 255).round().byte()"
+            )
         # Bytes in one array: reference counting would copy a list of a million strings into the memory of every worker.
         kept = images if isinstance(images, Tensor) else np.array([os.fsencode(path) for path in images])
-        return Labelled(kept, np.asarray(labels, dtype=np.int64), np.arange(len(labels)))
+        given = np.asarray(labels)
+        if given.shape != (len(kept),) or (given.astype(np.int64) != given).any():
+            raise ValueError(
+                f"expected a whole-number label for each of {len(kept)} images, got {given.dtype} of shape "
+                f"{given.shape}"
+            )
+        return Labelled(kept, given.astype(np.int64), np.arange(len(kept)))
 
     def __len__(self) -> int:
         return len(self.chosen)

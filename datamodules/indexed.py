@@ -86,6 +86,10 @@ class IndexedImages(ImageDataModule, ABC):
         self.sampling = sampling
         self.device_cache = device_cache
 
+    def _numbers(self) -> dict[str, Any]:
+        drawn = {"seed": self.seed} if self.shots or self.fraction else {}
+        return {**super()._numbers(), "sampling": self.sampling, **drawn}
+
     @abstractmethod
     def parts(self) -> dict[str, Labelled]:
         """The data set's own splits: ``train``, and ``val`` and ``test`` if it has them; sets ``class_names``."""
@@ -101,6 +105,8 @@ class IndexedImages(ImageDataModule, ABC):
         parts = self.parts()
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"expected {self.num_classes} classes, got {len(self.class_names)}; is the data complete?")
+        for name, part in parts.items():
+            _check_part(name, part, self.num_classes, (self.input_size[0], self._stored_size))
         if self.val_fraction is not None and "val" in parts:
             parts["train"] = parts["train"].join(parts.pop("val"))
         if "val" not in parts:
@@ -161,8 +167,24 @@ class IndexedImages(ImageDataModule, ABC):
         if getattr(self.trainer, "overfit_batches", 0):
             sampler = SameSampler(dataset, *place, taken)
         # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
-        drop_last = self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        drop_last = 1 < self.batch_size < len(sampler) and len(sampler) % self.batch_size == 1
         return {"batch_size": self.batch_size, "sampler": sampler, "drop_last": drop_last}
+
+
+def _check_part(name: str, part: Labelled, num_classes: int, stored: tuple[int, int]) -> None:
+    """Refuse labels out of range, and images of other channels and height than ``input_size`` says."""
+    labels = part.own_labels
+    if len(outside := labels[(labels < 0) | (labels >= num_classes)]):
+        raise ValueError(
+            f"expected labels in 0..{num_classes - 1} (num_classes={num_classes}) of the {name} images, got "
+            f"{outside[0]}; number the classes from 0, or correct num_classes"
+        )
+    if isinstance(part.images, Tensor) and part.images.shape[1:3] != stored:
+        raise ValueError(
+            f"expected {name} images of {stored[0]} channels and {stored[1]} rows, as input_size says, got "
+            f"{tuple(part.images.shape[1:])}; give as input_size the shape in which they are stored, and as image_size "
+            "the side of images in batches"
+        )
 
 
 def _check_shares(fraction: float | None, val_fraction: float | None) -> None:

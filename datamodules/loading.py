@@ -28,6 +28,8 @@ class Taken:
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch alone, with each sample once per epoch or balanced classes.
 
+    Each pass is an epoch, the one after the last, unless ``set_epoch`` says which, as a Trainer does.
+
     If each sample is drawn once per epoch, sample i of N has the key e N + i in epoch e. If sample i is the t-th draw
     of the epoch with replacement, over all processes, its key is (e N + t) N + i. From the key a data set in any
     process knows the sample and a number that is unique to the draw. All processes get equally many samples, which
@@ -58,18 +60,18 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         # A generator function, so that the epoch is read only when the first key is requested.
         keys = self._each_once() if self.labels is None else self._balanced(self.labels)
+        self.epoch += 1
         yield from islice(keys, self.taken(self), None)
 
-    def _each_once(self) -> Iterator[int]:
+    def _each_once(self) -> list[int]:
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]  # a Dataset of ours has a length
-        for index in super().__iter__():
-            yield start + index
+        return [start + index for index in super().__iter__()]
 
-    def _balanced(self, labels: np.ndarray) -> Iterator[int]:
+    def _balanced(self, labels: np.ndarray) -> list[int]:
         # N draws for all processes together, so that the order does not depend on their number.
         drawn = draw_balanced(labels, len(labels), mixed_seed(self.seed, self.epoch))
-        for place in range(self.rank, self.total_size, self.num_replicas):
-            yield (self.epoch * len(labels) + place) * len(labels) + int(drawn[place])
+        places = range(self.rank, self.total_size, self.num_replicas)
+        return [(self.epoch * len(labels) + place) * len(labels) + int(drawn[place]) for place in places]
 
 
 class SameSampler(DistributedSampler[Any], SequentialSampler):

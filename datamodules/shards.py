@@ -117,7 +117,7 @@ class WebDataset(ImageDataModule):
         if self.num_workers is None and (workers := self._workers()) != cores:
             rank_zero_info(f"num_workers is {workers} as in the interrupted run, not {cores}: batches depend on it")
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> dict[str, Any]:
         # Without workers the batches are those of one worker.
         return {**super()._numbers(), "num_workers": max(1, self._workers())}
 
@@ -257,7 +257,8 @@ class ShardBatches(IterableDataset[Batch]):
             total -= total % self.world_size
         self.start, self.stop = (total * place // self.world_size for place in places)
         # Batch normalisation cannot train on a single image, so that a last batch of one image is dropped.
-        if self.shuffle and self.batch_size > 1 and (self.stop - self.start) % self.batch_size == 1:
+        samples = self.stop - self.start
+        if self.shuffle and 1 < self.batch_size < samples and samples % self.batch_size == 1:
             self.stop -= 1
 
     def __len__(self) -> int:

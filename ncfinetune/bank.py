@@ -20,13 +20,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import PENULTIMATE, find_layers
-from ncfinetune.passes import evenly
+from ncfinetune.passes import evenly, is_stream
 from ncfinetune.samples import known_labels
 from ncfinetune.weight_files import with_own_memory
 
@@ -294,7 +293,7 @@ class _TrainingImages(LightningDataModule):
 
 def _mark(loader: Any) -> str | None:
     """Fingerprint of the sample in the middle of a data set and of all labels that it knows; None of a stream."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if is_stream(loader):
         return None
     tensors = [part for part in next(iter(evenly(loader, 1)), ()) if isinstance(part, Tensor)]
     labels = known_labels(loader.dataset)

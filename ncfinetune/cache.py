@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import DatasetFolder
 
 from ncfinetune.checksums import fingerprint, raw
-from ncfinetune.passes import evaluation, in_order, like, on_device, plain_loader, ready_batches
+from ncfinetune.passes import evaluation, is_stream, like, on_device, plain_loader, ready_batches, whole_set
 from ncfinetune.samples import is_as_stored
 from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk
@@ -65,7 +65,7 @@ class PrefixCache(Callback):
         plain = plain_loader(trainer, f"cache={self.place!r}")
         data: Any = getattr(trainer, "datamodule", None)
         refuse_random(trainer, module, data.train_dataloader(), plain)
-        loaders = {"train": plain}
+        loaders = {"train": whole_set(plain)}
         with evaluation(trainer, module):
             images = next(iter(ready_batches(trainer, plain)))[0][:_TRIED]
             start = self._cut(images)
@@ -82,12 +82,12 @@ class PrefixCache(Callback):
 
     def _validation(self, loader: Any) -> dict[str, DataLoader[Any]]:
         """The loader of validation images if stored values can replace them; otherwise logs why they cannot."""
-        if not isinstance(loader, DataLoader):
-            reason = "come from several loaders or from none"
+        if not _any_order(loader):
+            reason = "come from several loaders, from none or as a stream"
         elif self._split.has_foreign_hook():
             reason = "run through all layers, since a frozen layer has a hook"
         else:
-            return {"val": in_order(loader)}
+            return {"val": whole_set(loader)}
         if loader != []:
             rank_zero_info(f"cache: validation images {reason}, and are not stored")
         return {}
@@ -142,16 +142,21 @@ class PrefixCache(Callback):
         rank_zero_info(f"cache: {sum(map(len, stored.values())):,} images as {shape}, {size / 1e6:,.1f} MB in {where}")
 
 
-def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: DataLoader[Any]) -> None:
+def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: Any) -> None:
     """Refuse training images that differ from the plain ones, or from one epoch to the next.
 
     The datamodule's attribute ``augments`` is read if it has one. Whatever it says, some images, spread over the data
     set, are loaded three times with the preprocessing of training and once with that of evaluation.
 
     Raises:
-        ValueError: They differ, so that one stored value cannot replace an image.
+        ValueError: They differ, so that one stored value cannot replace an image; or they come as a stream.
     """
-    if not isinstance(train, DataLoader) or _samples(train) != _samples(plain):
+    if not (_any_order(train) and _any_order(plain)):
+        raise ValueError(
+            "the cache needs a DataLoader of single images that can be read in any order, got several loaders, a "
+            'stream, or a data set that makes its batches; use cache="none"'
+        )
+    if _samples(train) != _samples(plain):
         raise ValueError("the cache needs a train_dataloader() over the same images as train_plain_dataloader()")
     if getattr(getattr(trainer, "datamodule", None), "augments", False):
         raise ValueError(_RANDOM)
@@ -161,6 +166,10 @@ def refuse_random(trainer: Trainer, module: LightningModule, train: Any, plain: 
         expected = _sample(trainer, plain)
     if not all(_same(draw, expected) for draw in draws):
         raise ValueError(_RANDOM)
+
+
+def _any_order(loader: Any) -> bool:
+    return not is_stream(loader) and loader.batch_sampler is not None
 
 
 def _sample(trainer: Trainer, loader: DataLoader[Any]) -> Any:
@@ -197,7 +206,7 @@ def data_key(trainer: Trainer, loader: DataLoader[Any]) -> str:
     else:
         for path, label in files:
             status = os.stat(path)
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns};".encode())
+            digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns};"))
             digest.update(raw(torch.as_tensor(label)))
     for tensor in _tensors(_sample(trainer, loader)):
         digest.update(raw(tensor))

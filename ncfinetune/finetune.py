@@ -5,6 +5,7 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -19,12 +20,13 @@ from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
 from ncfinetune.frozen import average_anew, refuse_averages
+from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
-from ncfinetune.learner import Interval
+from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block
 from ncfinetune.partly_frozen import PartlyFrozen
-from ncfinetune.passes import evaluation, ready_batches
+from ncfinetune.passes import evaluation, is_stream, ready_batches
 from ncfinetune.probes import simplex_etf
 from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features
@@ -345,7 +347,11 @@ class FineTuner(PartlyFrozen):
         """Fit the classifier in closed form to the training images without augmentation."""
         rows = self._cache.train_rows(self.trainer, f'{option}="{kind}"')
         with evaluation(self.trainer, self):
-            chunks = ((self._joined(images), labels) for images, labels in ready_batches(self.trainer, rows))
+            batches = ready_batches(self.trainer, rows)
+            chunks: Iterable[Batch] = ((self._joined(images), labels) for images, labels in batches)
+            if self.trainer.world_size > 1 and is_stream(rows):  # of which each process reads its own part
+                features, labels = zip(*chunks, strict=True)
+                chunks = [rows_of_parts(torch.cat(features).float(), torch.cat(labels))]
             fitted = classifier_of(kind, chunks, self.num_classes, self.hparams["class_weight"])
         # From the CPU, since a broadcast object's tensors are loaded onto the sender's device.
         self._set_classifier(*(self.trainer.strategy.broadcast(tensor.cpu()) for tensor in fitted))

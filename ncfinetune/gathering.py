@@ -1,4 +1,4 @@
-"""Sums over all processes, and rows of all, which may have different numbers of them."""
+"""Sums over all processes, and rows of all, which may have different numbers of them or have read the same."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def rows_of_all(rows: Tensor, numbers: Sequence[int]) -> Tensor:
     if min(numbers) == longest:
         return parts.flatten(0, 1)
     return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
+def rows_of_parts(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a stream, on every process, from the part that each has read; a stream that all read counts once.
+
+    Args:
+        features: This process's features, ``(N, d)``.
+        labels: Their labels, ``(N, ...)``.
+    """
+    numbers = numbers_of_all(labels)
+    joined = rows_of_all(features, numbers), rows_of_all(labels, numbers)
+    parts = [torch.split(rows, numbers) for rows in joined]
+    same = all(torch.equal(part, own[0]) for own in parts for part in own)
+    return (parts[0][0], parts[1][0]) if same else joined

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -41,6 +42,8 @@ from ncfinetune.samples import known_labels, spread
 
 # Attributes of every torch module; all others are defined by its class.
 _OF_TORCH = frozenset(vars(nn.Module()))
+# Packages whose distributed samplers draw all samples, over all processes.
+_DISTRIBUTING = ("torch", "lightning", "pytorch_lightning", "ncfinetune")
 # Marks the end of a loader's iterator, since a batch may be any object.
 _END = object()
 # Images that suffice to tell layers apart; the cost of a choice grows with their third power.
@@ -170,8 +173,8 @@ def data_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
-    """All training images without augmentation in a fixed order, the same on every process.
+def plain_loader(trainer: Trainer, purpose: str) -> Any:
+    """All training images without augmentation in a fixed order, the same on every process, but for a divided stream.
 
     Raises:
         ValueError: The trainer has no datamodule with a ``train_plain_dataloader``.
@@ -182,7 +185,8 @@ def plain_loader(trainer: Trainer, purpose: str) -> DataLoader[Any]:
             f"{purpose} needs the training images in a fixed order and without augmentation; "
             "fit with a datamodule that has a train_plain_dataloader()"
         )
-    return in_order(offered())
+    loader = offered()
+    return in_order(loader, None if is_stream(loader) else _of_all(trainer, loader, _drawn(loader)))
 
 
 def rows_to_choose_by(trainer: Trainer, module: LightningModule, option: str) -> Iterable[Any]:
@@ -212,10 +216,30 @@ def _offered(trainer: Trainer) -> Any:
     return getattr(_of(trainer, "datamodule"), "train_plain_dataloader", None)
 
 
-def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of the same data set in the order of its samples."""
+def in_order(loader: Any, drawn: Sequence[int] | None = None) -> Any:
+    """A loader of the samples that a loader draws, or of given ones, each once, in the order of the data set.
+
+    Loaders of other kinds than torch's are returned as they are.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    if drawn is None and not is_stream(loader):
+        drawn = _drawn(loader)
+    if drawn is not None and len(drawn) == len(cast(Sized, loader.dataset)):
+        drawn = None
     options: Any = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
-    return _of_class(loader, DataLoader(loader.dataset, _batch_size(loader), **options, generator=torch.Generator()))
+    options |= {"sampler": drawn, "generator": torch.Generator()}
+    return _of_class(loader, DataLoader(loader.dataset, _batch_size(loader), **options))
+
+
+def whole_set(loader: DataLoader[Any]) -> Any:
+    """A loader of the whole data set of a loader, in its order, whatever that one draws."""
+    return in_order(loader, range(len(cast(Sized, loader.dataset))))
+
+
+def is_stream(loader: Any) -> bool:
+    """Whether the samples of a loader come as a stream, which the processes may have divided among themselves."""
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
 
 
 class TrainingSet:
@@ -258,8 +282,9 @@ class TrainingSet:
         Args:
             trainer: The trainer.
             max_batches: Largest number of batches on each process.
-            max_samples: Largest number of samples over all processes.
-            shared: Whether the set is divided among the processes; otherwise each process reads all of it.
+            max_samples: Largest number of samples over all processes; of a stream, up to a batch more on each.
+            shared: Whether the set is divided among the processes; otherwise each process reads all of it, unless it is
+                a stream.
 
         Raises:
             ValueError: There are several training loaders, the data may be infinite, or the loader cannot be copied.
@@ -267,9 +292,11 @@ class TrainingSet:
         with isolate_rng():  # loaders may draw random numbers when they, or their iterators, are created
             loader = self._ask(trainer)
             try:
-                if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-                    return self._stream(trainer, loader, max_batches, max_samples)
-                return self._samples(trainer, loader, max_batches, max_samples, shared)
+                read = self._stream if is_stream(loader) else partial(self._samples, shared=shared)
+                batches = read(trainer, loader, max_batches, max_samples)
+                if max_samples is None or _batch_size(loader) is not None:
+                    return batches
+                return iter(_EveryNth(batches, 0, 1, max_samples))  # the size of a data set's own batches is seen then
             except CopyError as error:
                 raise ValueError(
                     f"{self._asker} needs its own training loader, since a pass over the run's loader would consume "
@@ -351,7 +378,7 @@ class TrainingSet:
         self, trainer: Trainer, loader: Any, max_batches: int | None, max_samples: int | None
     ) -> int | None:
         """The limit on batches of a process."""
-        size = getattr(loader, "batch_size", None)
+        size = _batch_size(loader)
         limits = [] if max_batches is None else [max_batches]
         limits += [] if max_samples is None or not size else [math.ceil(max_samples / size)]
         counted = _has_length(loader)
@@ -429,8 +456,8 @@ def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[A
     whatever ``n`` is.
     """
     index, number = part
-    size = _batch_size(loader) if isinstance(loader, DataLoader) else getattr(loader, "batch_size", None)
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
+    size = _batch_size(loader)
+    if is_stream(loader) or size is None:
         return _EveryNth(loader, index - 1, number, most)
     chosen = spread(_drawn(loader), most, loader.dataset)
     own = range(index * size - size, len(chosen), number * size)
@@ -460,12 +487,11 @@ def drawn_labels(loader: Any) -> Any:
         CopyError: The loader's sampler cannot be copied.
     """
     labels = known_labels(getattr(loader, "dataset", None))
-    if labels is None or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if labels is None or is_stream(loader):
         return labels
     if not _has_length(loader):  # perhaps infinite
         return None
-    with isolate_rng():
-        return labels[np.asarray(_drawn(loader), dtype=int)]
+    return labels[np.asarray(_drawn(loader), dtype=int)]
 
 
 def draws_by_weights(loader: Any) -> bool:
@@ -476,8 +502,9 @@ def draws_by_weights(loader: Any) -> bool:
 def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices of the samples that a loader draws in an epoch, each once, in increasing order.
 
-    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator. One without a
-    length may be endless: it has drawn all when as many draws as the data set has samples gave no new one.
+    They are drawn by a copy of its sampler, since a sampler may count epochs or have its own generator; the global
+    generators are restored. One without a length may be endless: it has drawn all when as many draws as the data set
+    has samples gave no new one.
     """
     sampler = _own_sampler(loader)
     if _draws_all(sampler):
@@ -491,7 +518,9 @@ def _drawn(loader: DataLoader[Any]) -> Sequence[int]:
         drawn = islice(drawn, len(sampler))
     drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
     drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
-    return sorted(set(drawn) if _has_length(sampler) else _until_nothing_new(drawn, len(cast(Sized, loader.dataset))))
+    with isolate_rng():
+        most = len(cast(Sized, loader.dataset))
+        return sorted(set(drawn) if _has_length(sampler) else _until_nothing_new(drawn, most))
 
 
 def _until_nothing_new(drawn: Iterable[int], patience: int) -> set[int]:
@@ -527,19 +556,27 @@ def _draws_all(sampler: Any) -> bool:
 
 
 def _own_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler of samples, not distributed; the batch sampler if batches are not made of samples."""
+    """The sampler of samples, not distributed; the batch sampler if batches are not made of samples.
+
+    One that is derived from torch's `DistributedSampler` and iterates in a way of its own stays: it may draw a part.
+    """
     sampler: Any = loader.sampler
     if loader.batch_sampler is not None and loader.batch_size is None:
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    while isinstance(sampler, DistributedSampler):  # Lightning's, around the user's own if there is one
-        sampler = getattr(sampler.dataset, "_sampler", None) or SequentialSampler(cast(Sized, loader.dataset))
+    while isinstance(sampler, DistributedSampler):
+        # Around the user's own, if there is one: Lightning's, and that of catalyst, which many projects have copied.
+        names = () if sampler.dataset is loader.dataset else ("_sampler", "sampler")
+        wrapped = [inner for name in names if (inner := getattr(sampler.dataset, name, None)) is not None]
+        if not wrapped and type(sampler).__iter__.__module__.split(".")[0] not in _DISTRIBUTING:
+            return sampler
+        sampler = wrapped[0] if wrapped else SequentialSampler(cast(Sized, loader.dataset))
     return sampler
 
 
-def _batch_size(loader: DataLoader[Any]) -> int | None:
-    """The batch size; None if the data set makes the batches itself."""
-    if loader.batch_sampler is None or loader.batch_size is not None:
-        return loader.batch_size
+def _batch_size(loader: Any) -> int | None:
+    """The batch size; None if the data set makes the batches itself, or is unknown."""
+    if getattr(loader, "batch_sampler", None) is None or loader.batch_size is not None:
+        return getattr(loader, "batch_size", None)
     size = getattr(loader.batch_sampler, "batch_size", None)
     return size or len(next(iter(copy_of(loader.batch_sampler, loader.dataset)), [0]))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 
 from ncfinetune.evaluation_figures import Mistake
-from ncfinetune.predictions import Table
+from ncfinetune.predictions import Table, as_utf_8
 from ncfinetune.samples import known_files
 
 # Images of a sheet: four rows of six.
@@ -127,7 +127,7 @@ class PredictionRows(Callback):
         least = self.mistakes[-1].probability if len(self.mistakes) == _MOST_MISTAKES else -1.0
         new = [
             Mistake(
-                str(samples[row]),
+                as_utf_8(str(samples[row])),
                 picture(images[row], getattr(data, "preprocessing", None)),
                 self.names[labels[row]],
                 self.names[predicted[row]],

@@ -112,7 +112,7 @@ class Table:
             else [[]] * len(errors)
         )
         rows = [
-            [sample, *label, *([None] * len(cells) if error else cells), error or None]
+            [as_utf_8(sample), *label, *([None] * len(cells) if error else cells), as_utf_8(error) or None]
             for sample, label, cells, error in zip(samples, given, predicted, errors, strict=True)
         ]
         with self._naming():
@@ -157,6 +157,11 @@ class Table:
             yield
         except OSError as error:
             raise unwritten(self.path, error) from error
+
+
+def as_utf_8(text: Any) -> Any:
+    r"""A text in UTF-8: bytes of a file's name that are none are shown as ``\udce9``; what is no text stays."""
+    return text.encode("utf-8", "backslashreplace").decode() if isinstance(text, str) else text
 
 
 class _CSV:

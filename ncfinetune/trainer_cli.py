@@ -578,8 +578,7 @@ def _loader(data: LightningDataModule, split: str) -> Any:
     data.setup({"train": "fit", "val": "validate"}.get(split, split))
     if split != "train":
         return getattr(data, f"{split}_dataloader")()
-    loader: Any = getattr(data, "train_plain_dataloader", data.train_dataloader)()
-    return in_order(loader) if getattr(loader, "batch_sampler", None) is not None else loader
+    return in_order(getattr(data, "train_plain_dataloader", data.train_dataloader)())
 
 
 class _SafeCLI(NCFinetuneCLI):

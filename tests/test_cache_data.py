@@ -1,5 +1,6 @@
 """The cache on data sets of others: it knows them by their labels and images, however they are batched."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def merged(label: int) -> int:
 def _merged_batch(samples: list[Any]) -> Any:
     images, labels = default_collate(samples)
     return images, torch.where(labels == 5, 4, labels)
+
+
+def test_files_whose_names_are_no_utf_8_are_stored(root: Path, tmp_path: Path) -> None:
+    (root / "00" / "0.png").rename(root / "00" / os.fsdecode(b"caf\xe9.png"))
+    assert len(_fit(tmp_path, lambda: ImageFolder(root, _PIXELS)).seen) == _CLASSES * _EACH
 
 
 @pytest.mark.parametrize("kind", ["target_transform", "class", "subset", "subset of transformed"])

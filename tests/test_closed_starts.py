@@ -1,12 +1,15 @@
 """Classifiers in closed form: as a start, as the whole model, and on the tuned features."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+import webdataset
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from ncfinetune import FineTuner
 from ncfinetune.calibration import fit_temperature
@@ -151,6 +154,94 @@ def test_start_is_made_of_plain_images_and_said(tmp_path: Path, caplog: pytest.L
         heads.append(model.head.weight)
     assert torch.equal(*heads)
     assert "classifier: initialised as ridge of the training images without augmentation" in caplog.text
+
+
+class Sampled(LightningDataModule):
+    """A stranger's: the last third of one data set validates, with other labels, and samplers tell the parts apart."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        features, labels = torch.randn(36, 1, 8, 8), torch.arange(36) % 3
+        self.train, self.val = list(range(24)), list(range(24, 36))
+        self.images = TensorDataset(features, torch.where(torch.arange(36) < 24, labels, 2 - labels))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=SubsetRandomSampler(self.train))
+
+    def train_plain_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=self.train)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 5, sampler=self.val)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_start_is_of_the_images_that_the_plain_loader_draws(cache: str, tmp_path: Path) -> None:
+    data, model = Sampled(), _model(head_init="ridge", cache=cache)
+    trainer_in(tmp_path, max_epochs=0).fit(model, data)
+    images, labels = (part[:24] for part in data.images.tensors)
+    with torch.no_grad():
+        features = model.eval()._joined(images)
+    head = ridge(features, labels, 3)
+    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    torch.testing.assert_close(model.head(features), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+class Images(IterableDataset):
+    """The training images of `Sampled` as a stream."""
+
+    def __iter__(self) -> Iterator:
+        torch.manual_seed(0)
+        return iter([Sampled().images[index] for index in range(24)])
+
+
+class Batches(Dataset):
+    """The same in batches of six."""
+
+    def __init__(self) -> None:
+        self.images = list(Images())
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return default_collate(self.images[6 * index : 6 * index + 6])
+
+
+class Loaded(LightningDataModule):
+    """A stranger's, of one kind of loader."""
+
+    num_classes = 3
+
+    def __init__(self, loader: Callable) -> None:
+        super().__init__()
+        self.train_dataloader = self.train_plain_dataloader = self.val_dataloader = loader
+
+
+LOADERS = {
+    "stream": lambda: DataLoader(Images(), 5),
+    "webdataset": lambda: webdataset.WebLoader(Images(), batch_size=5, num_workers=0),
+    "batches": lambda: DataLoader(Batches(), None),
+    "list": lambda: list(DataLoader(Images(), 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_start_is_of_the_images_of_any_loader(kind: str, tmp_path: Path) -> None:
+    heads = []
+    for loader in (LOADERS[kind], lambda: DataLoader(list(Images()), 24)):
+        model = _model(head_init="ridge")
+        trainer_in(tmp_path, max_epochs=0, limit_val_batches=0).fit(model, Loaded(loader))
+        heads.append(model.head.weight)
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-5)
+    message = (
+        "the cache needs a DataLoader of single images that can be read in any order, got several loaders, a stream, "
+        'or a data set that makes its batches; use cache="none"'
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer_in(tmp_path).fit(_model(cache="memory"), Loaded(LOADERS[kind]))
 
 
 class Compared(Callback):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
-from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Recipe
+from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, IndexedImages, Recipe
 from ncfinetune.datamodules.augmenting import BatchAugmentation
 from ncfinetune.datamodules.images import Labelled, TensorImages
 from ncfinetune.datamodules.loading import EpochSampler, SameSampler
@@ -201,10 +201,21 @@ def test_batches_are_normalised() -> None:
     assert images.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_mean_and_std_can_be_given() -> None:
-    data = Digits(mean=[0.5], std=[0.25])
+@pytest.mark.parametrize("make", [list, torch.tensor, np.array])
+def test_mean_and_std_can_be_given(make: Any) -> None:
+    data = Digits(mean=make([0.5]), std=make([0.25]))
     images, _ = data.on_after_batch_transfer((torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(2)), 0)
     torch.testing.assert_close(images, torch.full((2, 1, 8, 8), 2.0))
+
+
+def test_mean_and_std_of_another_datamodule_can_be_given(folder: Path) -> None:
+    of_another = _folder(folder, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    data = _folder(folder, mean=of_another.mean, std=of_another.std)
+    model = Recorder()
+    model.net = timm.create_model("test_vit", num_classes=3)  # whose own are 0.5
+    _trainer(max_steps=1).fit(model, data)
+    assert torch.equal(data.mean, of_another.mean)
+    assert torch.equal(data.std, of_another.std)
 
 
 def test_images_can_be_enlarged_on_the_device() -> None:
@@ -271,6 +282,13 @@ def test_mixed_labels_are_shares_in_training_alone(mix: dict[str, float]) -> Non
     torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
     assert ((shares > 0.05).sum(1) == 2).any()
     assert model.labels("val").dtype == torch.int64
+
+
+def test_mixing_seeds_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    assert _fit(Digits([1, 2], mixup=1.0, cutmix=1.0)).labels("train0").is_floating_point()
+    assert seeded == []
 
 
 class Frozen(Recorder):
@@ -472,6 +490,31 @@ def test_an_image_left_over_does_not_make_a_batch_of_one() -> None:
     assert [len(labels) for _, labels in _fit(Digits([1, 2], shots=13, batch_size=4)).seen["train0"]] == [4] * 6 + [2]
 
 
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_the_only_image_of_a_process_is_trained_on(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Digits([1, 2, 8], shots=1, batch_size=batch_size)
+    data.setup("fit")
+    data.trainer = _trainer()
+    monkeypatch.setattr(type(data.trainer), "world_size", 2)
+    assert [len(labels) for _, labels in data.train_dataloader()] == [1]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_a_loop_without_a_trainer_has_the_epochs_of_a_run(folder: Path, sampling: Any) -> None:
+    knobs: dict[str, Any] = {"augmentation": Recipe(min_area=0.3), "sampling": sampling}
+    torch.manual_seed(3)
+    model = _fit(_folder(folder, **knobs), max_epochs=3)
+    torch.manual_seed(3)
+    data = _folder(folder, **knobs)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    for epoch in range(3):
+        images, labels = zip(*(data.on_after_batch_transfer(batch, 0) for batch in loader), strict=True)
+        assert torch.equal(torch.cat(images), model.images(f"train{epoch}"))
+        assert torch.equal(torch.cat(labels), model.labels(f"train{epoch}"))
+    assert not torch.equal(model.images("train0"), model.images("train1"))
+
+
 @pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3)])
 def test_processes_overfit_on_different_images(images: int, processes: int) -> None:
     own = [list(SameSampler(range(images), processes, rank, taken=lambda _: 2)) for rank in range(processes)]
@@ -585,6 +628,54 @@ def test_counts_of_the_classes_are_logged(caplog: pytest.LogCaptureFixture, fold
 def test_classes_that_are_no_digits(classes: list[int]) -> None:
     with pytest.raises(ValueError, match="expected classes to be at least two different digits of 0..9, got"):
         Digits(classes)
+
+
+class Own(IndexedImages):
+    """Somebody's images."""
+
+    def __init__(self, images: Any, labels: Any) -> None:
+        super().__init__(3, (1, 8, 8), [0.5], [0.2])
+        self.found = images, labels
+
+    def parts(self) -> dict[str, Labelled]:
+        return {"train": Labelled.all(*self.found)}
+
+
+BYTES = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            torch.rand(6, 1, 8, 8),
+            [0, 1, 2] * 2,
+            r"expected images \(N, C, H, W\) in uint8, 0..255, got \(6, 1, 8, 8\) in torch.float32; of floats in 0..1 "
+            r"make \(images \* 255\).round\(\).byte\(\)",
+        ),
+        (BYTES[:, 0], [0, 1, 2] * 2, r"in uint8, 0..255, got \(6, 8, 8\) in torch.uint8"),
+        (BYTES, [0, 1, 2], r"expected a whole-number label for each of 6 images, got int64 of shape \(3,\)"),
+        (BYTES, np.eye(3)[[0, 1, 2] * 2], r"label for each of 6 images, got float64 of shape \(6, 3\)"),
+        (BYTES, [0.5, 1, 2] * 2, r"expected a whole-number label for each of 6 images, got float64 of shape \(6,\)"),
+        (
+            BYTES,
+            [1, 2, 3] * 2,
+            r"expected labels in 0..2 \(num_classes=3\) of the train images, got 3; number the classes from 0, or "
+            "correct num_classes",
+        ),
+        (BYTES, [-1, 0, 1] * 2, r"of the train images, got -1;"),
+        (
+            torch.zeros(6, 1, 10, 10, dtype=torch.uint8),
+            [0, 1, 2] * 2,
+            r"expected train images of 1 channels and 8 rows, as input_size says, got \(1, 10, 10\); give as "
+            "input_size the shape in which they are stored, and as image_size the side of images in batches",
+        ),
+        (BYTES.expand(6, 3, 8, 8), [0, 1, 2] * 2, r"got \(3, 8, 8\); give as input_size"),
+    ],
+)
+def test_own_images_that_cannot_be(images: Tensor, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Own(images, labels).setup("fit")
 
 
 def _part_without_images() -> None:

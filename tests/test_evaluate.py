@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cli import QUIET, RANDOM, _csv, _fit, _refusal
 from test_ship import NARROW, _checkpoint, _data, _folder
 from tiny import trainer_in
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from ncfinetune import FineTuner
 from ncfinetune.cli import main
@@ -220,6 +221,21 @@ def test_rows_and_mistakes_name_the_files_of_a_run_s_own_images(in_memory: bool,
     for mistake in rows.mistakes:
         number = int(Path(mistake.name).stem)
         assert np.abs(mistake.image.mean((0, 1)) - colour(number)).max() < 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_whose_name_is_no_utf_8_does_not_stop_a_prediction(suffix: str, tmp_path: Path) -> None:
+    written = Table(tmp_path / f"a.{suffix}", "file", NAMES, labelled=True)
+    name = os.fsdecode(b"caf\xe9.jpg")
+    written.add([name, "caf\u00e9.jpg"], torch.eye(3)[:2], [f"cannot read {name}", ""], [0, 1])
+    written.finish()
+    rows = parquet.read_table(written.path).to_pylist() if suffix == "parquet" else _csv(written.path)
+    assert [row["file"] for row in rows] == [r"caf\udce9.jpg", "caf\u00e9.jpg"]
+    assert rows[0]["error"] == r"cannot read caf\udce9.jpg"
+    found = PredictionRows(tmp_path / "b.csv", None, None, None, True)
+    found.names = ["a", "b"]
+    found._keep(torch.tensor([[0.9, 0.1]]), torch.tensor([1]), [""], [name], torch.zeros(1, 3, 4, 4), None)
+    assert found.mistakes[0].name == r"caf\udce9.jpg"
 
 
 def test_a_picture_is_what_the_network_saw() -> None:
@@ -533,7 +549,11 @@ def test_only_what_a_failed_start_made_is_removed(kept: str | None, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 4, "shuffle": True, "drop_last": True}, {"batch_sampler": [[3, 1, 2, 0], [9, 8, 7, 6], [5, 4]]}],
+    [
+        {"batch_size": 4, "shuffle": True, "drop_last": True},
+        {"batch_sampler": [[3, 1, 2, 0], [9, 8, 7, 6], [5, 4]]},
+        {"batch_size": 4, "sampler": SubsetRandomSampler([7, 2, 5, 4, 9])},  # the others validate
+    ],
 )
 def test_training_images_of_any_datamodule_are_predicted_in_their_order(options: dict[str, Any]) -> None:
     images = TensorDataset(torch.arange(10.0), torch.arange(10))
@@ -542,7 +562,10 @@ def test_training_images_of_any_datamodule_are_predicted_in_their_order(options:
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(images, **options)
 
-    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == list(range(10))
+    drawn = [2, 4, 5, 7, 9] if "sampler" in options else list(range(10))
+    state = torch.get_rng_state()
+    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == drawn
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_images_of_any_datamodule_are_predicted_without_augmentation() -> None:

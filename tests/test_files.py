@@ -96,6 +96,29 @@ def test_folders_can_be_named(tmp_path: Path) -> None:
     assert len(_read(data, "val")) == 2
 
 
+def test_the_folder_of_a_part_is_no_class_of_another(tmp_path: Path) -> None:
+    written = _write(tmp_path, {"": 8, "holdout": 3})
+    data = _make(tmp_path, folders={"train": ".", "test": "holdout"}, val_fraction=0.0)
+    assert data.class_names == ["ant", "bee"]
+    assert _read(data, "train") == written[""]
+    assert _read(data, "test") == written["holdout"]
+
+
+def test_a_class_folder_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, {"": 2}, ("ant", os.fsdecode(b"caf\xe9")))
+    message = r"expected names of classes in UTF-8 in '.*', got the folder 'caf\\udce9'; rename it"
+    with pytest.raises(ValueError, match=message):
+        _make(tmp_path)
+
+
+def test_one_folder_for_two_parts_is_said(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 4, "val": 3})
+    with pytest.warns(
+        UserWarning, match="6 of 6 test images are in val too, byte for byte, as .* on test are too good"
+    ):
+        _make(tmp_path, folders={"train": "train", "val": "val", "test": "val"}).setup("fit")
+
+
 def test_one_folder_is_cut_into_parts(tmp_path: Path) -> None:
     written = _write(tmp_path, {"": 10})
     data = _make(tmp_path, test_fraction=0.2, val_fraction=0.25)

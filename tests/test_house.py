@@ -67,6 +67,7 @@ IMPORTS = {
         "cache",
         "classifier",
         "frozen",
+        "gathering",
         "heads",
         "knobs",
         "learner",

@@ -371,6 +371,63 @@ def test_two_processes_fit_one_head(tmp_path: Path) -> None:
     assert len(values[0]) == 7
 
 
+class Rows(IterableDataset):
+    """Images in batches of their own, divided among the processes unevenly, or all of them with each."""
+
+    def __init__(self, seed: int, divided: bool) -> None:
+        self.data, self.divided = _data(seed).tensors, divided
+
+    def __iter__(self) -> Any:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        own = torch.tensor_split(torch.arange(48), [19])[rank] if self.divided and world == 2 else torch.arange(48)
+        return iter([[part[rows] for part in self.data] for rows in torch.tensor_split(own, 3)])
+
+
+class Streams(LightningDataModule):
+    """Training and validation images of `Rows`."""
+
+    def __init__(self, divided: bool, seed: int = 1) -> None:
+        super().__init__()
+        self.divided, self.seed = divided, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Rows(self.seed, self.divided), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Rows(self.seed + 1, True), batch_size=None)
+
+
+@pytest.mark.parametrize(("divided", "most"), [(True, 10_000), (True, 16), (False, 10_000)])
+def test_two_processes_fit_one_head_to_streams(divided: bool, most: int, tmp_path: Path) -> None:
+    values = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        spread = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {"devices": 1}
+        probe = OnlineProbe(K, kind="ridge", knn=5, downstream=Streams(divided, 3), max_samples=most)
+        data = Streams(divided)
+        loaders = data.train_dataloader(), data.val_dataloader()
+        trainer = _fit(tmp_path, Stranger(lr=0.0), [probe], *loaders, **spread)
+        values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert len(values[0]) == 5
+
+
+def test_streams_that_make_their_batches_are_read_no_further_than_asked(tmp_path: Path) -> None:
+    rows: list[int] = []
+
+    class Probe(OnlineProbe):
+        def _make_bank(self, trainer: Any, module: Any) -> None:
+            handle = module.features.register_forward_hook(lambda part, args, out: rows.append(len(out)))
+            super()._make_bank(trainer, module)
+            handle.remove()
+
+    model, loader = Stranger(lr=0.0), DataLoader(Rows(1, False), batch_size=None)
+    found = _fit(tmp_path, model, [Probe(K, kind="ridge", max_samples=30)], loader, max_epochs=1).callback_metrics
+    few = TensorDataset(*(part[:30] for part in _data().tensors))
+    assert found["probe/loo_acc"].item() == pytest.approx(_by_brute_force(*_features(model, few))[0])
+    assert rows == [16, 16]
+
+
 def test_an_offset_of_the_features_costs_no_digits() -> None:
     labels = torch.arange(60) % K
     features = torch.randn(60, 8, dtype=torch.float64) + labels[:, None]

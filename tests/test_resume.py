@@ -206,9 +206,11 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         assert measured == pytest.approx(numbers, nan_ok=True, rel=1e-6)
 
 
-def _recorded(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None, **options: Any) -> Recorder:
+def _recorded(
+    data: LightningDataModule, folder: Path, ckpt_path: Path | None = None, seed: int = 0, **options: Any
+) -> Recorder:
     """The batches of two epochs, with a checkpoint at each step and at each epoch's end in `folder`."""
-    seed_everything(0, verbose=False)
+    seed_everything(seed, verbose=False)
     saved = [
         ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1),
         ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
@@ -233,6 +235,13 @@ OTHER_NUMBERS: dict[str, tuple[Make, Make, str, str]] = {
         "batch_size 5, num_workers 1",
         "batch_size 6, num_workers 2",
     ),
+    "images": (
+        DATA["memory"],
+        lambda f, s: Digits([1, 2, 3], shots=13, batch_size=5, sampling="balanced"),
+        "images 36, sampling uniform",
+        "images 39, sampling balanced",
+    ),
+    "drawn": (DATA["memory"], lambda f, s: Digits([1, 2, 3], shots=12, batch_size=5, seed=1), "seed 0", "seed 1"),
 }
 
 
@@ -257,6 +266,16 @@ def test_batches_that_cannot_go_on_within_an_epoch_are_said(
     checkpoint.pop(type(before(folder, shards)).__qualname__)
     torch.save(checkpoint, tmp_path / "old.ckpt")
     _recorded(after(folder, shards), tmp_path / "old", tmp_path / "old.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_another_seed_cannot_go_on_within_an_epoch(folder: Path, shards: Path, tmp_path: Path) -> None:
+    _recorded(DATA["memory"](folder, shards), tmp_path / "whole")
+    message = (
+        "expected seed_everything 0 as in the interrupted run, to go on within an epoch, got seed_everything 4: the"
+    )
+    with pytest.warns(UserWarning, match=message):
+        _recorded(DATA["memory"](folder, shards), tmp_path / "rest", tmp_path / "whole" / "step=2.ckpt", seed=4)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:This DataLoader will create")

@@ -15,7 +15,9 @@ import torch
 from image_files import number_of, write_image
 from PIL import Image
 from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _trainer
+from tiny import SMALL, plain_sgd
 
+from ncfinetune import FineTuner
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder, Recipe, Unlabelled, WebDataset
@@ -145,11 +147,17 @@ def test_stretches_share_out_the_stream(world_size: int, workers: int, batch_siz
     assert len(set(seen)) == len(seen)
     if shuffle:
         left_over = 17 % world_size
-        single = batch_size > 1 and 17 // world_size % batch_size == 1
+        single = 1 < batch_size < 17 // world_size and 17 // world_size % batch_size == 1
         assert len(seen) == 17 - left_over - single * world_size
         assert len(batches) == 1
     else:
         assert set(seen) == {(shard, position) for shard, size in enumerate(SIZES) for position in range(size)}
+
+
+def test_the_only_sample_of_a_process_is_trained_on() -> None:
+    shards = Shards(["0"], np.array([3]))
+    own = [ShardBatches(shards, 4, CLASSES, 8, world_size=2, rank=rank, shuffle=10) for rank in range(2)]
+    assert [(len(part), part.start, part.stop) for part in own] == [(1, 0, 1), (1, 1, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -266,6 +274,23 @@ def test_two_processes_train_equally_long_and_evaluate_each_sample_once(
         assert len(set(trained)) == 16
         assert set(trained) <= set(range(17))
     assert numbers[0]["train0"] != numbers[0]["train1"]
+
+
+def test_two_processes_start_from_the_closed_form_of_all_samples(tmp_path: Path) -> None:
+    _write_pictures(tmp_path)
+
+    class Keep(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            torch.save(pl_module.head.weight.detach(), tmp_path / f"{trainer.world_size}{trainer.global_rank}.pt")
+
+    data = _make(tmp_path, train=f"{tmp_path}/train-0.tar")
+    for spread in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        torch.manual_seed(0)
+        model = FineTuner(CLASSES, {**SMALL, "in_chans": 3}, optimizer=plain_sgd, allow_random=True, head_init="ridge")
+        _trainer(callbacks=[Keep()], max_steps=1, **spread).fit(model, data)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("10", "20", "21"))
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(first, second)
 
 
 class ThreeChannels(ShardRecorder):

@@ -23,6 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
+    Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -616,12 +618,49 @@ class Tensors(Sampler):
         return iter(torch.arange(30) % 20)
 
 
+class OfSampler(Dataset):
+    """What another sampler draws, as a data set."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.drawn = sampler, list(sampler)
+
+    def __getitem__(self, index: int) -> int:
+        return self.drawn[index]
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+class Distributing(DistributedSampler):
+    """Divides what another sampler draws among processes, as catalyst's, which many projects have copied."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        super().__init__(OfSampler(sampler), num_replicas=1, rank=0)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = OfSampler(self.sampler)
+        return (drawn[index] for index in super().__iter__())
+
+
+class DistributedEven(DistributedSampler):
+    """Draws the samples with even numbers."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index in super().__iter__() if index % 2 == 0)
+
+    def __len__(self) -> int:
+        return N // 2
+
+
 # Samplers and the samples that they draw.
 SAMPLERS: dict[str, tuple[Any, list[int]]] = {
     "subset": (SubsetRandomSampler(range(0, N, 2)), list(range(0, N, 2))),
     "weights, some 0": (WeightedRandomSampler([i % 3 for i in range(N)], N), [i for i in range(N) if i % 3]),
     "weights of the first": (WeightedRandomSampler([1.0] * 20, N), list(range(20))),
     "derived": (EvenOnly(range(N)), list(range(0, N, 2))),
+    "distributed, of another": (Distributing(SubsetRandomSampler(range(20))), list(range(20))),
+    "distributed, derived": (DistributedEven(range(N), num_replicas=1, rank=0), list(range(0, N, 2))),
     "each three times": (ThriceEach(), list(range(N))),
     "tensors": (Tensors(), list(range(20))),
     "endless": (EndlessSampler(N), list(range(N))),
