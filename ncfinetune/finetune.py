@@ -18,7 +18,7 @@ from ncfinetune import knobs
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
-from ncfinetune.frozen import average_anew, refuse_averages
+from ncfinetune.frozen import average_anew, average_from_here, refuse_averages
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
 from ncfinetune.learner import Interval
@@ -211,6 +211,7 @@ class FineTuner(PartlyFrozen):
             rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
             self._head_ready = True
+            average_from_here(self.trainer, self)
 
     def parameter_groups(self) -> list[Any]:
         """The optimiser's parameters; where the head has its own learning rate, groups of backbone and head."""
