@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
-from ncfinetune.finders import refuse_finders_of_resumed, scale_search, warn_of_one_rate
+from ncfinetune.finders import is_average, refuse_finders_of_resumed, save_average, scale_search, warn_of_one_rate
 from ncfinetune.inputs import may_look
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
@@ -296,8 +296,11 @@ class Learner(LightningModule, ABC):
         self._resumption.restore_numbers(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Have later tests normalise as the training did."""
+        """Have later tests normalise as the training did; save an average that was set after the last checkpoint."""
         self.backbone.take_normalisation(self.preprocessing)
+        self._resumption.averaged = is_average(self.trainer)
+        if self._resumption.averaged:
+            save_average(self.trainer)
 
     def on_train_start(self) -> None:
         """Restore the progress, the trained parameters and the random state of a resumed run."""
