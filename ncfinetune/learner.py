@@ -238,7 +238,11 @@ class Learner(LightningModule, ABC):
         self._check_scheduler(optimizer, factors)
         scheduler = self._lr_scheduler(optimizer)
         scale_rates(optimizer, scheduler, factors)
-        config = {"scheduler": scheduler, "monitor": monitored(scheduler), "interval": self._lr_interval}
+        monitor = monitored(scheduler)
+        config = {"scheduler": scheduler, "monitor": monitor, "interval": self._lr_interval, "frequency": 1}
+        if self._lr_interval == "epoch" and "val" in str(monitor).split("/"):
+            # Without it a plateau would have no number of an epoch without a validation, or an old one.
+            config["frequency"] = getattr(self._trainer, "check_val_every_n_epoch", None) or 1
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _check_scheduler(self, optimizer: torch.optim.Optimizer, factors: list[float]) -> None:
