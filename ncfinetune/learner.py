@@ -21,7 +21,14 @@ from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
-from ncfinetune.finders import is_average, refuse_finders_of_resumed, save_average, scale_search, warn_of_one_rate
+from ncfinetune.finders import (
+    averages_in_weights,
+    is_average,
+    refuse_finders_of_resumed,
+    save_average,
+    scale_search,
+    warn_of_one_rate,
+)
 from ncfinetune.inputs import may_look
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
@@ -168,9 +175,10 @@ class Learner(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save class names, preprocessing, and the state that resuming within an epoch needs."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        if "loops" in checkpoint:  # absent when only weights are saved
-            means = {name: mean.metric_state for name, mean in self._means_of("train")}
-            self._resumption.save(self.trainer, self, means, checkpoint)
+        with averages_in_weights(self._trainer, self, checkpoint):
+            if "loops" in checkpoint:  # absent where an older Lightning saves weights alone
+                means = {name: mean.metric_state for name, mean in self._means_of("train")}
+                self._resumption.save(self.trainer, self, means, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.

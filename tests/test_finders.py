@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, trainer_in
 
@@ -181,6 +181,28 @@ def test_an_average_set_after_the_last_checkpoint_is_saved(saving: dict, files: 
     saved = {path.name: restore(path) for path in (tmp_path / "kept").iterdir()}
     averages = {name for name, of in saved.items() if torch.equal(of.learner.head.weight, model.head.weight)}
     assert averages == {name for name, of in saved.items() if not of.measured} == files
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
+@pytest.mark.parametrize("saving", [{}, {"every_n_train_steps": 1, "save_top_k": -1}])
+@pytest.mark.parametrize("learner", ["tuner", "supervised"])
+def test_weights_alone_are_those_of_the_average_that_was_validated(learner: str, saving: dict, tmp_path: Path) -> None:
+    def run(weights_alone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        torch.manual_seed(0)
+        model = _tuner() if learner == "tuner" else Supervised(3, SMALL, optimizer=partial(torch.optim.SGD, lr=0.1))
+        folder = tmp_path / str(weights_alone)
+        kept = ModelCheckpoint(folder, "{step}", save_weights_only=weights_alone, **saving)
+        average = callbacks.EMAWeightAveraging(decay=0.8)
+        trainer_in(tmp_path, callbacks=[average, kept], enable_checkpointing=True, max_epochs=2).fit(model, _data())
+        saved = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
+        assert all(("current_model_state" in content) != weights_alone for content in saved.values())
+        return {name: content["state_dict"] for name, content in saved.items()}, model.state_dict()
+
+    (whole, end), (alone, _) = run(False), run(True)
+    assert whole.keys() == alone.keys()
+    for name, state in whole.items():
+        assert all(torch.equal(tensor, alone[name][key]) for key, tensor in state.items())
+    assert all(torch.equal(tensor, alone["step=6.ckpt"][key]) for key, tensor in end.items())
 
 
 @pytest.mark.parametrize("mode", ["exponential", "linear"])
