@@ -301,6 +301,7 @@ class FineTuner(PartlyFrozen):
         knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
         self._tune(block or "none")
         self._split.tune(self.chosen.places())
+        self._split.forget()  # copies for averages cannot have a graph
         self.train()
         self.hparams.update({"train": block or "none"})
         average_anew(self.trainer, self)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -155,6 +156,15 @@ def test_fit_tunes_the_block_that_the_expansion_names(knobs, tmp_path, caplog):
     resumed = automatic(**knobs)
     trainer_in(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=path)
     assert resumed.hparams["train"] == expected
+
+
+def test_averages_of_weights_are_of_the_block_that_is_chosen_beside_a_skip_connection(tmp_path):
+    model = automatic(skip_from="layer2.0", skip_join="concat")
+    swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    trainer_in(tmp_path, max_epochs=2, callbacks=[swa]).fit(model, digits())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name, copy in swa._average_model.named_parameters() if copy.requires_grad]
+    assert any(name.startswith(f"backbone.net.{model.hparams['train']}.") for name in trained)
 
 
 def test_features_and_gradients_are_of_the_same_images(tmp_path, monkeypatch):
