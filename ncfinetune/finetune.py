@@ -20,7 +20,7 @@ from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
 from ncfinetune.frozen import average_anew, average_from_here, refuse_averages
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
-from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
+from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
 from ncfinetune.learner import Interval
 from ncfinetune.linearised import choose_block
 from ncfinetune.partly_frozen import PartlyFrozen
@@ -303,7 +303,8 @@ class FineTuner(PartlyFrozen):
         self._split.tune(self.chosen.places())
         self._split.forget()  # copies for averages cannot have a graph
         self.train()
-        self.hparams.update({"train": block or "none"})
+        self.hparams.update({"train": block} if block else NO_LAYER)
+        self.layer_decay = self.hparams["layer_decay"]
         average_anew(self.trainer, self)
 
     def _choose_skips(self, stage: str) -> None:
