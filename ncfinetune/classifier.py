@@ -216,8 +216,9 @@ class Classifier(Learner):
         self.log("test/images", float(len(batch[1])), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Class probabilities ``(N, K)`` of logits: their softmax."""
-        return logits.softmax(1)
+        """Class probabilities ``(N, K)`` of logits: their softmax, in float32 at least."""
+        # In half precision different logits would have equal probabilities, and rows would not sum to 1.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities ``(N, K)``."""

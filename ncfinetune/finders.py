@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # Names of the checkpoints that finders save before their search, and load after it.
 _OF_FINDERS = (".lr_find_", ".scale_batch_size_")
+# Callbacks that validate an average; older versions of Lightning have none.
+_AVERAGING: tuple[Any, ...] = (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()
+# What they add to a checkpoint beside the average.
+_OF_AVERAGES = ("current_model_state", "averaging_state")
 
 
 def refuse_finders_of_resumed(trainer: Any) -> None:
@@ -34,6 +40,45 @@ def warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
             f"StochasticWeightAveraging sets swa_lrs={rate:g} for all {len(factors)} parameter groups, whose rates "
             f"layer_decay and head_lr_factor set apart; give a rate for each: swa_lrs=[{rates}]"
         )
+
+
+@contextmanager
+def averages_in_weights(trainer: Any, module: LightningModule, checkpoint: dict[str, Any]) -> Iterator[None]:
+    """A context in which a checkpoint of weights alone has what callbacks that average weights add to one of a run.
+
+    After it the averages are left, which are what was validated. Lightning (2.6) does not ask callbacks for such a
+    checkpoint, so that it would have the weights that training goes on with.
+    """
+    averaging = [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, _AVERAGING)]
+    alone = [one for one in averaging if "callbacks" not in checkpoint and one._average_model is not None]
+    for callback in alone:
+        callback.on_save_checkpoint(trainer, module, checkpoint)
+    yield
+    for name in _OF_AVERAGES if alone else ():
+        checkpoint.pop(name, None)
+
+
+def is_average(trainer: Any) -> bool:
+    """Whether Lightning's SWA has replaced the weights by their average at the end of a fit, after the last checkpoint.
+
+    It does so for networks without batch norm, whose statistics it would measure in one more epoch, and where there is
+    no last epoch (``max_epochs: -1``).
+    """
+    averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
+    return any(swa._max_epochs == -1 or trainer.current_epoch - 1 == swa.swa_end for swa in averaging)
+
+
+def save_average(trainer: Any) -> None:
+    """Save an average that has replaced the weights, in their last checkpoints; one that a validation chose stays."""
+    paths: dict[str, bool] = {}
+    for callback in trainer.checkpoint_callbacks:
+        names = ["last_model_path", *(["best_model_path"] if getattr(callback, "monitor", None) is None else [])]
+        if getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
+            paths |= {getattr(callback, name): callback.save_weights_only for name in names if getattr(callback, name)}
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    for path, weights_only in (paths or ({str(Path(folder, "last.ckpt")): False} if folder else {})).items():
+        trainer.save_checkpoint(path, weights_only)
+        rank_zero_info(f"{path}: saved again with SWA's average, which no validation has measured")
 
 
 def scale_search(trainer: Any, factor: Callable[[dict[str, Any]], float]) -> None:

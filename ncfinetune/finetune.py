@@ -19,10 +19,10 @@ from ncfinetune import knobs
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
-from ncfinetune.frozen import average_anew, refuse_averages
+from ncfinetune.frozen import average_anew, average_from_here, refuse_averages
 from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
-from ncfinetune.knobs import CACHE_DIR, HeadInit, Refit
+from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block
 from ncfinetune.partly_frozen import PartlyFrozen
@@ -213,6 +213,7 @@ class FineTuner(PartlyFrozen):
             rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
             self._head_ready = True
+            average_from_here(self.trainer, self)
 
     def parameter_groups(self) -> list[Any]:
         """The optimiser's parameters; where the head has its own learning rate, groups of backbone and head."""
@@ -302,8 +303,10 @@ class FineTuner(PartlyFrozen):
         knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
         self._tune(block or "none")
         self._split.tune(self.chosen.places())
+        self._split.forget()  # copies for averages cannot have a graph
         self.train()
-        self.hparams.update({"train": block or "none"})
+        self.hparams.update({"train": block} if block else NO_LAYER)
+        self.layer_decay = self.hparams["layer_decay"]
         average_anew(self.trainer, self)
 
     def _choose_skips(self, stage: str) -> None:

@@ -115,6 +115,17 @@ def average_anew(trainer: Any, module: LightningModule) -> None:
             callback.setup(trainer, module, "fit")
 
 
+def average_from_here(trainer: Any, module: LightningModule) -> None:
+    """Make callbacks that average weights start from the module's weights as they are now.
+
+    Until their first average they validate and save the copy that they made before the run began.
+    """
+    for callback in trainer.callbacks:
+        copy: Any = getattr(callback, "_average_model", None) if isinstance(callback, _AVERAGING) else None
+        if copy is not None:
+            getattr(copy, "module", copy).load_state_dict(module.state_dict())
+
+
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:
     """Refuse a network that is not pre-trained, or with frozen parameters that are still ``random``.
 

@@ -32,6 +32,8 @@ _NOT_THE_MODEL = (
     "lr_scheduler",
     "lr_interval",
 )
+# What a fit in which ``auto`` chose no layer to train saves: with the others its checkpoint would be refused.
+NO_LAYER = {"train": "none", "skip_gradient": "both", "layer_decay": None}
 
 
 def check_choices(skip_join: str, skip_gradient: str, head_init: str, refit: str, cache: str) -> None:

@@ -21,7 +21,14 @@ from torchmetrics import Metric
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
-from ncfinetune.finders import refuse_finders_of_resumed, scale_search, warn_of_one_rate
+from ncfinetune.finders import (
+    averages_in_weights,
+    is_average,
+    refuse_finders_of_resumed,
+    save_average,
+    scale_search,
+    warn_of_one_rate,
+)
 from ncfinetune.inputs import may_look
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
@@ -168,9 +175,10 @@ class Learner(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save class names, preprocessing, and the state that resuming within an epoch needs."""
         checkpoint[DATA] = {"class_names": self.class_names, "preprocessing": self.preprocessing}
-        if "loops" in checkpoint:  # absent when only weights are saved
-            means = {name: mean.metric_state for name, mean in self._means_of("train")}
-            self._resumption.save(self.trainer, self, means, checkpoint)
+        with averages_in_weights(self._trainer, self, checkpoint):
+            if "loops" in checkpoint:  # absent where an older Lightning saves weights alone
+                means = {name: mean.metric_state for name, mean in self._means_of("train")}
+                self._resumption.save(self.trainer, self, means, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.
@@ -238,7 +246,11 @@ class Learner(LightningModule, ABC):
         self._check_scheduler(optimizer, factors)
         scheduler = self._lr_scheduler(optimizer)
         scale_rates(optimizer, scheduler, factors)
-        config = {"scheduler": scheduler, "monitor": monitored(scheduler), "interval": self._lr_interval}
+        monitor = monitored(scheduler)
+        config = {"scheduler": scheduler, "monitor": monitor, "interval": self._lr_interval, "frequency": 1}
+        if self._lr_interval == "epoch" and "val" in str(monitor).split("/"):
+            # Without it a plateau would have no number of an epoch without a validation, or an old one.
+            config["frequency"] = getattr(self._trainer, "check_val_every_n_epoch", None) or 1
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _check_scheduler(self, optimizer: torch.optim.Optimizer, factors: list[float]) -> None:
@@ -296,8 +308,11 @@ class Learner(LightningModule, ABC):
         self._resumption.restore_numbers(self.trainer)
 
     def on_fit_end(self) -> None:
-        """Have later tests normalise as the training did."""
+        """Have later tests normalise as the training did; save an average that was set after the last checkpoint."""
         self.backbone.take_normalisation(self.preprocessing)
+        self._resumption.averaged = is_average(self.trainer)
+        if self._resumption.averaged:
+            save_average(self.trainer)
 
     def on_train_start(self) -> None:
         """Restore the progress, the trained parameters and the random state of a resumed run."""

@@ -65,7 +65,7 @@ def model_card(name: str, restored: Restored) -> str:
     """
     learner, run = restored.learner, _run_of(restored.source)
     base, hub, licence = _base(restored, run)
-    numbers = _numbers(run, restored.step) if run else {}
+    numbers = _numbers(run, restored) if run else {}
     task = task_name(run.part("data"), _PATHS) if run else None
     front = {
         **({"license": licence} if licence else {}),
@@ -176,12 +176,13 @@ def _trained(learner: Learner) -> str:
     return f"{words}: {trained:,} of {total:,} parameters ({100 * trained / total:.3g} %)"
 
 
-def _numbers(run: Run, step: int | None) -> dict[str, float]:
-    """What the run logged of the network at a step, by tag: of tests at it, and of an epoch at the step before."""
-    if step is None:
+def _numbers(run: Run, network: Restored) -> dict[str, float]:
+    """What the run logged of a network, by tag: of tests at its step, and of an epoch at the step before."""
+    if network.step is None:
         return {}
-    places = dict.fromkeys(("test/acc", "test/images"), step)
-    places |= {tag: max(step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate")}
+    places = dict.fromkeys(("test/acc", "test/images"), network.step)
+    if network.measured:
+        places |= {tag: max(network.step - 1, 0) for tag in ("val/acc", "nc1/train/penultimate")}
     found = {tag: [value for at, value in run.points.get(tag, ()) if at == place] for tag, place in places.items()}
     return {tag: values[-1] for tag, values in found.items() if values and math.isfinite(values[-1])}
 

@@ -12,6 +12,7 @@ from ncfinetune import delta
 from ncfinetune.contrastive import SimCLR, SupCon
 from ncfinetune.finetune import FineTuner
 from ncfinetune.learner import Learner
+from ncfinetune.resume import NUMBERS
 from ncfinetune.supervised import Supervised
 from ncfinetune.weight_files import read
 
@@ -38,12 +39,14 @@ class Restored:
         source: The file that it was restored from.
         base: The base that was given for a delta.
         step: Steps of the optimiser that it was trained for; None if the file does not say.
+        measured: Whether the run's numbers of that step are of these weights, and not of those that they replaced.
     """
 
     learner: Learner
     source: Path
     base: str | None = None
     step: int | None = None
+    measured: bool = True
 
 
 def restore(path: str | Path, base: str | None = None) -> Restored:
@@ -79,7 +82,7 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
         found = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} is no checkpoint of a {kind.__name__} of this version: {found}") from error
     learner.on_load_checkpoint(content)
-    return Restored(learner.eval(), Path(path), step=content.get("global_step"))
+    return Restored(learner.eval(), Path(path), None, content.get("global_step"), content.get(NUMBERS) != {})
 
 
 def has_all_weights(path: str | Path) -> bool:

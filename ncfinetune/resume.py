@@ -42,6 +42,8 @@ class Resumption:
         self.means: dict[str, dict[str, Tensor]] = {}
         # Whether a validation is under way, whose weights a callback may have swapped in.
         self.in_validation = False
+        # Whether an average, of which no number was logged, has replaced the weights at the end of the fit.
+        self.averaged = False
 
     def save(self, trainer: Trainer, module: nn.Module, means: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint what a run that is resumed from it takes up; all processes must call it.
@@ -56,7 +58,7 @@ class Resumption:
         waiting = _waiting_gradients(trainer, module, checkpoint)
         checkpoint[_PROCESSES] = states_of_processes(trainer, {"means": self.means or means, "gradients": waiting})
         checkpoint[_TRAINED] = _trained(module)
-        checkpoint[NUMBERS] = _last_numbers(trainer)
+        checkpoint[NUMBERS] = {} if self.averaged else _last_numbers(trainer)
 
     def restore_numbers(self, trainer: Trainer) -> None:
         """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""

@@ -59,6 +59,10 @@ class Split:
         """Take these layers as the tuned ones; the network must not be cut."""
         self._tuned = tuple(tuned)
 
+    def forget(self) -> None:
+        """Drop the skipped layers' outputs, with their graphs, that a run of the network alone has left."""
+        self._caught.clear()
+
     def skip_from(self, skips: Sequence[str]) -> None:
         """Add skip connections from these layers; there must be none yet."""
         self.skips = tuple(skips)

@@ -17,6 +17,9 @@ from ncfinetune.inputs import whole
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.losses import one_hot_mse
 
+# Share of the probabilities of squared error that orders classes whose outputs are not positive; files have 6 digits.
+_FOR_ORDER = 1e-6
+
 
 class Supervised(Classifier):
     """Trains a backbone and a linear classifier on labelled images.
@@ -110,14 +113,16 @@ class Supervised(Classifier):
         """Class probabilities ``(N, K)``: the softmax, or with ``mse`` the positive outputs divided by their sum.
 
         With squared error the outputs themselves estimate the probabilities times ``mse_target``. If no output is
-        positive, the largest one gets probability 1.
+        positive, the largest one gets probability 1. A millionth is left to the softmax, so that classes whose outputs
+        are not positive have an order too, as the k most probable ones need.
         """
+        softmax = super().probabilities(logits / self.mse_target)
         if self.loss_name == "ce":
-            return super().probabilities(logits)
-        kept = logits.clamp(min=0)
+            return softmax
+        kept = logits.to(softmax.dtype).clamp(min=0)
         total = kept.sum(1, keepdim=True)
-        largest = nn.functional.one_hot(logits.argmax(1), self.num_classes).to(logits)
-        return torch.where(total > 0, kept / total, largest)
+        largest = nn.functional.one_hot(logits.argmax(1), self.num_classes).to(softmax)
+        return torch.where(total > 0, kept / total, largest).lerp(softmax, _FOR_ORDER)
 
     def setup(self, stage: str) -> None:
         """Refuse data with another number of classes, and read its normalisation."""

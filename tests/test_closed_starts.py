@@ -1,12 +1,13 @@
 """Classifiers in closed form: as a start, as the whole model, and on the tuned features."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import webdataset
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
@@ -389,3 +390,19 @@ def test_averaged_weights_and_refits_exclude_each_other(tmp_path: Path) -> None:
 def test_too_few_images_for_a_discriminant_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lda needs two samples more than there are classes with samples, got 3"):
         trainer_in(tmp_path).fit(_model(head_init="lda"), Digits([0, 1, 2], shots=1, val_fraction=0.0))
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_averages_that_have_not_begun_are_of_the_closed_form(epochs: int, tmp_path: Path) -> None:
+    data, model = _data(val_fraction=0.5), _model(head_init="ridge", head_lr_factor=0, train="layer4.1")
+    model._optimizer = partial(torch.optim.SGD, lr=0.0)
+    later = callbacks.EMAWeightAveraging(update_starting_at_step=100)
+    saved = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+    trainer = trainer_in(tmp_path, max_epochs=epochs, callbacks=[later, saved], enable_checkpointing=True)
+    trainer.fit(model, data)
+    features, labels = _features(_model(), data)
+    expected = classifier_of("ridge", [(features, labels)], 3)
+    heads = [model.head.state_dict(), FineTuner.load_from_checkpoint(tmp_path / "last.ckpt").head.state_dict()]
+    for head in heads:
+        torch.testing.assert_close([head["weight"], head["bias"]], [part.float() for part in expected])

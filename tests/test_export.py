@@ -583,6 +583,11 @@ def test_the_card_says_what_the_run_logged_at_the_checkpoints_step(tmp_path: Pat
     ):
         assert line in card
     assert "/home" not in card
+    torch.save({**torch.load(checkpoint, weights_only=True), "numbers": {}}, checkpoint)
+    export(checkpoint, tmp_path / "birds")  # an average that was tested, and replaced what was validated at that step
+    card = (tmp_path / "birds" / "README.md").read_text()
+    assert "| test accuracy | 90.0 %" in card
+    assert not [word for word in ("validation accuracy", "NC1 of") if word in card]
     torch.save({**torch.load(checkpoint, weights_only=True), "global_step": 5}, checkpoint)
     export(checkpoint, tmp_path / "birds")  # the numbers of other steps are not its own
     card = (tmp_path / "birds" / "README.md").read_text()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch import Callback, callbacks
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, trainer_in
 
 from ncfinetune import FineTuner, Supervised
@@ -17,6 +17,7 @@ from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.found import record
+from ncfinetune.restoring import restore
 
 BACKBONE = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10]}"
 FINDERS = [
@@ -147,6 +148,61 @@ def test_one_rate_of_an_average_for_layers_that_have_their_own(tmp_path: Path) -
         trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())
     average = StochasticWeightAveraging(swa_lrs=[0.01, 0.1], swa_epoch_start=1)
     trainer_in(tmp_path, callbacks=[average], max_epochs=2).fit(_tuner(head_lr_factor=10), _data())
+
+
+class _Heads(Callback):
+    """The head's weights at the start of each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(pl_module.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("saving", "files"),
+    [
+        ({}, {"epoch=3.ckpt"}),
+        ({"save_last": True}, {"epoch=3.ckpt", "last.ckpt"}),
+        ({"save_last": True, "monitor": "val/loss"}, {"last.ckpt"}),
+        ({"every_n_epochs": 3}, {"last.ckpt"}),
+    ],
+)
+def test_an_average_set_after_the_last_checkpoint_is_saved(saving: dict, files: set[str], tmp_path: Path) -> None:
+    vit = {"name": "test_vit", "img_size": 16, "in_chans": 1}  # without batch norm
+    model = Supervised(3, vit, optimizer=partial(torch.optim.SGD, lr=0.1))
+    heads, swa = _Heads(), StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2)
+    kept = ModelCheckpoint(tmp_path / "kept", "{epoch}", **saving)
+    trainer = trainer_in(tmp_path, callbacks=[heads, swa, kept], enable_checkpointing=True, max_epochs=4)
+    trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8, image_size=16))
+    average = torch.stack(heads.seen[1:]).mean(0)
+    torch.testing.assert_close(model.head.weight.detach(), average)
+    saved = {path.name: restore(path) for path in (tmp_path / "kept").iterdir()}
+    averages = {name for name, of in saved.items() if torch.equal(of.learner.head.weight, model.head.weight)}
+    assert averages == {name for name, of in saved.items() if not of.measured} == files
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
+@pytest.mark.parametrize("saving", [{}, {"every_n_train_steps": 1, "save_top_k": -1}])
+@pytest.mark.parametrize("learner", ["tuner", "supervised"])
+def test_weights_alone_are_those_of_the_average_that_was_validated(learner: str, saving: dict, tmp_path: Path) -> None:
+    def run(weights_alone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        torch.manual_seed(0)
+        model = _tuner() if learner == "tuner" else Supervised(3, SMALL, optimizer=partial(torch.optim.SGD, lr=0.1))
+        folder = tmp_path / str(weights_alone)
+        kept = ModelCheckpoint(folder, "{step}", save_weights_only=weights_alone, **saving)
+        average = callbacks.EMAWeightAveraging(decay=0.8)
+        trainer_in(tmp_path, callbacks=[average, kept], enable_checkpointing=True, max_epochs=2).fit(model, _data())
+        saved = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
+        assert all(("current_model_state" in content) != weights_alone for content in saved.values())
+        return {name: content["state_dict"] for name, content in saved.items()}, model.state_dict()
+
+    (whole, end), (alone, _) = run(False), run(True)
+    assert whole.keys() == alone.keys()
+    for name, state in whole.items():
+        assert all(torch.equal(tensor, alone[name][key]) for key, tensor in state.items())
+    assert all(torch.equal(tensor, alone["step=6.ckpt"][key]) for key, tensor in end.items())
 
 
 @pytest.mark.parametrize("mode", ["exponential", "linear"])

@@ -134,7 +134,7 @@ IMPORTS = {
     "report_figures": {"grouping", "report_statistics", "report_table", "runs", "settings"},
     "report_statistics": set(),
     "report_table": {"grouping", "report_statistics", "runs"},
-    "restoring": {"contrastive", "delta", "finetune", "learner", "supervised", "weight_files"},
+    "restoring": {"contrastive", "delta", "finetune", "learner", "resume", "supervised", "weight_files"},
     "resume": {"loop_progress"},
     "runs": {"csv_metrics", "events", "settings"},
     "safety": set(),

@@ -1,7 +1,10 @@
 """Gradients of layers as features: against autograd's Jacobian, and ridge regression on them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -157,6 +160,15 @@ def test_fit_tunes_the_block_that_the_expansion_names(knobs, tmp_path, caplog):
     assert resumed.hparams["train"] == expected
 
 
+def test_averages_of_weights_are_of_the_block_that_is_chosen_beside_a_skip_connection(tmp_path):
+    model = automatic(skip_from="layer2.0", skip_join="concat")
+    swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    trainer_in(tmp_path, max_epochs=2, callbacks=[swa]).fit(model, digits())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name, copy in swa._average_model.named_parameters() if copy.requires_grad]
+    assert any(name.startswith(f"backbone.net.{model.hparams['train']}.") for name in trained)
+
+
 def test_features_and_gradients_are_of_the_same_images(tmp_path, monkeypatch):
     """A datamodule may give the images in another order in each pass."""
     seen = []
@@ -193,6 +205,27 @@ def test_without_an_expected_gain_no_block_is_tuned(tmp_path, caplog, monkeypatc
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     with pytest.raises(ValueError, match="head_lr_factor=0 nothing would be trained"):
         trainer_in(tmp_path).fit(automatic(head_lr_factor=0, head_init="ridge"), digits())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "knobs", [{"layer_decay": 0.5}, {"skip_from": "layer2.0", "skip_join": "concat", "skip_gradient": "skip"}]
+)
+def test_what_a_fit_without_a_block_has_saved_can_be_loaded(knobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "block_to_tune", lambda *arguments: None)
+    model = automatic(**knobs)
+    base = {name.removeprefix("backbone."): value for name, value in model.state_dict().items() if "backbone" in name}
+    torch.save(base, tmp_path / "base.pth")
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
+    trainer.fit(model, digits())
+    path, images = Path(trainer.checkpoint_callback.best_model_path), torch.randn(4, 1, 8, 8)
+    expected = model.eval()(images)
+    assert torch.equal(FineTuner.load_from_checkpoint(path).eval()(images), expected)
+    delta = path.with_name("delta.safetensors")
+    assert torch.equal(FineTuner.from_delta(delta, checkpoint=str(tmp_path / "base.pth"))(images), expected)
+    resumed = trainer_in(tmp_path, max_epochs=2)
+    resumed.fit(automatic(**knobs), digits(), ckpt_path=str(path))
+    assert resumed.current_epoch == 2
 
 
 def test_nothing_but_a_fit_chooses_a_block(tmp_path):

@@ -83,10 +83,20 @@ def test_probabilities_of_squared_error_are_its_outputs_above_zero() -> None:
     outputs = torch.tensor([[0.6, 0.2, -0.5], [-0.3, -0.1, -0.2], [0.0, 0.0, 30.0]])
     expected = torch.tensor([[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     model = Supervised(3, SMALL, loss="mse", mse_weight=15, mse_target=30).eval()
-    torch.testing.assert_close(model.probabilities(outputs), expected)
+    torch.testing.assert_close(model.probabilities(outputs), expected, rtol=0, atol=1.1e-6)
     images = torch.randn(4, 1, 8, 8)
     torch.testing.assert_close(model.predict_step((images, torch.zeros(4)), 0), model.probabilities(model(images)))
     torch.testing.assert_close(Supervised(3, SMALL).probabilities(outputs), outputs.softmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [{"loss": "ce"}, {"loss": "mse"}, {"loss": "mse", "mse_weight": 15, "mse_target": 30}])
+def test_classes_have_the_order_of_their_logits(loss: dict, dtype: torch.dtype) -> None:
+    model = Supervised(12, SMALL, **loss)
+    logits = (torch.stack([torch.randperm(12) - shift for shift in (0, 5, 11)]) * model.mse_target / 1024).to(dtype)
+    probabilities = model.probabilities(logits)
+    assert torch.equal(probabilities.topk(12).indices, logits.float().topk(12).indices)
+    torch.testing.assert_close(probabilities.float().sum(1), torch.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,9 @@ class _Rates(Callback):
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-def _rates(scheduler: Any, epochs: int = 3, lr: float | None = None, **options: Any) -> list[list[float]]:
+def _rates(
+    scheduler: Any, epochs: int = 3, lr: float | None = None, validate_every: int = 1, **options: Any
+) -> list[list[float]]:
     """Rates of each step: 8 images, batches of 4."""
     if "lr_batch" in options:
         model: Any = Supervised(
@@ -340,7 +342,7 @@ def _rates(scheduler: Any, epochs: int = 3, lr: float | None = None, **options: 
         )
     model.lr = lr
     seen = _Rates()
-    trainer = _trainer(max_epochs=epochs, callbacks=[seen])
+    trainer = _trainer(max_epochs=epochs, callbacks=[seen], check_val_every_n_epoch=validate_every)
     trainer.fit(model, *(DataLoader(_uneven(8, 0), batch_size=4) for _ in ("train", "val")))
     return seen.rates
 
@@ -433,6 +435,20 @@ def test_plateau_watches_the_validation_loss_or_what_it_says() -> None:
     rates = _rates(watching, head_lr_factor=10)
     assert rates[-1] == pytest.approx([rates[-1][0], 10 * rates[-1][0]])
     assert rates[-1][0] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("watching", "expected"),
+    [
+        (partial(lr_scheduler.ReduceLROnPlateau), [1, 1, 1, 1, 0.1, 0.1]),  # validated after the second, the fourth ...
+        (partial(ReduceLROnPlateau, monitor="val/acc", mode="max"), [1, 1, 1, 1, 0.1, 0.1]),
+        (partial(ReduceLROnPlateau, monitor="train/loss"), [1, 1, 0.1, 0.01, 0.001, 0.0001]),
+    ],
+)
+def test_plateau_of_a_validation_is_watched_where_there_is_one(watching: Any, expected: list[float]) -> None:
+    never_better = {"patience": 0, "factor": 0.1, "threshold": 1e9, "threshold_mode": "abs"}
+    rates = _rates(partial(watching, **never_better), epochs=6, validate_every=2)
+    assert [rate / 0.01 for rate, *_ in rates[::2]] == pytest.approx(expected)
 
 
 # Tuners
