@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ncfinetune.gathering import numbers_of_all, rows_of_all, rows_of_parts
 from ncfinetune.inputs import may_look
-from ncfinetune.passes import data_precision, evenly, flat, is_stream, ready_batches
+from ncfinetune.loaders import evenly, flat, is_stream
+from ncfinetune.passes import data_precision, ready_batches
 
 from .adapters import BatchReader
 from .observer import LayerObserver

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ncfinetune.layers import PENULTIMATE, find_layers
-from ncfinetune.passes import new_samples
+from ncfinetune.loaders import new_samples
 from ncfinetune.pooling import Pool, PoolError, no_tensor, tensors
 
 from . import adapters

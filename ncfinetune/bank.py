@@ -25,7 +25,7 @@ from ncfinetune.atomic import replacing
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import PENULTIMATE, find_layers
-from ncfinetune.passes import evenly, is_stream
+from ncfinetune.loaders import evenly, is_stream
 from ncfinetune.samples import known_labels
 from ncfinetune.weight_files import with_own_memory
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import DatasetFolder
 
 from ncfinetune.checksums import fingerprint, raw
-from ncfinetune.passes import evaluation, is_stream, like, on_device, plain_loader, ready_batches, whole_set
+from ncfinetune.loaders import is_stream, like, whole_set
+from ncfinetune.passes import evaluation, on_device, plain_loader, ready_batches
 from ncfinetune.samples import is_as_stored
 from ncfinetune.split import Split
 from ncfinetune.store import Stored, StoredSet, in_memory, on_disk

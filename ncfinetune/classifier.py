@@ -22,7 +22,7 @@ from ncfinetune.copies import CopyError
 from ncfinetune.image_predictions import ImagePredictions, predict_images
 from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner, are_numbers
-from ncfinetune.passes import drawn_labels, draws_by_weights
+from ncfinetune.loaders import drawn_labels, draws_by_weights
 from ncfinetune.schedule import depths, layer_groups, two_groups
 
 ClassWeight = Literal["balanced"] | list[float]

@@ -25,8 +25,9 @@ from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block
+from ncfinetune.loaders import is_stream
 from ncfinetune.partly_frozen import PartlyFrozen
-from ncfinetune.passes import evaluation, is_stream, ready_batches
+from ncfinetune.passes import evaluation, ready_batches
 from ncfinetune.probes import simplex_etf
 from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features

@@ -33,7 +33,7 @@ from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.command_trainer import CommandTrainer
 from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
-from ncfinetune.passes import in_order
+from ncfinetune.loaders import in_order
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
 

@@ -23,7 +23,7 @@ from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder, Indexed
 from ncfinetune.datamodules.augmenting import BatchAugmentation
 from ncfinetune.datamodules.images import Labelled, TensorImages
 from ncfinetune.datamodules.loading import EpochSampler, SameSampler
-from ncfinetune.passes import evenly
+from ncfinetune.loaders import evenly
 from ncfinetune.samples import known_labels
 
 SUBTLE = Recipe(min_area=0.5, max_aspect=1.2, jitter=1.0, brightness=0.5)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
-from ncfinetune.passes import CopyError, copy_of, evenly, in_order
+from ncfinetune.copies import CopyError, copy_of
+from ncfinetune.loaders import evenly, in_order
 
 K, N, BATCH = 3, 24, 4
 LABELS = torch.arange(N) % K

@@ -19,7 +19,8 @@ from torchvision.transforms import ToTensor
 
 from ncfinetune import Backbone
 from ncfinetune.adversarial import PGD
-from ncfinetune.passes import TrainingSet, buffers_kept, eval_mode, evenly
+from ncfinetune.loaders import evenly
+from ncfinetune.passes import TrainingSet, buffers_kept, eval_mode
 from ncfinetune.samples import known_files, known_labels, spread
 
 

@@ -19,7 +19,7 @@ from ncfinetune import SimCLR, SupCon, Supervised
 from ncfinetune.callbacks import OnlineProbe
 from ncfinetune.callbacks.classify import LinearProbe, Neighbours, fit_probe
 from ncfinetune.datamodules import Digits
-from ncfinetune.passes import evenly
+from ncfinetune.loaders import evenly
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

@@ -20,7 +20,7 @@ from ncfinetune.datamodules import Digits, ImageDataModule, ImageFolder
 from ncfinetune.datamodules.images import Labelled
 from ncfinetune.datamodules.loading import EpochSampler
 from ncfinetune.datamodules.splits import draw_balanced
-from ncfinetune.passes import evenly
+from ncfinetune.loaders import evenly
 
 # Label 1 has no image.
 LABELS = np.array([0] * 30 + [2] * 9 + [5] * 2)[np.random.default_rng(0).permutation(41)]
