@@ -55,7 +55,8 @@ def apart(norm):
     differences = []
     for path in place.glob("*.ckpt"):
         saved = torch.load(path, weights_only=False)["state_dict"]
-        differences.append((max((saved[name] - weight).abs().max().item() for name, weight in model.named_parameters()), path))
+        largest = max((saved[name] - weight).abs().max().item() for name, weight in model.named_parameters())
+        differences.append((largest, path))
     return differences
 
 
