@@ -159,13 +159,11 @@ def drawn_by(loader: DataLoader[Any]) -> Sequence[int]:
     if type(sampler).__iter__ is WeightedRandomSampler.__iter__:
         possible = sampler.weights.nonzero().squeeze(1)
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
-    drawn = copy_of(sampler, loader.dataset)
-    of_batches = sampler is loader.batch_sampler
-    if has_length(sampler):  # those of an epoch, since it may go on after it
-        drawn = islice(drawn, len(sampler))
-    drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
-    drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
-    with isolate_rng():
+    own, of_batches = copy_of(sampler, loader.dataset), sampler is loader.batch_sampler
+    with isolate_rng():  # from here on, since a sampler may draw its whole order when it is asked for an iterator
+        drawn = islice(own, len(sampler)) if has_length(sampler) else own  # an epoch, since it may go on after it
+        drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
+        drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
         most = len(cast(Sized, loader.dataset))
         return sorted(set(drawn) if has_length(sampler) else _until_nothing_new(drawn, most))
 
