@@ -17,7 +17,7 @@ import webdataset
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from timm.data.loader import MultiEpochsDataLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset, get_worker_info
 
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.copies import CopyError, copy_of
@@ -241,6 +241,25 @@ def test_a_copy_draws_by_methods_of_its_own_generator(numbers: Any) -> None:
     copied = copy_of({"draw": numbers.random})["draw"]
     assert [copied() for _ in range(4)] == expected
     assert [numbers.random() for _ in range(4)] == expected
+
+
+class Rows(IterableDataset):
+    """The numbers of the samples, of which `share` leaves a worker its part."""
+
+    start, step = 0, 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, N, self.step))
+
+
+def share(worker: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.start, info.dataset.step = worker, info.num_workers
+
+
+def test_a_stream_that_workers_are_told_to_divide_gives_each_sample_once() -> None:
+    made = in_order(DataLoader(Rows(), BATCH, num_workers=2, worker_init_fn=share))
+    assert sorted(torch.cat(list(made)).tolist()) == list(range(N))
 
 
 class Endless(Sampler):
