@@ -120,7 +120,8 @@ def read_second(
         train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
         loaders = [train, *(flat(data.val_dataloader()) or [[]])]
     own = replace(reader, num_classes=None)
-    batches = (ready_batches(trainer, evenly(loader, max_samples), data) for loader in loaders)
+    chosen = (evenly(loader, max_samples, processes=trainer.world_size) for loader in loaders)
+    batches = (ready_batches(trainer, loader, data) for loader in chosen)
     parts = (read(observer, own, part, ignore_index) for part in batches)
     bank, *tested = (
         whole_pass(part, loader, trainer.world_size, max_samples) for part, loader in zip(parts, loaders, strict=True)
