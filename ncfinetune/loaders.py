@@ -103,13 +103,13 @@ def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1), processes: in
     index, number = part
     size = batch_size_of(loader)
     if is_stream(loader) or size is None:
-        return EveryNth(loader, index - 1, number, most)
+        return _EveryNth(loader, index - 1, number, most)
     chosen = spread(drawn_by_all(loader, processes), most, loader.dataset)
     own = range(index * size - size, len(chosen), number * size)
     return like(loader, [sample for start in own for sample in chosen[start : start + size]])
 
 
-class EveryNth:
+class _EveryNth:
     """Every n-th of a loader's first batches, which have ``most`` samples together, as often as it is asked."""
 
     def __init__(self, loader: Iterable[Any], start: int, step: int, most: int) -> None:

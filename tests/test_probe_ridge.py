@@ -461,6 +461,33 @@ def test_streams_that_make_their_batches_are_read_no_further_than_asked(tmp_path
     assert rows == [16, 16]
 
 
+class Opaque:
+    """A batch of a class of its own, whose size nobody can tell."""
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self._parts = parts
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._parts[index]
+
+
+class OpaqueRows(Rows):
+    def __iter__(self) -> Any:
+        return (Opaque(*parts) for parts in super().__iter__())
+
+
+def test_batches_of_unknown_size_are_read_no_further_than_asked(tmp_path: Path) -> None:
+    found = []
+    for rows in (Rows, OpaqueRows):
+        torch.manual_seed(0)
+        loaders = (DataLoader(rows(seed, False), batch_size=None) for seed in (1, 2))
+        how = {"batch_to_labels": lambda batch: batch[1], "forward": lambda module, batch: module(batch[0])}
+        probe = OnlineProbe(K, kind="ridge", max_samples=30, **how)
+        found.append(_fit(tmp_path, Stranger(lr=0.0), [probe], *loaders).callback_metrics)
+    assert found[0] == found[1]
+    assert {"probe/loo_acc", "probe/acc"} <= found[0].keys()
+
+
 def test_an_offset_of_the_features_costs_no_digits() -> None:
     labels = torch.arange(60) % K
     features = torch.randn(60, 8, dtype=torch.float64) + labels[:, None]
