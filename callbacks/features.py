@@ -65,17 +65,23 @@ def whole_pass(part: FeatureSet, loader: Any, world_size: int, max_samples: int)
 
 
 def read(
-    observer: LayerObserver, reader: BatchReader, batches: Iterable[Any], ignore_index: int | None = None
+    observer: LayerObserver, reader: BatchReader, batches: Iterable[Any], most: int, ignore_index: int | None = None
 ) -> FeatureSet:
     """Run batches that are on the device, and keep all samples except unlabelled ones and those with nan or inf.
+
+    Batches are read until they have had ``most`` samples.
 
     Raises:
         ValueError: There are no batches.
     """
     parts: list[FeatureSet] = []
+    samples = 0
     for batch in batches:
         observer.run(batch)
         parts.append(take(observer, reader, batch))
+        samples += len(parts[-1].labels)
+        if samples >= most:
+            break
     if not parts:
         raise ValueError(f"{reader.asker} found no batches to measure; the data need training and validation images")
     features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -120,8 +126,9 @@ def read_second(
         train = getattr(data, "train_plain_dataloader", data.train_dataloader)()
         loaders = [train, *(flat(data.val_dataloader()) or [[]])]
     own = replace(reader, num_classes=None)
-    batches = (ready_batches(trainer, evenly(loader, max_samples), data) for loader in loaders)
-    parts = (read(observer, own, part, ignore_index) for part in batches)
+    chosen = (evenly(loader, max_samples, processes=trainer.world_size) for loader in loaders)
+    batches = (ready_batches(trainer, loader, data) for loader in chosen)
+    parts = (read(observer, own, part, max_samples, ignore_index) for part in batches)
     bank, *tested = (
         whole_pass(part, loader, trainer.world_size, max_samples) for part, loader in zip(parts, loaders, strict=True)
     )

@@ -300,7 +300,8 @@ class OnlineProbe(Callback):
         """Compute the features of training images, and fit the classifiers on them."""
         data = self._training_set.batches(trainer, max_samples=self.max_samples, shared=False)
         with evaluation(trainer, module):
-            part = read(self._seen_by, self._reader, ready_batches(trainer, data), self.ignore_index)
+            batches = ready_batches(trainer, data)
+            part = read(self._seen_by, self._reader, batches, self.max_samples, self.ignore_index)
         bank = whole_pass(part, self._training_set.loader, trainer.world_size, self.max_samples)
         check_labels(bank.labels, self._classes)
         self._bank_due = False

@@ -28,7 +28,8 @@ class Taken:
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch alone, with each sample once per epoch or balanced classes.
 
-    Each pass is an epoch, the one after the last, unless ``set_epoch`` says which, as a Trainer does.
+    Each pass is an epoch, the one after the last; once ``set_epoch`` has said which, as a Trainer does, that alone
+    changes it.
 
     If each sample is drawn once per epoch, sample i of N has the key e N + i in epoch e. If sample i is the t-th draw
     of the epoch with replacement, over all processes, its key is (e N + t) N + i. From the key a data set in any
@@ -56,11 +57,17 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
         self.taken = taken
         self.labels = labels
+        self._counts = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the passes from now on."""
+        super().set_epoch(epoch)
+        self._counts = False
 
     def __iter__(self) -> Iterator[int]:
         # A generator function, so that the epoch is read only when the first key is requested.
         keys = self._each_once() if self.labels is None else self._balanced(self.labels)
-        self.epoch += 1
+        self.epoch += self._counts
         yield from islice(keys, self.taken(self), None)
 
     def _each_once(self) -> list[int]:

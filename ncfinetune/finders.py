@@ -59,13 +59,15 @@ def averages_in_weights(trainer: Any, module: LightningModule, checkpoint: dict[
 
 
 def is_average(trainer: Any) -> bool:
-    """Whether Lightning's SWA has replaced the weights by their average at the end of a fit, after the last checkpoint.
+    """Whether Lightning's SWA has replaced the weights by their average after the last checkpoint; for `on_train_end`.
 
     It does so for networks without batch norm, whose statistics it would measure in one more epoch, and where there is
-    no last epoch (``max_epochs: -1``).
+    no last epoch (``max_epochs: -1``). In a fit that ends before ``swa_epoch_start`` it replaces them by those of the
+    start, which are no average.
     """
     averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
-    return any(swa._max_epochs == -1 or trainer.current_epoch - 1 == swa.swa_end for swa in averaging)
+    begun = [swa for swa in averaging if swa._latest_update_epoch >= 0]
+    return any(swa._max_epochs == -1 or trainer.current_epoch - 1 == swa.swa_end for swa in begun)
 
 
 def save_average(trainer: Any) -> None:

@@ -354,7 +354,9 @@ class FineTuner(PartlyFrozen):
             batches = ready_batches(self.trainer, rows)
             chunks: Iterable[Batch] = ((self._joined(images), labels) for images, labels in batches)
             if self.trainer.world_size > 1 and is_stream(rows):  # of which each process reads its own part
-                features, labels = zip(*chunks, strict=True)
+                none = torch.empty(0, dtype=torch.int64, device=self.device)
+                parts = [(none.new_empty(0, self.classifier.in_features), none), *chunks]
+                features, labels = zip(*parts, strict=True)
                 chunks = [rows_of_parts(torch.cat(features).float(), torch.cat(labels))]
             fitted = classifier_of(kind, chunks, self.num_classes, self.hparams["class_weight"])
         # From the CPU, since a broadcast object's tensors are loaded onto the sender's device.

@@ -307,10 +307,13 @@ class Learner(LightningModule, ABC):
             logger.log_metrics(counts, step=self.global_step)
         self._resumption.restore_numbers(self.trainer)
 
+    def on_train_end(self) -> None:
+        """Note whether a callback has replaced the weights by an average, of which no number was logged."""
+        self._resumption.averaged = is_average(self.trainer)
+
     def on_fit_end(self) -> None:
         """Have later tests normalise as the training did; save an average that was set after the last checkpoint."""
         self.backbone.take_normalisation(self.preprocessing)
-        self._resumption.averaged = is_average(self.trainer)
         if self._resumption.averaged:
             save_average(self.trainer)
 

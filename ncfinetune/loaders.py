@@ -51,9 +51,7 @@ def in_order(loader: Any, drawn: Sequence[int] | None = None) -> Any:
         drawn = drawn_by(loader)
     if drawn is not None and len(drawn) == len(cast(Sized, loader.dataset)):
         drawn = None
-    options: Any = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "pin_memory")}
-    options |= {"sampler": drawn, "generator": torch.Generator()}
-    return _of_class(loader, DataLoader(loader.dataset, batch_size_of(loader), **options))
+    return like(loader, drawn, persistent_workers=False)
 
 
 def whole_set(loader: DataLoader[Any]) -> Any:
@@ -96,22 +94,22 @@ def _of_class(loader: DataLoader[Any], made: DataLoader[Any]) -> DataLoader[Any]
     return made
 
 
-def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1)) -> Iterable[Any]:
+def evenly(loader: Any, most: int, part: tuple[int, int] = (1, 1), processes: int = 1) -> Iterable[Any]:
     """Batches with at most ``most`` samples, evenly over the data set in its order; of a stream, the first ones.
 
     Of these batches part ``i`` of ``n`` has the ``i``-th and every ``n``-th after it, each with the samples that it has
-    whatever ``n`` is.
+    whatever ``n`` is. Of several ``processes``, all of which must call it, each has the samples that any of them draws.
     """
     index, number = part
     size = batch_size_of(loader)
     if is_stream(loader) or size is None:
-        return EveryNth(loader, index - 1, number, most)
-    chosen = spread(drawn_by(loader), most, loader.dataset)
+        return _EveryNth(loader, index - 1, number, most)
+    chosen = spread(drawn_by_all(loader, processes), most, loader.dataset)
     own = range(index * size - size, len(chosen), number * size)
     return like(loader, [sample for start in own for sample in chosen[start : start + size]])
 
 
-class EveryNth:
+class _EveryNth:
     """Every n-th of a loader's first batches, which have ``most`` samples together, as often as it is asked."""
 
     def __init__(self, loader: Iterable[Any], start: int, step: int, most: int) -> None:
@@ -159,13 +157,11 @@ def drawn_by(loader: DataLoader[Any]) -> Sequence[int]:
     if type(sampler).__iter__ is WeightedRandomSampler.__iter__:
         possible = sampler.weights.nonzero().squeeze(1)
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
-    drawn = copy_of(sampler, loader.dataset)
-    of_batches = sampler is loader.batch_sampler
-    if has_length(sampler):  # those of an epoch, since it may go on after it
-        drawn = islice(drawn, len(sampler))
-    drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
-    drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
-    with isolate_rng():
+    own, of_batches = copy_of(sampler, loader.dataset), sampler is loader.batch_sampler
+    with isolate_rng():  # from here on, since a sampler may draw its whole order when it is asked for an iterator
+        drawn = islice(own, len(sampler)) if has_length(sampler) else own  # an epoch, since it may go on after it
+        drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
+        drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
         most = len(cast(Sized, loader.dataset))
         return sorted(set(drawn) if has_length(sampler) else _until_nothing_new(drawn, most))
 

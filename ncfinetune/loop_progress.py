@@ -99,8 +99,11 @@ def step_plateaus(trainer: Trainer) -> None:
     Lightning (2.6) makes this step after the checkpoint, and leaves it out in a run that is resumed from there.
     """
     loop = trainer.fit_loop.epoch_loop
+    epochs = trainer.fit_loop.epoch_progress.current
     if loop._num_ready_batches_reached():
+        epochs.completed -= 1  # the epoch that has ended, of which a scheduler's frequency may be no multiple
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        epochs.completed += 1
 
 
 def let_plateaus_step(trainer: Trainer) -> None:

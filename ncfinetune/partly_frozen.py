@@ -99,6 +99,7 @@ class PartlyFrozen(Classifier):
 
     def on_train_end(self) -> None:
         """Restore the frozen tensors in the weights that a callback sets at the end of training."""
+        super().on_train_end()
         self._frozen.restore(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -24,17 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ncfinetune.copies import CopyError, copy_of
-from ncfinetune.loaders import (
-    EveryNth,
-    batch_size_of,
-    drawn_by_all,
-    evenly,
-    flat,
-    has_length,
-    in_order,
-    is_stream,
-    like,
-)
+from ncfinetune.loaders import batch_size_of, drawn_by_all, evenly, flat, has_length, in_order, is_stream, like
 from ncfinetune.progress import watched
 from ncfinetune.samples import spread
 
@@ -252,7 +241,8 @@ class TrainingSet:
         Args:
             trainer: The trainer.
             max_batches: Largest number of batches on each process.
-            max_samples: Largest number of samples over all processes; of a stream, up to a batch more on each.
+            max_samples: Largest number of samples over all processes; of a stream, up to a batch more on each. It does
+                not hold for data sets that make their batches, whose sizes are not known here.
             shared: Whether the set is divided among the processes; otherwise each process reads all of it, unless it is
                 a stream.
 
@@ -262,11 +252,9 @@ class TrainingSet:
         with isolate_rng():  # loaders may draw random numbers when they, or their iterators, are created
             loader = self._ask(trainer)
             try:
-                read = self._stream if is_stream(loader) else partial(self._samples, shared=shared)
-                batches = read(trainer, loader, max_batches, max_samples)
-                if max_samples is None or batch_size_of(loader) is not None:
-                    return batches
-                return iter(EveryNth(batches, 0, 1, max_samples))  # the size of a data set's own batches is seen then
+                if is_stream(loader):
+                    return self._stream(trainer, loader, max_batches, max_samples)
+                return self._samples(trainer, loader, max_batches, max_samples, shared)
             except CopyError as error:
                 raise ValueError(
                     f"{self._asker} needs its own training loader, since a pass over the run's loader would consume "

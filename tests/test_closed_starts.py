@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import webdataset
 from lightning.pytorch import Callback, LightningDataModule, callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
@@ -243,6 +245,35 @@ def test_start_is_of_the_images_of_any_loader(kind: str, tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match=message):
         trainer_in(tmp_path).fit(_model(cache="memory"), Loaded(LOADERS[kind]))
+
+
+class OfTheFirst(IterableDataset):
+    """Images of which the first process has all, as of a single file that processes divide."""
+
+    def __init__(self, images: TensorDataset) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(()) if dist.is_initialized() and dist.get_rank() else iter(self.images)
+
+
+class Streamed(Sampled):
+    def train_plain_dataloader(self) -> DataLoader:
+        return DataLoader(OfTheFirst(self.images), 5)
+
+
+def test_a_process_whose_part_of_a_stream_is_empty(tmp_path: Path) -> None:
+    class Keep(Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            torch.save(pl_module.head.weight.detach(), tmp_path / f"{trainer.world_size}{trainer.global_rank}.pt")
+
+    data = Streamed()
+    for spread in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        torch.manual_seed(0)
+        trainer_in(tmp_path, max_epochs=0, callbacks=[Keep()], **spread).fit(_model(head_init="ridge"), data)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("10", "20", "21"))
+    torch.testing.assert_close(first, alone)
+    assert torch.equal(first, second)
 
 
 class Compared(Callback):

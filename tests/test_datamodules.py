@@ -515,6 +515,20 @@ def test_a_loop_without_a_trainer_has_the_epochs_of_a_run(folder: Path, sampling
     assert not torch.equal(model.images("train0"), model.images("train1"))
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_a_look_at_a_batch_is_no_epoch_of_a_run(folder: Path, sampling: Any) -> None:
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            next(iter(trainer.train_dataloader))
+
+    seen = []
+    for callbacks in ([], [Look()]):
+        torch.manual_seed(3)
+        seen.append(_fit(_folder(folder, sampling=sampling), max_epochs=3, callbacks=callbacks))
+    for epoch in range(3):
+        assert torch.equal(*(model.images(f"train{epoch}") for model in seen))
+
+
 @pytest.mark.parametrize(("images", "processes"), [(10, 1), (10, 2), (11, 3)])
 def test_processes_overfit_on_different_images(images: int, processes: int) -> None:
     own = [list(SameSampler(range(images), processes, rank, taken=lambda _: 2)) for rank in range(processes)]

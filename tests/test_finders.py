@@ -183,6 +183,41 @@ def test_an_average_set_after_the_last_checkpoint_is_saved(saving: dict, files: 
     assert averages == {name for name, of in saved.items() if not of.measured} == files
 
 
+def test_checkpoints_of_a_fit_that_ends_before_its_average_begins_keep_the_trained_weights(tmp_path: Path) -> None:
+    vit = {"name": "test_vit", "img_size": 16, "in_chans": 1}
+    states = []
+    for average in ([], [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=5)]):
+        torch.manual_seed(0)
+        model = Supervised(3, vit, optimizer=partial(torch.optim.SGD, lr=0.1))
+        kept = ModelCheckpoint(tmp_path / str(len(average)), save_last=True)
+        trainer = trainer_in(tmp_path, callbacks=[*average, kept], enable_checkpointing=True, max_epochs=2)
+        trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8, image_size=16))
+        states.append(restore(kept.last_model_path).learner.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("step", [8, 9])
+def test_a_run_that_is_resumed_in_its_last_epoch_saves_its_average(step: int, tmp_path: Path) -> None:
+    def fit(folder: str, resumed: Path | None = None) -> Supervised:
+        torch.manual_seed(0)
+        vit = {"name": "test_vit", "img_size": 16, "in_chans": 1}
+        model, swa = Supervised(3, vit), StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2)
+        kept = ModelCheckpoint(tmp_path / folder, "{step}", "step", save_top_k=-1, every_n_train_steps=1)
+        trainer = trainer_in(tmp_path, callbacks=[swa, kept], enable_checkpointing=True, max_epochs=3)
+        data = Digits([0, 1, 2], shots=8, batch_size=8, image_size=16)
+        trainer.fit(model, data, ckpt_path=resumed, weights_only=True)
+        return model
+
+    whole = fit("whole")
+    resumed = fit("rest", tmp_path / "whole" / f"step={step}.ckpt")
+    saved = restore(tmp_path / "rest" / "last.ckpt").learner.state_dict()
+    torch.testing.assert_close(saved, resumed.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(saved, whole.state_dict())
+    fit("none", tmp_path / "rest" / "last.ckpt")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
 @pytest.mark.parametrize("saving", [{}, {"every_n_train_steps": 1, "save_top_k": -1}])
 @pytest.mark.parametrize("learner", ["tuner", "supervised"])

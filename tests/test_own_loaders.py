@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import random
 import sqlite3
 import threading
@@ -16,11 +17,11 @@ import webdataset
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from timm.data.loader import MultiEpochsDataLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset, get_worker_info
 
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.copies import CopyError, copy_of
-from ncfinetune.loaders import evenly, in_order
+from ncfinetune.loaders import drawn_by, evenly, in_order
 
 K, N, BATCH = 3, 24, 4
 LABELS = torch.arange(N) % K
@@ -240,6 +241,44 @@ def test_a_copy_draws_by_methods_of_its_own_generator(numbers: Any) -> None:
     copied = copy_of({"draw": numbers.random})["draw"]
     assert [copied() for _ in range(4)] == expected
     assert [numbers.random() for _ in range(4)] == expected
+
+
+class Rows(IterableDataset):
+    """The numbers of the samples, of which `share` leaves a worker its part."""
+
+    start, step = 0, 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, N, self.step))
+
+
+def share(worker: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.start, info.dataset.step = worker, info.num_workers
+
+
+def test_a_stream_that_workers_are_told_to_divide_gives_each_sample_once() -> None:
+    made = in_order(DataLoader(Rows(), BATCH, num_workers=2, worker_init_fn=share))
+    assert sorted(torch.cat(list(made)).tolist()) == list(range(N))
+
+
+class Endless(Sampler):
+    """Draws an order from the global generator as soon as it is asked for an iterator, and repeats it."""
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.cycle(torch.randperm(N).tolist())
+
+
+class Counted(Endless):
+    def __len__(self) -> int:
+        return N
+
+
+@pytest.mark.parametrize("sampler", [Endless(), Counted()], ids=["endless", "counted"])
+def test_asking_what_a_sampler_draws_takes_no_random_numbers(sampler: Sampler) -> None:
+    before = torch.get_rng_state()
+    assert drawn_by(DataLoader(IMAGE_SET, BATCH, sampler=sampler)) == list(range(N))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def _key(image: Tensor) -> bytes:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from ncfinetune.callbacks import OnlineProbe
 from ncfinetune.callbacks.classify import count, fit_ridge
@@ -412,6 +412,39 @@ def test_two_processes_fit_one_head_to_streams(divided: bool, most: int, tmp_pat
     assert len(values[0]) == 5
 
 
+class Shares(DistributedSampler):
+    """Gives each process its share, by an iteration of its own."""
+
+    def __iter__(self) -> Any:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+class Shared(LightningDataModule):
+    """Images that a `Shares` divides."""
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(3)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(4)
+
+    def _loader(self, seed: int) -> DataLoader:
+        data, place = _data(seed), (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        return DataLoader(data, batch_size=16, sampler=Shares(data, *place))
+
+
+def test_two_processes_fit_one_head_to_what_a_sampler_of_its_own_kind_divides(tmp_path: Path) -> None:
+    values = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        spread = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {"devices": 1}
+        probe = OnlineProbe(K, kind="ridge", knn=5, downstream=Shared())
+        loaders = DataLoader(_data(1), 16), DataLoader(_data(2), 16)
+        trainer = _fit(tmp_path, Stranger(lr=0.0), [probe], *loaders, **spread)
+        values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
 def test_streams_that_make_their_batches_are_read_no_further_than_asked(tmp_path: Path) -> None:
     rows: list[int] = []
 
@@ -426,6 +459,33 @@ def test_streams_that_make_their_batches_are_read_no_further_than_asked(tmp_path
     few = TensorDataset(*(part[:30] for part in _data().tensors))
     assert found["probe/loo_acc"].item() == pytest.approx(_by_brute_force(*_features(model, few))[0])
     assert rows == [16, 16]
+
+
+class Opaque:
+    """A batch of a class of its own, whose size nobody can tell."""
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self._parts = parts
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._parts[index]
+
+
+class OpaqueRows(Rows):
+    def __iter__(self) -> Any:
+        return (Opaque(*parts) for parts in super().__iter__())
+
+
+def test_batches_of_unknown_size_are_read_no_further_than_asked(tmp_path: Path) -> None:
+    found = []
+    for rows in (Rows, OpaqueRows):
+        torch.manual_seed(0)
+        loaders = (DataLoader(rows(seed, False), batch_size=None) for seed in (1, 2))
+        how = {"batch_to_labels": lambda batch: batch[1], "forward": lambda module, batch: module(batch[0])}
+        probe = OnlineProbe(K, kind="ridge", max_samples=30, **how)
+        found.append(_fit(tmp_path, Stranger(lr=0.0), [probe], *loaders).callback_metrics)
+    assert found[0] == found[1]
+    assert {"probe/loo_acc", "probe/acc"} <= found[0].keys()
 
 
 def test_an_offset_of_the_features_costs_no_digits() -> None:

@@ -146,6 +146,7 @@ def _same_numbers(folder: Path, besides: int | None = None) -> bool:
     return numbers.keys() == whole.keys()
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize(
     "when",
     [
@@ -154,15 +155,18 @@ def _same_numbers(folder: Path, besides: int | None = None) -> bool:
         pytest.param({"every_n_train_steps": 1}, id="steps", marks=pytest.mark.slow),
     ],
 )
-def test_a_rate_is_lowered_on_a_plateau_as_in_a_run_that_did_not_stop(when: dict[str, Any], tmp_path: Path) -> None:
-    expected = [RATE / 2**epoch for epoch in range(4) for _ in range(BATCHES)]
+def test_a_rate_is_lowered_on_a_plateau_as_in_a_run_that_did_not_stop(
+    when: dict[str, Any], every: int, tmp_path: Path
+) -> None:
+    expected = [RATE / 2 ** (epoch // every) for epoch in range(4) for _ in range(BATCHES)]
+    options: dict[str, Any] = {"scheduler": _halving_each_epoch, "max_epochs": 4, "check_val_every_n_epoch": every}
     whole = Rates()
-    weights = _fit(tmp_path / "run", Saved(tmp_path, **when), whole, scheduler=_halving_each_epoch, max_epochs=4)
+    weights = _fit(tmp_path / "run", Saved(tmp_path, **when), whole, **options)
     assert whole.seen == expected
     saved = {int(path.stem.split("=")[1]): path for path in (tmp_path / "checkpoints").glob("*.ckpt")}
     for step in sorted(saved)[:-1] if len(saved) < 3 * BATCHES else (3, BATCHES, 2 * BATCHES + 2):
         rates = Rates()
-        resumed = _fit(tmp_path / f"{step}", rates, ckpt_path=saved[step], scheduler=_halving_each_epoch, max_epochs=4)
+        resumed = _fit(tmp_path / f"{step}", rates, ckpt_path=saved[step], **options)
         assert rates.seen == expected[step:]
         assert _equal(resumed, weights)
 
