@@ -285,6 +285,21 @@ def test_rank_correlations_of_sources(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not any(line.startswith("| radii") for line in lines)
 
 
+def test_transfer_is_drawn_against_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    transfer = importlib.import_module("transfer")
+    file, out = tmp_path / "sources.csv", tmp_path / "transfer.png"
+    lines = ["method,seed,nc1,cdnv,source_acc,photos_acc", "ce,0,1,0.1,0.9,0.5", "ce,1,3,0.1,0.9,0.7"]
+    file.write_text("\n".join([*lines, '"SupCon, mlp head",0,9,2,0.8,0.4']))
+    found = transfer.means(file)
+    assert list(found) == ["ce", "SupCon, mlp head"]
+    assert found["ce"] == pytest.approx({"seed": 0.5, "nc1": 2, "cdnv": 0.1, "source_acc": 0.9, "photos_acc": 0.6})
+    monkeypatch.setattr(sys, "argv", ["transfer.py", str(file), "--measures", "nc1", "cdnv", "--out", str(out)])
+    transfer.main()
+    with Image.open(out) as picture:
+        assert picture.size == (1176, 420)  # a row of two panels of 3.4 by 3 inches, and a legend, at 140 dots an inch
+
+
 @pytest.mark.slow
 def test_suggestions_are_held_against_a_search_of_all_methods(textures: Path) -> None:
     out, searches = textures / "tries.csv", {"suggest", "expansion", "measures", "exhaustive"}
