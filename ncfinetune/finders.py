@@ -32,8 +32,7 @@ def refuse_finders_of_resumed(trainer: Any) -> None:
 
 def warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
     """Warn of a callback that would set one learning rate for parameter groups with different factors."""
-    averaging = (callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging))
-    rate = next((callback._swa_lrs for callback in averaging), None)
+    rate = next((swa._swa_lrs for swa in _swa(trainer)), None)
     if isinstance(rate, float) and len(set(factors)) > 1:
         rates = ", ".join(f"{rate * factor:g}" for factor in factors)
         rank_zero_warn(
@@ -58,16 +57,28 @@ def averages_in_weights(trainer: Any, module: LightningModule, checkpoint: dict[
         checkpoint.pop(name, None)
 
 
+def keep_average_in_step(trainer: Any, module: LightningModule) -> None:
+    """Make the average of Lightning's SWA, until it begins, the weights of now; for `on_train_epoch_end`.
+
+    A fit that ends before ``swa_epoch_start`` replaces the weights by it too, which would be those of the start.
+    """
+    for swa in _swa(trainer):
+        if swa._latest_update_epoch < 0 and swa._average_model is not None:
+            swa.transfer_weights(module, swa._average_model)
+
+
 def is_average(trainer: Any) -> bool:
     """Whether Lightning's SWA has replaced the weights by their average after the last checkpoint; for `on_train_end`.
 
     It does so for networks without batch norm, whose statistics it would measure in one more epoch, and where there is
-    no last epoch (``max_epochs: -1``). In a fit that ends before ``swa_epoch_start`` it replaces them by those of the
-    start, which are no average.
+    no last epoch (``max_epochs: -1``).
     """
-    averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
-    begun = [swa for swa in averaging if swa._latest_update_epoch >= 0]
+    begun = [swa for swa in _swa(trainer) if swa._latest_update_epoch >= 0]
     return any(swa._max_epochs == -1 or trainer.current_epoch - 1 == swa.swa_end for swa in begun)
+
+
+def _swa(trainer: Any) -> list[StochasticWeightAveraging]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
 
 
 def save_average(trainer: Any) -> None:

@@ -24,6 +24,7 @@ from ncfinetune.checksums import check_zip
 from ncfinetune.finders import (
     averages_in_weights,
     is_average,
+    keep_average_in_step,
     refuse_finders_of_resumed,
     save_average,
     scale_search,
@@ -356,6 +357,7 @@ class Learner(LightningModule, ABC):
             for name, mean in self._means_of("train"):
                 self.log(f"train/{name}", mean, on_step=False, on_epoch=True, prog_bar=True)
         let_plateaus_step(self.trainer)
+        keep_average_in_step(self.trainer, self)
 
     def _resume_means(self, within: bool) -> None:
         means, self._resumption.means = self._resumption.means if within else {}, {}

@@ -183,17 +183,32 @@ def test_an_average_set_after_the_last_checkpoint_is_saved(saving: dict, files: 
     assert averages == {name for name, of in saved.items() if not of.measured} == files
 
 
-def test_checkpoints_of_a_fit_that_ends_before_its_average_begins_keep_the_trained_weights(tmp_path: Path) -> None:
-    vit = {"name": "test_vit", "img_size": 16, "in_chans": 1}
-    states = []
-    for average in ([], [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=5)]):
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("network", [{"name": "test_vit", "img_size": 16, "in_chans": 1}, SMALL])
+def test_a_fit_that_ends_before_its_average_begins_keeps_the_trained_weights(
+    network: dict[str, Any], resumed: bool, tmp_path: Path
+) -> None:
+    """The second network has batch norm, for whose statistics there is an epoch more."""
+
+    def fit(epochs: int, *average: StochasticWeightAveraging, ckpt: str | None = None) -> tuple[Supervised, str]:
         torch.manual_seed(0)
-        model = Supervised(3, vit, optimizer=partial(torch.optim.SGD, lr=0.1))
-        kept = ModelCheckpoint(tmp_path / str(len(average)), save_last=True)
-        trainer = trainer_in(tmp_path, callbacks=[*average, kept], enable_checkpointing=True, max_epochs=2)
-        trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8, image_size=16))
-        states.append(restore(kept.last_model_path).learner.state_dict())
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+        model = Supervised(3, network, optimizer=partial(torch.optim.SGD, lr=0.1))
+        kept = ModelCheckpoint(tmp_path / f"{epochs} {len(average)}", save_last=True)
+        trainer = trainer_in(tmp_path, callbacks=[*average, kept], enable_checkpointing=True, max_epochs=epochs)
+        data = Digits([0, 1, 2], shots=8, batch_size=8, image_size=16)
+        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        return model, kept.last_model_path
+
+    def swa() -> StochasticWeightAveraging:
+        return StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=5)
+
+    whole, _ = fit(2)
+    first = fit(1)[1] if resumed else None
+    model, file = fit(2, swa(), ckpt=first)
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=0)
+        torch.testing.assert_close(restore(file).learner.get_parameter(name), weight, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
