@@ -30,7 +30,8 @@ class LayerScore:
         depth: Its place among the model's layers, from 1; the penultimate features come last.
         width: Width ``d_l`` of its pooled features.
         parameters: Its number of parameters; of the penultimate features, the network's.
-        loo_accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1.
+        loo_accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; of few images a
+            class, with weak features, lower than that of new images, as `ncfinetune.probes.Head.loo_error` is higher.
         loo_accuracy_error: Its standard error, as `standard_error`.
         loo_squared_error: Their mean squared error against one-hot targets, summed over classes, which chose the
             strength of regularisation.
