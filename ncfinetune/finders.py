@@ -1,23 +1,16 @@
-"""Lightning's finders and averages, which set one learning rate for all groups of parameters or begin a run anew."""
+"""Lightning's finders, which search with one learning rate for all groups of parameters and restore a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, callbacks
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # Names of the checkpoints that finders save before their search, and load after it.
 _OF_FINDERS = (".lr_find_", ".scale_batch_size_")
-# Callbacks that validate an average; older versions of Lightning have none.
-_AVERAGING: tuple[Any, ...] = (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()
-# What they add to a checkpoint beside the average.
-_OF_AVERAGES = ("current_model_state", "averaging_state")
 
 
 def refuse_finders_of_resumed(trainer: Any) -> None:
@@ -28,70 +21,6 @@ def refuse_finders_of_resumed(trainer: Any) -> None:
             f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
             "found, which a run's config.yaml has in its place"
         )
-
-
-def warn_of_one_rate(trainer: Any, factors: list[float]) -> None:
-    """Warn of a callback that would set one learning rate for parameter groups with different factors."""
-    rate = next((swa._swa_lrs for swa in _swa(trainer)), None)
-    if isinstance(rate, float) and len(set(factors)) > 1:
-        rates = ", ".join(f"{rate * factor:g}" for factor in factors)
-        rank_zero_warn(
-            f"StochasticWeightAveraging sets swa_lrs={rate:g} for all {len(factors)} parameter groups, whose rates "
-            f"layer_decay and head_lr_factor set apart; give a rate for each: swa_lrs=[{rates}]"
-        )
-
-
-@contextmanager
-def averages_in_weights(trainer: Any, module: LightningModule, checkpoint: dict[str, Any]) -> Iterator[None]:
-    """A context in which a checkpoint of weights alone has what callbacks that average weights add to one of a run.
-
-    After it the averages are left, which are what was validated. Lightning (2.6) does not ask callbacks for such a
-    checkpoint, so that it would have the weights that training goes on with.
-    """
-    averaging = [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, _AVERAGING)]
-    alone = [one for one in averaging if "callbacks" not in checkpoint and one._average_model is not None]
-    for callback in alone:
-        callback.on_save_checkpoint(trainer, module, checkpoint)
-    yield
-    for name in _OF_AVERAGES if alone else ():
-        checkpoint.pop(name, None)
-
-
-def keep_average_in_step(trainer: Any, module: LightningModule) -> None:
-    """Make the average of Lightning's SWA, until it begins, the weights of now; for `on_train_epoch_end`.
-
-    A fit that ends before ``swa_epoch_start`` replaces the weights by it too, which would be those of the start.
-    """
-    for swa in _swa(trainer):
-        if swa._latest_update_epoch < 0 and swa._average_model is not None:
-            swa.transfer_weights(module, swa._average_model)
-
-
-def is_average(trainer: Any) -> bool:
-    """Whether Lightning's SWA has replaced the weights by their average after the last checkpoint; for `on_train_end`.
-
-    It does so for networks without batch norm, whose statistics it would measure in one more epoch, and where there is
-    no last epoch (``max_epochs: -1``).
-    """
-    begun = [swa for swa in _swa(trainer) if swa._latest_update_epoch >= 0]
-    return any(swa._max_epochs == -1 or trainer.current_epoch - 1 == swa.swa_end for swa in begun)
-
-
-def _swa(trainer: Any) -> list[StochasticWeightAveraging]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
-
-
-def save_average(trainer: Any) -> None:
-    """Save an average that has replaced the weights, in their last checkpoints; one that a validation chose stays."""
-    paths: dict[str, bool] = {}
-    for callback in trainer.checkpoint_callbacks:
-        names = ["last_model_path", *(["best_model_path"] if getattr(callback, "monitor", None) is None else [])]
-        if getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
-            paths |= {getattr(callback, name): callback.save_weights_only for name in names if getattr(callback, name)}
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    for path, weights_only in (paths or ({str(Path(folder, "last.ckpt")): False} if folder else {})).items():
-        trainer.save_checkpoint(path, weights_only)
-        rank_zero_info(f"{path}: saved again with SWA's average, which no validation has measured")
 
 
 def scale_search(trainer: Any, factor: Callable[[dict[str, Any]], float]) -> None:

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ncfinetune import knobs
+from ncfinetune.averages import average_anew, average_from_here, refuse_averages
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place, PrefixCache
 from ncfinetune.classifier import ClassWeight
-from ncfinetune.frozen import average_anew, average_from_here, refuse_averages
 from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit

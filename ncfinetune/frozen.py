@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, callbacks
+from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
+from ncfinetune.averages import AVERAGING
 from ncfinetune.checksums import fingerprint
 
 # Share of random values from which on a network counts as not pre-trained: a new stem or head has far fewer.
 _RANDOM = 0.5
-# Callbacks that average or replace weights, frozen ones too. Older versions of Lightning have only the first.
-_AVERAGING = tuple(
-    getattr(callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
-    if hasattr(callbacks, name)
-)
 
 
 class Frozen:
@@ -37,7 +32,7 @@ class Frozen:
         """Record the frozen tensors, the trained parameters, and whether a callback of the trainer averages weights."""
         self._digests = _digests(frozen)
         self._trained = _trained(module)
-        if any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):
+        if any(isinstance(callback, AVERAGING) for callback in trainer.callbacks):
             self._kept = {name: tensor.detach().cpu().clone() for name, tensor in frozen.items()}
 
     def restore(self, module: nn.Module) -> None:
@@ -93,37 +88,6 @@ def refuse_tuners(module: nn.Module, trainer: Any) -> None:
         pruned = getattr(callback, "_parameters_to_prune", None) if isinstance(callback, callbacks.ModelPruning) else ()
         if any(id(getattr(layer, weight)) in frozen for layer, weight in pruned or ()):
             raise ValueError(f"{name} would prune frozen layers; give it parameters_to_prune of trained layers")
-
-
-def refuse_averages(trainer: Any) -> None:
-    """Refuse callbacks that average weights where the classifier is a closed form of the features.
-
-    Raises:
-        ValueError: There is such a callback.
-    """
-    if averaging := [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _AVERAGING)]:
-        raise ValueError(
-            f"{averaging[0]} averages weights, and an average of refitted classifiers is not the closed form on "
-            'averaged features; leave it out, or give refit="none"'
-        )
-
-
-def average_anew(trainer: Any, module: LightningModule) -> None:
-    """Make callbacks that average weights copy the module again: they copy it before it is set up."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, _AVERAGING):
-            callback.setup(trainer, module, "fit")
-
-
-def average_from_here(trainer: Any, module: LightningModule) -> None:
-    """Make callbacks that average weights start from the module's weights as they are now.
-
-    Until their first average they validate and save the copy that they made before the run began.
-    """
-    for callback in trainer.callbacks:
-        copy: Any = getattr(callback, "_average_model", None) if isinstance(callback, _AVERAGING) else None
-        if copy is not None:
-            getattr(copy, "module", copy).load_state_dict(module.state_dict())
 
 
 def refuse_random(network: nn.Module, random: Mapping[str, nn.Parameter]) -> None:

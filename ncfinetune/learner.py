@@ -19,17 +19,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ncfinetune.averages import averages_in_weights, is_average, keep_average_in_step, save_average, warn_of_one_rate
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
-from ncfinetune.finders import (
-    averages_in_weights,
-    is_average,
-    keep_average_in_step,
-    refuse_finders_of_resumed,
-    save_average,
-    scale_search,
-    warn_of_one_rate,
-)
+from ncfinetune.finders import refuse_finders_of_resumed, scale_search
 from ncfinetune.inputs import may_look
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
