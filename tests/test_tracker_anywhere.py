@@ -628,7 +628,7 @@ class OfSampler(Dataset):
         return self.drawn[index]
 
     def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+        return len(self.drawn)
 
 
 class Distributing(DistributedSampler):
