@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
-from ncfinetune.probes import ridge_left_out
+from ncfinetune.probes import ridge_left_out, squared_error
 from ncfinetune.samples import balanced_folds
 
 # Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
@@ -141,12 +141,6 @@ def _scaled(features: Tensor) -> Tensor:
     features = features - features.mean(0)
     length = features.square().sum(1).mean().sqrt()
     return features / length if length > 0 else features
-
-
-def squared_error(scores: Tensor, labels: Tensor) -> float:
-    """Mean squared error of scores ``(R, N, K)``, summed over classes."""
-    targets = torch.nn.functional.one_hot(labels, scores.shape[-1])
-    return float((scores - targets).square().sum(-1).mean())
 
 
 class _Pass(LightningModule):

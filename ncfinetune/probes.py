@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ncfinetune.calibration import checked_scores, fit_temperature
@@ -171,8 +172,9 @@ def ridge(
 def ridge_left_out(features: Tensor, labels: Tensor, num_classes: int, folds: Tensor) -> Tensor:
     """Scores of each sample by the `ridge` head that is fitted without the sample's fold, ``(R, N, K)``.
 
-    The strength is the one that leave-one-out error chooses on all samples. With the hat matrix ``H`` of the fit, which
-    counts the bias, and the residuals ``e``, the scores of a fold ``F`` without it are ``Y_F - (I - H_FF)^-1 e_F``.
+    The strength is the one that leave-one-out error chooses on all samples. With the hat matrix ``H = Z Z^T`` of the
+    fit, which counts the bias, and the residuals ``e``, the scores of a fold ``F`` without it are
+    ``Y_F - (I - H_FF)^-1 e_F``. The smaller of ``H_FF`` and ``Z_F^T Z_F`` is inverted, by Woodbury's identity.
 
         >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
         >>> alone = ridge_left_out(features, labels, 4, torch.arange(12)[None])
@@ -193,15 +195,21 @@ def ridge_left_out(features: Tensor, labels: Tensor, num_classes: int, folds: Te
     strengths = _default_lams(fit, spectrum)
     lam = strengths[ridge_curve(fit, spectrum, strengths)[0].loss.argmin()]
     residuals = spectrum.residuals(fit, spectrum.weight(fit, lam), lam)
-    rows, inverse = spectrum.rows(fit, slice(None)), 1 / (spectrum.values + lam)
-    hat = (rows * (spectrum.values * inverse if spectrum.dual else inverse)) @ rows.T + 1 / len(labels)
+    rows, shrunk = spectrum.rows(fit, slice(None)), spectrum.values / (spectrum.values + lam)
+    factor = rows * (shrunk if spectrum.dual else 1 / (spectrum.values + lam)).sqrt()
+    factor = torch.cat([factor, factor.new_full((len(labels), 1), len(labels) ** -0.5)], 1)
     scores = fit.targets().expand(len(folds), -1, -1).clone()
     for way, fold_of in zip(scores, folds.to(labels.device), strict=True):
         for fold in fold_of.unique():
             members = (fold_of == fold).nonzero().squeeze(1)
-            own = torch.eye(len(members), dtype=hat.dtype, device=hat.device) - hat[members][:, members]
-            way[members] -= torch.linalg.solve(own, residuals[members])
+            way[members] -= _solved(factor[members], residuals[members])
     return scores
+
+
+def squared_error(scores: Tensor, labels: Tensor) -> float:
+    """Mean squared error of scores ``(R, N, K)`` against one-hot targets, summed over classes."""
+    targets = F.one_hot(labels.to(scores.device), scores.shape[-1])
+    return float((scores - targets).square().sum(-1).mean())
 
 
 def lda(
@@ -403,6 +411,14 @@ def _class_weights(weights: ClassWeight | None, labels: Tensor, num_classes: int
         sums = samples.new_zeros(num_classes).index_add_(0, labels, samples)
         return (samples.sum() / (sums > 0).sum() / sums)[labels]
     return _positive("class_weight", weights, num_classes, samples.device)[labels]
+
+
+def _solved(factor: Tensor, residuals: Tensor) -> Tensor:
+    """``(I - Z Z^T)^-1 e`` of ``Z`` ``(n, p)`` and ``e`` ``(n, K)``."""
+    eye = torch.eye(min(factor.shape), dtype=factor.dtype, device=factor.device)
+    if len(eye) == len(factor):
+        return torch.linalg.solve(eye - factor @ factor.T, residuals)
+    return residuals + factor @ torch.linalg.solve(eye - factor.T @ factor, factor.T @ residuals)
 
 
 def _positive(name: str, values: Strengths, length: int, device: torch.device) -> Tensor:

@@ -24,8 +24,8 @@ _MOST = 5000
 _SUFFIXES = (".csv", ".json", ".png")
 _DESCRIPTION = """\
 Score every block of one or several networks on training images, by closed forms from one pass: no training, no
-learning rate, no validation image. loo % is the accuracy of a ridge head that each image is judged by without having
-had a part in it.
+learning rate, no validation image. acc % is the accuracy of a ridge head, each image judged by one
+that was fitted without it, and without as many of each other class: what new images would get.
 
   ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder --data.root photos --out scan.csv scan.png
   ncfinetune scan --backbone '{name: resnet18, stem: cifar}' --checkpoint backbone.safetensors --data Digits
@@ -126,8 +126,8 @@ def _layer_row(score: LayerScore) -> dict[str, str]:
         "layer": score.layer,
         "width": str(score.width),
         "parameters": f"{score.parameters:,}",
-        "loo %": percent(score.loo_accuracy, score.loo_accuracy_error),
-        "loo error^2": f"{score.loo_squared_error:.3f}",
+        "acc %": percent(score.accuracy, score.accuracy_error),
+        "error^2": f"{score.squared_error:.3f}",
         "nc1": f"{score.nc1:.3g}",
         "cv nc1": f"{score.cv_nc1:.3g}",
         "cdnv": f"{score.cdnv:.3g}",
@@ -139,10 +139,10 @@ def _model_row(score: ModelScore) -> dict[str, str]:
     return {
         "model": score.model,
         "parameters": f"{score.parameters:,}",
-        "loo %": percent(score.loo_accuracy, score.loo_accuracy_error),
+        "acc %": percent(score.accuracy, score.accuracy_error),
         "behind the first": percent(score.behind, score.behind_error),
         "least error^2 at": score.best_layer,
-        "its loo %": f"{100 * score.best_layer_accuracy:.1f}",
+        "its acc %": f"{100 * score.best_layer_accuracy:.1f}",
         "k-nn %": f"{100 * score.knn:.1f}",
         "h-score": f"{score.h_score:.2f}",
         "logme": f"{score.logme:.3f}",
@@ -181,7 +181,7 @@ def _write_events(path: Path, bank: Bank, layers: Sequence[LayerScore], models: 
     for model in models:
         with SummaryWriter(str(path / model.model.replace("/", "_"))) as writer:
             for score in (s for s in layers if s.model == model.model):
-                for name in ("loo_accuracy", "loo_squared_error", "nc1", "cv_nc1", "cdnv"):
+                for name in ("accuracy", "squared_error", "nc1", "cv_nc1", "cdnv"):
                     writer.add_scalar(f"scan/{name}", getattr(score, name), score.depth)
     with SummaryWriter(str(path)) as writer:
         writer.add_figure("scan", picture(layers))
@@ -191,7 +191,7 @@ _WRITERS = {".csv": _write_csv, ".json": _write_json, ".png": _write_picture}
 
 
 def picture(scores: Sequence[LayerScore]) -> Figure:
-    """Leave-one-out accuracy, and NC1 with its cross-validated form, over depth: a line for each model."""
+    """Accuracy on images left out, and NC1 with its cross-validated form, over depth: a line for each model."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     models = list(dict.fromkeys(score.model for score in scores))
@@ -199,14 +199,14 @@ def picture(scores: Sequence[LayerScore]) -> Figure:
         own, colour = [s for s in scores if s.model == model], f"C{number}"
         # Depth is the share of the network's layers, so that networks of different depths can be compared.
         depth = [s.depth for s in own] if len(models) == 1 else [s.depth / len(own) for s in own]
-        accuracy, error = ([100 * getattr(s, name) for s in own] for name in ("loo_accuracy", "loo_accuracy_error"))
+        accuracy, error = ([100 * getattr(s, name) for s in own] for name in ("accuracy", "accuracy_error"))
         left.errorbar(depth, accuracy, error, fmt="o-", color=colour, markersize=4, capsize=2, label=model)
         right.plot(depth, [s.nc1 for s in own], "o-", color=colour, markersize=4, label=f"{model}, NC1")
         right.plot(depth, [s.cv_nc1 for s in own], "s--", color=colour, markersize=3, label=f"{model}, cross-validated")
         if len(models) == 1:
             for axes in (left, right):
                 axes.set_xticks(depth, [s.layer for s in own], rotation=90, fontsize="small")
-    left.set(ylabel="leave-one-out accuracy of a ridge head, %", title="what each layer knows")
+    left.set(ylabel="accuracy of a ridge head on images left out, %", title="what each layer knows")
     right.set(yscale="log", ylabel="NC1 (lower: more collapsed)", title="how far its classes have collapsed")
     for axes in (left, right):
         axes.set_xlabel("layer" if len(models) == 1 else "depth, as a share of the layers")

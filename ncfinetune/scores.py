@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ncfinetune.bank import Bank
@@ -16,7 +17,8 @@ from ncfinetune.closed_forms import margins
 from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.probes import ridge
+from ncfinetune.probes import ridge_left_out, squared_error
+from ncfinetune.samples import balanced_folds
 from ncfinetune.transferability import h_score, knn_accuracy, logme
 
 
@@ -30,16 +32,15 @@ class LayerScore:
         depth: Its place among the model's layers, from 1; the penultimate features come last.
         width: Width ``d_l`` of its pooled features.
         parameters: Its number of parameters; of the penultimate features, the network's.
-        loo_accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; of few images a
-            class, with weak features, lower than that of new images, as `ncfinetune.probes.Head.loo_error` is higher.
-        loo_accuracy_error: Its standard error, as `standard_error`.
-        loo_squared_error: Their mean squared error against one-hot targets, summed over classes, which chose the
-            strength of regularisation.
+        accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; they are left out in
+            the folds of `samples.balanced_folds`, whose fits see each class as often as the others.
+        accuracy_error: Its standard error, as `standard_error`.
+        squared_error: The mean squared error of these scores against one-hot targets, summed over classes.
         nc1: NC1, as `ncfinetune.collapse.nc1`.
         cv_nc1: Cross-validated NC1, as `ncfinetune.folds.FoldMoments.nc1` over 5 folds.
         cdnv: CDNV, as `ncfinetune.collapse.cdnv`.
         rank: Numerical rank, as `ncfinetune.collapse.numerical_rank`; None unless asked for.
-        right: Which images the head decides rightly, ``(N,)``.
+        right: How often each image is decided rightly, in 0..1, ``(N,)``.
     """
 
     model: str
@@ -47,9 +48,9 @@ class LayerScore:
     depth: int
     width: int
     parameters: int
-    loo_accuracy: float
-    loo_accuracy_error: float
-    loo_squared_error: float
+    accuracy: float
+    accuracy_error: float
+    squared_error: float
     nc1: float
     cv_nc1: float
     cdnv: float
@@ -64,12 +65,12 @@ class ModelScore:
     Args:
         model: Its name.
         parameters: Number of parameters of the network.
-        loo_accuracy: Leave-one-out accuracy of a ridge head on its penultimate features, in 0..1.
-        loo_accuracy_error: Its standard error.
+        accuracy: That of a ridge head on its penultimate features, as `LayerScore.accuracy`.
+        accuracy_error: Its standard error.
         behind: By how much that is below the best model's, in 0..1.
         behind_error: Standard error of this difference, paired by image.
         best_layer: The layer whose head has the least squared error.
-        best_layer_accuracy: Leave-one-out accuracy of that head.
+        best_layer_accuracy: Accuracy of that head.
         knn: `transferability.knn_accuracy` of the penultimate features.
         h_score: `transferability.h_score`.
         logme: `transferability.logme`.
@@ -77,8 +78,8 @@ class ModelScore:
 
     model: str
     parameters: int
-    loo_accuracy: float
-    loo_accuracy_error: float
+    accuracy: float
+    accuracy_error: float
     behind: float
     behind_error: float
     best_layer: str
@@ -96,7 +97,7 @@ def layer_scores(bank: Bank, rank: bool = False) -> list[LayerScore]:
         rank: Find numerical ranks too, which takes a singular value decomposition a class.
 
     Raises:
-        ValueError: No images, images of fewer than two classes, or features that are not finite.
+        ValueError: No images, images of fewer than two classes or of one of each, or features that are not finite.
     """
     if not len(bank.labels):
         raise ValueError("expected training images, got none")
@@ -121,10 +122,9 @@ def _score(
     features: Tensor, bank: Bank, rank: bool, model: str, layer: str, depth: int, width: int, parameters: int
 ) -> LayerScore:
     labels, classes = bank.labels, bank.num_classes
-    head = ridge(features, labels, classes)
-    assert head.curve is not None
-    right = margins(head.loo_scores, labels.to(head.loo_scores.device)) > 0
-    accuracy = float(right.double().mean())
+    ways = ridge_left_out(features, labels, classes, balanced_folds(labels))
+    right = torch.stack([margins(scores, labels.to(scores.device)) > 0 for scores in ways]).double().mean(0)
+    accuracy = float(right.mean())
     moments = class_moments(features, labels, classes)
     folds = FoldMoments(classes)
     folds.update(features, labels)
@@ -136,7 +136,7 @@ def _score(
         parameters,
         accuracy,
         standard_error(accuracy, len(labels)),
-        float(head.curve.loss.min()),
+        squared_error(ways, labels),
         _defined(lambda: nc1(moments)),
         _defined(folds.nc1),
         float(cdnv(moments)),
@@ -170,23 +170,23 @@ def model_scores(bank: Bank, scores: Sequence[LayerScore]) -> list[ModelScore]:
         scores: What `layer_scores` says of its layers.
     """
     heads = {score.model: score for score in scores if score.layer == PENULTIMATE}
-    ranked = sorted(heads.values(), key=lambda score: -score.loo_accuracy)
+    ranked = sorted(heads.values(), key=lambda score: -score.accuracy)
     return [_ranked(score, ranked[0], bank, [s for s in scores if s.model == score.model]) for score in ranked]
 
 
 def _ranked(score: LayerScore, first: LayerScore, bank: Bank, layers: Sequence[LayerScore]) -> ModelScore:
-    behind = first.right.double() - score.right.double()
-    best = min(layers, key=lambda s: s.loo_squared_error)
+    behind = first.right - score.right
+    best = min(layers, key=lambda s: s.squared_error)
     features = bank.of(score.model, PENULTIMATE)
     return ModelScore(
         score.model,
         score.parameters,
-        score.loo_accuracy,
-        score.loo_accuracy_error,
+        score.accuracy,
+        score.accuracy_error,
         float(behind.mean()),
         float(behind.std(correction=0)) / math.sqrt(len(behind)),
         best.layer,
-        best.loo_accuracy,
+        best.accuracy,
         float(knn_accuracy(features, bank.labels, bank.num_classes)),
         float(h_score(features, bank.labels, bank.num_classes)),
         float(logme(features, bank.labels, bank.num_classes)),

@@ -1,6 +1,6 @@
 """Scores by which studies rank source models for a downstream task, without training any of them.
 
-They stand beside the leave-one-out accuracy of a ridge head (`ncfinetune.probes.ridge`), which predicts what it is
+They stand beside the accuracy of a ridge head on images left out (`ncfinetune.scores`), which predicts what it is
 called after; these are cheaper numbers that are only meant to order models.
 
 Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``r = min(N, d)``.

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
-from ncfinetune.linearised import block_to_tune, gradient_features, linearised, squared_error
-from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.linearised import block_to_tune, gradient_features, linearised
+from ncfinetune.probes import ridge, ridge_left_out, squared_error
 from ncfinetune.samples import balanced_folds
 
 LAYERS = ["layer1.0", "layer4.1"]

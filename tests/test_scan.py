@@ -23,7 +23,8 @@ from ncfinetune.cli import main
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import FoldMoments
-from ncfinetune.probes import ridge
+from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.samples import balanced_folds
 from ncfinetune.scores import layer_scores, model_scores
 
 # At its random start a block does something, so that no two layers have the same features.
@@ -61,6 +62,18 @@ def part_of(bank, index, number):
     return Bank({**bank.facts, "part": [index, number]}, features, bank.labels[own], bank.batches[own])
 
 
+def refitted(features, labels):
+    """Scores of images left out, by the fit without each fold; the strength is that of all images."""
+    lam = [ridge(features, labels, 10).lam.item()]
+    ways = balanced_folds(labels)
+    scores = torch.empty(len(ways), len(labels), 10, dtype=torch.float64)
+    for way, found in zip(ways, scores, strict=True):
+        for fold in way.unique():
+            kept = way != fold
+            found[~kept] = ridge(features[kept], labels[kept], 10, lams=lam).scores(features[~kept])
+    return scores
+
+
 def test_scores_are_those_of_the_features(bank, weights):
     backbone = Backbone(**SMALL, checkpoint=weights).eval()
     data = Digits(shots=6, batch_size=60)
@@ -68,26 +81,27 @@ def test_scores_are_those_of_the_features(bank, weights):
     images, labels = data.on_after_batch_transfer(next(iter(data.train_plain_dataloader())), 0)
     with torch.no_grad():
         stages = backbone.stages(images, ["layer2.0", "penultimate"])
-    scores = {score.layer: score for score in layer_scores(bank, rank=True)}
-    assert list(scores) == [*backbone.layers, "penultimate"]
+    found = {score.layer: score for score in layer_scores(bank, rank=True)}
+    assert list(found) == [*backbone.layers, "penultimate"]
     assert torch.equal(bank.labels, labels)
     for layer, features in stages.items():
         torch.testing.assert_close(bank.of("small", layer), features, rtol=1e-5, atol=1e-6)
-        features, score = bank.of("small", layer), scores[layer]
-        head = ridge(features, labels, 10)
-        accuracy = (head.loo_scores.argmax(1) == labels).double().mean().item()
-        assert score.loo_accuracy == pytest.approx(accuracy)
+        features, score = bank.of("small", layer), found[layer]
+        scores = refitted(features, labels)
+        accuracy = (scores.argmax(2) == labels).double().mean().item()
+        assert score.accuracy == pytest.approx(accuracy)
         moved = (60 * accuracy + 2) / 64
-        assert score.loo_accuracy_error == pytest.approx(math.sqrt(moved * (1 - moved) / 64))
-        assert score.loo_squared_error == pytest.approx(head.curve.loss.min().item())
+        assert score.accuracy_error == pytest.approx(math.sqrt(moved * (1 - moved) / 64))
+        errors = (scores - torch.eye(10)[labels]).square().sum(2)
+        assert score.squared_error == pytest.approx(errors.mean().item())
         assert score.nc1 == pytest.approx(nc1(class_moments(features, labels, 10)).item())
         folds = FoldMoments(10)
         folds.update(features, labels)
         assert score.cv_nc1 == pytest.approx(folds.nc1().item())
         assert 1 <= score.rank <= features.shape[1]
-    assert scores["layer2.0"].parameters == sum(p.numel() for p in backbone.layer("layer2.0").parameters())
-    assert scores["penultimate"].parameters == sum(p.numel() for p in backbone.parameters())
-    assert [score.depth for score in scores.values()] == list(range(1, 10))
+    assert found["layer2.0"].parameters == sum(p.numel() for p in backbone.layer("layer2.0").parameters())
+    assert found["penultimate"].parameters == sum(p.numel() for p in backbone.parameters())
+    assert [score.depth for score in found.values()] == list(range(1, 10))
 
 
 def test_a_thousand_parts_in_any_order_are_one_pass(bank):
@@ -147,8 +161,8 @@ def test_files_hold_the_table(weights, tmp_path, capsys):
     assert all(name in shown for name in names)
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(tmp_path / "events" / names[0])).Reload()
-    logged = {event.step: event.value for event in events.Scalars("scan/loo_accuracy")}
-    assert logged == pytest.approx({int(row["depth"]): float(row["loo_accuracy"]) for row in rows[:3]}, rel=1e-6)
+    logged = {event.step: event.value for event in events.Scalars("scan/accuracy")}
+    assert logged == pytest.approx({int(row["depth"]): float(row["accuracy"]) for row in rows[:3]}, rel=1e-6)
 
 
 def test_models_are_ranked_by_paired_differences(bank):
@@ -160,10 +174,10 @@ def test_models_are_ranked_by_paired_differences(bank):
     first, second = model_scores(both, layer_scores(both))
     assert (first.model, second.model) == ("small", "bad")
     rights = [
-        ridge(features[f"{name}/penultimate"], bank.labels, 10).loo_scores.argmax(1) == bank.labels
+        (refitted(features[f"{name}/penultimate"], bank.labels).argmax(2) == bank.labels).double().mean(0)
         for name in ("small", "bad")
     ]
-    paired = rights[0].double() - rights[1].double()
+    paired = rights[0] - rights[1]
     assert second.behind == pytest.approx(paired.mean().item())
     assert second.behind > 0
     assert second.behind_error == pytest.approx(paired.std(correction=0).item() / math.sqrt(len(paired)))
@@ -191,7 +205,7 @@ def test_networks_get_their_own_normalisation_from_one_decoding(tmp_path):
 
 def test_penultimate_features_that_are_the_last_block_s_are_scored_once(bank, monkeypatch):
     fitted = []
-    monkeypatch.setattr("ncfinetune.scores.ridge", lambda *args: fitted.append(args) or ridge(*args))
+    monkeypatch.setattr("ncfinetune.scores.ridge_left_out", lambda *args: fitted.append(args) or ridge_left_out(*args))
     scores = layer_scores(bank)
     assert len(fitted) == len(scores) - 1
     assert scores[-1].nc1 == scores[-2].nc1
@@ -293,11 +307,29 @@ def measured(tmp_path, data, most=100, **spec):
     return layer_scores(bank)
 
 
-def test_classes_of_one_image_leave_cross_validation_undefined(tmp_path):
-    first, last = measured(tmp_path, Own(torch.arange(5), num_classes=5))
-    assert math.isnan(first.cv_nc1)
-    assert math.isnan(last.cv_nc1)
-    assert first.loo_accuracy == 0
+def test_one_image_of_each_class_is_refused(tmp_path):
+    said = "layer layer1.0 of net: expected two images of some class at least, got one of each"
+    with pytest.raises(ValueError, match=said):
+        measured(tmp_path, Own(torch.arange(5), num_classes=5))
+
+
+def test_accuracy_is_that_of_new_images():
+    """Of weak features of few images, of which fewer are right where single ones are left out than of new ones."""
+    noise = torch.Generator().manual_seed(0)
+    means = 0.6 * torch.randn(10, 20, generator=noise)
+    seen = []
+    for _ in range(20):
+        labels = torch.arange(10).repeat(5)
+        new = torch.arange(10).repeat(100)
+        train, test = (means[own] + torch.randn(len(own), 20, generator=noise) for own in (labels, new))
+        facts = {"models": [{"name": "net", "layers": {"penultimate": [20, 1]}}], "classes": list(range(10))}
+        (score,) = layer_scores(Bank(facts, {"net/penultimate": train}, labels, torch.zeros(50, dtype=torch.int64)))
+        head = ridge(train, labels, 10)
+        right = (head.scores(test).argmax(1) == new).double().mean().item()
+        seen.append([score.accuracy, right, 1 - head.loo_error.item()])
+    balanced, right, single = torch.tensor(seen).mean(0).tolist()
+    assert balanced == pytest.approx(right, abs=0.03)
+    assert single < right - 0.06
 
 
 def test_images_at_most_are_spread_over_the_classes(tmp_path):

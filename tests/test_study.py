@@ -21,8 +21,8 @@ from ncfinetune import Backbone, FineTuner, report_statistics
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments
-from ncfinetune.probes import ridge
-from ncfinetune.samples import folds_of
+from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.trials import Bench, Method
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"
@@ -469,12 +469,14 @@ def test_sources_are_ranked_and_tuned(textures: Path) -> None:
     (train, labels), (test, truth) = (_features(backbone, data, stage) for stage in ("fit", "test"))
     head = ridge(train, labels, 3)
     assert float(rows[1]["loo_accuracy"]) == pytest.approx(float((head.loo_scores.argmax(1) == labels).double().mean()))
+    ways = ridge_left_out(train, labels, 3, balanced_folds(labels))
+    assert float(rows[1]["accuracy"]) == pytest.approx(float((ways.argmax(2) == labels).double().mean()))
     assert float(rows[1]["nc1"]) == pytest.approx(float(nc1(class_moments(train, labels, 3))), rel=1e-4)
     first = torch.cat([(truth == label).nonzero().squeeze(1)[:5] for label in range(3)])
     right = head.scores(test[first]).argmax(1) == truth[first]
     assert float(rows[1]["ridge"]) == pytest.approx(float(right.double().mean()))
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("layer FT", "full FT"))
-    assert len(_run("ranking.py", "table", str(out)).splitlines()) == 2 + 3 * 12
+    assert len(_run("ranking.py", "table", str(out)).splitlines()) == 2 + 3 * 14
 
 
 def _features(backbone: Backbone, data: ImageFolder, stage: str) -> tuple[torch.Tensor, torch.Tensor]:

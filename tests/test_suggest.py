@@ -86,7 +86,14 @@ def test_balanced_folds_leave_out_one_of_each_class():
     assert all(sorted(labels[way == fold].tolist()) == [0, 1, 2, 3, 4] for way in ways for fold in range(6))
     assert balanced_folds(torch.arange(3).repeat(100)).shape == (1, 300)
     assert int(balanced_folds(torch.arange(3).repeat(100)).max()) == 9
-    assert int(balanced_folds(torch.tensor([0] * 9 + [1])).max()) == 1
+
+
+def test_balanced_folds_of_unequal_classes_leave_out_little():
+    """The rare class's images are each in a fold of its own, and no fold has two of the ten of the other."""
+    labels = torch.tensor([0] * 9 + [1, 1])
+    for way in balanced_folds(labels):
+        assert way.bincount().tolist() == [2, 2] + [1] * 7
+        assert sorted(way[labels == 0].tolist()) == list(range(9))
 
 
 def test_single_images_left_out_are_pessimistic_and_balanced_folds_are_not():

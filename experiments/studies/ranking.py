@@ -3,8 +3,9 @@
 SOURCES are the rows of sources.py, and RUNS its folder, whose networks differ in nothing but their pre-training; those
 of `sources.UNRANKED` are left out. Of each ROOT the first ``--classes`` classes are taken, and a draw takes training
 images of these by its seed, the same for all networks. The measures see the training images alone: what ``ncfinetune
-scan`` ranks by, the leave-one-out accuracy of ridge regression, and its squared error; k-NN, H-score and LogME; NC1,
-cross-validated NC1 and CDNV of these images; and from SOURCES, NC1, trace ratio and accuracy of the source. Outcomes
+scan`` ranks by, the accuracy of ridge regression on images left out, and its squared error; both again with single
+images left out; k-NN, H-score and LogME; NC1, cross-validated NC1 and CDNV of these images; and from SOURCES, NC1,
+trace ratio and accuracy of the source. Outcomes
 are accuracies of ridge regression, and of layer FT of ``--block`` and full FT from there, on the first ``--tested``
 images of each class of ``val``. Rows are written as they come; what a file has already is not run again. Seconds are
 those of the processor.
@@ -45,21 +46,24 @@ from ncfinetune.scores import layer_scores, model_scores
 from ncfinetune.trials import Bench, Method
 
 # Each measure with the sign that makes its lowest value that of the network to take.
-MEASURES = {"loo_accuracy": -1, "loo_squared_error": 1, "knn": -1, "h_score": -1, "logme": -1, "nc1": 1, "cv_nc1": 1}
-MEASURES |= {"cdnv": 1, "source_nc1": -1, "source_nc1_ratio": -1, "source_acc": -1}
+MEASURES = {"accuracy": -1, "squared_error": 1, "loo_accuracy": -1, "loo_squared_error": 1, "knn": -1, "h_score": -1}
+MEASURES |= {"logme": -1, "nc1": 1, "cv_nc1": 1, "cdnv": 1, "source_nc1": -1, "source_nc1_ratio": -1, "source_acc": -1}
 OUTCOMES = ("ridge", "layer FT", "full FT")
 FIELDS = ("data", "shots", "seed", "network", *MEASURES, *OUTCOMES, "seconds")
 
 
 def measured(bank: Bank) -> dict[str, dict[str, float]]:
-    """The measures of each network, as scan finds them."""
+    """The measures of each network, as scan finds them, and those with single images left out."""
     layers = layer_scores(bank)
     of_models = {score.model: score for score in model_scores(bank, layers)}
-    return {
-        layer.model: {name: getattr(layer, name) for name in MEASURES if hasattr(layer, name)}
-        | {name: getattr(of_models[layer.model], name) for name in ("knn", "h_score", "logme")}
-        for layer in layers
-    }
+    found = {}
+    for layer in layers:
+        name, head = layer.model, ridge(bank.of(layer.model, layer.layer), bank.labels, bank.num_classes)
+        assert head.curve is not None
+        single = {"loo_accuracy": 1 - float(head.loo_error), "loo_squared_error": float(head.curve.loss.min())}
+        scores = (layer, of_models[name])
+        found[name] = single | {m: getattr(s, m) for s in scores for m in MEASURES if hasattr(s, m)}
+    return found
 
 
 def outcomes(bench: Bench, features: Tensor, test: tuple[Tensor, Tensor], block: str, seed: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def classes_alone(source: Path, number: int, place: Path) -> Path:
         (place / part).mkdir(parents=True, exist_ok=True)
         for folder in sorted((source / part).iterdir())[:number]:
             link = place / part / folder.name
-            if not link.is_symlink():
+            with suppress(FileExistsError):  # of an earlier run, or of one beside this
                 link.symlink_to(folder.resolve())
     return place
 
