@@ -12,14 +12,14 @@ from torch import Tensor
 _STEPS = 40
 
 
-def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
+def fit_temperature(scores: Tensor, labels: Tensor, repeats: int = 1) -> Tensor:
     """The temperature ``T`` for which ``softmax(scores / T)`` gives the labels the highest likelihood.
 
     Guo et al. 2017 (arXiv 1706.04599), section 4.2, on scores of held-out samples such as leave-one-out scores. The
     negative log-likelihood is convex in ``1/T``, and Newton's method within a bracket finds its minimum. If every label
-    has the highest score there is no minimum; therefore each label is smoothed by ``1 / (N + 1)``, the weight of one
-    sample, after Platt 1999 ("Probabilistic outputs for support vector machines", section 2.2). Scores that are no
-    better than chance give ``inf``, at which all classes are equally probable.
+    has the highest score there is no minimum; therefore each label is smoothed by ``1 / (n + 1)``, the weight of one
+    sample, where ``n = N / repeats``, after Platt 1999 ("Probabilistic outputs for support vector machines", section
+    2.2). Scores that are no better than chance give ``inf``, at which all classes are equally probable.
 
         >>> labels = torch.arange(100) % 2
         >>> scores = torch.stack([1 - labels, labels], 1) * 3.0
@@ -31,6 +31,7 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
     Args:
         scores: ``(N, K)``. ``-inf`` rules a class out; samples whose own class is ruled out are left out.
         labels: Classes, ``(N,)``.
+        repeats: How often each sample is among them.
 
     Returns:
         A float64 scalar on the device of the scores.
@@ -45,7 +46,7 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> Tensor:
     if not bool(known.any()):
         raise ValueError("expected a sample whose own class has a score, got -inf for all of them")
     seen = scores.isfinite() & known
-    share = 1 / (known.sum() + 1)
+    share = repeats / (known.sum() + repeats)
     levels = torch.where(seen, scores - own.where(known, 0.0), 0.0)
     target = (
         share * levels.sum(1) / seen.sum(1).clamp(min=1)

@@ -60,11 +60,11 @@ class Samples:
         """The rows in chunks."""
         return row_parts(len(self.labels))
 
-    def centred(self, part: slice = slice(None)) -> Tensor:
+    def centred(self, part: slice | Tensor = slice(None)) -> Tensor:
         """Rows less their mean, ``(n, d)``."""
         return self.features[part].double() - self.mean
 
-    def rooted(self, part: slice = slice(None)) -> Tensor:
+    def rooted(self, part: slice | Tensor = slice(None)) -> Tensor:
         """Rows less their mean and times the square root of their weight, ``(n, d)``."""
         return self.centred(part) if self.equal else self.centred(part).mul_(self.weight[part, None].sqrt())
 
@@ -101,9 +101,15 @@ class Spectrum:
     values: Tensor
     loadings: Tensor
 
-    def rows(self, fit: Samples, part: slice) -> Tensor:
+    def rows(self, fit: Samples, part: slice | Tensor) -> Tensor:
         """Rows in these coordinates, ``(n, r)``."""
         return self.basis[part] if self.dual else fit.rooted(part) @ self.basis
+
+    def factor(self, fit: Samples, part: slice | Tensor, lam: Tensor) -> Tensor:
+        """Rows of ``Z``, ``(n, r + 1)``, where ``Z Z^T`` is the hat matrix of the fit, which counts the bias."""
+        inverse = 1 / (self.values + lam)
+        rows = self.rows(fit, part) * (self.values * inverse if self.dual else inverse).sqrt()
+        return torch.cat([rows, (fit.weight[part, None] / fit.weight.sum()).sqrt()], 1)
 
     def filters(self, lams: Tensor) -> Tensor:
         """Factors ``(L, r)`` that take loadings to residuals."""

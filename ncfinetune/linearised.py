@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
-from ncfinetune.probes import ridge_left_out, squared_error
+from ncfinetune.probes import ridge, squared_error
 from ncfinetune.samples import balanced_folds
 
 # Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
@@ -77,10 +77,11 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     Raises:
         ValueError: As `ncfinetune.probes.ridge`.
     """
-    data = labels, num_classes, balanced_folds(labels)
-    errors = {name: squared_error(linearised(features, rows, *data), labels) for name, rows in gradients.items()}
+    folds = balanced_folds(labels)
+    found = {name: linearised(features, rows, labels, num_classes, folds) for name, rows in gradients.items()}
+    errors = {name: squared_error(scores, labels) for name, scores in found.items()}
     best = min(errors, key=errors.__getitem__, default=None)
-    least = squared_error(ridge_left_out(features, *data), labels)
+    least = squared_error(ridge(features, labels, num_classes).left_out(folds), labels)
     return best if best is not None and errors[best] < least - WORTH else None
 
 
@@ -132,7 +133,8 @@ def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes:
     """
     one, other = _scaled(features), _scaled(gradients)
     mixed = (torch.cat([one, share**0.5 * other], 1) for share in _SHARES)
-    return min((ridge_left_out(x, labels, num_classes, folds) for x in mixed), key=lambda s: squared_error(s, labels))
+    left_out = (ridge(x, labels, num_classes).left_out(folds) for x in mixed)
+    return min(left_out, key=lambda scores: squared_error(scores, labels))
 
 
 def _scaled(features: Tensor) -> Tensor:

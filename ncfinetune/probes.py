@@ -22,7 +22,7 @@ Legend: ``N`` samples, ``K`` classes, ``d`` feature width, ``L`` strengths of re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,6 +45,7 @@ from ncfinetune.closed_forms import (
     row_parts,
     within,
 )
+from ncfinetune.samples import balanced_folds
 
 ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
 Strengths = Sequence[float] | Tensor
@@ -101,10 +102,12 @@ class Head:
         return self.weight / temperature, self.bias.where(known, lowest) / temperature
 
     def temperature(self, labels: Tensor) -> Tensor:
-        """What `ncfinetune.calibration.fit_temperature` finds on the leave-one-out scores, up to a limit.
+        """What `ncfinetune.calibration.fit_temperature` finds on scores of samples left out, up to a limit.
 
+        These are the leave-one-out scores. Of `ridge`, whose scores lean on the shares of the classes, they are those
+        of `samples.balanced_folds`: leaving out single samples is pessimistic where there are few.
         Scores that are no better than chance have an infinite temperature, at which all classes are equally probable
-        and the first one would be decided for. Therefore the standard deviation of the leave-one-out logits is at least
+        and the first one would be decided for. Therefore the standard deviation of the held-out logits is at least
         0.01. If each class has one sample, which tells `nearest_mean` nothing, that of the logits at the class means
         is 0.01.
 
@@ -114,12 +117,61 @@ class Head:
         Raises:
             ValueError: Labels of another shape, or out of range.
         """
-        scores, labels = checked_scores(self.loo_scores, labels)
+        _, labels = checked_scores(self.loo_scores, labels)
+        ways = self._held_out(labels)
+        scores, labels = ways.flatten(0, 1), labels.repeat(len(ways))
         told = scores.gather(1, labels[:, None]).isfinite().any()
         decided = scores if told else self.weight @ self.weight.T
         spread = decided[decided.isfinite()].std()
         most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
-        return torch.minimum(fit_temperature(scores, labels), most) if told else most
+        return torch.minimum(fit_temperature(scores, labels, len(ways)), most) if told else most
+
+    def _held_out(self, labels: Tensor) -> Tensor:
+        """Scores of samples left out, in ``R`` ways, ``(R, N, K)``."""
+        return self.loo_scores[None]
+
+
+@dataclass(frozen=True)
+class RidgeHead(Head):
+    """The head of `ridge`, which knows the scores of any of its samples without them.
+
+    Args:
+        fit: What it was fitted to.
+        spectrum: The eigendecomposition of these.
+        residuals: Targets less fitted scores, ``(N, K)``.
+    """
+
+    fit: Samples = field(kw_only=True, repr=False)
+    spectrum: Spectrum = field(kw_only=True, repr=False)
+    residuals: Tensor = field(kw_only=True, repr=False)
+
+    def left_out(self, folds: Tensor) -> Tensor:
+        """Scores of each sample by the head that is fitted without the sample's fold, ``(R, N, K)``.
+
+        Strength and weights remain. With the hat matrix ``H = Z Z^T`` of the fit, which counts the bias, the residuals
+        ``e``, and both multiplied by the square roots of the weights, the scores of a fold ``F`` without it are
+        ``Y_F - (I - H_FF)^-1 e_F``. The smaller of ``H_FF`` and ``Z_F^T Z_F`` is inverted, by Woodbury's identity.
+
+            >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
+            >>> head = ridge(features, labels, 4)
+            >>> torch.allclose(head.left_out(torch.arange(12)[None])[0], head.loo_scores)
+            True
+
+        Args:
+            folds: Which fold each sample is in, in ``R`` ways, ``(R, N)``; two folds at least.
+        """
+        assert self.lam is not None
+        scores, roots = self.fit.targets().expand(len(folds), -1, -1).clone(), self.fit.weight.sqrt()[:, None]
+        for way, fold_of in zip(scores, folds.to(scores.device), strict=True):
+            for fold in fold_of.unique():
+                own = (fold_of == fold).nonzero().squeeze(1)
+                factor = self.spectrum.factor(self.fit, own, self.lam)
+                way[own] -= _solved(factor, self.residuals[own] * roots[own]) / roots[own]
+        return scores
+
+    def _held_out(self, labels: Tensor) -> Tensor:
+        """`left_out` by `samples.balanced_folds`, for which some class needs two samples."""
+        return self.left_out(balanced_folds(labels)) if int(labels.bincount().max()) > 1 else self.loo_scores[None]
 
 
 def ridge(
@@ -129,7 +181,7 @@ def ridge(
     lams: Strengths | None = None,
     class_weight: ClassWeight | None = None,
     sample_weight: Tensor | None = None,
-) -> Head:
+) -> RidgeHead:
     """Ridge regression on one-hot targets, its strength chosen by leave-one-out squared error.
 
     Minimises ``sum_i w_i |y_i - W h_i - b|^2 + lam |W|^2``; the bias is not shrunk. One eigendecomposition of the
@@ -166,44 +218,16 @@ def ridge(
     weight = spectrum.weight(fit, strengths[best])
     residuals = spectrum.residuals(fit, weight, strengths[best])
     loo_scores = fit.targets() - residuals / slack[:, best, None]
-    return Head(weight, fit.share - weight @ fit.mean, loo_scores, curve.error[best], strengths[best], curve)
+    bias, chosen = fit.share - weight @ fit.mean, (curve.error[best], strengths[best], curve)
+    return RidgeHead(weight, bias, loo_scores, *chosen, fit=fit, spectrum=spectrum, residuals=residuals)
 
 
-def ridge_left_out(features: Tensor, labels: Tensor, num_classes: int, folds: Tensor) -> Tensor:
-    """Scores of each sample by the `ridge` head that is fitted without the sample's fold, ``(R, N, K)``.
-
-    The strength is the one that leave-one-out error chooses on all samples. With the hat matrix ``H = Z Z^T`` of the
-    fit, which counts the bias, and the residuals ``e``, the scores of a fold ``F`` without it are
-    ``Y_F - (I - H_FF)^-1 e_F``. The smaller of ``H_FF`` and ``Z_F^T Z_F`` is inverted, by Woodbury's identity.
-
-        >>> features, labels = torch.eye(4)[torch.arange(12) % 4], torch.arange(12) % 4
-        >>> alone = ridge_left_out(features, labels, 4, torch.arange(12)[None])
-        >>> torch.allclose(alone[0], ridge(features, labels, 4).loo_scores)
-        True
-
-    Args:
-        features: ``(N, d)``.
-        labels: ``(N,)``.
-        num_classes: Number of classes ``K``.
-        folds: Which fold each sample is in, in ``R`` ways, ``(R, N)``; two folds at least.
-
-    Raises:
-        ValueError: As `ridge`.
-    """
-    fit = _checked(features, labels, num_classes, None, None)
-    spectrum = dual_form(fit) if len(features) <= features.shape[1] else primal(fit)
-    strengths = _default_lams(fit, spectrum)
-    lam = strengths[ridge_curve(fit, spectrum, strengths)[0].loss.argmin()]
-    residuals = spectrum.residuals(fit, spectrum.weight(fit, lam), lam)
-    rows, shrunk = spectrum.rows(fit, slice(None)), spectrum.values / (spectrum.values + lam)
-    factor = rows * (shrunk if spectrum.dual else 1 / (spectrum.values + lam)).sqrt()
-    factor = torch.cat([factor, factor.new_full((len(labels), 1), len(labels) ** -0.5)], 1)
-    scores = fit.targets().expand(len(folds), -1, -1).clone()
-    for way, fold_of in zip(scores, folds.to(labels.device), strict=True):
-        for fold in fold_of.unique():
-            members = (fold_of == fold).nonzero().squeeze(1)
-            way[members] -= _solved(factor[members], residuals[members])
-    return scores
+def _solved(factor: Tensor, residuals: Tensor) -> Tensor:
+    """``(I - Z Z^T)^-1 e`` of ``Z`` ``(n, p)`` and ``e`` ``(n, K)``."""
+    eye = torch.eye(min(factor.shape), dtype=factor.dtype, device=factor.device)
+    if len(eye) == len(factor):
+        return torch.linalg.solve(eye - factor @ factor.T, residuals)
+    return residuals + factor @ torch.linalg.solve(eye - factor.T @ factor, factor.T @ residuals)
 
 
 def squared_error(scores: Tensor, labels: Tensor) -> float:
@@ -411,14 +435,6 @@ def _class_weights(weights: ClassWeight | None, labels: Tensor, num_classes: int
         sums = samples.new_zeros(num_classes).index_add_(0, labels, samples)
         return (samples.sum() / (sums > 0).sum() / sums)[labels]
     return _positive("class_weight", weights, num_classes, samples.device)[labels]
-
-
-def _solved(factor: Tensor, residuals: Tensor) -> Tensor:
-    """``(I - Z Z^T)^-1 e`` of ``Z`` ``(n, p)`` and ``e`` ``(n, K)``."""
-    eye = torch.eye(min(factor.shape), dtype=factor.dtype, device=factor.device)
-    if len(eye) == len(factor):
-        return torch.linalg.solve(eye - factor @ factor.T, residuals)
-    return residuals + factor @ torch.linalg.solve(eye - factor.T @ factor, factor.T @ residuals)
 
 
 def _positive(name: str, values: Strengths, length: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from ncfinetune.closed_forms import margins
 from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.probes import ridge_left_out, squared_error
+from ncfinetune.probes import ridge, squared_error
 from ncfinetune.samples import balanced_folds
 from ncfinetune.transferability import h_score, knn_accuracy, logme
 
@@ -122,7 +122,7 @@ def _score(
     features: Tensor, bank: Bank, rank: bool, model: str, layer: str, depth: int, width: int, parameters: int
 ) -> LayerScore:
     labels, classes = bank.labels, bank.num_classes
-    ways = ridge_left_out(features, labels, classes, balanced_folds(labels))
+    ways = ridge(features, labels, classes).left_out(balanced_folds(labels))
     right = torch.stack([margins(scores, labels.to(scores.device)) > 0 for scores in ways]).double().mean(0)
     accuracy = float(right.mean())
     moments = class_moments(features, labels, classes)

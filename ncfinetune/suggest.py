@@ -26,7 +26,7 @@ from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.linearised import WORTH, gradient_features, linearised
-from ncfinetune.probes import Head, lda, nearest_mean, ridge, ridge_left_out
+from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
@@ -210,12 +210,12 @@ def _expected(
     if not blocks:
         raise ValueError(f"suggest tries layers with parameters, got --layers {' '.join(layers)} without any")
     gradients = gradient_features(trainer, backbone, bench.images, blocks)
-    data = labels, classes, balanced_folds(labels)
+    folds = balanced_folds(labels)
     joined = torch.cat([penultimate, *(layers[name] for name in closed.knobs.get("skip_from", []))], 1)
-    reference = Trial.left_out(ridge_left_out(joined, *data), labels)
+    reference = Trial.left_out(ridge(joined, labels, classes).left_out(folds), labels)
     rows = []
     for name in blocks:
-        trial = Trial.left_out(linearised(penultimate, gradients.pop(name), *data), labels)
+        trial = Trial.left_out(linearised(penultimate, gradients.pop(name), labels, classes, folds), labels)
         trial.trained = sizes[name] + classes * (penultimate.shape[1] + 1)
         rows.append(_tuned(Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}), trial, reference, closed))
     return rows

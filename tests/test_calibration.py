@@ -45,6 +45,13 @@ def test_offsets_of_rows_do_not_matter() -> None:
     torch.testing.assert_close(fit_temperature(scores + offset, labels), fit_temperature(scores, labels))
 
 
+def test_repeats_of_samples_count_once() -> None:
+    """Smoothing is by one sample of all, also where every label has the highest score."""
+    scores, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.5, 0.5]]), torch.tensor([0, 1, 0])
+    found = fit_temperature(scores.repeat(7, 1), labels.repeat(7), repeats=7)
+    torch.testing.assert_close(found, fit_temperature(scores, labels))
+
+
 def test_classes_that_are_ruled_out_take_no_part() -> None:
     scores, labels = _scores(50, 5, 2.0)
     wider = torch.cat([scores, torch.full((50, 1), -torch.inf)], 1)

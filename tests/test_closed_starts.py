@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import webdataset
+from held_out import held_out_temperature
 from lightning.pytorch import Callback, LightningDataModule, callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from ncfinetune import FineTuner
-from ncfinetune.calibration import fit_temperature
 from ncfinetune.datamodules import Digits
 from ncfinetune.heads import classifier_of
 from ncfinetune.probes import lda, nearest_simplex, ridge, simplex_etf
@@ -51,7 +51,7 @@ def test_head_is_the_probe_at_the_temperature_of_its_left_out_scores(kind: str) 
     features, labels = _clusters()
     weight, bias = classifier_of(kind, zip(features.split(4), labels.split(4), strict=True), 3)
     head = FITS[kind](features, labels, 3)
-    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    expected = head.scores(features) / held_out_temperature(head, labels)
     torch.testing.assert_close(features.double() @ weight.T + bias, expected)
 
 
@@ -62,7 +62,7 @@ def test_weights_of_classes_enter_the_closed_form(kind: str, tmp_path: Path) -> 
     features, labels = features[rows], labels[rows]
     weight, bias = classifier_of(kind, [(features, labels)], 3, "balanced")
     head = FITS[kind](features, labels, 3, class_weight="balanced")
-    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    expected = head.scores(features) / held_out_temperature(head, labels)
     torch.testing.assert_close(features.double() @ weight.T + bias, expected)
     plain, _ = classifier_of(kind, [(features, labels)], 3)
     assert not torch.allclose(plain / plain.norm(), weight / weight.norm(), atol=1e-3)
@@ -136,7 +136,7 @@ def test_run_of_no_step_is_the_closed_form(knobs: dict, cache: str, nothing: str
     with torch.no_grad():
         torch.testing.assert_close(
             model.head(features) if not knobs else model.head.fc(features),
-            (head.scores(features) / fit_temperature(head.loo_scores, labels)).float(),
+            (head.scores(features) / held_out_temperature(head, labels)).float(),
             rtol=1e-5,
             atol=1e-5,
         )
@@ -188,7 +188,7 @@ def test_start_is_of_the_images_that_the_plain_loader_draws(cache: str, tmp_path
     with torch.no_grad():
         features = model.eval()._joined(images)
     head = ridge(features, labels, 3)
-    expected = head.scores(features) / fit_temperature(head.loo_scores, labels)
+    expected = head.scores(features) / held_out_temperature(head, labels)
     torch.testing.assert_close(model.head(features), expected.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -286,7 +286,7 @@ class Compared(Callback):
     def _is_closed(self, model: FineTuner) -> bool:
         features, labels = _features(model, model.trainer.datamodule)
         head = ridge(features, labels, 3)
-        return torch.allclose(model.head.weight.double(), head.weight / fit_temperature(head.loo_scores, labels), 1e-3)
+        return torch.allclose(model.head.weight.double(), head.weight / held_out_temperature(head, labels), 1e-3)
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         if not trainer.sanity_checking:

@@ -131,7 +131,7 @@ IMPORTS = {
     "pooling": set(),
     "predicting": {"evaluation_figures", "predictions", "samples"},
     "predictions": {"atomic"},
-    "probes": {"calibration", "closed_forms"},
+    "probes": {"calibration", "closed_forms", "samples"},
     "progress": set(),
     "quiet": set(),
     "report": {"atomic", "grouping", "report_figures", "report_table", "runs"},

@@ -12,7 +12,7 @@ from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
 from ncfinetune.linearised import block_to_tune, gradient_features, linearised
-from ncfinetune.probes import ridge, ridge_left_out, squared_error
+from ncfinetune.probes import ridge, squared_error
 from ncfinetune.samples import balanced_folds
 
 LAYERS = ["layer1.0", "layer4.1"]
@@ -102,7 +102,7 @@ def test_block_with_the_least_error_is_tuned_or_none():
     assert block_to_tune(features, {"a": noise, "b": better, "c": useful}, labels, 3) == "b"
     worse = torch.randn(30, 3, generator=generator)
     folds = balanced_folds(labels)
-    alone = squared_error(ridge_left_out(features, labels, 3, folds), labels)
+    alone = squared_error(ridge(features, labels, 3).left_out(folds), labels)
     assert squared_error(linearised(features, worse, labels, 3, folds), labels) > alone
     assert block_to_tune(features, {"a": worse}, labels, 3) is None
     assert block_to_tune(features, {}, labels, 3) is None

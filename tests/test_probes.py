@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from held_out import held_out_scores, held_out_temperature
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ncfinetune import calibration, closed_forms, folds
-from ncfinetune.probes import Head, lda, nearest_mean, ridge, ridge_left_out, simplex_etf
+from ncfinetune import closed_forms, folds
+from ncfinetune.calibration import fit_temperature
+from ncfinetune.probes import Head, lda, nearest_mean, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
 # N, d, K: more samples than features, fewer, as many, two a class, two classes.
@@ -55,16 +58,22 @@ def test_leave_one_out_scores_are_those_of_refits(name: str, shape: tuple[int, i
     torch.testing.assert_close(head.loo_error, (weight * wrong).sum() / weight.sum())
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dim", [5, 60])
-def test_scores_without_a_fold_are_those_of_refits(dim: int) -> None:
+def test_scores_without_a_fold_are_those_of_refits(dim: int, weighted: bool) -> None:
     features, labels = _data(40, dim, 4)
+    own = 0.5 + torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights: dict[str, Any] = {"sample_weight": own, "class_weight": [1.0, 2.0, 3.0, 4.0]} if weighted else {}
     ways = torch.stack([torch.arange(40) % 3, torch.arange(40) // 10])
-    scores, lam = ridge_left_out(features, labels, 4, ways), ridge(features, labels, 4).lam
+    head = ridge(features, labels, 4, **weights)
+    scores, lam = head.left_out(ways), head.lam
     assert lam is not None
     for way, found in zip(ways, scores, strict=True):
         for fold in way.unique():
-            refitted = ridge(features[way != fold], labels[way != fold], 4, lams=[lam.item()])
-            torch.testing.assert_close(found[way == fold], refitted.scores(features[way == fold]))
+            kept = way != fold
+            rest = {key: value[kept] if key == "sample_weight" else value for key, value in weights.items()}
+            refitted = ridge(features[kept], labels[kept], 4, lams=[lam.item()], **rest)
+            torch.testing.assert_close(found[~kept], refitted.scores(features[~kept]))
 
 
 @pytest.mark.parametrize("name", ["ridge", "lda"])
@@ -285,9 +294,25 @@ def test_logits_are_scores_over_the_temperature() -> None:
     features, labels = _data(40, 5, 3)
     head = ridge(features, labels, 3)
     weight, bias = head.logits(labels)
-    temperature = calibration.fit_temperature(head.loo_scores, labels)
+    temperature = held_out_temperature(head, labels)
     assert temperature.isfinite()
     torch.testing.assert_close(features @ weight.T + bias, head.scores(features) / temperature)
+
+
+def test_probabilities_of_few_samples_fit_new_ones() -> None:
+    """The likelihood of new samples is near that of the best temperature, which that of single ones left out is not."""
+    noise, lost = torch.Generator().manual_seed(0), []
+    means = 0.6 * torch.randn(10, 20, generator=noise)
+    labels, new = torch.arange(10).repeat(4), torch.arange(10).repeat(100)
+    for _ in range(20):
+        train, test = (means[own] + torch.randn(len(own), 20, generator=noise) for own in (labels, new))
+        head = ridge(train, labels, 10)
+        scores = head.scores(test)
+        single, best = fit_temperature(head.loo_scores, labels), fit_temperature(scores, new)
+        found = (F.cross_entropy(scores / t, new) for t in (head.temperature(labels), single, best))
+        lost.append(torch.stack(list(found)))
+    ours, single, best = torch.stack(lost).mean(0).tolist()
+    assert ours - best < 0.25 * (single - best)
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -295,12 +320,12 @@ def test_decisions_remain_where_the_left_out_scores_say_nothing(name: str) -> No
     features = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(12) % 3
     head = FITS[name](features, labels, 3)
-    assert calibration.fit_temperature(head.loo_scores, labels).isinf()
+    assert held_out_temperature(head, labels).isinf()
     weight, bias = head.logits(labels)
     decided = (features @ weight.T + bias).argmax(1)
     assert torch.equal(decided, head.scores(features).argmax(1))
     assert len(decided.unique()) > 1
-    assert (head.loo_scores / head.temperature(labels)).std().item() == pytest.approx(0.01)
+    assert (held_out_scores(head, labels) / head.temperature(labels)).std().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", ["ridge", "nearest_mean"])

@@ -23,7 +23,7 @@ from ncfinetune.cli import main
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import FoldMoments
-from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.probes import ridge
 from ncfinetune.samples import balanced_folds
 from ncfinetune.scores import layer_scores, model_scores
 
@@ -205,7 +205,7 @@ def test_networks_get_their_own_normalisation_from_one_decoding(tmp_path):
 
 def test_penultimate_features_that_are_the_last_block_s_are_scored_once(bank, monkeypatch):
     fitted = []
-    monkeypatch.setattr("ncfinetune.scores.ridge_left_out", lambda *args: fitted.append(args) or ridge_left_out(*args))
+    monkeypatch.setattr("ncfinetune.scores.ridge", lambda *args: fitted.append(args) or ridge(*args))
     scores = layer_scores(bank)
     assert len(fitted) == len(scores) - 1
     assert scores[-1].nc1 == scores[-2].nc1

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from held_out import held_out_temperature
 from lightning.pytorch import LightningDataModule, seed_everything
 from tiny import SMALL as WITH_EQUAL_BLOCKS
 from tiny import trainer_in
@@ -17,10 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone
 from ncfinetune.bank import read_images
-from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
-from ncfinetune.probes import ridge, ridge_left_out
+from ncfinetune.probes import ridge
 from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.suggest import Row, choose, closed_rows, halve, verdict
 from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
@@ -102,7 +102,7 @@ def test_single_images_left_out_are_pessimistic_and_balanced_folds_are_not():
     features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 1e-6
     assert ridge(features, labels, 2, lams=[1e3]).loo_error == 1
     constant = torch.zeros(20, 3)
-    balanced = ridge_left_out(constant, labels, 2, balanced_folds(labels))
+    balanced = ridge(constant, labels, 2).left_out(balanced_folds(labels))
     torch.testing.assert_close(balanced, torch.full_like(balanced, 0.5))
 
 
@@ -135,13 +135,13 @@ def test_closed_form_is_fitted_without_the_fold():
 
 def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
     labels = torch.arange(12) % 3
-    penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(2))
     folds = folds_of(labels, 2)
     trial = closed_trial(partial(skip_ridge, penultimate, {}, labels, 3, 1), labels, folds)
     for fold in range(2):
         train, rows = folds != fold, folds == fold
         head = ridge(penultimate[train], labels[train], 3)
-        assert fit_temperature(head.loo_scores, labels[train]).isinf()
+        assert held_out_temperature(head, labels[train]).isinf()
         decided = head.scores(penultimate[rows]).argmax(1)
         assert len(decided.unique()) > 1
         assert torch.equal(trial.right[rows], (decided == labels[rows]).float())
