@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune.inputs import check_labels, may_look
-from ncfinetune.probes import ridge
+from ncfinetune.probes import decided_rightly, ridge
 
 # Maps features (N, d) to scores (N, K).
 Scores = Callable[[Tensor], Tensor]
@@ -270,12 +270,13 @@ class RidgeProbe:
     Args:
         weight: ``(K, d)``, in float64 where the device has it.
         bias: ``(K,)``.
-        loo_acc: Leave-one-out accuracy on the samples it is fitted to; a tie is wrong.
+        held_out_acc: Accuracy on the samples it is fitted to, each decided by a fit without it and without as many of
+            each other class (`ncfinetune.probes.Head.held_out`); a tie is wrong.
     """
 
     weight: Tensor
     bias: Tensor
-    loo_acc: float
+    held_out_acc: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """Scores ``(N, K)`` of features ``(N, d)``."""
@@ -285,7 +286,7 @@ class RidgeProbe:
 def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
     """`ncfinetune.probes.ridge`: regression on one-hot targets, its strength chosen by exact leave-one-out error.
 
-    With fewer than two classes a warning is given, and scores and ``loo_acc`` are nan.
+    With fewer than two classes a warning is given, and scores and ``held_out_acc`` are nan.
 
     Args:
         features: ``(N, d)``, finite.
@@ -299,7 +300,7 @@ def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
     head = ridge(features, labels, num_classes)
     widest = torch.float32 if features.device.type == "mps" else torch.float64
     weight, bias = (value.to(widest).to(features.device) for value in (head.weight, head.bias))
-    return RidgeProbe(weight, bias, 1 - head.loo_error.item())
+    return RidgeProbe(weight, bias, decided_rightly(head.held_out(labels), labels).mean().item())
 
 
 def count(scores: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:

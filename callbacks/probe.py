@@ -50,9 +50,9 @@ class OnlineProbe(Callback):
     - ``probe/loss`` of the training batches, if linear;
     - ``probe/acc`` and ``probe/knn`` of the validation images, one number per loader; those that need the bank are
       logged when it is made;
-    - ``probe/loo_acc`` when the bank is made, if ridge: the share of the bank that the classifier fitted without the
-      one feature classifies correctly (exact; Allen 1974). It needs no validation images. Other views of the same image
-      stay in the fit and increase it;
+    - ``probe/held_out_acc`` when the bank is made, if ridge: the share of the bank that classifiers fitted without the
+      one feature, and without as many of each other class, classify correctly (exact, without fits anew). It needs no
+      validation images. Other views of the same image stay in the fit and increase it;
     - ``probe/downstream_acc`` and ``probe/downstream_knn`` of the second data set's validation images; the first is
       that of a classifier fitted to its training images, to convergence if linear.
 
@@ -307,7 +307,7 @@ class OnlineProbe(Callback):
         self._bank_due = False
         if self.kind == "ridge":
             ridge = fit_ridge(*bank, self._classes)
-            self._scores["acc"], self._found[self._name("loo_acc")] = ridge, ridge.loo_acc
+            self._scores["acc"], self._found[self._name("held_out_acc")] = ridge, ridge.held_out_acc
         if self.knn:
             self._scores["knn"] = Neighbours(*bank, self._classes, self.knn)
 

@@ -102,10 +102,8 @@ class Head:
         return self.weight / temperature, self.bias.where(known, lowest) / temperature
 
     def temperature(self, labels: Tensor) -> Tensor:
-        """What `ncfinetune.calibration.fit_temperature` finds on scores of samples left out, up to a limit.
+        """What `ncfinetune.calibration.fit_temperature` finds on the scores `held_out`, up to a limit.
 
-        These are the leave-one-out scores. Of `ridge`, whose scores lean on the shares of the classes, they are those
-        of `samples.balanced_folds`: leaving out single samples is pessimistic where there are few.
         Scores that are no better than chance have an infinite temperature, at which all classes are equally probable
         and the first one would be decided for. Therefore the standard deviation of the held-out logits is at least
         0.01. If each class has one sample, which tells `nearest_mean` nothing, that of the logits at the class means
@@ -118,7 +116,7 @@ class Head:
             ValueError: Labels of another shape, or out of range.
         """
         _, labels = checked_scores(self.loo_scores, labels)
-        ways = self._held_out(labels)
+        ways = self.held_out(labels)
         scores, labels = ways.flatten(0, 1), labels.repeat(len(ways))
         told = scores.gather(1, labels[:, None]).isfinite().any()
         decided = scores if told else self.weight @ self.weight.T
@@ -126,8 +124,15 @@ class Head:
         most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
         return torch.minimum(fit_temperature(scores, labels, len(ways)), most) if told else most
 
-    def _held_out(self, labels: Tensor) -> Tensor:
-        """Scores of samples left out, in ``R`` ways, ``(R, N, K)``."""
+    def held_out(self, labels: Tensor) -> Tensor:
+        """Scores of samples by heads that were fitted without them, in ``R`` ways, ``(R, N, K)``.
+
+        These are the leave-one-out scores. Of `ridge`, whose scores lean on the shares of the classes, they are those
+        of `samples.balanced_folds`: leaving out single samples is pessimistic where there are few.
+
+        Args:
+            labels: Those that the head was fitted to, ``(N,)``.
+        """
         return self.loo_scores[None]
 
 
@@ -169,9 +174,18 @@ class RidgeHead(Head):
                 way[own] -= _solved(factor, self.residuals[own] * roots[own]) / roots[own]
         return scores
 
-    def _held_out(self, labels: Tensor) -> Tensor:
-        """`left_out` by `samples.balanced_folds`, for which some class needs two samples."""
-        return self.left_out(balanced_folds(labels)) if int(labels.bincount().max()) > 1 else self.loo_scores[None]
+    def held_out(self, labels: Tensor) -> Tensor:
+        """`left_out` by `samples.balanced_folds`, for which some class needs two samples.
+
+        The folds are of the samples in the order of their leave-one-out scores, so that their own order, which is
+        another one with shuffling or several processes, does not matter.
+        """
+        if int(labels.bincount().max()) < 2:
+            return self.loo_scores[None]
+        order = self.loo_scores.gather(1, labels[:, None]).squeeze(1).argsort()
+        order = order[labels[order].argsort(stable=True)].cpu()
+        ways = balanced_folds(labels.cpu()[order])
+        return self.left_out(torch.empty_like(ways).index_copy_(1, order, ways))
 
 
 def ridge(
@@ -228,6 +242,15 @@ def _solved(factor: Tensor, residuals: Tensor) -> Tensor:
     if len(eye) == len(factor):
         return torch.linalg.solve(eye - factor @ factor.T, residuals)
     return residuals + factor @ torch.linalg.solve(eye - factor.T @ factor, factor.T @ residuals)
+
+
+def decided_rightly(scores: Tensor, labels: Tensor) -> Tensor:
+    """How often each sample has the highest score for its class in scores ``(R, N, K)``, in 0..1, ``(N,)``.
+
+    A tie is an error.
+    """
+    labels = labels.to(scores.device)
+    return torch.stack([margins(way, labels) > 0 for way in scores]).double().mean(0)
 
 
 def squared_error(scores: Tensor, labels: Tensor) -> float:

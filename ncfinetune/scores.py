@@ -9,16 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ncfinetune.bank import Bank
-from ncfinetune.closed_forms import margins
 from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.probes import ridge, squared_error
-from ncfinetune.samples import balanced_folds
+from ncfinetune.probes import decided_rightly, ridge, squared_error
 from ncfinetune.transferability import h_score, knn_accuracy, logme
 
 
@@ -32,8 +29,8 @@ class LayerScore:
         depth: Its place among the model's layers, from 1; the penultimate features come last.
         width: Width ``d_l`` of its pooled features.
         parameters: Its number of parameters; of the penultimate features, the network's.
-        accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; they are left out in
-            the folds of `samples.balanced_folds`, whose fits see each class as often as the others.
+        accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; see
+            `ncfinetune.probes.Head.held_out`.
         accuracy_error: Its standard error, as `standard_error`.
         squared_error: The mean squared error of these scores against one-hot targets, summed over classes.
         nc1: NC1, as `ncfinetune.collapse.nc1`.
@@ -101,6 +98,8 @@ def layer_scores(bank: Bank, rank: bool = False) -> list[LayerScore]:
     """
     if not len(bank.labels):
         raise ValueError("expected training images, got none")
+    if int(bank.labels.bincount().max()) < 2:
+        raise ValueError("expected two images of some class at least, got one of each: none can be left out")
     scores: list[LayerScore] = []
     for model in bank.facts["models"]:
         before: Tensor | None = None
@@ -122,8 +121,8 @@ def _score(
     features: Tensor, bank: Bank, rank: bool, model: str, layer: str, depth: int, width: int, parameters: int
 ) -> LayerScore:
     labels, classes = bank.labels, bank.num_classes
-    ways = ridge(features, labels, classes).left_out(balanced_folds(labels))
-    right = torch.stack([margins(scores, labels.to(scores.device)) > 0 for scores in ways]).double().mean(0)
+    ways = ridge(features, labels, classes).held_out(labels)
+    right = decided_rightly(ways, labels)
     accuracy = float(right.mean())
     moments = class_moments(features, labels, classes)
     folds = FoldMoments(classes)

@@ -1,5 +1,6 @@
 """The temperature of a closed form, from scores of samples that it was fitted without."""
 
+import torch
 from torch import Tensor
 
 from ncfinetune.calibration import fit_temperature
@@ -7,9 +8,16 @@ from ncfinetune.probes import Head, RidgeHead
 from ncfinetune.samples import balanced_folds
 
 
+def held_out_folds(head: RidgeHead, labels: Tensor) -> Tensor:
+    """Folds with one sample of each class, of the samples in the order of their leave-one-out scores."""
+    own = head.loo_scores.gather(1, labels[:, None]).squeeze(1)
+    order = sorted(range(len(labels)), key=lambda index: (int(labels[index]), float(own[index])))
+    return balanced_folds(labels[order])[:, torch.tensor(order).argsort()]
+
+
 def held_out_scores(head: Head, labels: Tensor) -> Tensor:
     """Of ridge regression by the folds that leave out one sample of each class, of the others by single samples."""
-    return head.left_out(balanced_folds(labels)) if isinstance(head, RidgeHead) else head.loo_scores[None]
+    return head.left_out(held_out_folds(head, labels)) if isinstance(head, RidgeHead) else head.loo_scores[None]
 
 
 def held_out_temperature(head: Head, labels: Tensor) -> Tensor:

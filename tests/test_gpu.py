@@ -119,7 +119,7 @@ def check(learner: str, way: str, accelerator: str, folder: Path) -> None:
     assert tracker.values[f"nc1/train/{LAYER}"] > 0
     assert metrics[f"nc1/val/{LAYER}"] == pytest.approx(expected, rel=1e-4)
     assert 0 <= metrics["probe/acc"] <= 1
-    assert 0.2 < metrics[f"probe/loo_acc/{LAYER}"] <= 1
+    assert 0.2 < metrics[f"probe/held_out_acc/{LAYER}"] <= 1
     assert 0.2 < metrics[f"probe/acc/{LAYER}"] <= 1
     assert all(torch.isfinite(value).all() for value in weights.values())
     alone, _ = _fit(learner, way, accelerator, folder)

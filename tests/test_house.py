@@ -146,7 +146,7 @@ IMPORTS = {
     "scan": {"atomic", "bank", "cli_errors", "lab", "scores"},
     "scatter": set(),
     "schedule": set(),
-    "scores": {"bank", "closed_forms", "collapse", "folds", "layers", "probes", "samples", "transferability"},
+    "scores": {"bank", "collapse", "folds", "layers", "probes", "transferability"},
     "settings": set(),
     "sketch": {"accumulator"},
     "skips": {"backbone", "layers", "passes", "probes"},

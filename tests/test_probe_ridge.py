@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from ncfinetune.callbacks import OnlineProbe
 from ncfinetune.callbacks.classify import count, fit_ridge
-from ncfinetune.samples import spread
+from ncfinetune.samples import balanced_folds, spread
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -89,16 +89,22 @@ def _scores(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _by_brute_force(x: np.ndarray, labels: np.ndarray, classes: int = K) -> tuple[float, Any]:
-    """The leave-one-out accuracy, and what predicts, with the strength of least squared error left out."""
+    """The accuracy in folds with one sample of each class, and what predicts; strengths are by single ones left out."""
     y = np.eye(classes)[labels]
     scale = ((x - x.mean(0)) ** 2).sum() / min(len(x) - 1, x.shape[1])
     found = []
     for lam in scale * np.logspace(-6, 3, 45):
         rest = [np.arange(len(x)) != i for i in range(len(x))]
         scores = np.stack([_scores(x[~some], _solved(x[some], y[some], lam))[0] for some in rest])
-        found.append((((scores - y) ** 2).sum(), (scores.argmax(1) == labels).mean(), _solved(x, y, lam)))
-    _, left_out, weights = min(found, key=lambda one: one[0])
-    return left_out, lambda queries: _scores(queries, weights).argmax(1)
+        found.append((((scores - y) ** 2).sum(), lam, scores[np.arange(len(x)), labels]))
+    (_, lam, own), right = min(found, key=lambda one: one[0]), []
+    order = np.lexsort((own, labels))
+    for way in balanced_folds(torch.from_numpy(labels[order])).numpy()[:, order.argsort()]:
+        for fold in np.unique(way):
+            own = way == fold
+            right.append(_scores(x[own], _solved(x[~own], y[~own], lam)).argmax(1) == labels[own])
+    weights = _solved(x, y, lam)
+    return np.concatenate(right).mean(), lambda queries: _scores(queries, weights).argmax(1)
 
 
 def test_accuracies_are_those_of_the_regression_solved_again_without_each_sample(tmp_path: Path) -> None:
@@ -106,7 +112,7 @@ def test_accuracies_are_those_of_the_regression_solved_again_without_each_sample
     found = _fit(tmp_path, model, [OnlineProbe(K, kind="ridge", downstream=Second())]).callback_metrics
     (x, y), (u, v) = _features(model, _data()), _features(model, _data(2))
     left_out, predict = _by_brute_force(x, y)
-    expected = {"probe/loo_acc": left_out, "probe/acc": (predict(u) == v).mean()}
+    expected = {"probe/held_out_acc": left_out, "probe/acc": (predict(u) == v).mean()}
     _, predict = _by_brute_force(*_features(model, _data(3, classes=4)), 4)
     for index in range(2):
         u, v = _features(model, _data(4 + index, classes=4))
@@ -162,15 +168,15 @@ def test_without_validation_the_left_out_accuracy_of_plain_images_is_there(tmp_p
     found = _fit(tmp_path, model, [OnlineProbe(K, kind="ridge", max_samples=30)], Plain()).callback_metrics
     bank = Subset(_data(), spread(range(48), 30, _data()))
     expected, _ = _by_brute_force(*_features(model, bank))
-    assert {name: value.item() for name, value in found.items()} == pytest.approx({"probe/loo_acc": expected})
+    assert {name: value.item() for name, value in found.items()} == pytest.approx({"probe/held_out_acc": expected})
 
 
 EVERY = {
-    "validation each epoch": ({}, 1, {0: "acc loo", 1: "acc loo", 2: "acc loo"}),
-    "each second": ({}, 2, {1: "acc loo"}),
-    "validation each second": ({"check_val_every_n_epoch": 2}, 1, {0: "loo", 1: "acc loo", 2: "loo"}),
-    "twice an epoch": ({"val_check_interval": 0.5}, 2, {1: "acc acc loo loo"}),
-    "by steps": ({"val_check_interval": 5, "check_val_every_n_epoch": None}, 2, {1: "acc loo loo"}),
+    "validation each epoch": ({}, 1, {0: "acc held_out", 1: "acc held_out", 2: "acc held_out"}),
+    "each second": ({}, 2, {1: "acc held_out"}),
+    "validation each second": ({"check_val_every_n_epoch": 2}, 1, {0: "held_out", 1: "acc held_out", 2: "held_out"}),
+    "twice an epoch": ({"val_check_interval": 0.5}, 2, {1: "acc acc held_out held_out"}),
+    "by steps": ({"val_check_interval": 5, "check_val_every_n_epoch": None}, 2, {1: "acc held_out held_out"}),
 }
 
 
@@ -204,7 +210,7 @@ def test_each_loader_has_an_accuracy_and_samples_without_a_label_do_not_count(tm
     (x, y), *tested = [(x[y >= 0], y[y >= 0]) for x, y in features]
     left_out, predict = _by_brute_force(x, y)
     expected = {f"probe/acc/dataloader_idx_{i}": (predict(u) == v).mean() for i, (u, v) in enumerate(tested)}
-    expected |= {"probe/loo_acc": left_out, "probe/acc/dataloader_idx_2": float("nan")}
+    expected |= {"probe/held_out_acc": left_out, "probe/acc/dataloader_idx_2": float("nan")}
     assert found == pytest.approx(expected, nan_ok=True)
 
 
@@ -226,7 +232,7 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
     kept = np.isfinite(x).all(1)
     left_out, predict = _by_brute_force(x[kept], y[kept])
     u, v = _features(model, _data(2))
-    assert found["probe/loo_acc"].item() == pytest.approx(left_out)
+    assert found["probe/held_out_acc"].item() == pytest.approx(left_out)
     assert found["probe/acc/dataloader_idx_0"].item() == pytest.approx((predict(u) == v).mean())
     assert found["probe/acc/dataloader_idx_1"].isnan()
 
@@ -250,7 +256,7 @@ def test_a_class_without_images_in_the_bank_is_fine(tmp_path: Path) -> None:
     found = _fit(tmp_path, model, [OnlineProbe(K, kind="ridge")], DataLoader(_only(0, 2), batch_size=16), _loader(2))
     left_out, predict = _by_brute_force(*_features(model, _only(0, 2)))
     u, v = _features(model, _data(2))
-    assert found.callback_metrics["probe/loo_acc"].item() == pytest.approx(left_out)
+    assert found.callback_metrics["probe/held_out_acc"].item() == pytest.approx(left_out)
     assert found.callback_metrics["probe/acc"].item() == pytest.approx((predict(u) == v).mean())
     assert (v == 1).any()
 
@@ -261,7 +267,7 @@ def test_of_one_class_there_is_nothing_to_tell_apart(tmp_path: Path) -> None:
         data = DataLoader(_only(1), batch_size=16), _loader(2)
         found = _fit(tmp_path, Stranger(), [OnlineProbe(K, kind="ridge")], *data, max_epochs=1).callback_metrics
     assert "a ridge probe needs samples of at least two classes, got 16 of 1" in [str(w.message) for w in said]
-    assert found["probe/loo_acc"].isnan()
+    assert found["probe/held_out_acc"].isnan()
     assert found["probe/acc"].isnan()
 
 
@@ -338,7 +344,7 @@ def test_features_of_low_precision_are_cast(precision: Any, tmp_path: Path) -> N
     found = _fit(tmp_path, model, [OnlineProbe(K, kind="ridge")], precision=precision, max_epochs=1).callback_metrics
     left_out, predict = _by_brute_force(*_features(model.float(), _data()))
     u, v = _features(model, _data(2))
-    assert found["probe/loo_acc"].item() == pytest.approx(left_out, abs=0.07)
+    assert found["probe/held_out_acc"].item() == pytest.approx(left_out, abs=0.07)
     assert found["probe/acc"].item() == pytest.approx((predict(u) == v).mean(), abs=0.07)
 
 
@@ -457,7 +463,7 @@ def test_streams_that_make_their_batches_are_read_no_further_than_asked(tmp_path
     model, loader = Stranger(lr=0.0), DataLoader(Rows(1, False), batch_size=None)
     found = _fit(tmp_path, model, [Probe(K, kind="ridge", max_samples=30)], loader, max_epochs=1).callback_metrics
     few = TensorDataset(*(part[:30] for part in _data().tensors))
-    assert found["probe/loo_acc"].item() == pytest.approx(_by_brute_force(*_features(model, few))[0])
+    assert found["probe/held_out_acc"].item() == pytest.approx(_by_brute_force(*_features(model, few))[0])
     assert rows == [16, 16]
 
 
@@ -485,14 +491,14 @@ def test_batches_of_unknown_size_are_read_no_further_than_asked(tmp_path: Path) 
         probe = OnlineProbe(K, kind="ridge", max_samples=30, **how)
         found.append(_fit(tmp_path, Stranger(lr=0.0), [probe], *loaders).callback_metrics)
     assert found[0] == found[1]
-    assert {"probe/loo_acc", "probe/acc"} <= found[0].keys()
+    assert {"probe/held_out_acc", "probe/acc"} <= found[0].keys()
 
 
 def test_an_offset_of_the_features_costs_no_digits() -> None:
     labels = torch.arange(60) % K
     features = torch.randn(60, 8, dtype=torch.float64) + labels[:, None]
     near, far = (fit_ridge(features + offset, labels, K) for offset in (0, 1e4))
-    assert near.loo_acc == far.loo_acc
+    assert near.held_out_acc == far.held_out_acc
     torch.testing.assert_close(near(features), far(features + 1e4), rtol=0, atol=1e-6)
     assert near(features.float()).dtype == torch.float64
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from held_out import held_out_folds
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +25,6 @@ from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import FoldMoments
 from ncfinetune.probes import ridge
-from ncfinetune.samples import balanced_folds
 from ncfinetune.scores import layer_scores, model_scores
 
 # At its random start a block does something, so that no two layers have the same features.
@@ -64,8 +64,8 @@ def part_of(bank, index, number):
 
 def refitted(features, labels):
     """Scores of images left out, by the fit without each fold; the strength is that of all images."""
-    lam = [ridge(features, labels, 10).lam.item()]
-    ways = balanced_folds(labels)
+    head = ridge(features, labels, 10)
+    lam, ways = [head.lam.item()], held_out_folds(head, labels)
     scores = torch.empty(len(ways), len(labels), 10, dtype=torch.float64)
     for way, found in zip(ways, scores, strict=True):
         for fold in way.unique():
@@ -308,7 +308,7 @@ def measured(tmp_path, data, most=100, **spec):
 
 
 def test_one_image_of_each_class_is_refused(tmp_path):
-    said = "layer layer1.0 of net: expected two images of some class at least, got one of each"
+    said = "expected two images of some class at least, got one of each"
     with pytest.raises(ValueError, match=said):
         measured(tmp_path, Own(torch.arange(5), num_classes=5))
 

@@ -22,7 +22,7 @@ from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments
 from ncfinetune.probes import ridge
-from ncfinetune.samples import balanced_folds, folds_of
+from ncfinetune.samples import folds_of
 from ncfinetune.trials import Bench, Method
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"
@@ -469,7 +469,7 @@ def test_sources_are_ranked_and_tuned(textures: Path) -> None:
     (train, labels), (test, truth) = (_features(backbone, data, stage) for stage in ("fit", "test"))
     head = ridge(train, labels, 3)
     assert float(rows[1]["loo_accuracy"]) == pytest.approx(float((head.loo_scores.argmax(1) == labels).double().mean()))
-    ways = head.left_out(balanced_folds(labels))
+    ways = head.held_out(labels)
     assert float(rows[1]["accuracy"]) == pytest.approx(float((ways.argmax(2) == labels).double().mean()))
     assert float(rows[1]["nc1"]) == pytest.approx(float(nc1(class_moments(train, labels, 3))), rel=1e-4)
     first = torch.cat([(truth == label).nonzero().squeeze(1)[:5] for label in range(3)])
