@@ -300,7 +300,7 @@ def fit_ridge(features: Tensor, labels: Tensor, num_classes: int) -> RidgeProbe:
     head = ridge(features, labels, num_classes)
     widest = torch.float32 if features.device.type == "mps" else torch.float64
     weight, bias = (value.to(widest).to(features.device) for value in (head.weight, head.bias))
-    return RidgeProbe(weight, bias, decided_rightly(head.held_out(labels), labels).mean().item())
+    return RidgeProbe(weight, bias, decided_rightly(head.held_out(), labels).mean().item())
 
 
 def count(scores: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:

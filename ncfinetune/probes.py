@@ -116,7 +116,7 @@ class Head:
             ValueError: Labels of another shape, or out of range.
         """
         _, labels = checked_scores(self.loo_scores, labels)
-        ways = self.held_out(labels)
+        ways = self.held_out()
         scores, labels = ways.flatten(0, 1), labels.repeat(len(ways))
         told = scores.gather(1, labels[:, None]).isfinite().any()
         decided = scores if told else self.weight @ self.weight.T
@@ -124,14 +124,11 @@ class Head:
         most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
         return torch.minimum(fit_temperature(scores, labels, len(ways)), most) if told else most
 
-    def held_out(self, labels: Tensor) -> Tensor:
+    def held_out(self) -> Tensor:
         """Scores of samples by heads that were fitted without them, in ``R`` ways, ``(R, N, K)``.
 
         These are the leave-one-out scores. Of `ridge`, whose scores lean on the shares of the classes, they are those
         of `samples.balanced_folds`: leaving out single samples is pessimistic where there are few.
-
-        Args:
-            labels: Those that the head was fitted to, ``(N,)``.
         """
         return self.loo_scores[None]
 
@@ -174,12 +171,13 @@ class RidgeHead(Head):
                 way[own] -= _solved(factor, self.residuals[own] * roots[own]) / roots[own]
         return scores
 
-    def held_out(self, labels: Tensor) -> Tensor:
+    def held_out(self) -> Tensor:
         """`left_out` by `samples.balanced_folds`, for which some class needs two samples.
 
         The folds are of the samples in the order of their leave-one-out scores, so that their own order, which is
         another one with shuffling or several processes, does not matter.
         """
+        labels = self.fit.labels
         if int(labels.bincount().max()) < 2:
             return self.loo_scores[None]
         order = self.loo_scores.gather(1, labels[:, None]).squeeze(1).argsort()

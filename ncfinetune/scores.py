@@ -121,7 +121,7 @@ def _score(
     features: Tensor, bank: Bank, rank: bool, model: str, layer: str, depth: int, width: int, parameters: int
 ) -> LayerScore:
     labels, classes = bank.labels, bank.num_classes
-    ways = ridge(features, labels, classes).held_out(labels)
+    ways = ridge(features, labels, classes).held_out()
     right = decided_rightly(ways, labels)
     accuracy = float(right.mean())
     moments = class_moments(features, labels, classes)

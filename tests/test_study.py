@@ -469,7 +469,7 @@ def test_sources_are_ranked_and_tuned(textures: Path) -> None:
     (train, labels), (test, truth) = (_features(backbone, data, stage) for stage in ("fit", "test"))
     head = ridge(train, labels, 3)
     assert float(rows[1]["loo_accuracy"]) == pytest.approx(float((head.loo_scores.argmax(1) == labels).double().mean()))
-    ways = head.held_out(labels)
+    ways = head.held_out()
     assert float(rows[1]["accuracy"]) == pytest.approx(float((ways.argmax(2) == labels).double().mean()))
     assert float(rows[1]["nc1"]) == pytest.approx(float(nc1(class_moments(train, labels, 3))), rel=1e-4)
     first = torch.cat([(truth == label).nonzero().squeeze(1)[:5] for label in range(3)])
