@@ -476,7 +476,13 @@ def test_sources_are_ranked_and_tuned(textures: Path) -> None:
     right = head.scores(test[first]).argmax(1) == truth[first]
     assert float(rows[1]["ridge"]) == pytest.approx(float(right.double().mean()))
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("layer FT", "full FT"))
-    assert len(_run("ranking.py", "table", str(out)).splitlines()) == 2 + 3 * 14
+    shown = _run("ranking.py", "table", str(out)).splitlines()
+    assert len(shown) == 2 + 3 * 14 + 4
+    less = [
+        100 * sum(float(row[name]) - float(row["ridge"]) for row in rows) / 2 for name in ("accuracy", "loo_accuracy")
+    ]
+    cells = shown[-1].strip("| ").split(" | ")
+    assert [float(cell) for cell in cells[2:]] == pytest.approx(less, abs=0.051)
 
 
 def _features(backbone: Backbone, data: ImageFolder, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
