@@ -167,7 +167,7 @@ def table(path: Path) -> str:
 
 
 def predicted_less_tested(draw: list[dict[str, str]], name: str) -> float:
-    """By how many points a predicted accuracy of ridge regression exceeds the tested one, over the networks of a draw."""
+    """By how many points a predicted accuracy of ridge regression exceeds the tested one, over a draw's networks."""
     return 100 * statistics.mean(float(row[name]) - float(row["ridge"]) for row in draw)
 
 
