@@ -142,28 +142,38 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> str:
-    """Rank correlations of each measure with each outcome over networks, and the regret of taking the network it names.
+    """A table for each outcome: how measures order networks by it, a column for each set and number of images a class.
 
-    Draws that lack some networks are left out. That of chance is what the mean network is below the best. Then come the
+    Draws that lack some networks are left out. That of chance is what the mean network is below the best. Last come the
     points by which ridge regression's accuracies on images left out exceed that on test images.
     """
-    grouped: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
-    for row in rows_of(path):
-        grouped[row["data"], int(row["shots"])].append(row)
-    head = "data | shots | outcome | draws | networks | measure | rho over networks of a draw | rho of means (p)"
-    lines = [f"| {head} | regret, points |", "|" + "---|" * 9]
-    predictions = ["", f"| data | shots | {' | '.join(ACCURACIES)} |", "|" + "---|" * (2 + len(ACCURACIES))]
-    for (data, shots), found in sorted(grouped.items()):
+    grouped: dict[str, list[list[dict[str, str]]]] = {}
+    for (data, shots), found in sorted(_by_set(path).items()):
         most = len(by(found, "network"))
-        draws = [own for own in by(found, "seed").values() if len(own) == most]
-        if draws:
-            less = [spread([predicted_less_tested(own, name) for own in draws]) for name in ACCURACIES]
-            predictions.append(f"| {data} | {shots} | {' | '.join(less)} |")
-        for outcome in OUTCOMES if draws else ():
-            for measure in ("chance", *MEASURES):
-                cells = [data, shots, outcome, len(draws), most, measure, *judged(draws, measure, outcome)]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines + predictions)
+        if draws := [own for own in by(found, "seed").values() if len(own) == most]:
+            grouped[f"{data}, {shots}: {len(draws)} draws of {most}"] = draws
+    rows = [f"| {' | '.join(grouped)} |", "---|" * len(grouped)]
+    lines: list[str] = []
+    for outcome in OUTCOMES if grouped else ():
+        lines += [f"| {outcome} {rows[0]}", f"|---|{rows[1]}"]
+        for measure in ("chance", *MEASURES):
+            cells = [judged(draws, measure, outcome) for draws in grouped.values()]
+            lines.append(f"| {measure} | {' | '.join(cells)} |")
+        lines.append("")
+    if grouped:
+        lines += [f"| predicted less tested {rows[0]}", f"|---|{rows[1]}"]
+        for name in ACCURACIES:
+            cells = [spread([predicted_less_tested(own, name) for own in draws]) for draws in grouped.values()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _by_set(path: Path) -> dict[tuple[str, int], list[dict[str, str]]]:
+    """Rows by data and images a class."""
+    found: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
+    for row in rows_of(path):
+        found[row["data"], int(row["shots"])].append(row)
+    return found
 
 
 def predicted_less_tested(draw: list[dict[str, str]], name: str) -> float:
@@ -171,11 +181,11 @@ def predicted_less_tested(draw: list[dict[str, str]], name: str) -> float:
     return 100 * statistics.mean(float(row[name]) - float(row["ridge"]) for row in draw)
 
 
-def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> list[str]:
-    """How a measure orders networks by an outcome: in each draw, by the means over draws, and its regret."""
+def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> str:
+    """How a measure orders networks by an outcome: rho in each draw, rho and p of means over draws, and the regret."""
     tests = [[float(row[outcome]) for row in own] for own in draws]
     if measure == "chance":
-        return ["", "", spread([regret([0.0] * len(own), own) for own in tests])]
+        return spread([regret([0.0] * len(own), own) for own in tests])
     values = [[MEASURES[measure] * float(row[measure]) for row in own] for own in draws]
     within = [-spearman(x, y)[0] for x, y in zip(values, tests, strict=True)]
     known = [rho for rho in within if not math.isnan(rho)]  # where all test alike there is none
@@ -183,7 +193,7 @@ def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> lis
     means = [[statistics.mean(float(row[name]) for row in own) for name in (measure, outcome)] for own in networks]
     rho, p = spearman([MEASURES[measure] * mean for mean, _ in means], [mean for _, mean in means])
     lost = [regret(x, y) for x, y in zip(values, tests, strict=True)]
-    return [spread(known, 2) if known else "-", f"{-rho:.2f} ({p:.2g})", spread(lost)]
+    return f"{spread(known, 2) if known else '-'}; {-rho:.2f} ({p:.2g}); {spread(lost)}"
 
 
 def main() -> None:
