@@ -51,6 +51,8 @@ ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
 Strengths = Sequence[float] | Tensor
 # Least standard deviation of a classifier's logits; their softmax then differs from chance by about this share.
 _LEAST_SPREAD = 1e-2
+# Differences of scores, as a share of the largest, that are taken for rounding.
+_ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,12 @@ class Head:
         scores, labels = ways.flatten(0, 1), labels.repeat(len(ways))
         told = scores.gather(1, labels[:, None]).isfinite().any()
         decided = scores if told else self.weight @ self.weight.T
-        spread = decided[decided.isfinite()].std()
-        most = torch.where(spread > 0, spread / _LEAST_SPREAD, 1.0)
-        return torch.minimum(fit_temperature(scores, labels, len(ways)), most) if told else most
+        decided = decided[decided.isfinite()]
+        spread = decided.std()
+        varies = spread > _ROUNDING * decided.abs().amax()
+        if not told or not bool(varies):
+            return torch.where(varies, spread / _LEAST_SPREAD, 1.0)
+        return torch.minimum(fit_temperature(scores, labels, len(ways)), spread / _LEAST_SPREAD)
 
     def held_out(self) -> Tensor:
         """Scores of samples by heads that were fitted without them, in ``R`` ways, ``(R, N, K)``.
@@ -175,7 +180,7 @@ class RidgeHead(Head):
         """`left_out` by `samples.balanced_folds`, for which some class needs two samples.
 
         The folds are of the samples in the order of their leave-one-out scores, so that their own order, which is
-        another one with shuffling or several processes, does not matter.
+        another one with shuffling or several processes, matters in ties alone.
         """
         labels = self.fit.labels
         if int(labels.bincount().max()) < 2:
@@ -245,10 +250,10 @@ def _solved(factor: Tensor, residuals: Tensor) -> Tensor:
 def decided_rightly(scores: Tensor, labels: Tensor) -> Tensor:
     """How often each sample has the highest score for its class in scores ``(R, N, K)``, in 0..1, ``(N,)``.
 
-    A tie is an error.
+    A tie is an error, also one that rounding decides: features that say nothing would be decided by it.
     """
-    labels = labels.to(scores.device)
-    return torch.stack([margins(way, labels) > 0 for way in scores]).double().mean(0)
+    labels, least = labels.to(scores.device).long(), _ROUNDING * scores.abs().amax().nan_to_num(posinf=0)
+    return torch.stack([margins(way, labels) > least for way in scores]).double().mean(0)
 
 
 def squared_error(scores: Tensor, labels: Tensor) -> float:

@@ -46,8 +46,8 @@ def balanced_folds(labels: Tensor) -> Tensor:
 
     Leaving out single samples is pessimistic where there are few: the class of the sample has a smaller share of the
     others, and a classifier that leans on the shares then decides against it. There are ten folds at most, so that of
-    many samples more are left out together, and 200 decisions at least over all ways. The largest class gives their
-    number; the samples of smaller ones are each in a fold of its own.
+    many samples more are left out together, and 200 decisions at least over all ways. The smallest class gives their
+    number, two at least, so that a fold has about the same share of each class.
 
     Args:
         labels: ``(N,)``.
@@ -56,8 +56,8 @@ def balanced_folds(labels: Tensor) -> Tensor:
         ValueError: No class has two samples.
     """
     labels = labels.cpu()
-    most = int(torch.unique(labels, return_counts=True)[1].max())
-    number, ways = min(max(most, 2), 10), max(1, 200 // len(labels))
+    least = int(torch.unique(labels, return_counts=True)[1].min())
+    number, ways = min(max(least, 2), 10), max(1, 200 // len(labels))
     return torch.stack([folds_of(labels, number, seed) for seed in range(ways)])
 
 

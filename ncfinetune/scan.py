@@ -25,7 +25,7 @@ _SUFFIXES = (".csv", ".json", ".png")
 _DESCRIPTION = """\
 Score every block of one or several networks on training images, by closed forms from one pass: no training, no
 learning rate, no validation image. acc % is the accuracy of a ridge head that each image is judged by without having
-had a part in it, nor as many images of each other class: about that of new images.
+had a part in it, nor as large a share of the other classes: about that of new images, less of two or three a class.
 
   ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder --data.root photos --out scan.csv scan.png
   ncfinetune scan --backbone '{name: resnet18, stem: cifar}' --checkpoint backbone.safetensors --data Digits

@@ -98,7 +98,7 @@ def layer_scores(bank: Bank, rank: bool = False) -> list[LayerScore]:
     """
     if not len(bank.labels):
         raise ValueError("expected training images, got none")
-    if int(bank.labels.bincount().max()) < 2:
+    if int(bank.labels.unique(return_counts=True)[1].max()) < 2:
         raise ValueError("expected two images of some class at least, got one of each: none can be left out")
     scores: list[LayerScore] = []
     for model in bank.facts["models"]:

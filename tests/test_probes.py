@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ncfinetune import closed_forms, folds
 from ncfinetune.calibration import fit_temperature
-from ncfinetune.probes import Head, lda, nearest_mean, ridge, simplex_etf
+from ncfinetune.probes import Head, decided_rightly, lda, nearest_mean, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
 # N, d, K: more samples than features, fewer, as many, two a class, two classes.
@@ -470,3 +470,13 @@ def test_algebra_stays_on_the_device_and_never_waits_for_it(samples: int, dim: i
         assert moments._state is not None
         found = [*curve, slack, linear, spectrum.residuals(fit, linear, lam), *model.curve(lams), left_out, near]
         assert {tensor.device.type for tensor in (*found, model.weight(lam), *moments._state)} == {"cuda"}
+
+
+@pytest.mark.parametrize("classes", [2, 6, 10])
+@pytest.mark.parametrize("features", [torch.full((60, 8), 0.3), torch.eye(60)], ids=["constant", "one-hot"])
+def test_features_that_say_nothing_decide_nothing(features: Tensor, classes: int) -> None:
+    """Held-out scores are the same for all classes, up to rounding."""
+    labels = torch.arange(60) % classes
+    head = ridge(features, labels, classes)
+    assert decided_rightly(head.held_out(), labels.to(torch.uint8)).sum() == 0
+    assert head.temperature(labels).item() == 1

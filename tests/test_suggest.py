@@ -88,12 +88,12 @@ def test_balanced_folds_leave_out_one_of_each_class():
     assert int(balanced_folds(torch.arange(3).repeat(100)).max()) == 9
 
 
-def test_balanced_folds_of_unequal_classes_leave_out_little():
-    """The rare class's images are each in a fold of its own, and no fold has two of the ten of the other."""
-    labels = torch.tensor([0] * 9 + [1, 1])
+def test_balanced_folds_of_unequal_classes_have_equal_shares():
+    labels = torch.tensor([0] * 9 + [1] * 3)
     for way in balanced_folds(labels):
-        assert way.bincount().tolist() == [2, 2] + [1] * 7
-        assert sorted(way[labels == 0].tolist()) == list(range(9))
+        assert way[labels == 0].bincount().tolist() == [3, 3, 3]
+        assert way[labels == 1].bincount().tolist() == [1, 1, 1]
+    assert int(balanced_folds(torch.tensor([0] * 9 + [1])).max()) == 1
 
 
 def test_single_images_left_out_are_pessimistic_and_balanced_folds_are_not():
