@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ncfinetune.bank import Bank
@@ -98,7 +99,7 @@ def layer_scores(bank: Bank, rank: bool = False) -> list[LayerScore]:
     """
     if not len(bank.labels):
         raise ValueError("expected training images, got none")
-    if int(bank.labels.unique(return_counts=True)[1].max()) < 2:
+    if int(torch.unique(bank.labels, return_counts=True)[1].max()) < 2:
         raise ValueError("expected two images of some class at least, got one of each: none can be left out")
     scores: list[LayerScore] = []
     for model in bank.facts["models"]:
