@@ -2,7 +2,8 @@
 
 Two numbers of a held-out fold follow exactly from these sums: its NC1 around the class means of the other folds, and
 its squared error under ridge regression fitted to the other folds. Accuracy is not a function of sums; neither are
-leave-one-out scores or a temperature. For these `ncfinetune.probes` takes the features themselves.
+leave-one-out scores or a temperature. For these `ncfinetune.probes` takes the features themselves, and `folds_of` and
+`balanced_folds` tell the folds.
 
 Legend: ``K`` classes, ``d`` feature width, ``F`` folds, ``L`` strengths; of a fold ``n`` counts ``(K,)``, ``s`` class
 sums ``(K, d)``, ``S`` the second moment ``(d, d)``; of the other folds ``N``, means ``mu``, mean ``m``, shares ``p``.
@@ -239,3 +240,40 @@ def whitening(mean: Tensor) -> Tensor:
     scales, rows = scales[: len(mean) - 1], rows[: len(mean) - 1]  # centring removes one dimension
     kept = scales.square() > max(mean.shape) * _EPS * scales[0].square()
     return rows[kept] / scales[kept, None]
+
+
+def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
+    """Which of so many folds each image is in, ``(N,)``: each class is spread over all of them.
+
+    Raises:
+        ValueError: No class has two images, so that nothing could be decided of any left out; more folds than images.
+    """
+    if int(torch.unique(labels, return_counts=True)[1].max()) < 2:
+        raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
+    if number > len(labels):
+        raise ValueError(f"expected no more folds than there are images, got {number} for {len(labels)}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    folds = torch.empty_like(labels)
+    folds[order] = torch.arange(len(labels)) % number
+    return folds
+
+
+def balanced_folds(labels: Tensor) -> Tensor:
+    """Folds that leave out one sample of each class together, ``(R, N)``, in ``R`` random ways.
+
+    Leaving out single samples is pessimistic where there are few: the class of the sample has a smaller share of the
+    others, and a classifier that leans on the shares then decides against it. There are ten folds at most, so that of
+    many samples more are left out together, and 200 decisions at least over all ways. The smallest class gives their
+    number, two at least, so that a fold has about the same share of each class.
+
+    Args:
+        labels: ``(N,)``.
+
+    Raises:
+        ValueError: No class has two samples.
+    """
+    labels = labels.cpu()
+    least = int(torch.unique(labels, return_counts=True)[1].min())
+    number, ways = min(max(least, 2), 10), max(1, 200 // len(labels))
+    return torch.stack([folds_of(labels, number, seed) for seed in range(ways)])

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.folds import balanced_folds
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
 from ncfinetune.probes import ridge, squared_error
-from ncfinetune.samples import balanced_folds
 
 # Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
 WORTH = 0.01
@@ -126,7 +126,7 @@ def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes:
         gradients: From `gradient_features`, ``(N, m)``.
         labels: ``(N,)``.
         num_classes: Number of classes ``K``.
-        folds: Which images are left out together, in ``R`` ways, ``(R, N)``; see `samples.balanced_folds`.
+        folds: Which images are left out together, in ``R`` ways, ``(R, N)``; see `folds.balanced_folds`.
 
     Raises:
         ValueError: As `ncfinetune.probes.ridge`.

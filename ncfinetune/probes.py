@@ -45,7 +45,7 @@ from ncfinetune.closed_forms import (
     row_parts,
     within,
 )
-from ncfinetune.samples import balanced_folds
+from ncfinetune.folds import balanced_folds
 
 ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
 Strengths = Sequence[float] | Tensor
@@ -133,7 +133,7 @@ class Head:
         """Scores of samples by heads that were fitted without them, in ``R`` ways, ``(R, N, K)``.
 
         These are the leave-one-out scores. Of `ridge`, whose scores lean on the shares of the classes, they are those
-        of `samples.balanced_folds`: leaving out single samples is pessimistic where there are few.
+        of `folds.balanced_folds`: leaving out single samples is pessimistic where there are few.
         """
         return self.loo_scores[None]
 
@@ -177,7 +177,7 @@ class RidgeHead(Head):
         return scores
 
     def held_out(self) -> Tensor:
-        """`left_out` by `samples.balanced_folds`, for which some class needs two samples.
+        """`left_out` by `folds.balanced_folds`, for which some class needs two samples.
 
         The folds are of the samples in the order of their leave-one-out scores, so that their own order, which is
         another one with shuffling or several processes, matters in ties alone.

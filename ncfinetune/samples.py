@@ -1,4 +1,4 @@
-"""Which samples of a data set: some evenly over its classes, folds of them, and the labels and files that it knows."""
+"""Which samples of a data set: some evenly over its classes, and the labels and files that it knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import VisionDataset
@@ -22,43 +21,6 @@ def spread(indices: Sequence[int], most: int, dataset: Any = None) -> Sequence[i
     order = np.arange(len(drawn)) if labels is None else np.argsort(labels[drawn], kind="stable")
     middles = (np.arange(most) + 0.5) * len(drawn) / most
     return [int(index) for index in drawn[np.sort(order[middles.astype(int)])]]
-
-
-def folds_of(labels: Tensor, number: int, seed: int = 0) -> Tensor:
-    """Which of so many folds each image is in, ``(N,)``: each class is spread over all of them.
-
-    Raises:
-        ValueError: No class has two images, so that nothing could be decided of any left out; more folds than images.
-    """
-    if int(torch.unique(labels, return_counts=True)[1].max()) < 2:
-        raise ValueError("expected two images of some class at least, got one of each: no fold could be left out")
-    if number > len(labels):
-        raise ValueError(f"expected no more folds than there are images, got {number} for {len(labels)}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    folds = torch.empty_like(labels)
-    folds[order] = torch.arange(len(labels)) % number
-    return folds
-
-
-def balanced_folds(labels: Tensor) -> Tensor:
-    """Folds that leave out one sample of each class together, ``(R, N)``, in ``R`` random ways.
-
-    Leaving out single samples is pessimistic where there are few: the class of the sample has a smaller share of the
-    others, and a classifier that leans on the shares then decides against it. There are ten folds at most, so that of
-    many samples more are left out together, and 200 decisions at least over all ways. The smallest class gives their
-    number, two at least, so that a fold has about the same share of each class.
-
-    Args:
-        labels: ``(N,)``.
-
-    Raises:
-        ValueError: No class has two samples.
-    """
-    labels = labels.cpu()
-    least = int(torch.unique(labels, return_counts=True)[1].min())
-    number, ways = min(max(least, 2), 10), max(1, 200 // len(labels))
-    return torch.stack([folds_of(labels, number, seed) for seed in range(ways)])
 
 
 def known_labels(dataset: Any) -> Any:

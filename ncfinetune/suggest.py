@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
+from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.linearised import WORTH, gradient_features, linearised
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
-from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
 from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
@@ -328,7 +328,7 @@ def closed_rows(
 ) -> list[Row]:
     """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
 
-    They are judged on the folds of `samples.balanced_folds`; LDA only if it exists without each of them.
+    They are judged on the folds of `folds.balanced_folds`; LDA only if it exists without each of them.
     """
     labels, classes = bench.labels, bench.num_classes
     folds = balanced_folds(labels)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ncfinetune.calibration import fit_temperature
+from ncfinetune.folds import balanced_folds
 from ncfinetune.probes import Head, RidgeHead
-from ncfinetune.samples import balanced_folds
 
 
 def held_out_folds(head: RidgeHead, labels: Tensor) -> Tensor:

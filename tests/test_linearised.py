@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
+from ncfinetune.folds import balanced_folds
 from ncfinetune.linearised import block_to_tune, gradient_features, linearised
 from ncfinetune.probes import ridge, squared_error
-from ncfinetune.samples import balanced_folds
 
 LAYERS = ["layer1.0", "layer4.1"]
 

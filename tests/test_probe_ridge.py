@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from ncfinetune.callbacks import OnlineProbe
 from ncfinetune.callbacks.classify import count, fit_ridge
-from ncfinetune.samples import balanced_folds, spread
+from ncfinetune.folds import balanced_folds
+from ncfinetune.samples import spread
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

@@ -20,9 +20,8 @@ from PIL import Image
 from ncfinetune import Backbone, FineTuner, report_statistics
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import ImageFolder
-from ncfinetune.folds import FoldMoments
+from ncfinetune.folds import FoldMoments, folds_of
 from ncfinetune.probes import ridge
-from ncfinetune.samples import folds_of
 from ncfinetune.trials import Bench, Method
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "studies"

@@ -20,8 +20,8 @@ from ncfinetune import Backbone
 from ncfinetune.bank import read_images
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
+from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.probes import ridge
-from ncfinetune.samples import balanced_folds, folds_of
 from ncfinetune.suggest import Row, choose, closed_rows, halve, verdict
 from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
 

@@ -40,9 +40,8 @@ from torch import Tensor
 from ncfinetune import Backbone, FineTuner
 from ncfinetune.bank import read_images
 from ncfinetune.collapse import class_moments, nc1
-from ncfinetune.folds import FoldMoments, whitening
+from ncfinetune.folds import FoldMoments, folds_of, whitening
 from ncfinetune.report_statistics import spearman
-from ncfinetune.samples import folds_of
 from ncfinetune.trials import Bench, Method, Trial
 
 MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_loss", "refit_acc", "test_nc1")

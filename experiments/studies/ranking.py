@@ -5,10 +5,9 @@ of `sources.UNRANKED` are left out. Of each ROOT the first ``--classes`` classes
 images of these by its seed, the same for all networks. The measures see the training images alone: what ``ncfinetune
 scan`` ranks by, the accuracy of ridge regression on images left out, and its squared error; both again with single
 images left out; k-NN, H-score and LogME; NC1, cross-validated NC1 and CDNV of these images; and from SOURCES, NC1,
-trace ratio and accuracy of the source. Outcomes
-are accuracies of ridge regression, and of layer FT of ``--block`` and full FT from there, on the first ``--tested``
-images of each class of ``val``. Rows are written as they come; what a file has already is not run again. Seconds are
-those of the processor.
+trace ratio and accuracy of the source. Outcomes are accuracies of ridge regression, and of layer FT of ``--block`` and
+full FT from there, on the first ``--tested`` images of each class of ``val``. Rows are written as they come; what a
+file has already is not run again. Seconds are those of the processor.
 
     python experiments/studies/ranking.py run SOURCES RUNS ROOT ... --out rows.csv [--shots 5 20] [--seeds 0 1 2 3 4]
     python experiments/studies/ranking.py table rows.csv

@@ -39,10 +39,9 @@ from torch import Tensor
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source, fill, read_images
 from ncfinetune.datamodules import Digits, ImageFolder
-from ncfinetune.folds import FoldMoments
+from ncfinetune.folds import FoldMoments, folds_of
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import lda, nearest_mean, ridge
-from ncfinetune.samples import folds_of
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import Row, choose, suggest
 from ncfinetune.transferability import knn_accuracy
