@@ -366,13 +366,14 @@ class MomentAccumulator(Accumulator):
             return z, torch.linalg.vector_norm(z, dim=1).square_(), columns
         z = rows if arithmetic == _NARROW else spaced(rows.shape, torch.float64, rows.device)
         squares = torch.empty_like(labels, dtype=torch.float64)
+        ones = torch.ones_like(squares)
         for part, step in _steps(rows, labels, self.shift, keep):
             sums.index_add_(0, labels[part], step)
             if self.keeps_scatter:
                 z[part] = step
             squares[part] = step.square_().sum(1)
             if arithmetic in (_NARROW, _TRIAL):
-                columns += step.sum(0)
+                columns.addmv_(step.T, ones[part])  # twice as fast as a sum over rows
         self.sums += sums
         return z, squares, columns
 

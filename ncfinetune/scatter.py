@@ -31,6 +31,9 @@ _USUAL, _LARGEST, _MEAN = 2, 12, 4
 # Rows whose products are summed before they are added to the sums so far. Sums of products may round each term at the
 # size of the sum, so that the error of long ones grows with the root of their number, to 50 roundoffs at 50,000.
 _TERMS = 512
+# Rows of a block, at least, and of one whose products are made in float64: smaller ones are not faster there, and an
+# accelerator launches each by itself.
+_BLOCK, _LARGE_BLOCK = 64, 128
 # Number of random combinations of the directions that NC1 sums over, for the estimate.
 _PROBES = 16
 
@@ -117,7 +120,7 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
     before = upper.diagonal().clone()
     with full_precision(z.device):
         for part in torch.split(z, _TERMS):
-            for rows in _blocks(z.shape[1]):
+            for rows in _blocks(z.shape[1], _LARGE_BLOCK):
                 upper[rows, rows.start :] += part[:, rows].T @ part[:, rows.start :]
     rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
 
@@ -136,22 +139,29 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
     Returns:
         Whether float32 was exact enough for all blocks.
     """
-    right = True
-    unit = ROUNDING[torch.float32] * squares
+    blocks, diagonal = _blocks(z.shape[1]), torch.empty_like(squares)
     with full_precision(z.device):
-        for rows in _blocks(z.shape[1]):
-            exact, one = squares[rows], unit[rows]
+        for rows in blocks:
             product = z[:, rows].T @ z[:, rows.start :]
-            error = product.diagonal() - exact
-            if (error.abs() > _LARGEST * one).any() or error.sum().abs() > _MEAN * one.sum():
-                product = z[:, rows].double().T @ z[:, rows.start :].double()
-                error, right = product.diagonal() - exact, False
-            block = upper[rows, rows.start :]
-            block += product
-            block.diagonal().sub_(error)
-            usual = (_USUAL * one.norm()).clamp(min=torch.finfo(one.dtype).tiny)  # 0 where no feature varies
-            rounding[rows] += one * (error.norm() / usual).clamp(min=1)
-    return right
+            upper[rows, rows.start :] += product
+            diagonal[rows] = product.diagonal()
+    error, unit = diagonal - squares, ROUNDING[torch.float32] * squares
+    block_of = torch.repeat_interleave(torch.tensor([rows.stop - rows.start for rows in blocks]))
+
+    def total(values: Tensor) -> Tensor:
+        return unit.new_zeros(len(blocks)).index_add_(0, block_of, values)
+
+    wrong = total((error.abs() > _LARGEST * unit).double()) + (total(error).abs() > _MEAN * total(unit))
+    for block in wrong.nonzero().flatten().tolist():
+        rows = blocks[block]
+        with full_precision(z.device):
+            correction = z[:, rows].double().T @ z[:, rows.start :].double() - z[:, rows].T @ z[:, rows.start :]
+        upper[rows, rows.start :] += correction
+        error[rows] += correction.diagonal()
+    upper.diagonal().sub_(error)
+    usual = (_USUAL * total(unit.square()).sqrt()).clamp(min=torch.finfo(unit.dtype).tiny)  # 0 where no feature varies
+    rounding += unit * (total(error.square()).sqrt() / usual).clamp(min=1)[block_of]
+    return not wrong.any()
 
 
 def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, upper: Tensor) -> float:
@@ -192,10 +202,15 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
     return math.inf if failed else float(scatter.rounding_error(rows) / scatter.spread(rows))
 
 
-def _blocks(width: int) -> Iterator[slice]:
-    """Blocks of rows of the ``(d, d)`` state: many enough to omit nearly half of it, large enough for fast products."""
-    size = max(128, width // 8)
-    return (slice(start, start + size) for start in range(0, width, size))
+def _blocks(width: int, least: int = _BLOCK) -> list[slice]:
+    """Blocks of rows of the ``(d, d)`` state: so many that they omit nearly half of it, large enough for fast products.
+
+    All have about the same size: MKL makes those of very few rows with larger errors. Blocks of a larger ``least`` are
+    unions of the others, and so have all of their entries.
+    """
+    number = max(1, min(8, width // _BLOCK))
+    starts = [block * width // number for block in range(0, number, 2 if width // number < least else 1)]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], width], strict=True)]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ncfinetune import accumulator
 from ncfinetune.collapse import FAMILY, RoundingWarning, class_moments, nc1, nc1_ratio, nc1_with_error
 from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
 from ncfinetune.moments import MomentAccumulator, UnresolvedCollapseError
+from ncfinetune.scatter import ROUNDING, add_float32_products
 
 Case = tuple[np.ndarray, np.ndarray, int]
 
@@ -139,6 +140,31 @@ def test_small_terms_are_not_lost_in_long_sums_after_large_ones(width: int, few:
         metric.update(features.float(), labels)
         errors.append(metric.compute().item() / reference.nc1(features.float().numpy(), labels.numpy()) - 1)
     assert np.abs(errors).max() < 2e-7, errors
+
+
+def test_features_that_float32_cannot_sum_are_multiplied_in_float64_and_the_others_are_not() -> None:
+    z = torch.randn(2048, 200, generator=torch.Generator().manual_seed(0))
+    z[:8, 70:90] *= 3000
+    before = torch.randn(200, 200, dtype=torch.float64)
+    upper, rounding = before.clone(), torch.zeros(200, dtype=torch.float64)
+    exact = z.double().T @ z.double()
+    assert not add_float32_products(upper, rounding, z, exact.diagonal())
+    sizes = exact.diagonal().sqrt()
+    errors = ((upper - before - exact) / sizes / sizes[:, None]).abs() / ROUNDING[torch.float32]
+    assert errors.diagonal().max() < 1e-6
+    assert errors[70:90, 70:].max() < 1e-6
+    assert 0.1 < errors[:60].max() < 12
+    assert upper[150, 70] == before[150, 70]  # below the diagonal nothing is added
+
+
+@pytest.mark.parametrize("width", [32, 72, 127, 130, 200, 520, 770])
+def test_products_of_even_features_are_exact_enough_in_float32(width: int) -> None:
+    z = torch.randn(2048, width, generator=torch.Generator().manual_seed(0))
+    exact = z.double().T @ z.double()
+    upper, rounding = torch.zeros_like(exact), torch.zeros_like(exact.diagonal())
+    assert add_float32_products(upper, rounding, z, exact.diagonal())
+    assert torch.allclose(upper.diagonal(), exact.diagonal(), rtol=1e-14)
+    assert (rounding / exact.diagonal() / ROUNDING[torch.float32]).max() < 2
 
 
 def test_a_block_of_features_that_do_not_vary_has_no_error() -> None:

@@ -463,7 +463,7 @@ def test_collapse_of_double_features_is_never_negative() -> None:
         assert 0 <= metric.compute().item() < 1e-25
 
 
-@pytest.mark.parametrize(("classes", "width"), [(6, 10), (12, 70), (70, 12), (6, 300)])
+@pytest.mark.parametrize(("classes", "width"), [(6, 10), (12, 70), (70, 12), (6, 300), (3, 770), (3, 1030)])
 def test_nc1_of_the_state_is_nc1_of_the_moments_in_full(classes: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % classes
