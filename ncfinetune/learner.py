@@ -31,7 +31,7 @@ from ncfinetune.loop_progress import (
     take_up_epoch,
 )
 from ncfinetune.resume import Resumption, last_saved
-from ncfinetune.schedule import follows_rates, monitored, scale_rates
+from ncfinetune.schedule import check_lengths, follows_rates, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
@@ -312,7 +312,8 @@ class Learner(LightningModule, ABC):
             save_average(self.trainer)
 
     def on_train_start(self) -> None:
-        """Restore the progress, the trained parameters and the random state of a resumed run."""
+        """Refuse a schedule that ends early; restore progress, trained parameters and random state of a resumed run."""
+        check_lengths(self.trainer)
         # The logged values once more: the sanity check resets them, and some strategies load a checkpoint after the fit
         # has started.
         self._resumption.begin(self.trainer, self)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -20,7 +22,9 @@ class WarmupCosine(SequentialLR):
 
     Args:
         optimizer: The optimiser.
-        epochs: Number of all epochs, the ``max_epochs`` of the Trainer; the rate is zero from then on.
+        epochs: Number of all epochs, the ``max_epochs`` of the Trainer; the rate is zero from then on. Of steps, if the
+            learner has ``lr_interval="step"``. A run that is longer is refused, unless its weights are averaged from
+            then on.
         warmup: Number of epochs of the warm-up; its first epoch has ``1 / (warmup + 1)`` of the learning rate.
 
     Raises:
@@ -30,10 +34,36 @@ class WarmupCosine(SequentialLR):
     def __init__(self, optimizer: Optimizer, epochs: int, warmup: int = 0) -> None:
         if not 0 <= warmup < epochs:
             raise ValueError(f"expected a warmup of 0 to {epochs - 1} epochs, since epochs={epochs}, got {warmup}")
-        decay = epochs - warmup
+        self.epochs, decay = epochs, epochs - warmup
         ramp = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / decay, 1))) / 2)
         super().__init__(optimizer, [ramp, cosine], milestones=[warmup])
+
+
+def check_lengths(trainer: Trainer) -> None:
+    """Refuse a `WarmupCosine` that ends before the run, whose learning rate would be zero for the rest of it.
+
+    Lightning's `StochasticWeightAveraging` replaces the schedule, and may do so before its end.
+
+    Raises:
+        ValueError: The run is longer.
+    """
+    replaced = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    for config in trainer.lr_scheduler_configs:
+        scheduler, steps = config.scheduler, config.interval == "step"
+        length = trainer.estimated_stepping_batches if steps else _epochs_of(trainer)
+        if isinstance(scheduler, WarmupCosine) and not replaced and scheduler.epochs < length < math.inf:
+            raise ValueError(
+                f"WarmupCosine has epochs={scheduler.epochs}, after which the learning rate is 0, but the run has "
+                f"{length} {'steps, by which lr_interval=step counts' if steps else 'epochs'}; give epochs={length}"
+            )
+
+
+def _epochs_of(trainer: Trainer) -> float:
+    """Number of epochs of a run, which may be infinite."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    batches = trainer.max_steps * trainer.accumulate_grad_batches
+    return epochs if batches < 0 else min(epochs, math.ceil(batches / max(1, trainer.num_training_batches)))
 
 
 def depths(net: Any) -> dict[str, int]:

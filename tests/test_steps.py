@@ -8,7 +8,7 @@ import ddp
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.tuner import Tuner
 from torch.optim import SGD, lr_scheduler
@@ -356,12 +356,44 @@ SCHEDULERS = {
     "polynomial": partial(lr_scheduler.PolynomialLR, total_iters=7),
     "lambda": partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: min(1.0, step / 5)),
     "multiplicative": partial(lr_scheduler.MultiplicativeLR, lr_lambda=lambda step: 0.9),
-    "warm-up": partial(WarmupCosine, epochs=7, warmup=2),
+    "warm-up": partial(WarmupCosine, epochs=8, warmup=2),
     "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)]),
     "sequence with a cycle": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o), lr_scheduler.OneCycleLR(o, 0.01, total_steps=8)], [2]
     ),
 }
+
+
+SHORT = partial(WarmupCosine, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "arguments", "text"),
+    [
+        ("epoch", {"max_epochs": 3}, "the run has 3 epochs; give epochs=3"),
+        ("epoch", {"max_epochs": -1, "max_steps": 5}, "the run has 3 epochs; give epochs=3"),
+        ("step", {"max_epochs": 2}, "the run has 4 steps, by which lr_interval=step counts; give epochs=4"),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused(interval: Any, arguments: dict[str, Any], text: str) -> None:
+    model = Supervised(3, VIT, lr_scheduler=SHORT, lr_interval=interval)
+    with pytest.raises(ValueError, match=f"has epochs=2, after which the learning rate is 0, but {text}$"):
+        _trainer(**arguments).fit(model, DataLoader(_uneven(8, 0), batch_size=4))
+    assert model.trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": 9, "max_steps": 4},
+        {"max_epochs": 3, "callbacks": [StochasticWeightAveraging(0.01, swa_epoch_start=2)]},
+    ],
+)
+def test_a_schedule_as_long_as_the_run_or_its_replacement_is_not(arguments: dict[str, Any]) -> None:
+    model = Supervised(3, VIT, lr_scheduler=SHORT)
+    _trainer(**arguments).fit(model, DataLoader(_uneven(8, 0), batch_size=4))
+    assert model.trainer.global_step == (6 if "callbacks" in arguments else 4)
 
 
 # Each keeps its rates in another way; the others are like one of these.
