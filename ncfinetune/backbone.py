@@ -20,7 +20,7 @@ from ncfinetune.blocks import block_names
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.mode_caches import drop_caches
 from ncfinetune.pool_search import find_pools
-from ncfinetune.pooling import Pool, caught
+from ncfinetune.pooling import Pool, caught, silent
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,11 +152,17 @@ class Backbone(nn.Module):
         """Pooled outputs of named layers in one forward pass, ``{name: (N, d_l)}``.
 
         The name ``"penultimate"`` stands for the features that ``forward`` returns.
+
+        Raises:
+            ValueError: There is no such layer, or it does not run.
         """
         wanted = list(names)
         layers = {name: self.layer(name) for name in wanted if name != PENULTIMATE}
         with caught(layers, self._known_pools(layers)) as features:
             last = self._run(_features, x)
+        for name in layers:
+            if name not in features:
+                raise silent(name)
         return {name: last if name == PENULTIMATE else features[name] for name in wanted}
 
     def pool(self, name: str) -> Pool:

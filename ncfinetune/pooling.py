@@ -165,6 +165,14 @@ def detached(output: Any) -> Any:
     return apply_to_collection(output, Tensor, Tensor.detach)
 
 
+def silent(name: str) -> ValueError:
+    """The error for a layer that has no output in a pass."""
+    return ValueError(
+        f"layer {name!r} did not run in this pass of the network; name one that does (gradient checkpointing runs the "
+        "blocks of a stage, but not the stage)"
+    )
+
+
 def no_tensor(name: str, output: Any) -> NoTensorError:
     """The error for an output of a layer that holds no tensor."""
     return NoTensorError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.layers import enclosing_block
-from ncfinetune.pooling import detached
+from ncfinetune.pooling import detached, silent
 from ncfinetune.store import Stored
 from ncfinetune.tail import Tail
 
@@ -127,6 +127,9 @@ class Split:
         return output if self._gradient == "both" else detached(output)
 
     def _with_skips(self, features: Tensor) -> tuple[Tensor, ...]:
+        for name, layer in zip(self.skips, self._pools, strict=True):
+            if layer not in self._caught:
+                raise silent(name)
         return features, *(self._caught.pop(layer) for layer in self._pools)
 
 

@@ -176,6 +176,17 @@ def test_what_is_refused(knobs: dict, message: str) -> None:
         FineTuner(**{"num_classes": 3, "backbone": SMALL, **knobs})
 
 
+def test_stages_that_gradient_checkpointing_leaves_out_are_named() -> None:
+    model = FineTuner(3, SMALL, skip_from=["layer2.0", "layer3"], skip_join="concat")
+    images = _images()
+    model.backbone.net.set_grad_checkpointing(True)
+    text = "layer 'layer3' did not run in this pass of the network; name one that does .gradient checkpointing"
+    with pytest.raises(ValueError, match=text):
+        model(images)
+    with pytest.raises(ValueError, match=text):
+        model.backbone.stages(images, ["layer2.0", "layer3"])
+
+
 def test_backbone_has_one_skip_connection() -> None:
     backbone = Backbone(**SMALL)
     FineTuner(3, backbone, skip_from="layer3.0")
