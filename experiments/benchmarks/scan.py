@@ -77,7 +77,8 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     with written(options.out) as say:
-        say(f"torch {torch.__version__}, {platform.machine()}, one thread, {options.images} images, passes timed on")
+        say(f"`python experiments/benchmarks/scan.py --repeats {options.repeats} --timed {options.timed}`: torch")
+        say(f"{torch.__version__}, {platform.machine()}, one thread, {options.images} images, passes timed on")
         say(f"{options.timed} of them; median (range) of {options.repeats} turns, CPU seconds.\n")
         say("| network | layers | forward pass | pass of a scan | scores | scan / forward |")
         say("|---|---|---|---|---|---|")
