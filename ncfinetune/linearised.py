@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ncfinetune.backbone import Backbone
 from ncfinetune.folds import balanced_folds
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
-from ncfinetune.probes import ridge, squared_error
+from ncfinetune.probes import ridge, squared_errors
 
 # Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
 WORTH = 0.01
@@ -79,9 +79,9 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     """
     folds = balanced_folds(labels)
     found = {name: linearised(features, rows, labels, num_classes, folds) for name, rows in gradients.items()}
-    errors = {name: squared_error(scores, labels) for name, scores in found.items()}
+    errors = {name: squared_errors(scores, labels).mean() for name, scores in found.items()}
     best = min(errors, key=errors.__getitem__, default=None)
-    least = squared_error(ridge(features, labels, num_classes).left_out(folds), labels)
+    least = squared_errors(ridge(features, labels, num_classes).left_out(folds), labels).mean()
     return best if best is not None and errors[best] < least - WORTH else None
 
 
@@ -134,7 +134,7 @@ def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes:
     one, other = _scaled(features), _scaled(gradients)
     mixed = (torch.cat([one, share**0.5 * other], 1) for share in _SHARES)
     left_out = (ridge(x, labels, num_classes).left_out(folds) for x in mixed)
-    return min(left_out, key=lambda scores: squared_error(scores, labels))
+    return min(left_out, key=lambda scores: squared_errors(scores, labels).mean())
 
 
 def _scaled(features: Tensor) -> Tensor:

@@ -256,10 +256,10 @@ def decided_rightly(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([margins(way, labels) > least for way in scores]).double().mean(0)
 
 
-def squared_error(scores: Tensor, labels: Tensor) -> float:
-    """Mean squared error of scores ``(R, N, K)`` against one-hot targets, summed over classes."""
+def squared_errors(scores: Tensor, labels: Tensor) -> Tensor:
+    """Each sample's squared error of scores ``(R, N, K)`` against its one-hot target, the mean over ``R``, ``(N,)``."""
     targets = F.one_hot(labels.to(scores.device), scores.shape[-1])
-    return float((scores - targets).square().sum(-1).mean())
+    return (scores - targets).square().sum(-1).mean(0)
 
 
 def lda(

@@ -26,6 +26,7 @@ _DESCRIPTION = """\
 Score every block of one or several networks on training images, by closed forms from one pass: no training, no
 learning rate, no validation image. acc % is the accuracy of a ridge head that each image is judged by without having
 had a part in it, nor as large a share of the other classes: about that of new images, less of two or three a class.
+error^2 is the squared error of the same scores; networks are ranked by it.
 
   ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder --data.root photos --out scan.csv scan.png
   ncfinetune scan --backbone '{name: resnet18, stem: cifar}' --checkpoint backbone.safetensors --data Digits
@@ -140,7 +141,8 @@ def _model_row(score: ModelScore) -> dict[str, str]:
         "model": score.model,
         "parameters": f"{score.parameters:,}",
         "acc %": percent(score.accuracy, score.accuracy_error),
-        "behind the first": percent(score.behind, score.behind_error),
+        "error^2": f"{score.squared_error:.3f}",
+        "behind the first": f"{score.behind:.3f} ± {score.behind_error:.3f}",
         "least error^2 at": score.best_layer,
         "its acc %": f"{100 * score.best_layer_accuracy:.1f}",
         "k-nn %": f"{100 * score.knn:.1f}",
@@ -151,7 +153,7 @@ def _model_row(score: ModelScore) -> dict[str, str]:
 
 def _numbers(score: LayerScore | ModelScore) -> dict[str, Any]:
     """All of a score that is a number or a name, and was asked for; nan is None."""
-    values = {f.name: getattr(score, f.name) for f in fields(score) if f.name != "right"}
+    values = {f.name: getattr(score, f.name) for f in fields(score) if f.name != "errors"}
     kept = {name: value for name, value in values.items() if value is not None}
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in kept.items()}
 

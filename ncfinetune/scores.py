@@ -16,7 +16,7 @@ from ncfinetune.bank import Bank
 from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
-from ncfinetune.probes import decided_rightly, ridge, squared_error
+from ncfinetune.probes import decided_rightly, ridge, squared_errors
 from ncfinetune.transferability import h_score, knn_accuracy, logme
 
 
@@ -33,12 +33,12 @@ class LayerScore:
         accuracy: Share of images that a ridge head fitted without them decides rightly, in 0..1; see
             `ncfinetune.probes.Head.held_out`.
         accuracy_error: Its standard error, as `standard_error`.
-        squared_error: The mean squared error of these scores against one-hot targets, summed over classes.
+        squared_error: The mean squared error of this head's scores against one-hot targets, summed over classes.
         nc1: NC1, as `ncfinetune.collapse.nc1`.
         cv_nc1: Cross-validated NC1, as `ncfinetune.folds.FoldMoments.nc1` over 5 folds.
         cdnv: CDNV, as `ncfinetune.collapse.cdnv`.
         rank: Numerical rank, as `ncfinetune.collapse.numerical_rank`; None unless asked for.
-        right: How often each image is decided rightly, in 0..1, ``(N,)``.
+        errors: The squared error of each image, ``(N,)``.
     """
 
     model: str
@@ -53,7 +53,7 @@ class LayerScore:
     cv_nc1: float
     cdnv: float
     rank: float | None
-    right: Tensor
+    errors: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ModelScore:
         parameters: Number of parameters of the network.
         accuracy: That of a ridge head on its penultimate features, as `LayerScore.accuracy`.
         accuracy_error: Its standard error.
-        behind: By how much that is below the best model's, in 0..1.
+        squared_error: That of the same head, as `LayerScore.squared_error`; the model with the least comes first.
+        behind: By how much that is above the first model's.
         behind_error: Standard error of this difference, paired by image.
         best_layer: The layer whose head has the least squared error.
         best_layer_accuracy: Accuracy of that head.
@@ -78,6 +79,7 @@ class ModelScore:
     parameters: int
     accuracy: float
     accuracy_error: float
+    squared_error: float
     behind: float
     behind_error: float
     best_layer: str
@@ -123,8 +125,7 @@ def _score(
 ) -> LayerScore:
     labels, classes = bank.labels, bank.num_classes
     ways = ridge(features, labels, classes).held_out()
-    right = decided_rightly(ways, labels)
-    accuracy = float(right.mean())
+    accuracy, errors = float(decided_rightly(ways, labels).mean()), squared_errors(ways, labels)
     moments = class_moments(features, labels, classes)
     folds = FoldMoments(classes)
     folds.update(features, labels)
@@ -136,12 +137,12 @@ def _score(
         parameters,
         accuracy,
         standard_error(accuracy, len(labels)),
-        squared_error(ways, labels),
+        float(errors.mean()),
         _defined(lambda: nc1(moments)),
         _defined(folds.nc1),
         float(cdnv(moments)),
         float(numerical_rank(features, labels, classes)) if rank else None,
-        right,
+        errors,
     )
 
 
@@ -163,19 +164,21 @@ def _defined(number: Callable[[], Tensor]) -> float:
 
 
 def model_scores(bank: Bank, scores: Sequence[LayerScore]) -> list[ModelScore]:
-    """A score for each model by its penultimate features, the best first.
+    """A score for each model by its penultimate features, the one with the least squared error first.
+
+    With few images accuracies of models are near each other and vary more than squared errors.
 
     Args:
         bank: Features of a whole pass.
         scores: What `layer_scores` says of its layers.
     """
     heads = {score.model: score for score in scores if score.layer == PENULTIMATE}
-    ranked = sorted(heads.values(), key=lambda score: -score.accuracy)
+    ranked = sorted(heads.values(), key=lambda score: score.squared_error)
     return [_ranked(score, ranked[0], bank, [s for s in scores if s.model == score.model]) for score in ranked]
 
 
 def _ranked(score: LayerScore, first: LayerScore, bank: Bank, layers: Sequence[LayerScore]) -> ModelScore:
-    behind = first.right - score.right
+    behind = score.errors - first.errors
     best = min(layers, key=lambda s: s.squared_error)
     features = bank.of(score.model, PENULTIMATE)
     return ModelScore(
@@ -183,6 +186,7 @@ def _ranked(score: LayerScore, first: LayerScore, bank: Bank, layers: Sequence[L
         score.parameters,
         score.accuracy,
         score.accuracy_error,
+        score.squared_error,
         float(behind.mean()),
         float(behind.std(correction=0)) / math.sqrt(len(behind)),
         best.layer,

@@ -13,7 +13,7 @@ from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds
 from ncfinetune.linearised import block_to_tune, gradient_features, linearised
-from ncfinetune.probes import ridge, squared_error
+from ncfinetune.probes import ridge, squared_errors
 
 LAYERS = ["layer1.0", "layer4.1"]
 
@@ -102,8 +102,8 @@ def test_block_with_the_least_error_is_tuned_or_none():
     assert block_to_tune(features, {"a": noise, "b": better, "c": useful}, labels, 3) == "b"
     worse = torch.randn(30, 3, generator=generator)
     folds = balanced_folds(labels)
-    alone = squared_error(ridge(features, labels, 3).left_out(folds), labels)
-    assert squared_error(linearised(features, worse, labels, 3, folds), labels) > alone
+    alone = squared_errors(ridge(features, labels, 3).left_out(folds), labels).mean()
+    assert squared_errors(linearised(features, worse, labels, 3, folds), labels).mean() > alone
     assert block_to_tune(features, {"a": worse}, labels, 3) is None
     assert block_to_tune(features, {}, labels, 3) is None
 

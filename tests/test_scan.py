@@ -173,11 +173,13 @@ def test_models_are_ranked_by_paired_differences(bank):
     both = Bank({**bank.facts, "models": models}, features, bank.labels, bank.batches)
     first, second = model_scores(both, layer_scores(both))
     assert (first.model, second.model) == ("small", "bad")
-    rights = [
-        (refitted(features[f"{name}/penultimate"], bank.labels).argmax(2) == bank.labels).double().mean(0)
+    targets = torch.eye(10)[bank.labels]
+    errors = [
+        (refitted(features[f"{name}/penultimate"], bank.labels) - targets).square().sum(2).mean(0)
         for name in ("small", "bad")
     ]
-    paired = rights[0] - rights[1]
+    paired = errors[1] - errors[0]
+    assert first.squared_error == pytest.approx(errors[0].mean().item())
     assert second.behind == pytest.approx(paired.mean().item())
     assert second.behind > 0
     assert second.behind_error == pytest.approx(paired.std(correction=0).item() / math.sqrt(len(paired)))
