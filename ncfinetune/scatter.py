@@ -31,9 +31,10 @@ _USUAL, _LARGEST, _MEAN = 2, 12, 4
 # Rows whose products are summed before they are added to the sums so far. Sums of products may round each term at the
 # size of the sum, so that the error of long ones grows with the root of their number, to 50 roundoffs at 50,000.
 _TERMS = 512
-# Rows of a block, at least, and of one whose products are made in float64: smaller ones are not faster there, and an
-# accelerator launches each by itself.
-_BLOCK, _LARGE_BLOCK = 64, 128
+# Rows of a block, at least, unless there are fewer: MKL makes products of a few rows with larger errors.
+_BLOCK = 64
+# Rows of a block of products in float64, at most, unless there are eight: an accelerator launches each by itself.
+_LAUNCHED = 128
 # Number of random combinations of the directions that NC1 sums over, for the estimate.
 _PROBES = 16
 
@@ -45,7 +46,7 @@ class ShiftedScatter:
     Args:
         count: Samples per class, ``(K,)``.
         sums: Sums of ``z`` per class, ``(K, d)``.
-        upper: The sum of ``z z^T``, ``(d, d)``; entries below its diagonal blocks are not used.
+        upper: The sum of ``z z^T``, ``(d, d)``; entries below the diagonal are not used.
         rounding: Unit roundoff of the products times the diagonal of ``upper``, ``(d,)``.
     """
 
@@ -57,12 +58,10 @@ class ShiftedScatter:
     def spread(self, rows: Tensor) -> Tensor:
         """``trace(R Sigma_W R^T)`` of rows ``R``, ``(m, d)``."""
         total = -((rows @ self.sums.T).square() / self.count.clamp(min=1)).sum()
-        for block in _blocks(len(self.upper)):
-            part = rows[:, block]
-            products = part @ self.upper[block, block.start :]
-            diagonal = torch.tensordot(products[:, : part.shape[1]], part)
-            mirrored = torch.tensordot(products, rows[:, block.start :])
-            total = total + 2 * mirrored - diagonal
+        for block in _blocks(len(self.upper), _size(len(self.upper))):
+            products = rows[:, block] @ self.upper[block, block.start :].triu()
+            total = total + 2 * torch.tensordot(products, rows[:, block.start :])
+        total = total - torch.tensordot(rows.square().sum(0), self.upper.diagonal(), 1)
         return (total / self.count.sum()).clamp(min=0)
 
     def rounding_error(self, rows: Tensor) -> Tensor:
@@ -93,7 +92,9 @@ class ShiftedScatter:
     def written_out(self) -> Tensor:
         """``Sigma_W``, ``(d, d)``."""
         within = self.upper.clone()
-        for rows in _blocks(len(within)):
+        for rows in _blocks(len(within), _size(len(within))):
+            own = within[rows, rows].triu()
+            within[rows, rows] = own + own.triu(1).T
             within[rows.stop :, rows] = within[rows, rows.stop :].T
         within.addmm_(self.sums.T, self.sums / self.count.clamp(min=1)[:, None], alpha=-1)
         return within.div_(self.count.sum().clamp(min=1))
@@ -109,7 +110,7 @@ def sum_of_products(rows: Tensor) -> Tensor:
 
 
 def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype) -> None:
-    """Add ``z^T z`` to the blocks of ``upper`` on and above its diagonal, multiplied in float64.
+    """Add ``z^T z`` to ``upper`` on and above its diagonal, multiplied in float64.
 
     Args:
         upper: The sum so far, ``(d, d)``.
@@ -118,10 +119,11 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
         given: The dtype that the features were rounded to.
     """
     before = upper.diagonal().clone()
+    size = _size(z.shape[1], math.ceil(z.shape[1] / _LAUNCHED))
     with full_precision(z.device):
         for part in torch.split(z, _TERMS):
-            for rows in _blocks(z.shape[1], _LARGE_BLOCK):
-                upper[rows, rows.start :] += part[:, rows].T @ part[:, rows.start :]
+            for rows in _blocks(z.shape[1], size):
+                upper[rows, rows.start :].add_(part[:, rows].T @ part[:, rows.start :])
     rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
 
 
@@ -131,7 +133,7 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
     The diagonal is known in float64: its error in the products tells that of the entries beside it, and is removed.
 
     Args:
-        upper: The sum so far, ``(d, d)``; its blocks on and above the diagonal are updated.
+        upper: The sum so far, ``(d, d)``; updated in place on and above its diagonal.
         rounding: Its rounding, ``(d,)``; updated in place.
         z: Shifted features in float32, ``(m, d)``.
         squares: Their sums of squares in float64, from before they were rounded to float32, ``(d,)``.
@@ -139,29 +141,33 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
     Returns:
         Whether float32 was exact enough for all blocks.
     """
-    blocks, diagonal = _blocks(z.shape[1]), torch.empty_like(squares)
+    size, diagonal = _size(z.shape[1]), torch.empty_like(squares)
+    blocks = _blocks(len(squares), size)
     with full_precision(z.device):
         for rows in blocks:
             product = z[:, rows].T @ z[:, rows.start :]
-            upper[rows, rows.start :] += product
+            upper[rows, rows.start :].add_(product)
             diagonal[rows] = product.diagonal()
-    error, unit = diagonal - squares, ROUNDING[torch.float32] * squares
-    block_of = torch.repeat_interleave(torch.tensor([rows.stop - rows.start for rows in blocks]))
-
-    def total(values: Tensor) -> Tensor:
-        return unit.new_zeros(len(blocks)).index_add_(0, block_of, values)
-
-    wrong = total((error.abs() > _LARGEST * unit).double()) + (total(error).abs() > _MEAN * total(unit))
-    for block in wrong.nonzero().flatten().tolist():
-        rows = blocks[block]
-        with full_precision(z.device):
-            correction = z[:, rows].double().T @ z[:, rows.start :].double() - z[:, rows].T @ z[:, rows.start :]
-        upper[rows, rows.start :] += correction
-        error[rows] += correction.diagonal()
-    upper.diagonal().sub_(error)
-    usual = (_USUAL * total(unit.square()).sqrt()).clamp(min=torch.finfo(unit.dtype).tiny)  # 0 where no feature varies
-    rounding += unit * (total(error.square()).sqrt() / usual).clamp(min=1)[block_of]
-    return not wrong.any()
+    # One row a block, the last filled up with 0.
+    both = torch.stack([diagonal - squares, ROUNDING[torch.float32] * squares])
+    both = torch.nn.functional.pad(both, (0, -len(squares) % size)).view(2, -1, size)
+    (errors, units), sums, (error, unit) = both, both.sum(2).abs(), both.norm(dim=2)
+    # The mean over few features, or over many of which one has most of the variance, varies as single errors do.
+    wrong = (sums[0] > torch.maximum(_MEAN * sums[1], _LARGEST * unit)) | (errors.abs() > _LARGEST * units).any(1)
+    right = not wrong.any()
+    for block, rows in enumerate(blocks if not right else ()):
+        if wrong[block]:
+            with full_precision(z.device):  # the product in float32 is the same as before, bit for bit
+                product = z[:, rows].T @ z[:, rows.start :]
+                correction = z[:, rows].double().T @ z[:, rows.start :].double() - product
+            upper[rows, rows.start :].add_(correction)
+            errors[block, : len(product)] += correction.diagonal()
+            error[block] = errors[block].norm()
+    usual = (_USUAL * unit).clamp(min=torch.finfo(units.dtype).tiny)  # 0 where no feature varies
+    units *= (error / usual).clamp(min=1)[:, None]
+    upper.diagonal().sub_(errors.flatten()[: len(squares)])
+    rounding += units.flatten()[: len(squares)]
+    return right
 
 
 def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, upper: Tensor) -> float:
@@ -202,15 +208,17 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
     return math.inf if failed else float(scatter.rounding_error(rows) / scatter.spread(rows))
 
 
-def _blocks(width: int, least: int = _BLOCK) -> list[slice]:
-    """Blocks of rows of the ``(d, d)`` state: so many that they omit nearly half of it, large enough for fast products.
+def _size(width: int, number: int | None = None) -> int:
+    """Rows of a block, for so many blocks, one to eight; by default for as many as make products on a CPU fastest.
 
-    All have about the same size: MKL makes those of very few rows with larger errors. Blocks of a larger ``least`` are
-    unions of the others, and so have all of their entries.
+    Eight blocks omit nearly half of the matrix. The last one has less rows, by fewer than there are blocks.
     """
-    number = max(1, min(8, width // _BLOCK))
-    starts = [block * width // number for block in range(0, number, 2 if width // number < least else 1)]
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], width], strict=True)]
+    return math.ceil(width / max(1, min(8, width // _BLOCK if number is None else number)))
+
+
+def _blocks(width: int, size: int) -> list[slice]:
+    """Blocks of rows of the ``(d, d)`` state."""
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
 
 @contextmanager

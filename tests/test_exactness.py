@@ -167,6 +167,33 @@ def test_products_of_even_features_are_exact_enough_in_float32(width: int) -> No
     assert (rounding / exact.diagonal() / ROUNDING[torch.float32]).max() < 2
 
 
+@pytest.mark.parametrize(("width", "rows"), [(128, 2048), (512, 300), (512, 2048)])
+def test_one_feature_with_most_of_a_blocks_variance_does_not_decide_the_precision(width: int, rows: int) -> None:
+    for seed in range(10):
+        z = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+        z[:, ::64] *= 300
+        squares = z.double().square().sum(0)
+        upper = torch.zeros(width, width, dtype=torch.float64)
+        assert add_float32_products(upper, torch.zeros_like(squares), z, squares)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [70, 200, 520, 770])
+def test_entries_below_the_diagonal_are_not_used(width: int, dtype: torch.dtype) -> None:
+    """So that how products are divided into blocks is no part of a state."""
+    features, labels, classes = _gaussian(3, width, 2100)
+    accumulated = MomentAccumulator(classes)
+    accumulated.update(torch.from_numpy(features).to(dtype), torch.from_numpy(labels))
+    accumulated.flush()
+    below = torch.ones(width, width, dtype=torch.bool).tril(-1)
+    accumulated.scatter = accumulated.scatter.masked_fill(below, torch.nan)
+    moments = accumulated.moments()
+    exact = class_moments(torch.from_numpy(features), torch.from_numpy(labels), classes)
+    assert nc1(moments).item() == pytest.approx(nc1(exact).item(), rel=1e-6)
+    torch.testing.assert_close(moments.within, moments.within.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moments.within, exact.within, rtol=0, atol=1e-6 * float(exact.within.diagonal().max()))
+
+
 def test_a_block_of_features_that_do_not_vary_has_no_error() -> None:
     generator, labels = torch.Generator().manual_seed(0), torch.arange(4096) % 3
     features = torch.zeros(len(labels), 300)
