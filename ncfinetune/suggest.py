@@ -52,8 +52,9 @@ if it lowers the squared error on images left out by 0.01; the table has the sta
 _LEGEND = """\
 Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
 accuracy on new images. gain in error^2: by how much the squared error of the class probabilities is lower than that of
-the last closed form; the suggestion goes by it, since the accuracy of few images says less. Both with one standard
-error. expansion: judged without a fit; a block that was fitted on some folds and fell behind keeps its row."""
+the last closed form, both at the temperature that suits the images left out best; the suggestion goes by it, since the
+accuracy of few images says less. Both with one standard error. expansion: judged without a fit; a block that was fitted
+on some folds and fell behind keeps its row."""
 
 
 @dataclass(frozen=True)

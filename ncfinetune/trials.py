@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ncfinetune.backbone import Backbone
+from ncfinetune.calibration import fit_temperature
 from ncfinetune.finetune import FineTuner
 from ncfinetune.probes import Head, ridge
 from ncfinetune.skips import choose_skips
@@ -45,15 +46,19 @@ class Trial:
     Args:
         right: Whether each image was decided rightly by the model that was fitted without its fold, ``(N,)`` in 0..1;
             nan in folds not tried.
-        loss: Squared error of its probabilities, summed over classes (Brier 1950), ``(N,)``.
+        loss: Squared error of its probabilities, summed over classes (Brier 1950), ``(N,)``. Those of fits are at the
+            temperature that suits the folds so far best: how sure a network is after so many epochs says nothing of
+            what it knows, and would hide what tuning gains where many images are decided wrongly.
         seconds: Duration of each fit.
         trained: Number of trained parameters.
+        logits: Of fits, ``(N, K)``.
     """
 
     right: Tensor
     loss: Tensor
     seconds: list[float] = field(default_factory=list)
     trained: int = 0
+    logits: Tensor | None = None
 
     @classmethod
     def empty(cls, samples: int) -> Trial:
@@ -69,22 +74,33 @@ class Trial:
     @classmethod
     def left_out(cls, scores: Tensor, labels: Tensor) -> Trial:
         """What scores of images left out, ``(R, N, K)``, make of them, with the scores' own squared error."""
-        trials = [cls.empty(len(labels)) for _ in scores]
-        for trial, way in zip(trials, scores.cpu(), strict=True):
-            trial.add(torch.arange(len(labels)), way.argmax(1), way, labels)
-        return cls.mean(trials)
+        return cls.mean([cls(_right(way, labels), _squared(way, labels)) for way in scores.cpu()])
 
-    def add(self, rows: Tensor, decided: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-        """Add what became of a fold's images, at the ``rows`` ``(n,)``: their classes and probabilities ``(n, K)``."""
-        targets = F.one_hot(labels, probabilities.shape[1])
-        self.right[rows] = (decided == labels).float()
-        self.loss[rows] = (probabilities.double() - targets).square().sum(1).float()
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a fit's logits ``(n, K)`` of the images of its fold, at ``rows`` ``(n,)``; all have the ``labels`` ``(N,)``."""
+        if self.logits is None:
+            self.logits = torch.full((len(labels), logits.shape[1]), torch.nan, dtype=torch.float64)
+        self.logits[rows] = logits.double()
+        tried = ~self.logits.isnan().any(1)
+        own, labels = self.logits[tried], labels[tried]
+        self.right[tried] = _right(own, labels)
+        self.loss[tried] = _squared((own / fit_temperature(own, labels)).softmax(1), labels)
 
     def gain(self, other: Trial, name: str) -> tuple[float, float]:
         """Mean of another trial's number less this one's over the images that both had, and its standard error."""
         paired = getattr(other, name) - getattr(self, name)
         paired = paired[~paired.isnan()].double()
         return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
+
+
+def _right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether each of ``n`` images is decided rightly by scores ``(n, K)``, ``(n,)`` in 0..1."""
+    return (scores.argmax(1) == labels).float()
+
+
+def _squared(scores: Tensor, labels: Tensor) -> Tensor:
+    """Squared error of scores ``(n, K)`` against one-hot targets, summed over classes, ``(n,)``."""
+    return (scores.double() - F.one_hot(labels, scores.shape[1])).square().sum(1).float()
 
 
 def skip_ridge(
@@ -121,8 +137,7 @@ def closed_trial(fit: Callable[[Tensor], tuple[Head, Tensor]], labels: Tensor, f
         head, features = fit(train)
         weight, bias = head.logits(labels[train])
         trial.seconds.append(time.perf_counter() - start)
-        logits = features[rows].double() @ weight.T + bias
-        trial.add(rows, logits.argmax(1), logits.softmax(1), labels[rows])
+        trial.add(rows, features[rows].double() @ weight.T + bias, labels)
     return trial
 
 
@@ -182,8 +197,8 @@ class Bench:
         with isolate_rng():  # a loader draws a seed
             predicted: Any = self.trainer(1).predict(model, held_out)
         trial.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        probabilities = torch.cat(predicted).cpu()
-        trial.add(rows, probabilities.argmax(1), probabilities, self.labels[rows])
+        probabilities = torch.cat(predicted).double().cpu()
+        trial.add(rows, probabilities.clamp(min=torch.finfo(torch.float32).tiny).log(), self.labels)
 
 
 class _Rows(LightningDataModule):

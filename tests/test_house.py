@@ -185,7 +185,7 @@ IMPORTS = {
         "weight_files",
     },
     "transferability": set(),
-    "trials": {"backbone", "finetune", "probes", "skips"},
+    "trials": {"backbone", "calibration", "finetune", "probes", "skips"},
     "weight_files": {"atomic", "checksums"},
     "weights": {"weight_files"},
     "callbacks": {"callbacks.probe", "callbacks.tracker"},

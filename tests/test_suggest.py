@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone
 from ncfinetune.bank import read_images
+from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds, folds_of
@@ -122,15 +123,38 @@ def test_closed_form_is_fitted_without_the_fold():
     layers = {"a": torch.randn(30, 2, generator=generator), "b": torch.eye(3)[labels]}
     folds = folds_of(labels, 3)
     trial = closed_trial(partial(skip_ridge, penultimate, layers, labels, 3, 1), labels, folds)
+    logits = torch.empty(30, 3, dtype=torch.float64)
     for fold in range(3):
         train, rows = folds != fold, folds == fold
         features = torch.cat([penultimate, layers["b"]], 1)
         head = ridge(features[train], labels[train], 3)
         weight, bias = head.logits(labels[train])
-        probabilities = (features[rows].double() @ weight.T + bias).softmax(1)
-        loss = (probabilities - torch.eye(3)[labels[rows]]).square().sum(1)
-        torch.testing.assert_close(trial.loss[rows], loss.float())
-        assert torch.equal(trial.right[rows], (probabilities.argmax(1) == labels[rows]).float())
+        logits[rows] = features[rows].double() @ weight.T + bias
+    probabilities = (logits / fit_temperature(logits, labels)).softmax(1)
+    torch.testing.assert_close(trial.loss, (probabilities - torch.eye(3)[labels]).square().sum(1).float())
+    assert torch.equal(trial.right, (logits.argmax(1) == labels).float())
+
+
+def test_how_sure_a_fit_is_does_not_count():
+    labels = torch.arange(30) % 3
+    logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.eye(3)[labels]
+    trials = [Trial.empty(30) for _ in range(2)]
+    for fold in range(3):
+        rows = torch.arange(10 * fold, 10 * fold + 10)
+        for trial, scale in zip(trials, (1, 20), strict=True):
+            trial.add(rows, scale * logits[rows], labels)
+    torch.testing.assert_close(trials[1].loss, trials[0].loss)
+    assert torch.equal(trials[1].right, trials[0].right)
+    sure = (20 * logits).softmax(1) - torch.eye(3)[labels]
+    assert trials[1].loss.mean() < 0.8 * sure.square().sum(1).mean()
+
+
+def test_what_no_better_than_chance_is_judged_as_chance():
+    labels = torch.arange(30) % 3
+    trial = Trial.empty(30)
+    trial.add(torch.arange(30), 1 - 5 * torch.eye(3)[labels], labels)
+    torch.testing.assert_close(trial.loss, torch.full((30,), 2 / 3))
+    assert not trial.right.any()
 
 
 def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
