@@ -77,7 +77,13 @@ class Trial:
         return cls.mean([cls(_right(way, labels), _squared(way, labels)) for way in scores.cpu()])
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a fit's logits ``(n, K)`` of the images of its fold, at ``rows`` ``(n,)``; all have the ``labels`` ``(N,)``."""
+        """Add a fit's logits of the images that it was fitted without.
+
+        Args:
+            rows: Which images, ``(n,)``.
+            logits: ``(n, K)``.
+            labels: Of all images, ``(N,)``.
+        """
         if self.logits is None:
             self.logits = torch.full((len(labels), logits.shape[1]), torch.nan, dtype=torch.float64)
         self.logits[rows] = logits.double()
