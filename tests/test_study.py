@@ -353,6 +353,14 @@ def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["expansion"][:2] == ["30.0 ± 0.0", "0 of 2"]
     assert found["best in the other tries"][0] == "20.0 ± 0.0"  # a in the second, b in the first
     assert found["k-NN"][0] == found["last block"][0] == "10.0 ± 10.0"
+    with (tmp_path / "again.csv").open(
+        "w", newline=""
+    ) as file:  # of the first draw, which now proposes the closed form
+        table = csv.DictWriter(file, suggestions.FIELDS)
+        table.writeheader()
+        table.writerows({**row, "gain": row["gain"] and 0.0} for row in rows[:6] if row["search"] == "suggest")
+    again = suggestions.table([tmp_path / "tries.csv", tmp_path / "again.csv"]).splitlines()
+    assert next(line.split(" | ")[4] for line in again if " suggest " in line) == "25.0 ± 5.0"
 
 
 @pytest.mark.slow

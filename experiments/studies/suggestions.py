@@ -181,20 +181,29 @@ def run(options: argparse.Namespace) -> None:
                         print(search, shots, seed, flush=True)
 
 
+def whole(paths: list[Path]) -> dict[tuple[str, int], list[list[dict[str, str]]]]:
+    """Rows of each try that has all searches, by data and shots; a later file's search replaces an earlier file's."""
+    known: dict[tuple[str, int, str], dict[str, list[dict[str, str]]]] = defaultdict(dict)
+    for path in paths:
+        own: dict[tuple[str, int, str, str], list[dict[str, str]]] = defaultdict(list)
+        for row in rows_of(path):
+            own[row["data"], int(row["shots"]), row["seed"], row["search"]].append(row)
+        for (*name, search), found in own.items():
+            known[tuple(name)][search] = found
+    tries: dict[tuple[str, int], list[list[dict[str, str]]]] = defaultdict(list)
+    for (data, shots, _), searches in known.items():
+        if set(searches) == set(SEARCHES):
+            tries[data, shots].append([row for found in searches.values() for row in found])
+    return tries
+
+
 def table(paths: list[Path]) -> str:
     """Regret and prediction of each rule, by data and shots."""
-    tries: dict[tuple[str, int], list[list[dict[str, str]]]] = defaultdict(list)
-    grouped: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in (row for path in paths for row in rows_of(path)):
-        grouped[row["data"], row["shots"], row["seed"]].append(row)
-    for (data, shots, _), rows in grouped.items():
-        if {row["search"] for row in rows} == set(SEARCHES):
-            tries[data, int(shots)].append(rows)
     lines = [
         "| data | shots | tries | rule | regret, points | within 0.5 | predicted less tested | within 3 | cost % |",
         "|" + "---|" * 9,
     ]
-    for (data, shots), members in sorted(tries.items()):
+    for (data, shots), members in sorted(whole(paths).items()):
         for rule in RULES if len(members) > 1 else (rule for rule in RULES if rule != OTHERS):
             outcomes = [outcome(rule, rows, [other for other in members if other is not rows]) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
