@@ -151,9 +151,9 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
     # One row a block, the last filled up with 0.
     both = torch.stack([diagonal - squares, ROUNDING[torch.float32] * squares])
     both = torch.nn.functional.pad(both, (0, -len(squares) % size)).view(2, -1, size)
-    (errors, units), sums, (error, unit) = both, both.sum(2).abs(), both.norm(dim=2)
+    (errors, units), sums, (error_norm, unit_norm) = both, both.sum(2).abs(), both.norm(dim=2)
     # The mean over few features, or over many of which one has most of the variance, varies as single errors do.
-    wrong = (sums[0] > torch.maximum(_MEAN * sums[1], _LARGEST * unit)) | (errors.abs() > _LARGEST * units).any(1)
+    wrong = (sums[0] > torch.maximum(_MEAN * sums[1], _LARGEST * unit_norm)) | (errors.abs() > _LARGEST * units).any(1)
     right = not wrong.any()
     for block, rows in enumerate(blocks if not right else ()):
         if wrong[block]:
@@ -162,9 +162,9 @@ def add_float32_products(upper: Tensor, rounding: Tensor, z: Tensor, squares: Te
                 correction = z[:, rows].double().T @ z[:, rows.start :].double() - product
             upper[rows, rows.start :].add_(correction)
             errors[block, : len(product)] += correction.diagonal()
-            error[block] = errors[block].norm()
-    usual = (_USUAL * unit).clamp(min=torch.finfo(units.dtype).tiny)  # 0 where no feature varies
-    units *= (error / usual).clamp(min=1)[:, None]
+            error_norm[block] = errors[block].norm()
+    usual = (_USUAL * unit_norm).clamp(min=torch.finfo(units.dtype).tiny)  # 0 where no feature varies
+    units *= (error_norm / usual).clamp(min=1)[:, None]
     upper.diagonal().sub_(errors.flatten()[: len(squares)])
     rounding += units.flatten()[: len(squares)]
     return right
@@ -211,7 +211,7 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
 def _size(width: int, number: int | None = None) -> int:
     """Rows of a block, for so many blocks, one to eight; by default for as many as make products on a CPU fastest.
 
-    Eight blocks omit nearly half of the matrix. The last one has less rows, by fewer than there are blocks.
+    Eight blocks omit nearly half of the matrix. The last one has fewer rows, by less than there are blocks.
     """
     return math.ceil(width / max(1, min(8, width // _BLOCK if number is None else number)))
 

@@ -39,6 +39,10 @@ class WarmupCosine(SequentialLR):
         cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / decay, 1))) / 2)
         super().__init__(optimizer, [ramp, cosine], milestones=[warmup])
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state without ``epochs``, so that a run that is resumed may be longer."""
+        return {name: value for name, value in super().state_dict().items() if name != "epochs"}
+
 
 def check_lengths(trainer: Trainer) -> None:
     """Refuse a `WarmupCosine` that ends before the run, whose learning rate would be zero for the rest of it.

@@ -317,6 +317,9 @@ def test_warm_up_and_cosine() -> None:
     for _ in range(3):  # a run of more epochs than it was told
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
         scheduler.step()
+    longer = WarmupCosine(_sgd([torch.nn.Parameter(torch.zeros(1))]), epochs=9)
+    longer.load_state_dict(scheduler.state_dict())
+    assert (longer.epochs, longer.last_epoch) == (9, 9)
     for warmup in (-1, 6):
         with pytest.raises(ValueError, match=f"expected a warmup of 0 to 5 epochs, since epochs=6, got {warmup}"):
             WarmupCosine(optimizer, epochs=6, warmup=warmup)

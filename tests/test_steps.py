@@ -396,6 +396,17 @@ def test_a_schedule_as_long_as_the_run_or_its_replacement_is_not(arguments: dict
     assert model.trainer.global_step == (6 if "callbacks" in arguments else 4)
 
 
+def test_a_run_is_resumed_with_a_longer_schedule(tmp_path: Path) -> None:
+    saved, last = None, str(tmp_path / "last.ckpt")
+    for epochs in (2, 3):
+        model = Supervised(3, VIT, lr_scheduler=partial(WarmupCosine, epochs=epochs))
+        trainer = _trainer(max_epochs=epochs)
+        trainer.fit(model, DataLoader(_uneven(8, 0), batch_size=4), ckpt_path=saved)
+        assert trainer.global_step == 2 * epochs
+        trainer.save_checkpoint(last)
+        saved = last
+
+
 # Each keeps its rates in another way; the others are like one of these.
 FAST = {"one cycle", "cosine", "lambda", "sequence with a cycle"}
 
