@@ -41,8 +41,9 @@ from ncfinetune import Backbone, FineTuner
 from ncfinetune.bank import read_images
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.folds import FoldMoments, folds_of, whitening
+from ncfinetune.probes import squared_errors
 from ncfinetune.report_statistics import spearman
-from ncfinetune.trials import Bench, Method, Trial
+from ncfinetune.trials import Bench, Method
 
 MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_loss", "refit_acc", "test_nc1")
 FIELDS = ("data", "shots", "seed", "method", *MEASURES, "test", "seconds")
@@ -93,14 +94,15 @@ def measured(bench: Bench, method: Method, test: tuple[Tensor, Tensor], seed: in
         "test": (probabilities.argmax(1) == test[1]).double().mean(),
         "refit_nc1": torch.zeros(()),
     }
-    trial = Trial.empty(len(labels))
+    left_out = torch.empty(len(labels), bench.num_classes)
     for fold in range(FOLDS):
         held = bench.folds == fold
         refitted = bench.fitted(method, (~held).nonzero().squeeze(1), seed)
         features, probabilities = seen(refitted, images)
         numbers["refit_nc1"] += held_out_nc1(features[~held], labels[~held], features[held], labels[held]) / FOLDS
-        trial.add(held.nonzero().squeeze(1), probabilities[held].argmax(1), probabilities[held], labels[held])
-    numbers |= {"refit_loss": trial.loss.mean(), "refit_acc": trial.right.mean()}
+        left_out[held] = probabilities[held]
+    numbers["refit_loss"] = squared_errors(left_out[None], labels).mean()
+    numbers["refit_acc"] = (left_out.argmax(1) == labels).double().mean()
     return {name: float(value) for name, value in numbers.items()}
 
 
