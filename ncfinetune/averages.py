@@ -104,6 +104,11 @@ def _swa(trainer: Any) -> list[StochasticWeightAveraging]:
     return [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]
 
 
+def replaces_schedule(trainer: Any) -> bool:
+    """Whether Lightning's SWA takes the learning rate over from the scheduler, maybe before its end."""
+    return bool(_swa(trainer))
+
+
 def save_average(trainer: Any) -> None:
     """Save an average that has replaced the weights, in their last checkpoints; one that a validation chose stays."""
     paths: dict[str, bool] = {}

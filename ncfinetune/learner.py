@@ -19,7 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ncfinetune.averages import averages_in_weights, is_average, keep_average_in_step, save_average, warn_of_one_rate
+from ncfinetune.averages import (
+    averages_in_weights,
+    is_average,
+    keep_average_in_step,
+    replaces_schedule,
+    save_average,
+    warn_of_one_rate,
+)
 from ncfinetune.backbone import Backbone
 from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search
@@ -313,7 +320,8 @@ class Learner(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Refuse a schedule that ends early; restore progress, trained parameters and random state of a resumed run."""
-        check_lengths(self.trainer)
+        if not replaces_schedule(self.trainer):
+            check_lengths(self.trainer)
         # The logged values once more: the sanity check resets them, and some strategies load a checkpoint after the fit
         # has started.
         self._resumption.begin(self.trainer, self)

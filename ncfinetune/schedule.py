@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -44,26 +42,24 @@ class WarmupCosine(SequentialLR):
         return {name: value for name, value in super().state_dict().items() if name != "epochs"}
 
 
-def check_lengths(trainer: Trainer) -> None:
+def check_lengths(trainer: Any) -> None:
     """Refuse a `WarmupCosine` that ends before the run, whose learning rate would be zero for the rest of it.
-
-    Lightning's `StochasticWeightAveraging` replaces the schedule, and may do so before its end.
 
     Raises:
         ValueError: The run is longer.
     """
-    replaced = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     for config in trainer.lr_scheduler_configs:
-        scheduler, steps = config.scheduler, config.interval == "step"
-        length = trainer.estimated_stepping_batches if steps else _epochs_of(trainer)
-        if isinstance(scheduler, WarmupCosine) and not replaced and scheduler.epochs < length < math.inf:
-            raise ValueError(
-                f"WarmupCosine has epochs={scheduler.epochs}, after which the learning rate is 0, but the run has "
-                f"{length} {'steps, by which lr_interval=step counts' if steps else 'epochs'}; give epochs={length}"
-            )
+        if isinstance(config.scheduler, WarmupCosine):
+            epochs, steps = config.scheduler.epochs, config.interval == "step"
+            length = trainer.estimated_stepping_batches if steps else _epochs_of(trainer)
+            if epochs < length < math.inf:
+                raise ValueError(
+                    f"WarmupCosine has epochs={epochs}, after which the learning rate is 0, but the run has {length} "
+                    f"{'steps, by which lr_interval=step counts' if steps else 'epochs'}; give epochs={length}"
+                )
 
 
-def _epochs_of(trainer: Trainer) -> float:
+def _epochs_of(trainer: Any) -> float:
     """Number of epochs of a run, which may be infinite."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     batches = trainer.max_steps * trainer.accumulate_grad_batches

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from ncfinetune.backbone import Backbone
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.finetune import FineTuner
-from ncfinetune.probes import Head, ridge
+from ncfinetune.probes import Head, decided_rightly, ridge, squared_errors
 from ncfinetune.skips import choose_skips
 
 
@@ -74,7 +73,8 @@ class Trial:
     @classmethod
     def left_out(cls, scores: Tensor, labels: Tensor) -> Trial:
         """What scores of images left out, ``(R, N, K)``, make of them, with the scores' own squared error."""
-        return cls.mean([cls(_right(way, labels), _squared(way, labels)) for way in scores.cpu()])
+        scores = scores.cpu()
+        return cls(decided_rightly(scores, labels).float(), squared_errors(scores, labels).float())
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a fit's logits of the images that it was fitted without.
@@ -89,24 +89,15 @@ class Trial:
         self.logits[rows] = logits.double()
         tried = ~self.logits.isnan().any(1)
         own, labels = self.logits[tried], labels[tried]
-        self.right[tried] = _right(own, labels)
-        self.loss[tried] = _squared((own / fit_temperature(own, labels)).softmax(1), labels)
+        self.right[tried] = (own.argmax(1) == labels).float()
+        probabilities = (own / fit_temperature(own, labels)).softmax(1)
+        self.loss[tried] = squared_errors(probabilities[None], labels).float()
 
     def gain(self, other: Trial, name: str) -> tuple[float, float]:
         """Mean of another trial's number less this one's over the images that both had, and its standard error."""
         paired = getattr(other, name) - getattr(self, name)
         paired = paired[~paired.isnan()].double()
         return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
-
-
-def _right(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether each of ``n`` images is decided rightly by scores ``(n, K)``, ``(n,)`` in 0..1."""
-    return (scores.argmax(1) == labels).float()
-
-
-def _squared(scores: Tensor, labels: Tensor) -> Tensor:
-    """Squared error of scores ``(n, K)`` against one-hot targets, summed over classes, ``(n,)``."""
-    return (scores.double() - F.one_hot(labels, scores.shape[1])).square().sum(1).float()
 
 
 def skip_ridge(
