@@ -53,8 +53,8 @@ _LEGEND = """\
 Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
 accuracy on new images. gain in error^2: by how much the squared error of the class probabilities is lower than that of
 the last closed form, both at the temperature that suits the images left out best; the suggestion goes by it, since the
-accuracy of few images says less. Both with one standard error. expansion: judged without a fit; a block that was fitted
-on some folds and fell behind keeps its row."""
+accuracy of few images says less. Both with one standard error. expansion: judged without a fit, by scores as they are;
+a block that was fitted on some folds and fell behind keeps its row."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,21 @@ def main(words: Sequence[str]) -> int:
         rows = suggest(
             networks[0], bank, bench, pass_trainer(options, inference_mode=False), options.blocks, options.full
         )
-    chosen = choose(rows)
     print(aligned([_cells(row) for row in rows]))
     print(f"\n{_LEGEND.format(images=len(labels), classes=len(classes_of(data)))}")
-    text = verdict(rows, chosen, _recipe(options), _given(options, words))
-    print(f"\n{text}")
-    if options.out:
-        content = {"suggestion": chosen.method, "verdict": text, "rows": [asdict(row) for row in rows]}
-        with replacing(Path(options.out)) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _publish(rows, _recipe(options), _given(options, words), options.out)
     return 0
+
+
+def _publish(rows: Sequence[Row], recipe: str, given: str, out: str | None) -> None:
+    """Print the suggestion, and write it with the table."""
+    chosen = choose(rows)
+    text = verdict(rows, chosen, recipe, given)
+    print(f"\n{text}")
+    if out:
+        content = {"suggestion": chosen.method, "verdict": text, "rows": [asdict(row) for row in rows]}
+        with replacing(Path(out)) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(options: Any) -> None:
