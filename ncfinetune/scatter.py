@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncfinetune.inputs import may_look
+
 # Half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 # Squares of single features between these neither overflow nor vanish in float32.
@@ -33,8 +35,9 @@ _USUAL, _LARGEST, _MEAN = 2, 12, 4
 _TERMS = 512
 # Rows of a block, at least, unless there are fewer: MKL makes products of a few rows with larger errors.
 _BLOCK = 64
-# Rows of a block of products in float64, at most, unless there are eight: an accelerator launches each by itself.
-_LAUNCHED = 128
+# Rows of a block on an accelerator, at most, unless there are eight: to launch a small product takes longer than the
+# half of it that blocks omit.
+_LAUNCHED = 512
 # Number of random combinations of the directions that NC1 sums over, for the estimate.
 _PROBES = 16
 
@@ -118,11 +121,11 @@ def add_products(upper: Tensor, rounding: Tensor, z: Tensor, given: torch.dtype)
         z: Shifted features in float64, ``(m, d)``.
         given: The dtype that the features were rounded to.
     """
-    before = upper.diagonal().clone()
-    size = _size(z.shape[1], math.ceil(z.shape[1] / _LAUNCHED))
+    before, width = upper.diagonal().clone(), z.shape[1]
+    blocks = _blocks(width, _size(width, None if may_look(z) else math.ceil(width / _LAUNCHED)))
     with full_precision(z.device):
         for part in torch.split(z, _TERMS):
-            for rows in _blocks(z.shape[1], size):
+            for rows in blocks:
                 upper[rows, rows.start :].add_(part[:, rows].T @ part[:, rows.start :])
     rounding.add_(upper.diagonal() - before, alpha=ROUNDING[given])
 

@@ -144,7 +144,7 @@ IMPORTS = {
     "safety": set(),
     "samples": set(),
     "scan": {"atomic", "bank", "cli_errors", "lab", "scores"},
-    "scatter": set(),
+    "scatter": {"inputs"},
     "schedule": set(),
     "scores": {"bank", "collapse", "folds", "layers", "probes", "transferability"},
     "settings": set(),
