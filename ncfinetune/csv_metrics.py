@@ -1,12 +1,14 @@
 """Scalars out of the ``metrics.csv`` of Lightning's CSVLogger, and what in that file is damaged.
 
 It has a column for each tag, one more for the step, and a row for each call of the logger; a cell is empty where the
-call had nothing for its tag.
+call had nothing for its tag. Columns are in the order of letters, whatever was logged first.
 """
 
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +18,32 @@ from ncfinetune.events import Points, taken_until
 CSV_NAME = "metrics.csv"
 
 
+def natural(text: str) -> list[tuple[float, str]]:
+    """A key by which 5 shots come before 20, and layer2 before layer10."""
+    parts = re.split(r"(\d+)", text)
+    return [(float(part), "") if part.isdigit() else (math.inf, part) for part in parts]
+
+
 def read_csv(run: Path) -> tuple[Points, list[str]]:
     """What was logged under each tag, in the order in which it was written, and a line if the file is damaged.
+
+    Tags are in the order of `natural`, since that of their layers is lost.
 
     Args:
         run: The folder with the file; without one nothing was logged.
     """
     path = run / CSV_NAME
     points: Points = defaultdict(list)
-    last = -1
+    last, faults = -1, []
     try:
         for row in _rows(path) if path.is_file() else ():
             step = int(float(row.pop("step")))
             for tag, value in [(tag, float(cell)) for tag, cell in row.items() if cell]:
                 points[tag].append((step, value))
             last = max(last, step)
-    except (ValueError, TypeError, csv.Error) as error:
-        return dict(points), [f"{path}: {error}; {taken_until(last)}"]
-    return dict(points), []
+    except (ValueError, TypeError, OverflowError, csv.Error) as error:  # a step may be inf
+        faults = [f"{path}: {error}; {taken_until(last)}"]
+    return {tag: points[tag] for tag in sorted(points, key=natural)}, faults
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

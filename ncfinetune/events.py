@@ -37,6 +37,8 @@ _TIME = 10
 def read_events(run: Path) -> tuple[Points, list[str]]:
     """What was logged under each tag, in the order in which it was written, and a line for each file that is damaged.
 
+    Tags are in the order in which they were logged first.
+
     Args:
         run: The folder with the event files.
     """
@@ -59,7 +61,7 @@ def taken_until(step: int) -> str:
 
 def event_files(run: Path) -> list[Path]:
     """The event files in a folder, the oldest first."""
-    return sorted(run.glob("events.out.tfevents.*"), key=_age)
+    return sorted(filter(Path.is_file, run.glob("events.out.tfevents.*")), key=_age)
 
 
 def _age(path: Path) -> tuple[int, ...]:
@@ -87,15 +89,17 @@ def _read(content: bytes) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str
     for tag, rows in others.items():
         places, steps, numbers = zip(*rows, strict=True)
         found[tag].append((np.array(places), np.array(steps), np.array(numbers)))
-    return {tag: joined for tag, parts in found.items() if len((joined := _in_order(parts, end))[0])}, fault
+    joined = {tag: scalars for tag, parts in found.items() if len((scalars := _in_order(parts, end))[0])}
+    first = sorted(joined, key=lambda tag: int(joined[tag][0][0]))
+    return {tag: joined[tag][1:] for tag in first}, fault
 
 
-def _in_order(parts: list[_Scalars], end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one tag in the order of their records, of those before the place ``end``."""
+def _in_order(parts: list[_Scalars], end: int) -> _Scalars:
+    """The scalars of one tag in the order of their records, of those before the place ``end``."""
     places, steps, values = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = places.argsort(kind="stable")
     kept = order[places[order] < end]
-    return steps[kept], values[kept]
+    return places[kept], steps[kept], values[kept]
 
 
 def _scalars_of(record: bytes) -> Iterator[tuple[str, int, float]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ncfinetune.csv_metrics import natural
 from ncfinetune.runs import Run
 from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, told_apart
 
@@ -51,12 +52,13 @@ class Start(NamedTuple):
     def name(self) -> str:
         """Their path, as the runs of one configuration have it in common; other weights have another one.
 
-        Where the run kept single checkpoints alone, each by a `monitor`, the numbers in their names are what its seed
-        led to, and do not count. Otherwise they count, but for weights from the end of the training, which are
-        ``last.ckpt``. The version that Lightning adds (``best-v1.ckpt``) never counts.
+        Where the run kept single checkpoints alone, each by a `monitor` and told apart by the words of its name, the
+        numbers in it are what its seed led to, and do not count. Otherwise they count, but for weights from the end of
+        the training, which are ``last.ckpt``. The version that Lightning adds (``best-v1.ckpt``) never counts.
         """
         kept = [one.get("init_args") or {} for one in self.run.callbacks("ModelCheckpoint")]
-        if kept and all(one.get("monitor") and one.get("save_top_k", 1) == 1 for one in kept):
+        single = all(one.get("monitor") and one.get("save_top_k", 1) == 1 for one in kept)
+        if kept and single and len({one.get("filename") for one in kept}) == len(kept):
             path = _NUMBERS.sub("*", self.file)
         elif self.step == self.run.steps:
             path = str(Path(self.file).with_stem("last"))
@@ -112,7 +114,8 @@ class Experiment:
     @property
     def trained(self) -> float:
         """Number of trained parameters; 0 if it was not logged."""
-        return self.any_run.last("params/trained") or 0
+        found = self.any_run.last("params/trained") or 0
+        return found if math.isfinite(found) else 0
 
     def layers(self) -> list[str]:
         """Layers whose collapse on the training set was logged, in depth order."""
@@ -147,10 +150,11 @@ class Folders:
     def holding(self, file: str, run: Run) -> tuple[Run, str] | None:
         """The run that left the file which another run's configuration names, and where in its folder the file is.
 
-        None if it is none of these. A relative path is one from here, or from any folder above the run that names it.
+        None if it is none of these. A relative path is one from a folder above the run that names it, the nearest
+        first, or else from here.
         """
         parents = [parent for parent in Path(file).parents if parent.parts]
-        for base in (Path.cwd(), *Path(os.path.abspath(run.path)).parents):
+        for base in (*Path(os.path.abspath(run.path)).parents, Path.cwd()):
             for parent in parents:
                 found = self.runs.get(Path(os.path.normpath(base / parent)))
                 if found is not None and found.path != run.path:
@@ -197,14 +201,17 @@ class Folders:
     def goes_on(self, run: Run, earlier: Run) -> bool:
         """Whether a run was resumed from another of its configuration.
 
-        Its configuration says so; or both have the same seed, and this one's numbers begin at a later step, where two
-        that were both begun anew would begin at the same one.
+        Its configuration says so; or both have the same seed, and this one's numbers begin at a later step and epoch,
+        where two that were both begun anew would begin at the same ones: with more images an epoch has more steps.
+        What was resumed within the first epoch begins in it too, but what it goes on with has not come further.
         """
         checkpoint = run.config.get("ckpt_path")
         if isinstance(checkpoint, str) and (held := self.holding(checkpoint, run)) is not None:
             return held[0].path == earlier.path
         seed = self.seed_of(run)
-        return seed is not None and seed == self.seed_of(earlier) and earlier.start < run.start < math.inf
+        if seed is None or seed != self.seed_of(earlier) or not earlier.start < run.start < math.inf:
+            return False
+        return run.first_epoch > earlier.first_epoch or (earlier.epochs <= 1 and earlier.lacks is not None)
 
 
 def group(runs: Iterable[Run]) -> list[Experiment]:
@@ -217,14 +224,8 @@ def group(runs: Iterable[Run]) -> list[Experiment]:
     for run in folders.runs.values():
         members.setdefault(_text(folders.identity(run)), []).append(run)
     experiments = [_experiment(of_one, folders) for of_one in members.values()]
-    experiments.sort(key=lambda e: (_natural(e.task), e.trained, e.method.lower()))
+    experiments.sort(key=lambda e: (natural(e.task), e.trained, e.method.lower()))
     return _with_differences(experiments)
-
-
-def _natural(text: str) -> list[tuple[float, str]]:
-    """A key by which 5 shots come before 20."""
-    parts = re.split(r"(\d+)", text)
-    return [(float(part), "") if part.isdigit() else (math.inf, part) for part in parts]
 
 
 def _text(found: Mapping[str, str]) -> str:
@@ -244,6 +245,8 @@ def _experiment(members: Sequence[Run], folders: Folders) -> Experiment:
         if lacks:
             _warn(f"{str(run.path)!r} is unfinished: {lacks}; it is left out of all numbers")
     for run in finished:
+        if (start := folders.start_of(run)) is not None and start.run.lacks:
+            _warn(f"{str(run.path)!r} started from {str(start.run.path)!r}, which is unfinished: {start.run.lacks}")
         if len(run.tests) > 1:
             steps = ", ".join(map(str, run.tests[:-1]))
             _warn(f"{str(run.path)!r} was tested at step {run.tests[-1]}, which counts, and at {steps}")

@@ -17,13 +17,16 @@ from ncfinetune.grouping import Experiment
 from ncfinetune.report_statistics import spearman, wilson
 from ncfinetune.report_table import ACCURACIES
 from ncfinetune.runs import Run
-from ncfinetune.settings import CHECKPOINTS, task_name, told_apart
+from ncfinetune.settings import CHECKPOINTS, differences, task_name, told_apart
 
 Panel = Callable[[Axes], None]
 _NC1 = "nc1/train/penultimate"
 _SHOTS = "data.shots"
+# Settings of the network that training starts from.
+_START = ("model.backbone", "model.checkpoint")
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+_GREYS = ("0.8", "0.65", "0.5")
 # Inches of one part of a panel's width, and of a row.
 _WIDTH, _HEIGHT = 2.2, 4.2
 
@@ -99,14 +102,26 @@ def _pairs(experiment: Experiment, x: str, tag: str) -> list[tuple[float, float]
 
 def _draw_depth(axes: Axes, experiments: Sequence[Experiment]) -> None:
     layers = max((experiment.layers() for experiment in experiments), key=len)
-    before = [experiments[0].mean("nc1/train/" + layer, Run.before) for layer in layers]
-    axes.plot(range(len(layers)), before, "o-", color="0.8", linewidth=5, markersize=9, label="before")
+    for text, before, grey in zip(*_starts(experiments, layers), itertools.cycle(_GREYS), strict=False):
+        axes.plot(range(len(layers)), before, "o-", color=grey, linewidth=5, markersize=9, label=_plain(text))
     for experiment, colour in zip(experiments, itertools.cycle(_COLOURS), strict=False):
         after = [experiment.mean("nc1/train/" + layer, Run.after) for layer in layers]
         axes.plot(range(len(layers)), after, "o-", color=colour, label=_plain(experiment.label), markersize=4)
     axes.set(yscale="log", ylabel="NC1 of the training features\n(lower: more collapsed)")
     axes.set_xticks(range(len(layers)), [*map(_plain, layers)], rotation=30)
     _label_decades(axes, axes.yaxis)
+
+
+def _starts(experiments: Sequence[Experiment], layers: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+    """What the networks were before training: a text and NC1 of the layers for each network that some start from."""
+    found: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for experiment in experiments:
+        start = tuple((key, word) for key, word in experiment.settings.items() if key.startswith(_START))
+        before = [experiment.mean("nc1/train/" + layer, Run.before) for layer in layers]
+        if start not in found and any(map(math.isfinite, before)):
+            found[start] = before
+    texts = differences([dict(start) for start in found])
+    return [f"before ({text})" if text else "before" for text in texts], [*found.values()]
 
 
 def _draw_against_nc1(
@@ -243,7 +258,7 @@ def _bar(experiment: Experiment, tag: str) -> tuple[float, float]:
         deviation = 100 * float(np.std(values, ddof=1))
         return deviation, deviation
     images = experiment.values("test/images") if tag.startswith("test/") else []
-    if not images or not 0 <= values[0] <= 1:
+    if not images or not 1 <= images[0] < math.inf or not 0 <= values[0] <= 1:
         return 0.0, 0.0
     low, high = wilson(values[0], int(images[0]))
     return 100 * max(0.0, values[0] - low), 100 * max(0.0, high - values[0])
@@ -262,6 +277,8 @@ def _label_decades(axes: Axes, axis: Axis) -> None:
     """Plain numbers at the ticks of a logarithmic axis, which may have few decades, or a single value."""
     low, high = axis.get_view_interval()
     axis.set_minor_formatter(NullFormatter())
+    if not 0 < low < high < math.inf:  # of values that are infinite
+        return
     decades = math.log10(high / low)
     axis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -25,7 +25,7 @@ def wilson(share: float, samples: int, confidence: float = 0.95) -> tuple[float,
     centre = share + z**2 / (2 * samples)
     half = z * math.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
     scale = 1 + z**2 / samples
-    return (centre - half) / scale, (centre + half) / scale
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:

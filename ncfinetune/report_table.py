@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ncfinetune.grouping import Experiment
 from ncfinetune.report_statistics import paired, wilson
 from ncfinetune.runs import Run
+from ncfinetune.settings import CHECKPOINTS
 
 # How well features or a classifier on them do, by tag; what is compared and drawn is the first that was logged.
 ACCURACIES = {
@@ -19,6 +20,7 @@ ACCURACIES = {
     "probe/acc": "probe accuracy %",
 }
 _PROBE = "linear probe"
+_POINTS = "points over baseline"
 # What a column says that its name does not.
 _LEGEND = {
     "validation accuracy %": "Validation accuracy is that of the last validation, since the best of many is chosen by "
@@ -28,7 +30,7 @@ _LEGEND = {
     "tested at": "Tested at is the step of the checkpoint that was tested, of those tested in a run the one trained "
     "longest, where that is not the end of the training.",
     "NC1 after": "NC1 after is the last measured up to the tested checkpoint, or the first after it.",
-    "points over baseline": "Points over baseline are differences of runs of the same seed.",
+    _POINTS: "Points over baseline are differences of runs of the same seed.",
 }
 
 
@@ -38,7 +40,8 @@ def rows(experiments: Sequence[Experiment], baseline: str | None = None) -> list
     Args:
         experiments: One for each row.
         baseline: The method that the others of its task are compared with, each with the row of it that has the most
-            settings in common; None is the linear probe, or the first row of a task without one.
+            settings in common, one of the same start if there is one; None is the linear probe, or the first row of a
+            task without one.
 
     Raises:
         ValueError: No experiment is of that method.
@@ -55,7 +58,7 @@ def legend(table: Sequence[dict[str, str]]) -> list[str]:
     """What has to be known to read the columns of a table."""
     spread = ["Numbers are means ± standard deviations (n - 1) over the runs."] if _has(table, "±") else []
     left = ["Unfinished runs are left out of all numbers."] if _has(table, "unfinished") else []
-    tested = ["p is that of a paired t-test."] if _has(table, ", p ") else []
+    tested = ["p is that of a paired t-test."] if any(", p " in row.get(_POINTS, "") for row in table) else []
     return [*spread, *(text for name, text in _LEGEND.items() if name in table[0]), *tested, *left]
 
 
@@ -92,13 +95,13 @@ def _row(experiment: Experiment, baseline: Experiment | None) -> dict[str, str]:
         "differs in": experiment.differs or "-",
         "runs": str(len(experiment.runs))
         + (f" + {len(experiment.unfinished)} unfinished" if experiment.unfinished else ""),
-        "trained parameters": _trained(experiment.any_run),
+        "trained parameters": _trained(experiment.runs[0]) if experiment.runs else "-",
         "validation accuracy %": _spread(experiment.values("val/acc"), ".1f", 100),
         ACCURACIES["test/acc"]: tested,
         "95 % interval": _interval(experiment.mean("test/acc"), images),
         "test images": " to ".join(f"{number:,}" for number in (images[:1] + images[1:][-1:])) or "-",
         "tested at": _tested_at(experiment.runs),
-        "points over baseline": _over(experiment, baseline),
+        _POINTS: _over(experiment, baseline),
         **accuracies,
         "NC1 before": _spread(experiment.values("nc1/train/penultimate", Run.before), ".3g"),
         "NC1 after": _spread(experiment.values("nc1/train/penultimate", Run.after), ".3g"),
@@ -115,7 +118,12 @@ def _baseline(experiment: Experiment, experiments: Sequence[Experiment], name: s
     wanted = [e for e in task if (name or _PROBE) in (e.method, e.label)] or ([] if name else task[:1])
     if experiment in wanted:
         return experiment
-    return min(wanted, key=lambda e: len(set(e.settings.items()) ^ set(experiment.settings.items())), default=None)
+    return min(wanted, key=lambda e: _distance(e.settings, experiment.settings), default=None)
+
+
+def _distance(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[bool, int]:
+    """Whether two experiments have different starts, and the number of settings in which they differ."""
+    return any(one.get(key) != other.get(key) for key in CHECKPOINTS), len(set(one.items()) ^ set(other.items()))
 
 
 def _over(experiment: Experiment, baseline: Experiment | None) -> str:

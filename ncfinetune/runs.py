@@ -79,7 +79,13 @@ class Run:
             said = json.loads((self.path / "evaluation" / "test" / "summary.json").read_text(encoding="utf-8"))
             # A file without this flag names the images by all options of the data, as those of training images.
             same = said["images_of"] == evaluated_images(self.part("data"), "train")
-            if said["part"] is None and said.get("own_images", same):
+            of_test = said.get("data", "test") == "test" and said["part"] is None and said.get("own_images", same)
+            if of_test and (broken := said.get("unreadable", 0)):
+                left = f"{broken} of them could not be read: mend these, and evaluate again"
+                print(
+                    f"warning: {str(self.path)!r} was evaluated on a part of its test images: {left}", file=sys.stderr
+                )
+            elif of_test:
                 numbers = {"test/acc": said["accuracy"], "test/images": said["images"]}
                 return {tag: [(int(said["step"]), float(value))] for tag, value in numbers.items()}
         return {}
@@ -148,7 +154,9 @@ class Run:
         None if there is none but that from before the training.
         """
         trained = self._trained(tag)
-        tested = [point for point in trained if point[0] <= (self.tested_at or math.inf)] or trained[:1]
+        steps = math.inf if self.tested_at is None else self.tested_at
+        # Weights after k steps are logged at step k - 1 by the fit, and at k by their test.
+        tested = [point for point in trained if point[0] < steps] or trained[:1]
         return tested[-1][1] if tested else None
 
     def at(self, tag: str, steps: int) -> float | None:
@@ -165,7 +173,7 @@ class Run:
     def _trained(self, tag: str) -> list[tuple[int, float]]:
         """Steps and values that were logged under a tag, without that from before the training."""
         points = sorted(self.points.get(tag, []), key=_step)
-        return points[1:] if points and points[0][0] == 0 and (len(points) > 1 or self._epochs()) else points
+        return points[1:] if points and points[0][0] == 0 and (len(points) > 1 or self.epochs) else points
 
     def part(self, name: str) -> dict[str, Any]:
         """A part of the configuration, empty if it lacks that."""
@@ -197,24 +205,34 @@ class Run:
         ends, tests = [*last.values()], [step for tag, step in last.items() if tag.startswith("test/")]
         if tests and max(tests) == max(ends):
             return None
-        if self.config.get("test_after_fit") is True:
-            return f"{self._progress() or 'it was trained to its end'}, and has no test value"
         progress = self._progress()
-        if progress is None or not self._may_stop_early() or not self._epochs():
+        if self.config.get("test_after_fit") is True and (progress or not self.tests):
+            return f"{progress or 'it was trained to its end'}, and has no test value"
+        if progress is None or not (self._has_time() or self.callbacks("EarlyStopping")) or not self.epochs:
             return progress
-        by_others = self.tests or self.part("trainer").get("max_time") is not None
-        if by_others or any(self._was_stopped(callback) is not False for callback in self.callbacks("EarlyStopping")):
+        if (
+            self.tests
+            or self._has_time()
+            or any(self._was_stopped(callback) is not False for callback in self.callbacks("EarlyStopping"))
+        ):
             return None
         return f"{progress}, and early stopping did not end it"
 
-    def _epochs(self) -> int:
+    @property
+    def first_epoch(self) -> float:
+        """The epoch whose numbers were logged first, counted from 0; infinite if none."""
+        return min((epoch for _, epoch in self.points.get("epoch", ())), default=math.inf)
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs that something was logged in, those of a run that this one went on with included."""
         return int(max((epoch for _, epoch in self.points.get("epoch", ()) if math.isfinite(epoch)), default=-1)) + 1
 
     def _progress(self) -> str | None:
         """How far it came; None if it has the epochs or steps that it was to have."""
         trainer = self.part("trainer")
         epochs, steps = _count(trainer.get("max_epochs")), _count(trainer.get("max_steps"))
-        done = self._epochs()
+        done = self.epochs
         if trainer and trainer.get("max_epochs") is None and steps is None:
             epochs = _DEFAULT_EPOCHS
         if (epochs is not None and done >= epochs) or (steps is not None and self.steps >= steps):
@@ -223,25 +241,32 @@ class Run:
             return f"it reached epoch {done} of {epochs}"
         return f"it reached step {self.steps} of {steps}" if steps is not None else None
 
-    def _may_stop_early(self) -> bool:
-        return self.part("trainer").get("max_time") is not None or bool(self.callbacks("EarlyStopping"))
+    def _has_time(self) -> bool:
+        """Whether it may run for some time alone."""
+        return self.part("trainer").get("max_time") is not None or bool(self.callbacks("Timer"))
 
     def _was_stopped(self, callback: Mapping[str, Any]) -> bool | None:
-        """Whether Lightning's `EarlyStopping` ended it, by the logged values; None where these do not tell."""
+        """Whether Lightning's `EarlyStopping` ended it, by the logged values; None where these do not tell.
+
+        Lightning trains the epochs that a run has at least, and ends it then, whatever values come in between.
+        """
         options = callback.get("init_args") or {}
-        values = self.scalars.get(str(options.get("monitor")))
         known = callback["class_path"] in ("EarlyStopping", "lightning.pytorch.callbacks.EarlyStopping")
+        if not known or not isinstance(options, dict):
+            return None
+        values, patience = self.scalars.get(str(options.get("monitor"))), options.get("patience", 3)
         others = [options.get(name) for name in ("stopping_threshold", "divergence_threshold")]
-        if not known or not values or any(other is not None for other in others):
+        if not values or not isinstance(patience, int) or any(other is not None for other in others):
             return None
         sign = -1 if options.get("mode") == "max" else 1
-        best, waited = math.inf, 0
+        best, waited, most = math.inf, 0, 0
         for value in values:
             if not math.isfinite(value):
                 return None
             better = sign * value + abs(options.get("min_delta") or 0) < best
             best, waited = (sign * value, 0) if better else (best, waited + 1)
-        return waited >= (3 if options.get("patience") is None else options["patience"])
+            most = max(most, waited)
+        return most >= patience and self.epochs >= (_count(self.part("trainer").get("min_epochs")) or 0)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -255,7 +280,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {str(folder)!r}")
-    configs = {config.resolve(): config for folder in folders for config in folder.rglob("config.yaml")}
+    found = [config for folder in folders for config in folder.rglob("config.yaml") if config.is_file()]
+    configs = {config.resolve(): config for config in found}
     runs = [run for run in map(Run, sorted(config.parent for config in configs.values())) if _is_readable(run)]
     if not runs:
         shown = ", ".join(map(str, folders))
@@ -269,7 +295,7 @@ def _read(folder: Path) -> Points:
     (table, faults), (events, more) = read_csv(folder), read_events(folder)
     for fault in (*faults, *more):
         print(f"warning: {fault}", file=sys.stderr)
-    return {**table, **events}
+    return {**events, **table, **events}  # in the order of the event files
 
 
 def _is_readable(run: Run) -> bool:

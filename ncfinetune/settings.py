@@ -10,10 +10,24 @@ from typing import Any
 
 # Settings that do not make a run another one: its seed, where its files are, and what it shows.
 _NOT_THE_EXPERIMENT = (
-    *("seed_everything", "data.seed", "ckpt_path", "test_after_fit", "images", "predictions", "weights_only"),
-    *("trainer.logger*", "trainer.default_root_dir", "trainer.enable_*", "trainer.profiler*"),
-    *("model.cache_dir", "data.num_workers", "data.download"),
+    *(
+        "seed_everything",
+        "data.seed",
+        "ckpt_path",
+        "test_after_fit",
+        "images",
+        "predictions",
+        "weights_only",
+        "verbose",
+    ),
+    *("trainer.logger*", "trainer.default_root_dir", "trainer.enable_*", "trainer.profiler*", "trainer.*.dirpath"),
+    *("model.cache_dir", "data.num_workers", "data.download", "data.in_memory"),
+    *("trainer.*.downstream.seed", "trainer.*.downstream.num_workers", "trainer.*.downstream.download"),
 )
+# Where a whole number counts batches and another is a share of them: 1 is one batch, 1.0 are all.
+_SHARES = ("trainer.limit_*_batches", "trainer.val_check_interval", "trainer.overfit_batches")
+# What selects images by 0 too, where null stands for another number.
+_ZERO_COUNTS = "val_fraction"
 # How images are fed, rather than which ones.
 _NOT_THE_TASK = (
     *("seed", "batch_size", "num_workers", "device_cache", "in_memory", "download", "image_size"),
@@ -87,7 +101,8 @@ def task_name(data: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """
     name = str(data.get("class_path", "?")).rsplit(".", 1)[-1]
     left_out = {*_NOT_THE_TASK, *without}
-    chosen = {key: value for key, value in _arguments(data).items() if value and key not in left_out}
+    given = {key: value for key, value in _arguments(data).items() if key not in left_out}
+    chosen = {key: value for key, value in given.items() if value or (key == _ZERO_COUNTS and value is not None)}
     return ", ".join([name, *(f"{key} {_word(value)}" for key, value in chosen.items())])
 
 
@@ -137,8 +152,8 @@ def _data_name(data: Mapping[str, Any]) -> str:
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What of a configuration makes it another experiment, by dotted name: ``model.optimizer.lr``.
 
-    What is not set (null) is left out, as are ``init_args`` in names; of a list of objects each has the name of its
-    class.
+    What is not set (null, or an empty list) is left out, as are ``init_args`` in names; of a list of objects each has
+    the name of its class.
     """
     found = dict(_flat(config, ""))
     return {key: value for key, value in found.items() if not any(fnmatch(key, p) for p in _NOT_THE_EXPERIMENT)}
@@ -156,17 +171,35 @@ def _flat(node: Any, name: str) -> Iterator[tuple[str, str]]:
             kind = str(item.get("class_path", "")).rsplit(".", 1)[-1] if isinstance(item, Mapping) else str(item)
             seen[kind] += 1
             yield from _flat(item, f"{name}.{kind}" + (f"#{seen[kind]}" if seen[kind] > 1 else ""))
-    elif node is not None:
+    elif any(fnmatch(name, pattern) for pattern in _SHARES):
+        yield from _share(node, name)
+    elif node is not None and node != []:
         yield name, _word(node)
+
+
+def _share(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """A setting that counts batches, or says which share of them; none where that are all, as they are by default."""
+    if isinstance(value, float) and value:
+        if value != 1 or name == "trainer.overfit_batches":
+            yield name, f"{_word(value)} of all"
+    elif value is not None:
+        yield name, _word(value)
 
 
 def _word(value: Any) -> str:
     """A value as text; 20 and 20.0 are one."""
     if isinstance(value, list):
-        return " ".join(map(_word, value))
+        return " ".join(map(_item, value))
     if isinstance(value, float):
         return f"{value:.12g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _item(value: Any) -> str:
+    """An item of a list as text: with brackets if it is one itself, with quotes if it has spaces."""
+    if isinstance(value, list):
+        return f"[{_word(value)}]"
+    return repr(value) if isinstance(value, str) and " " in value else _word(value)
 
 
 def told_apart(names: Sequence[object], rows: Sequence[Mapping[str, str]]) -> list[str]:

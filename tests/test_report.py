@@ -126,6 +126,11 @@ def test_collapse_that_was_measured_before_training_alone_is_not_that_after_it(t
     assert (row["NC1 before"], row.get("NC1 after", "-")) == ("8", "-")
 
 
+def _logged(run: Path, tag: str, value: float, step: int) -> None:
+    with SummaryWriter(str(run)) as writer:
+        writer.add_scalar(tag, value, step)
+
+
 def _tested(run: Path, step: int, **numbers: float) -> None:
     """What the command ``test`` logs."""
     with SummaryWriter(str(run / "test")) as writer:
@@ -195,13 +200,22 @@ def test_the_test_of_an_unfinished_run_does_not_finish_it(tmp_path: Path) -> Non
         ({"images_of": "a folder of another machine", "own_images": True}, True),
         ({"own_images": False}, False),
         ({"own_images": True, "part": "the first 4 of 40 images"}, False),
+        ({"data": "test"}, True),
+        ({"data": "val"}, False),  # whatever folder it was written to
+        ({"unreadable": 0}, True),
+        ({"unreadable": 2}, False),
     ],
 )
-def test_an_evaluation_of_the_test_images_counts(facts: dict[str, Any], counts: bool, tmp_path: Path) -> None:
+def test_an_evaluation_of_the_test_images_counts(
+    facts: dict[str, Any], counts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = _write(tmp_path / "run", _config(), test=None)
     _evaluated(run, 8, 0.75, 40, **facts)
     (row,) = _rows(tmp_path)
     assert ("test accuracy %" in row) == counts
+    broken = "2 of them could not be read: mend these, and evaluate again"
+    said = f"warning: '{run}' was evaluated on a part of its test images: {broken}\n"
+    assert capsys.readouterr().err == (said if facts.get("unreadable") else "")
     if counts:
         found = [row[name] for name in ("test accuracy %", "95 % interval", "test images", "tested at")]
         assert found == ["75.0", "59.8 to 85.8", "40", "step 8 of 12"]
@@ -224,6 +238,38 @@ def test_a_run_that_was_resumed_in_another_folder_is_one(
     (experiment,) = group(find_runs([tmp_path]))
     assert experiment.runs[0].scalars["val/acc"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_was_resumed_in_its_first_epoch_is_one(tmp_path: Path) -> None:
+    first = _write(tmp_path / "first", _config(), range(0), test=None)
+    _logged(first, "epoch", 0, 1)
+    _write(tmp_path / "second", _config(), test=0.75)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"]) == ("1", "75.0")
+
+
+def test_a_run_on_more_images_goes_on_with_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same configuration and seed, whose epochs have more steps; the test of the other is not its own."""
+    _write(tmp_path / "few", _config(), steps=1, test=0.25)
+    _write(tmp_path / "more", _config(), steps=20, test=None)
+    (row,) = _rows(tmp_path)
+    assert (row["runs"], row["test accuracy %"]) == ("1", "25.0")
+    assert "tested at" not in row
+    said = capsys.readouterr().err
+    left, kept = (str(tmp_path / name) for name in ("more", "few"))
+    assert said == f"warning: {left!r} has the configuration and seed of {kept!r}, and is left out\n"
+
+
+def test_a_start_from_an_unfinished_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, epochs in enumerate((3, 1)):
+        source = {**_config(seed=seed), "model": {"class_path": "Supervised"}}
+        _write(tmp_path / f"pre{seed}", source, range(epochs), test=None)
+        checkpoint = str(tmp_path / f"pre{seed}" / "checkpoints" / "last.ckpt")
+        _write(tmp_path / f"probe{seed}", _config(seed=seed, checkpoint=checkpoint))
+    _rows(tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "started from" in line]
+    source = f"'{tmp_path / 'pre1'}', which is unfinished: it reached epoch 1 of 3"
+    assert said == [f"warning: '{tmp_path / 'probe1'}' started from {source}"]
 
 
 def test_a_run_that_was_resumed_twice_is_one(tmp_path: Path) -> None:
@@ -276,6 +322,13 @@ def test_collapse_is_that_of_the_tested_weights(tmp_path: Path) -> None:
     _tested(run, 8, acc=0.75)
     (row,) = _rows(tmp_path)
     assert (row["NC1 before"], row["NC1 after"], row["validation accuracy %"]) == ("8", "2", "30.0")
+
+
+def test_collapse_is_that_of_the_tested_weights_where_an_epoch_has_one_step(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config(), steps=1, test=None)
+    _tested(run, 2, acc=0.75)
+    (row,) = _rows(tmp_path)
+    assert (row["NC1 before"], row["NC1 after"]) == ("8", "2")
 
 
 @pytest.mark.parametrize("seed", [None, False])
@@ -345,6 +398,38 @@ def test_a_test_that_was_asked_for_and_is_not_there_is_said(tmp_path: Path) -> N
     assert run.lacks == "it reached epoch 1 of 3, and has no test value"
 
 
+def test_a_test_that_failed_may_be_made_by_its_own_command(tmp_path: Path) -> None:
+    run = _write(tmp_path / "a", {**_config(), "test_after_fit": True}, test=None)
+    _tested(run, 12, acc=0.5)
+    assert Run(run).lacks is None
+    run = _write(tmp_path / "b", {**_config(), "test_after_fit": True}, range(1), test=None)
+    _tested(run, 4, acc=0.5)
+    assert Run(run).lacks == "it reached epoch 1 of 3, and has no test value"
+
+
+@pytest.mark.parametrize("least", [None, 4, 5])
+def test_early_stopping_ends_a_run_that_has_the_epochs_that_it_must_have(least: int | None, tmp_path: Path) -> None:
+    """After two worse epochs a better one: without ``min_epochs`` it would have been stopped before that."""
+    init = {"monitor": "val/loss", "patience": 1}
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": init}
+    trainer = {"callbacks": [callback], "min_epochs": least}
+    run = _write(tmp_path, _config(epochs=8, trainer=trainer), range(4), test=None)
+    for epoch, loss in enumerate([1.0, 2.0, 0.5, 0.4]):
+        _logged(run, "val/loss", loss, 4 * epoch + 3)
+    assert Run(run).lacks == ("it reached epoch 4 of 8, and early stopping did not end it" if least == 5 else None)
+
+
+def test_a_callback_ends_a_run_after_a_time(tmp_path: Path) -> None:
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    assert Run(_write(tmp_path, _config(epochs=9, trainer={"callbacks": [timer]}), test=None)).lacks is None
+
+
+@pytest.mark.parametrize("arguments", [["val/loss"], {"monitor": "val/acc", "patience": "two"}])
+def test_early_stopping_with_other_arguments_is_not_repeated(arguments: Any, tmp_path: Path) -> None:
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": arguments}
+    assert Run(_write(tmp_path, _config(epochs=9, trainer={"callbacks": [callback]}), test=None)).lacks is None
+
+
 def test_the_test_of_a_run_that_was_then_trained_on_is_none(tmp_path: Path) -> None:
     _write(tmp_path, _config(epochs=6), range(2), test=0.5)
     run = Run(_write(tmp_path, _config(epochs=6), range(2, 4), test=None))
@@ -390,9 +475,9 @@ def test_the_real_early_stopping_is_repeated(tmp_path: Path) -> None:
         options["min_delta"] = float(rng.choice([0.0, 0.5]))
         callback, stopped = EarlyStopping(**options), False
         for loss in losses:
-            stopped = callback._evaluate_stopping_criteria(torch.tensor(loss))[0]
+            stopped |= callback._evaluate_stopping_criteria(torch.tensor(loss))[0]  # the Trainer keeps it
         run = Run(tmp_path)
-        run.__dict__["scalars"] = {"val/loss": losses}
+        run.__dict__.update({"scalars": {"val/loss": losses}, "config": {}, "points": {}})
         callbacks = {"class_path": "EarlyStopping", "init_args": options}
         assert run._was_stopped(callbacks) == stopped, (losses, options)
 
@@ -455,6 +540,30 @@ def test_rows_of_one_name_show_what_differs(knobs: dict[str, Any], said: str, tm
     assert len(texts) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "one", "other", "said"),
+    [
+        ("limit_train_batches", 1, 1.0, {"limit_train_batches 1", "-"}),
+        ("limit_train_batches", None, 1.0, {"-"}),
+        ("limit_train_batches", 20, 20.0, {"limit_train_batches 20", "limit_train_batches 20 of all"}),
+        ("val_check_interval", 1, None, {"val_check_interval 1", "-"}),
+        ("val_check_interval", 0.5, 1.0, {"val_check_interval 0.5 of all", "-"}),
+        ("overfit_batches", 1, 1.0, {"overfit_batches 1", "overfit_batches 1 of all"}),
+        ("overfit_batches", 0, 0.0, {"-"}),
+        ("gradient_clip_val", 1, 1.0, {"-"}),
+    ],
+)
+def test_a_batch_is_not_all_batches(name: str, one: Any, other: Any, said: set[str], tmp_path: Path) -> None:
+    for seed, value in enumerate((one, other)):
+        _write(tmp_path / str(seed), _config(seed=seed, trainer={name: value}))
+    assert {row.get("differs in", "-") or "-" for row in _rows(tmp_path)} == said
+
+
+def test_lists_of_other_items_are_told_apart() -> None:
+    values = [["a b"], ["a", "b"], [["a"], "b"], [["a", "b"]]]
+    assert len({settings({"model": {"layers": value}})["model.layers"] for value in values}) == 4
+
+
 def test_differences_of_data_and_augmentation_are_shown(tmp_path: Path) -> None:
     for strength in (0.5, 1.0):
         config = _config()
@@ -471,11 +580,16 @@ def test_only_what_differs_is_shown_and_only_for_one_name(tmp_path: Path) -> Non
     assert found == {"linear probe/lr 0.001, max_epochs 3", "linear probe/lr 0.01, max_epochs 20", "full FT/-"}
 
 
-@pytest.mark.parametrize("name", ["num_workers", "download"])
+@pytest.mark.parametrize("name", ["num_workers", "download", "in_memory"])
 def test_what_changes_no_number_makes_no_row(name: str, tmp_path: Path) -> None:
     for seed in range(2):
         config = _config(seed=seed)
         config["data"]["init_args"][name] = seed
+        downstream = {"class_path": "Digits", "init_args": {"seed": seed, "num_workers": seed}}
+        config["trainer"]["callbacks"] = [
+            {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(seed)}},
+            {"class_path": "OnlineProbe", "init_args": {"downstream": downstream, "layers": [] if seed else None}},
+        ]
         config["trainer"] |= {"logger": {"init_args": {"version": seed}}, "enable_progress_bar": bool(seed)}
         config |= {"test_after_fit": True, "predictions": str(seed)}
         _write(tmp_path / str(seed), config)
@@ -551,6 +665,10 @@ _BEST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args
 _ALL = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}}
 
 
+def _named(filename: str) -> dict[str, Any]:
+    return {**_BEST, "init_args": {"monitor": "val/acc", "filename": filename}}
+
+
 @pytest.mark.parametrize(
     ("callbacks", "files", "names"),
     [
@@ -565,6 +683,12 @@ _ALL = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args"
         (None, ["epoch=0.ckpt", "last.ckpt"], ["epoch=0.ckpt", "last.ckpt"]),
         (None, ["epoch=0.ckpt", "epoch=1.ckpt"], ["epoch=0.ckpt", "epoch=1.ckpt"]),
         (None, ["epoch=2-step=10.ckpt", "epoch=2-step=12.ckpt"], ["epoch=2-step=10.ckpt", "last.ckpt"]),
+        (
+            [_BEST, _BEST],
+            ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"],
+            ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"],
+        ),
+        ([_named("a{epoch}"), _named("b{epoch}")], ["aepoch=0.ckpt", "aepoch=1.ckpt"], ["aepoch=*.ckpt"]),
         ([_BEST, _ALL], ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"], ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]),
         ([_BEST], ["best.ckpt", "last.ckpt"], ["best.ckpt", "last.ckpt"]),
         (None, ["net-v1.safetensors", "net-v2.safetensors"], ["net-v1.safetensors", "net-v2.safetensors"]),
@@ -611,6 +735,21 @@ def test_a_relative_checkpoint_is_found(given: str, tmp_path: Path) -> None:
     _write(tmp_path / "down" / "a", _config(checkpoint={"path": given, "key": None}))
     (probe,) = [e for e in group(find_runs([tmp_path])) if e.method == "linear probe"]
     assert [start.run.path for start in probe.sources] == [tmp_path / "pre"]
+
+
+@pytest.mark.parametrize("place", [".", "exp1", "exp2"])
+def test_a_relative_checkpoint_is_that_beside_its_run(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the report is made."""
+    for name, temperature in (("exp1", 0.1), ("exp2", 0.2)):
+        source = {**_config(), "model": {"class_path": "SupCon", "init_args": {"temperature": temperature}}}
+        _write(tmp_path / name / "runs" / "pre", source)
+        _write(tmp_path / name / "runs" / "probe", _config(checkpoint="runs/pre/checkpoints/last.ckpt"))
+    monkeypatch.chdir(tmp_path / place)
+    probes = [e for e in group(find_runs([tmp_path])) if e.method == "linear probe"]
+    found = [start.run.path for e in probes for start in e.sources]
+    assert sorted(found) == [tmp_path / name / "runs" / "pre" for name in ("exp1", "exp2")]
 
 
 def test_runs_that_name_each_other_end(tmp_path: Path) -> None:
@@ -755,6 +894,32 @@ def test_the_baseline_is_the_one_that_is_most_alike(tmp_path: Path) -> None:
     }
 
 
+def test_the_baseline_has_the_same_start_if_one_has(tmp_path: Path) -> None:
+    """Rather than the same rate."""
+    for train, source, lr, accuracy in (("all", 1, 0.01, 0.5), ("none", 0, 0.01, 0.2), ("none", 1, 0.001, 0.6)):
+        _write(tmp_path / f"{train}{source}", _config(train, lr=lr, checkpoint=f"{source}.pth"), test=accuracy)
+    found = {row["method"]: row["points over baseline"] for row in _rows(tmp_path)}
+    assert found["full FT"] == "-10.0, 1 seed"
+
+
+def test_no_validation_images_are_another_task(tmp_path: Path) -> None:
+    for share in (None, 0.0, 0.2):
+        config = _config()
+        config["data"]["init_args"]["val_fraction"] = share
+        _write(tmp_path / str(share), config)
+    start = "Digits, classes 5 6, shots 10"
+    assert {row["task"] for row in _rows(tmp_path)} == {start, f"{start}, val_fraction 0", f"{start}, val_fraction 0.2"}
+
+
+def test_trained_parameters_are_those_of_a_finished_run(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _config(), range(1), test=None)
+    assert "trained parameters" not in _rows(tmp_path)[0]
+
+
+def test_a_setting_in_the_table_is_no_statistic() -> None:
+    assert legend([{"method": "x", "differs in": "layers, p 3"}]) == []
+
+
 def test_tasks_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for shots in (20, 5, 100):
         _write(tmp_path / str(shots), _config(shots=shots))
@@ -784,8 +949,9 @@ def test_tests_of_several_sizes_have_no_interval(tmp_path: Path) -> None:
 
 def test_nan_is_said_and_stops_nothing(tmp_path: Path) -> None:
     for seed, value in enumerate([0.5, math.nan]):
-        _write(tmp_path / str(seed), _config(seed=seed), test=value, scalars={NC1: value})
-    _write(tmp_path / "full", _config("all"), test=math.nan, scalars={NC1: math.inf, "epoch": math.nan})
+        _logged(_write(tmp_path / str(seed), _config(seed=seed), test=value), NC1, value, 11)
+    full = _write(tmp_path / "full", _config("all"), test=math.nan, scalars={"epoch": math.nan})
+    _logged(full, NC1, math.inf, 11)
     full, probe = _rows(tmp_path)
     assert (probe["test accuracy %"], probe["NC1 after"]) == ("nan ± nan", "nan ± nan")
     assert (full["test accuracy %"], full["NC1 after"]) == ("nan", "inf")
@@ -846,9 +1012,31 @@ def test_csv_logs_are_read_as_well(tmp_path: Path) -> None:
     assert Run(tmp_path / "a").last("test/acc") == 0.5
 
 
+@pytest.mark.parametrize("how", [SummaryWriter, CSVLogger])
+def test_layers_are_in_the_order_of_the_network(how: Any, tmp_path: Path) -> None:
+    """Of a CSV file, whose columns Lightning sorts by letter, in that of their numbers."""
+    layers = ["layer2.0", "layer2.10", "layer10.0", "penultimate"]
+    if how is CSVLogger:
+        logger = CSVLogger(str(tmp_path), name="", version="")
+        logger.log_metrics({f"nc1/train/{layer}": 1.0 for layer in layers}, step=3)
+        logger.save()
+    else:
+        layers.insert(0, "stem.a_longer_name")
+        with SummaryWriter(str(tmp_path)) as writer:
+            for layer in layers:
+                writer.add_scalar(f"nc1/train/{layer}", 1.0, 3)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config()))
+    (experiment,) = group(find_runs([tmp_path]))
+    assert experiment.layers() == layers
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            "step,val/acc\r\n3,0.5\r\ninf,0.7\r\n",
+            "cannot convert float infinity to integer; numbers until step 3 are taken",
+        ),
         ("step,val/acc\r\n3,0.5\r\n7,0.7", "its last row is cut; numbers until step 3 are taken"),
         (
             "step,val/acc\r\n3,0.5\r\n7\r\n",
@@ -878,6 +1066,14 @@ def test_damage_is_said_once_for_a_run_that_was_resumed(tmp_path: Path, capsys: 
         file.write_bytes(file.read_bytes()[:-5])
     _rows(tmp_path)
     assert capsys.readouterr().err.count("cut within the record") == 2
+
+
+def test_folders_that_are_named_as_files_are_no_runs(tmp_path: Path) -> None:
+    run = _write(tmp_path / "run", _config())
+    (run / "events.out.tfevents.7.folder").mkdir()
+    (tmp_path / "other" / "config.yaml").mkdir(parents=True)
+    assert [found.path for found in find_runs([tmp_path])] == [run]
+    assert [row["runs"] for row in _rows(tmp_path)] == ["1"]
 
 
 def test_folders_without_logs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -928,6 +1124,26 @@ def test_bars_of_one_run_are_its_interval(tmp_path: Path) -> None:
     ends = [bars.get_segments()[0][:, 1] for line in axes.containers for bars in line[2]]
     for found, accuracy in zip(ends, (0.75, 0.5), strict=True):
         assert found.tolist() == pytest.approx([100 * end for end in wilson(accuracy, 100)])
+
+
+@pytest.mark.parametrize("images", [0.0, math.nan, math.inf])
+def test_a_number_of_images_that_is_none_has_no_interval(images: float, tmp_path: Path) -> None:
+    _write(tmp_path / "probe", _config(), scalars={"test/images": images, NC1: math.inf})
+    _write(tmp_path / "full", _config("all"), scalars={"test/images": images, "params/trained": math.inf})
+    _logged(tmp_path / "full", NC1, math.inf, 11)
+    picture(group(find_runs([tmp_path]))).savefig(tmp_path / "a.png")
+    assert "95 % interval" not in _rows(tmp_path)[0]
+
+
+def test_each_network_that_was_tuned_is_drawn_as_it_was_before(tmp_path: Path) -> None:
+    for source, value in (("a", 8.0), ("b", 3.0)):
+        for train in ("none", "all"):
+            run = _write(tmp_path / f"{train}-{source}", _config(train, checkpoint=f"{source}.pth"), scalars={})
+            for step in (0, 11):
+                _logged(run, "nc1/train/layer4", value, step)
+    axes = picture(group(find_runs([tmp_path]))).axes[0]
+    grey = {line.get_label(): line.get_ydata()[-1] for line in axes.lines if "before" in str(line.get_label())}
+    assert grey == {"before (checkpoint a.pth)": 8, "before (checkpoint b.pth)": 3}
 
 
 def _panels(folder: Path) -> dict[str, Any]:
