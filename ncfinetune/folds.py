@@ -264,8 +264,9 @@ def balanced_folds(labels: Tensor) -> Tensor:
 
     Leaving out single samples is pessimistic where there are few: the class of the sample has a smaller share of the
     others, and a classifier that leans on the shares then decides against it. There are ten folds at most, so that of
-    many samples more are left out together, and 200 decisions at least over all ways. The smallest class gives their
-    number, two at least, so that a fold has about the same share of each class.
+    many samples more are left out together, and 200 decisions at least over all ways. The class of median size gives
+    their number, two at least, so that a fold has about the same share of most classes, and a single rare one does not
+    leave half of all samples out.
 
     Args:
         labels: ``(N,)``.
@@ -274,6 +275,6 @@ def balanced_folds(labels: Tensor) -> Tensor:
         ValueError: No class has two samples.
     """
     labels = labels.cpu()
-    least = int(torch.unique(labels, return_counts=True)[1].min())
-    number, ways = min(max(least, 2), 10), max(1, 200 // len(labels))
+    middle = int(torch.unique(labels, return_counts=True)[1].median())
+    number, ways = min(max(middle, 2), 10), max(1, 200 // len(labels))
     return torch.stack([folds_of(labels, number, seed) for seed in range(ways)])

@@ -69,6 +69,7 @@ def sources(options: Any) -> list[Source]:
             f"expected a checkpoint for each backbone, got {len(checkpoints)} for {len(backbones)}; give as many, "
             "or several checkpoints of one backbone"
         )
+    seed_everything(0, verbose=False)  # so that a network at its random start is the same in each job of a scan
     given = [{"name": b} if isinstance(b, str) else dict(b) for b in backbones]
     for spec, checkpoint in zip(given, checkpoints, strict=False):
         spec["checkpoint"] = checkpoint

@@ -25,7 +25,7 @@ from ncfinetune.folds import balanced_folds
 from ncfinetune.passes import evaluation, ready_batches, rows_to_choose_by
 from ncfinetune.probes import ridge, squared_errors
 
-# Squared error by which tuning has to gain, about half a point of accuracy; less is what blocks gain that help nothing.
+# Squared error by which tuning has to gain, about half a point of accuracy.
 WORTH = 0.01
 # Variance of the gradients over that of the features. The strength of ridge regression shrinks both.
 _SHARES = (0.1, 1.0, 10.0)
@@ -66,7 +66,10 @@ def gradient_features(
 
 
 def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> str | None:
-    """The layer whose tuning lowers the squared error of images left out most, to first order; None if not by 0.01.
+    """The layer whose tuning lowers the squared error of images left out most, to first order.
+
+    None if that is by less than 0.01 and a standard error of the paired differences: of many layers that gain nothing
+    one seems to gain that much.
 
     Args:
         features: ``(N, d)``.
@@ -79,10 +82,13 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     """
     folds = balanced_folds(labels)
     found = {name: linearised(features, rows, labels, num_classes, folds) for name, rows in gradients.items()}
-    errors = {name: squared_errors(scores, labels).mean() for name, scores in found.items()}
-    best = min(errors, key=errors.__getitem__, default=None)
-    least = squared_errors(ridge(features, labels, num_classes).left_out(folds), labels).mean()
-    return best if best is not None and errors[best] < least - WORTH else None
+    least = squared_errors(ridge(features, labels, num_classes).left_out(folds), labels)
+    gains = {name: least - squared_errors(scores, labels) for name, scores in found.items()}
+    best = max(gains, key=lambda name: float(gains[name].mean()), default=None)
+    if best is None:
+        return None
+    gain = gains[best]
+    return best if gain.mean() - gain.std(correction=0) / len(gain) ** 0.5 > WORTH else None
 
 
 def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int) -> str | None:
@@ -118,8 +124,8 @@ def require_gradients(backbone: Backbone, layers: Sequence[str]) -> Iterator[Non
 def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes: int, folds: Tensor) -> Tensor:
     """Scores of images left out, ``(R, N, K)``, by ridge regression on penultimate features and a layer's gradients.
 
-    Both are scaled to a mean variance of one first; how much the gradients weigh is chosen among 0.1, 1 and 10 by the
-    squared error of the scores.
+    Both are scaled to a mean variance of one first; how much the gradients weigh is chosen among 0.1, 1 and 10, for
+    each fold by the squared error of the others' scores.
 
     Args:
         features: ``(N, d)``.
@@ -133,8 +139,14 @@ def linearised(features: Tensor, gradients: Tensor, labels: Tensor, num_classes:
     """
     one, other = _scaled(features), _scaled(gradients)
     mixed = (torch.cat([one, share**0.5 * other], 1) for share in _SHARES)
-    left_out = (ridge(x, labels, num_classes).left_out(folds) for x in mixed)
-    return min(left_out, key=lambda scores: squared_errors(scores, labels).mean())
+    shares = torch.stack([ridge(x, labels, num_classes).left_out(folds) for x in mixed])
+    found = torch.empty_like(shares[0])
+    for way, scores, chosen in zip(folds, shares.unbind(1), found, strict=True):
+        errors = torch.stack([squared_errors(share[None], labels) for share in scores])
+        for fold in way.unique():
+            own = way == fold
+            chosen[own] = scores[errors[:, ~own].mean(1).argmin()][own]
+    return found
 
 
 def _scaled(features: Tensor) -> Tensor:

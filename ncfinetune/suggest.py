@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from ncfinetune.linearised import WORTH, gradient_features, linearised
 from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
+from ncfinetune.trials import Bench, ClosedForm, Method, Trial, chosen_elsewhere, closed_trial, scores_trial, skip_ridge
 
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
 # Skip connections of a closed form at most, and images a step where the datamodule does not say.
 _SKIPS, _BATCH = 3, 32
+_FULL = "full FT"
 _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
 
@@ -43,18 +44,21 @@ Closed-form heads are judged on images left out. So is the first-order expansion
 parameters, which says what layer FT of the block could gain over the best of them without a fit. The blocks of which
 it expects most are then tried by layer FT, from the closed form as a start, on folds of the images: all of them on the
 first fold, the better half on each fold after it. SCL FT at the block that is best in the end, and with --full full
-fine-tuning, are tried on every fold. With --blocks 0 no block is tried, and the expansion decides. Tuning is suggested
-if it lowers the squared error on images left out by 0.01; the table has the standard errors.
+fine-tuning, are tried on every fold. Tuning is suggested if it lowers the squared error on images left out by 0.01; the
+table has the standard errors. With --blocks 0 no block is tried, and the expansion decides, whose gain has to be a
+standard error more, since it is the best of all blocks.
 
   ncfinetune suggest --backbone resnet18 --pretrained true --data ImageFolder --data.root photos
 """
 
 _LEGEND = """\
 Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
-accuracy on new images. gain in error^2: by how much the squared error of the class probabilities is lower than that of
-the last closed form, both at the temperature that suits the images left out best; the suggestion goes by it, since the
-accuracy of few images says less. Both with one standard error. expansion: judged without a fit, by scores as they are;
-a block that was fitted on some folds and fell behind keeps its row."""
+accuracy on new images; of the suggested method that of what each fold would have been suggested by the others, since
+the best of several is flattered by the images that it is chosen by. gain in error^2: by how much the squared error of
+the class probabilities is lower than that of the last closed form, both at the temperature that suits the images left
+out best; the suggestion goes by it, since the accuracy of few images says less. Both with one standard error.
+expansion: judged without a fit, by scores as they are; a block that was fitted on some folds and fell behind keeps its
+row."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class Row:
     Args:
         method: Its name.
         accuracy: Predicted share of new images decided rightly: of a closed form that of images left out, one of each
-            class together; of a tuned method that of the last closed form, and its gain over it on images left out.
-        error: Standard error of that.
+            class together; of a tuned method that of the last closed form, and its gain over it on images left out, or
+            for the suggested one the gain of what would have been suggested without each fold.
+        error: Standard error of a share of so many images.
         gain: How much lower its squared error on images left out was than the closed form's; None for closed forms.
         gain_error: Standard error of the paired differences.
         trained: Number of trained parameters.
@@ -187,12 +192,14 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
     Raises:
         ValueError: Images of fewer than two classes, features that are not finite, or no layer has parameters.
     """
+    _check_left_out([bench.folds, *balanced_folds(bench.labels)], bench.labels)
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
-    skip_fit = partial(skip_ridge, penultimate, layers, bench.labels, bench.num_classes, _SKIPS)
-    closed = closed_rows(penultimate, layers, bench, skip_fit)
-    expected = _expected(trainer, penultimate, layers, bench, closed[-1])
-    reference = closed_trial(skip_fit, bench.labels, bench.folds)
+    closed = closed_forms(penultimate, layers, bench)
+    last = closed[-1]
+    expansions = _expansions(trainer, penultimate, list(layers), bench)
+    expected = [_tuned(method, trial, last.trial, last.row) for method, trial in expansions.items()]
+    reference = closed_trial(last.fit, bench.labels, bench.folds)
     best = sorted(expected, key=lambda row: -_gain(row))[:blocks]
     trials = halve(bench, [Method(row.method, row.knobs) for row in best], reference)
     if trials:
@@ -200,16 +207,32 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
         block = tuned.knobs["train"]
         trials |= halve(bench, [Method(f"SCL FT {block}", {**tuned.knobs, "skip_from": block})], reference)
     if full:
-        trials |= halve(bench, [Method("full FT", {"train": "all", "head_init": "ridge"})], reference)
-    tried = [_tuned(method, trial, reference, closed[-1]) for method, trial in trials.items()]
+        trials |= halve(bench, [Method(_FULL, {"train": "all", "head_init": "ridge"})], reference)
+    tried = [_tuned(method, trial, reference, last.row) for method, trial in trials.items()]
     names = {row.method for row in tried}
-    return [*closed, *(row for row in expected if row.method not in names), *tried]
+    rows = [*(one.row for one in closed), *(row for row in expected if row.method not in names), *tried]
+    chosen = choose(rows)
+    if chosen.gain is None:
+        return rows
+    by_fits = chosen.seconds is not None
+    rivals, against = (trials, reference) if by_fits else (expansions, last.trial)
+    honest = chosen_elsewhere([*rivals.values()], against, bench.folds, WORTH)
+    promised = _tuned(Method(chosen.method, chosen.knobs), honest, against, last.row)
+    return [replace(row, accuracy=promised.accuracy) if row is chosen else row for row in rows]
 
 
-def _expected(
-    trainer: Trainer, penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, closed: Row
-) -> list[Row]:
-    """What layer FT of each block with parameters could gain over the closed form, by the network's expansion."""
+def _check_left_out(ways: Sequence[Tensor], labels: Tensor) -> None:
+    """Refuse images of which one class alone remains where a fold is left out."""
+    if any(len(torch.unique(labels[folds != fold])) < 2 for folds in ways for fold in torch.unique(folds)):
+        counts = ", ".join(map(str, torch.unique(labels, return_counts=True)[1].tolist()))
+        raise ValueError(
+            f"expected images of two classes without those that are left out, got classes of {counts} images; give "
+            "each class two at least"
+        )
+
+
+def _expansions(trainer: Trainer, penultimate: Tensor, layers: Sequence[str], bench: Bench) -> dict[Method, Trial]:
+    """Layer FT of each block with parameters, as the network's expansion has it."""
     labels, classes, backbone = bench.labels, bench.num_classes, bench.backbone
     sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in layers}
     blocks = [name for name in layers if sizes[name]]
@@ -217,14 +240,12 @@ def _expected(
         raise ValueError(f"suggest tries layers with parameters, got --layers {' '.join(layers)} without any")
     gradients = gradient_features(trainer, backbone, bench.images, blocks)
     folds = balanced_folds(labels)
-    joined = torch.cat([penultimate, *(layers[name] for name in closed.knobs.get("skip_from", []))], 1)
-    reference = Trial.left_out(ridge(joined, labels, classes).left_out(folds), labels)
-    rows = []
+    found = {}
     for name in blocks:
         trial = Trial.left_out(linearised(penultimate, gradients.pop(name), labels, classes, folds), labels)
         trial.trained = sizes[name] + classes * (penultimate.shape[1] + 1)
-        rows.append(_tuned(Method(f"layer FT {name}", {"train": name, "head_init": "ridge"}), trial, reference, closed))
-    return rows
+        found[Method(f"layer FT {name}", {"train": name, "head_init": "ridge"})] = trial
+    return found
 
 
 def halve(bench: Bench, methods: Sequence[Method], reference: Trial) -> dict[Method, Trial]:
@@ -251,21 +272,24 @@ def choose(rows: Sequence[Row]) -> Row:
     """The last closed form, which the others are compared with, or a tuned method, if one lowers its error by 0.01.
 
     The closed form is ridge regression, with the skip connections that clearly help: which closed form is the most
-    accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most, else
-    the block of which the expansion expects most. A gain of less than its standard error is taken too: tuning in vain
+    accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most. Where
+    no block was tried the blocks are among them of which the expansion expects a gain of a standard error more.
+
+    Of what was tried a gain of less than its standard error is taken too: tuning in vain
     costs a point or two of accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters
     within one standard error of the best, is not taken: with few images that includes nearly all methods. On
     five digits of each class it cost 2.7 points of accuracy, on more of them and on textures nothing clear
     (experiments/results/suggestions.md).
     """
-    best = max(_judged(rows), key=_gain)
-    return best if _gain(best) > WORTH else [row for row in rows if row.gain is None][-1]
+    sure = [row for row in _judged(rows) if _gain(row) - (row.seconds is None) * (row.gain_error or 0) > WORTH]
+    return max(sure, key=_gain) if sure else [row for row in rows if row.gain is None][-1]
 
 
 def _judged(rows: Sequence[Row]) -> list[Row]:
-    """Tuned methods that were tried; where none was, those that are judged by the expansion."""
+    """Tuned methods that were tried; where no block was, those that are judged by the expansion too."""
     tuned = [row for row in rows if row.gain is not None]
-    return [row for row in tuned if row.seconds is not None] or tuned
+    tried = [row for row in tuned if row.seconds is not None]
+    return tried if any(row.method != _FULL for row in tried) else tuned
 
 
 def _gain(row: Row) -> float:
@@ -298,12 +322,14 @@ def verdict(rows: Sequence[Row], chosen: Row, recipe: str, given: str) -> str:
 
 def _against(row: Row) -> str:
     gain = _gain(row)
+    if abs(gain) < 0.0005:
+        return "has the squared error of the last closed form"
     moves = "lowers" if gain > 0 else "raises"
     return f"{moves} the squared error of the last closed form by {abs(gain):.3f} ± {row.gain_error:.3f}"
 
 
 def _given(options: Any, words: Sequence[str]) -> str:
-    """The options of ``fit`` for the network and the data that this command was given."""
+    """The options of ``fit`` for the network, the data and the device that this command was given."""
     backbone = options.backbone[0]
     spec = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
     if options.checkpoint:
@@ -315,6 +341,9 @@ def _given(options: Any, words: Sequence[str]) -> str:
     for word in words:
         of_data = word.startswith("--data") if word.startswith("--") else of_data
         given += [word] if of_data else []
+    device = {"accelerator": "auto", "precision": "32-true"}
+    named = {name: getattr(options, name) for name in device}
+    given += [part for name, word in named.items() if word != device[name] for part in (f"--trainer.{name}", word)]
     return shlex.join(given)
 
 
@@ -329,23 +358,38 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def closed_rows(
-    penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench, skip_fit: Callable[[Tensor], tuple[Head, Tensor]]
-) -> list[Row]:
-    """Closed forms; last what tuning is compared with: ridge, with skip connections if any lower its error clearly.
+@dataclass(frozen=True)
+class Closed:
+    """A closed form, and how it does on images left out.
 
-    They are judged on the folds of `folds.balanced_folds`; LDA only if it exists without each of them.
+    Args:
+        row: In the table.
+        fit: How it is fitted.
+        trial: Its own scores on the folds of `folds.balanced_folds`; skip connections are chosen without the fold.
+    """
+
+    row: Row
+    fit: ClosedForm
+    trial: Trial
+
+
+def closed_forms(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench) -> list[Closed]:
+    """Closed forms; last what tuning is compared with: ridge, with skip connections if these have the lower error.
+
+    Skip connections are taken for granted if they lower the error of their own training images clearly. LDA is there
+    only if it exists without each of the folds.
     """
     labels, classes = bench.labels, bench.num_classes
-    folds = balanced_folds(labels)
+    ways = balanced_folds(labels)
 
-    def row(name: str, fit: Callable[[Tensor], tuple[Head, Tensor]], knobs: Mapping[str, Any]) -> Row:
-        trial = Trial.mean([closed_trial(fit, labels, way) for way in folds])
+    def closed(name: str, fit: ClosedForm, knobs: Mapping[str, Any]) -> Closed:
+        trial = scores_trial(fit, labels, classes, ways)
         accuracy = float(trial.right.double().mean())
         head, _ = fit(torch.ones_like(labels, dtype=torch.bool))
         trained, error = head.weight.numel() + head.bias.numel(), standard_error(accuracy, len(labels))
         seconds = sum(trial.seconds) / len(trial.seconds)
-        return Row(name, accuracy, error, None, None, trained, seconds, {"train": "none", **knobs})
+        row = Row(name, accuracy, error, None, None, trained, seconds, {"train": "none", **knobs})
+        return Closed(row, fit, trial)
 
     def of_penultimate(kind: Callable[..., Head], train: Tensor) -> tuple[Head, Tensor]:
         return kind(penultimate[train], labels[train], classes), penultimate
@@ -355,14 +399,16 @@ def closed_rows(
         "LDA": ("lda", lda),
         "ridge": ("ridge", ridge),
     }
-    trains = [way != fold for way in folds for fold in way.unique()]
+    trains = [way != fold for way in ways for fold in way.unique()]
     if not all(_has_covariance(penultimate[train], labels[train]) for train in trains):
         del kinds["LDA"]
-    rows = [row(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
+    found = [closed(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
     if skips := choose_skips(penultimate, layers, labels, _SKIPS):
         knobs = {"skip_from": skips, "skip_join": "concat", "head_init": "ridge"}
-        rows.append(row(f"ridge, skip from {', '.join(skips)}", skip_fit, knobs))
-    return rows
+        fit = partial(skip_ridge, penultimate, layers, labels, classes, _SKIPS)
+        found.append(closed(f"ridge, skip from {', '.join(skips)}", fit, knobs))
+        found[-2:] = sorted(found[-2:], key=lambda one: -float(one.trial.loss.mean()))
+    return found
 
 
 def _has_covariance(features: Tensor, labels: Tensor) -> bool:
@@ -373,9 +419,10 @@ def _has_covariance(features: Tensor, labels: Tensor) -> bool:
 
 
 def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:
-    (gain, gain_error), (more, more_error) = (trial.gain(reference, name) for name in ("loss", "right"))
+    (gain, gain_error), (more, _) = (trial.gain(reference, name) for name in ("loss", "right"))
     accuracy = min(1.0, max(0.0, closed.accuracy - more))
-    error = math.hypot(closed.error, more_error)
+    # Gain and closed form are of the same images, so that their errors do not add up.
+    error = standard_error(accuracy, int((~trial.right.isnan()).sum()))
     seconds = sum(trial.seconds) / len(trial.seconds) if trial.seconds else None
     return Row(method.name, accuracy, error, gain, gain_error, trial.trained, seconds, method.knobs)
 

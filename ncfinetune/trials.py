@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -65,12 +66,6 @@ class Trial:
         return cls(torch.full((samples,), torch.nan), torch.full((samples,), torch.nan))
 
     @classmethod
-    def mean(cls, trials: Sequence[Trial]) -> Trial:
-        """The mean of trials on the same folds in several ways."""
-        right, loss = (torch.stack([getattr(trial, name) for trial in trials]).mean(0) for name in ("right", "loss"))
-        return cls(right, loss, [second for trial in trials for second in trial.seconds], trials[0].trained)
-
-    @classmethod
     def left_out(cls, scores: Tensor, labels: Tensor) -> Trial:
         """What scores of images left out, ``(R, N, K)``, make of them, with the scores' own squared error."""
         scores = scores.cpu()
@@ -81,15 +76,15 @@ class Trial:
 
         Args:
             rows: Which images, ``(n,)``.
-            logits: ``(n, K)``.
+            logits: ``(n, K)``; those of an image that are not all finite tell nothing of it.
             labels: Of all images, ``(N,)``.
         """
         if self.logits is None:
             self.logits = torch.full((len(labels), logits.shape[1]), torch.nan, dtype=torch.float64)
-        self.logits[rows] = logits.double()
-        tried = ~self.logits.isnan().any(1)
+        self.logits[rows] = logits.double().masked_fill(~logits.isfinite().all(1, keepdim=True), 0)
+        self.right[rows] = decided_rightly(self.logits[None, rows], labels[rows]).float()
+        tried = ~self.right.isnan()
         own, labels = self.logits[tried], labels[tried]
-        self.right[tried] = (own.argmax(1) == labels).float()
         probabilities = (own / fit_temperature(own, labels)).softmax(1)
         self.loss[tried] = squared_errors(probabilities[None], labels).float()
 
@@ -98,6 +93,10 @@ class Trial:
         paired = getattr(other, name) - getattr(self, name)
         paired = paired[~paired.isnan()].double()
         return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
+
+
+# Fits a closed form to images ``(N,)``, and gives its head with the features that it takes.
+ClosedForm = Callable[[Tensor], tuple[Head, Tensor]]
 
 
 def skip_ridge(
@@ -119,11 +118,53 @@ def skip_ridge(
     return ridge(features[train], labels[train], num_classes), features
 
 
-def closed_trial(fit: Callable[[Tensor], tuple[Head, Tensor]], labels: Tensor, folds: Tensor) -> Trial:
+def scores_trial(fit: ClosedForm, labels: Tensor, num_classes: int, ways: Tensor) -> Trial:
+    """A closed form's own scores on images left out, each by the head that was fitted without the image's fold.
+
+    Args:
+        fit: The closed form.
+        labels: ``(N,)``.
+        num_classes: Number of classes ``K``.
+        ways: Which fold each image is in, in ``R`` ways, ``(R, N)``.
+    """
+    scores, seconds = torch.empty(*ways.shape, num_classes, dtype=torch.float64), []
+    for way, folds in zip(scores, ways, strict=True):
+        for fold in range(int(folds.max()) + 1):
+            start = time.perf_counter()
+            head, features = fit(folds != fold)
+            seconds.append(time.perf_counter() - start)
+            way[folds == fold] = head.scores(features[folds == fold])
+    trial = Trial.left_out(scores, labels)
+    trial.seconds = seconds
+    return trial
+
+
+def chosen_elsewhere(trials: Sequence[Trial], reference: Trial, folds: Tensor, least: float) -> Trial:
+    """What each fold's images are to the trial that gains most on the others, or to the reference, if none gains more.
+
+    The best of several trials is flattered by the images that it is chosen by; what is chosen without them is not.
+
+    Args:
+        trials: What to choose from, each of all images.
+        reference: What they are compared with.
+        folds: Which fold each image is in, ``(N,)``.
+        least: Squared error that has to be gained.
+    """
+    found = Trial(reference.right.clone(), reference.loss.clone())
+    for fold in range(int(folds.max()) + 1):
+        own = folds == fold
+        gains = [float((reference.loss - trial.loss)[~own].mean()) for trial in trials]
+        if max(gains) > least:
+            best = trials[gains.index(max(gains))]
+            found.right[own], found.loss[own] = best.right[own], best.loss[own]
+    return found
+
+
+def closed_trial(fit: ClosedForm, labels: Tensor, folds: Tensor) -> Trial:
     """A closed form on all folds, each decided by the head that was fitted without it.
 
     Args:
-        fit: Fits a head to images ``(N,)``, and gives it with the features that it takes.
+        fit: The closed form.
         labels: ``(N,)``.
         folds: Which fold each image is in, ``(N,)``.
     """
@@ -185,17 +226,37 @@ class Bench:
         return model
 
     def run(self, method: Method, trial: Trial, fold: int) -> None:
-        """Fit a method without a fold, and add to its trial what it makes of the fold's images."""
-        rows = (self.folds == fold).nonzero().squeeze(1)
+        """Fit a method without a fold, and add to its trial what it makes of the fold's images.
+
+        A fit that diverges is said on stderr, and knows nothing of them.
+        """
+        rows, train = ((self.folds == fold) == held for held in (True, False))
+        rows, train = rows.nonzero().squeeze(1), train.nonzero().squeeze(1)
         start = time.perf_counter()
-        model = self.fitted(method, (self.folds != fold).nonzero().squeeze(1), fold)
+        try:
+            model = self.fitted(method, train, fold)
+        except FloatingPointError:
+            print(f"{method.name} diverges without fold {fold + 1}, and counts as chance there", file=sys.stderr)
+            trial.add(rows, torch.zeros(len(rows), self.num_classes), self.labels)
+            return
         trial.seconds.append(time.perf_counter() - start)
         held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
         with isolate_rng():  # a loader draws a seed
-            predicted: Any = self.trainer(1).predict(model, held_out)
+            logits: Any = self.trainer(1).predict(_Logits(model), held_out)
         trial.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        probabilities = torch.cat(predicted).double().cpu()
-        trial.add(rows, probabilities.clamp(min=torch.finfo(torch.float32).tiny).log(), self.labels)
+        trial.add(rows, torch.cat(logits).cpu(), self.labels)
+
+
+class _Logits(LightningModule):
+    """Predicts a classifier's logits, since probabilities in float32 have lost those of classes that it rules out."""
+
+    def __init__(self, model: FineTuner) -> None:
+        super().__init__()
+        self.model = model
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        logits: Tensor = self.model(batch[0])
+        return logits
 
 
 class _Rows(LightningDataModule):

@@ -12,7 +12,7 @@ from ncfinetune import Backbone, FineTuner
 from ncfinetune import linearised as module
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds
-from ncfinetune.linearised import block_to_tune, gradient_features, linearised
+from ncfinetune.linearised import _scaled, block_to_tune, gradient_features, linearised
 from ncfinetune.probes import ridge, squared_errors
 
 LAYERS = ["layer1.0", "layer4.1"]
@@ -106,6 +106,38 @@ def test_block_with_the_least_error_is_tuned_or_none():
     assert squared_errors(linearised(features, worse, labels, 3, folds), labels).mean() > alone
     assert block_to_tune(features, {"a": worse}, labels, 3) is None
     assert block_to_tune(features, {}, labels, 3) is None
+
+
+def test_how_much_gradients_weigh_is_chosen_without_the_fold():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) % 3
+    features, gradients = torch.randn(24, 5, generator=generator), torch.randn(24, 40, generator=generator)
+    features, gradients = features + labels[:, None], gradients + 2 * torch.eye(3, 40)[labels]
+    folds = balanced_folds(labels)
+    one, other = (_scaled(part) for part in (features, gradients))
+    left_out = [ridge(torch.cat([one, w**0.5 * other], 1), labels, 3).left_out(folds) for w in (0.1, 1.0, 10.0)]
+    found, taken = linearised(features, gradients, labels, 3, folds), set()
+    for way in range(len(folds)):
+        for place in range(24):
+            others = folds[way] != folds[way, place]
+            errors = [squared_errors(scores[way : way + 1, others], labels[others]).mean() for scores in left_out]
+            taken.add(errors.index(min(errors)))
+            assert torch.equal(found[way, place], left_out[errors.index(min(errors))][way, place])
+    assert len(taken) > 1
+
+
+def test_of_many_blocks_that_gain_nothing_none_is_tuned():
+    chosen = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(50) % 5
+        features = torch.randn(50, 64, generator=generator) + 0.35 * torch.randn(5, 64, generator=generator)[labels]
+        blocks = {
+            str(place): torch.randn(50, 64, generator=generator) @ torch.randn(64, 256, generator=generator)
+            for place in range(8)
+        }
+        chosen.append(block_to_tune(features, blocks, labels, 5))
+    assert sum(name is not None for name in chosen) <= 2
 
 
 def automatic(**knobs):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,14 +18,17 @@ from tiny import trainer_in
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncfinetune import Backbone
-from ncfinetune.bank import read_images
+from ncfinetune.bank import Source, fill, read_images
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds, folds_of
+from ncfinetune.lab import sources
 from ncfinetune.probes import ridge
-from ncfinetune.suggest import Row, choose, closed_rows, halve, verdict
-from ncfinetune.trials import Bench, Method, Trial, closed_trial, skip_ridge
+from ncfinetune.scores import standard_error
+from ncfinetune.skips import choose_skips
+from ncfinetune.suggest import Row, choose, closed_forms, halve, suggest, verdict
+from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere, closed_trial, scores_trial, skip_ridge
 
 SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
 SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
@@ -97,6 +101,11 @@ def test_balanced_folds_of_unequal_classes_have_equal_shares():
     assert int(balanced_folds(torch.tensor([0] * 9 + [1])).max()) == 1
 
 
+def test_one_rare_class_does_not_leave_half_of_all_images_out():
+    ways = balanced_folds(torch.cat([torch.arange(10).repeat(20), torch.tensor([10])]))
+    assert int(ways.max()) == 9
+
+
 def test_single_images_left_out_are_pessimistic_and_balanced_folds_are_not():
     """Features that say nothing: chance is a half, and what leans on the shares of the others is wrong each time."""
     labels = torch.arange(2).repeat(10)
@@ -157,6 +166,90 @@ def test_what_no_better_than_chance_is_judged_as_chance():
     assert not trial.right.any()
 
 
+def test_what_is_not_finite_is_judged_as_chance():
+    labels = torch.arange(30) % 3
+    trials = [Trial.empty(30) for _ in range(2)]
+    for fold in range(3):
+        rows = torch.arange(10 * fold, 10 * fold + 10)
+        logits = torch.eye(3)[labels[rows]] * 5
+        if fold == 2:
+            logits[3, 1], logits[4, 2] = torch.nan, torch.inf
+        for trial, broken in zip(trials, (logits, logits.masked_fill(~logits.isfinite().all(1, True), 0)), strict=True):
+            trial.add(rows, broken, labels)
+    assert trials[0].right.tolist() == [1.0] * 23 + [0.0, 0.0] + [1.0] * 5
+    torch.testing.assert_close(trials[0].loss, trials[1].loss)
+    assert not trials[0].loss.isnan().any()
+
+
+def test_a_tie_is_no_right_decision_of_a_fit():
+    labels = torch.tensor([0, 0, 1])
+    trial = Trial.empty(3)
+    trial.add(torch.arange(3), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), labels)
+    assert trial.right.tolist() == [0, 1, 0]
+
+
+def test_scores_are_of_heads_that_were_fitted_without_the_fold():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(18) % 3
+    features = torch.randn(18, 4, generator=generator) + labels[:, None]
+    ways = balanced_folds(labels)[:2]
+    trial = scores_trial(lambda train: (ridge(features[train], labels[train], 3), features), labels, 3, ways)
+    errors, right = torch.zeros(18, dtype=torch.float64), torch.zeros(18, dtype=torch.float64)
+    for way in ways:
+        for place in range(18):
+            train = way != way[place]
+            scores = ridge(features[train], labels[train], 3).scores(features[place])
+            errors[place] += (scores - torch.eye(3)[labels[place]]).square().sum() / 2
+            right[place] += (scores.argmax() == labels[place]) / 2
+    torch.testing.assert_close(trial.loss.double(), errors, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(trial.right.double(), right)
+    assert len(trial.seconds) == 12
+
+
+def test_what_is_chosen_without_a_fold_is_not_flattered_by_it():
+    """Each trial is the best on a fold of its own, by which it would be chosen, and worse than the reference there."""
+    folds = torch.arange(3).repeat_interleave(2)
+    reference = trial_of([0.5] * 6, [0.0] * 6)
+    first = trial_of([0.0, 0.0, 0.6, 0.6, 0.6, 0.6], [1.0] * 6)
+    second = trial_of([0.6, 0.6, 0.0, 0.0, 0.6, 0.6], [1.0] * 6)
+    found = chosen_elsewhere([first, second], reference, folds, 0.01)
+    # Without the first fold the second trial gains 0.2, without the second the first, without the third both.
+    torch.testing.assert_close(found.loss, torch.full((6,), 0.6))
+    assert found.right.tolist() == [1.0] * 6
+    found = chosen_elsewhere([first, second], reference, folds, 0.3)
+    assert torch.equal(found.loss, reference.loss)
+    assert torch.equal(found.right, reference.right)
+
+
+def test_what_is_chosen_without_each_fold_gains_nothing_where_nothing_is_to_gain():
+    generator, folds, reference = torch.Generator().manual_seed(0), torch.arange(60) % 5, trial_of([0.5] * 60)
+    best, honest = [], []
+    for _ in range(100):
+        useless = [trial_of(row, row) for row in torch.rand(8, 60, generator=generator).tolist()]
+        best.append(max(trial.gain(reference, "loss")[0] for trial in useless))
+        honest.append(chosen_elsewhere(useless, reference, folds, 0.01).gain(reference, "loss")[0])
+    assert statistics.mean(best) > 0.04
+    assert abs(statistics.mean(honest)) < 3 * statistics.stdev(honest) / 10
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tuning_is_compared_with_the_better_of_ridge_and_its_skips(seed):
+    """By images left out, without which the skip connections are chosen anew: they seem to help more than they do."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(30) % 3
+    penultimate = torch.randn(30, 6, generator=generator) + torch.randn(3, 6, generator=generator)[labels]
+    layers = {str(place): torch.randn(30, 6, generator=generator) for place in range(8)}
+    layers["useful"] = torch.randn(30, 6, generator=generator) + torch.randn(3, 6, generator=generator)[labels]
+    *others, last = closed_forms(penultimate, layers, SimpleNamespace(labels=labels, num_classes=3))
+    ridges = [one for one in (*others, last) if one.row.method.startswith("ridge")]
+    assert last.trial.loss.mean() == min(one.trial.loss.mean() for one in ridges)
+    assert len(ridges) == 1 + bool(choose_skips(penultimate, layers, labels, 3))
+    # What is fitted without the folds that blocks are tried on is of the same kind.
+    (head, features), skips = last.fit(torch.arange(30) < 20), last.row.knobs.get("skip_from", [])
+    assert bool(skips) or features.shape == penultimate.shape
+    assert head.weight.shape[1] == features.shape[1]
+
+
 def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
     labels = torch.arange(12) % 3
     penultimate = torch.randn(12, 2, generator=torch.Generator().manual_seed(2))
@@ -176,8 +269,7 @@ def test_lda_is_not_judged_of_features_that_do_not_vary_within_classes():
     labels = torch.arange(30) % 3
     collapsed = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[labels]
     bench = SimpleNamespace(labels=labels, num_classes=3)
-    rows = closed_rows(collapsed, {}, bench, partial(skip_ridge, collapsed, {}, labels, 3, 1))
-    assert [found.method for found in rows] == ["nearest mean", "ridge"]
+    assert [found.row.method for found in closed_forms(collapsed, {}, bench)] == ["nearest mean", "ridge"]
 
 
 @pytest.mark.parametrize(("images", "judged"), [(2, False), (3, True)])
@@ -185,16 +277,11 @@ def test_lda_is_judged_where_a_fold_leaves_it_a_covariance(images, judged):
     labels = torch.arange(3 * images) % 3
     penultimate = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(3, 4)[labels]
     bench = SimpleNamespace(labels=labels, num_classes=3)
-    rows = closed_rows(penultimate, {"a": penultimate}, bench, partial(skip_ridge, penultimate, {}, labels, 3, 1))
+    rows = [found.row for found in closed_forms(penultimate, {"a": penultimate}, bench)]
     assert [found.method for found in rows] == ["nearest mean", *(["LDA"] if judged else []), "ridge"]
     assert all(found.accuracy > 0.5 for found in rows)
-    of_ten = closed_rows(
-        penultimate,
-        {},
-        SimpleNamespace(labels=labels, num_classes=10),
-        partial(skip_ridge, penultimate, {}, labels, 10, 1),
-    )
-    assert ("LDA" in [found.method for found in of_ten]) == judged  # classes without images do not matter
+    of_ten = closed_forms(penultimate, {}, SimpleNamespace(labels=labels, num_classes=10))
+    assert ("LDA" in [found.row.method for found in of_ten]) == judged  # classes without images do not matter
 
 
 def bench_in(folder, folds=None):
@@ -219,6 +306,9 @@ def test_a_fit_is_repeatable_and_leaves_the_backbone(tmp_path):
     assert torch.equal(trial.loss.isnan(), bench.folds != 1)
     assert trial.trained == sum(p.numel() for p in bench.backbone.layer("layer4.0").parameters()) + 11 * 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in bench.backbone.state_dict().items())
+    model = bench.fitted(method, (bench.folds != 1).nonzero().squeeze(1), 1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trial.logits[bench.folds == 1].float(), model(bench.images[bench.folds == 1]))
     # Other labels in the fold change no decision: none can be right by both.
     scrambled = replace(bench, labels=bench.labels.where(bench.folds != 1, (bench.labels + 1) % 3))
     again, same = Trial.empty(24), Trial.empty(24)
@@ -228,6 +318,15 @@ def test_a_fit_is_repeatable_and_leaves_the_backbone(tmp_path):
     assert torch.equal(same.loss[rows], trial.loss[rows])
     decided = torch.where(trial.right[rows] == 1, bench.labels[rows], -1)
     assert not ((decided >= 0) & (again.right[rows] == 1)).any()
+
+
+def test_a_fit_that_diverges_is_said_and_counts_as_chance(tmp_path, capsys):
+    bench = replace(bench_in(tmp_path), lr=1e20)
+    trial = Trial.empty(24)
+    bench.run(Method("full FT", {"train": "all", "head_init": "ridge"}), trial, 0)
+    assert capsys.readouterr().err == "full FT diverges without fold 1, and counts as chance there\n"
+    torch.testing.assert_close(trial.loss[bench.folds == 0], torch.full((8,), 2 / 3))
+    assert not trial.right[bench.folds == 0].any()
 
 
 class Known:
@@ -260,6 +359,10 @@ def test_the_better_half_goes_on(capsys):
         ([row("LDA", accuracy=0.6), row("ridge"), row("layer", 0.009)], "ridge"),
         ([row("ridge"), row("layer", 0.011)], "layer"),
         ([row("ridge"), expected("a", 0.25), expected("b", 0.3)], "b"),
+        ([row("ridge"), expected("a", 0.105)], "ridge"),  # of which 0.1 may be chance
+        ([row("ridge"), expected("a", 0.105), expected("b", 0.12, error=0.2), expected("c", 0.115)], "c"),
+        ([row("ridge"), expected("a", 0.3), row("full FT", -0.1)], "a"),  # no block was tried
+        ([row("ridge"), expected("a", 0.3), row("full FT", 0.4)], "full FT"),
         ([row("ridge"), expected("a", 0.5), row("b", 0.1), row("c", -0.1)], "b"),
         ([row("ridge"), expected("a", 0.5), row("b", -0.1)], "ridge"),
         ([row("ridge"), row("layer", 0.29, trained=9), row("full", 0.3)], "full"),
@@ -271,6 +374,9 @@ def test_what_lowers_the_squared_error_most_is_chosen(rows, name):
 
 def test_verdicts_say_what_to_type():
     closed = replace(row("ridge, skip from a, b"), knobs={"train": "none", "skip_from": ["a", "b"]})
+    assert "; SCL FT b, the best tuned method, has the squared error of the last closed form, and" in verdict(
+        [closed, row("SCL FT b", 1e-5)], closed, "", ""
+    )
     for gain, moves in ((0.005, "lowers"), (-0.005, "raises")):
         assert verdict([closed, row("SCL FT b", gain)], closed, "--x 1", "--data D") == (
             "no tuning: ridge, skip from a, b (50.0 ± 5.0 % predicted); SCL FT b, the best tuned method, "
@@ -331,6 +437,57 @@ def test_without_trials_the_expansion_decides(weights, tmp_path, capsys):
     fit = [*shlex.split(line)[1:], "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     assert fit[0] == "fit"
     assert main(fit) is None
+
+
+def test_the_command_names_the_precision(weights, capsys):
+    words = ["--checkpoint", weights, "--blocks", "0", "--precision", "bf16-mixed"]
+    assert main([*WORDS, *words]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "--trainer.accelerator cpu --trainer.precision bf16-mixed" in line
+
+
+def test_a_random_network_is_the_same_each_time():
+    options = SimpleNamespace(
+        backbone=[{**SMALL, "name": "resnet18"}], checkpoint=None, pretrained=False, allow_random=True, layers=[]
+    )
+    torch.manual_seed(1)
+    (one,), (other,) = sources(options), sources(options)
+    assert torch.equal(one.backbone.net.conv1.weight, other.backbone.net.conv1.weight)
+
+
+class Lonely(LightningDataModule):
+    """Two classes, of which one has a single image."""
+
+    num_classes = 2
+
+    def train_plain_dataloader(self):
+        return DataLoader(TensorDataset(torch.rand(10, 1, 8, 8), torch.tensor([0] * 9 + [1])), batch_size=8)
+
+
+def test_a_class_of_one_image_is_not_enough_of_two(weights, capsys):
+    words = ["--backbone", SPEC, "--checkpoint", weights, "--accelerator", "cpu", "--data", "test_suggest.Lonely"]
+    assert main(["suggest", *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: expected images of two classes without those that are left out, got classes of 9, 1 images; give each "
+        "class two at least"
+    )
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_what_is_predicted_of_a_method_is_how_it_does_on_images_left_out(blocks, tmp_path):
+    """But of the suggested one, which is flattered by having been chosen."""
+    bench = bench_in(tmp_path)
+    source = Source.of("net", bench.backbone)
+    bank = fill(trainer_in(tmp_path), [source], bench.data(torch.arange(24)), {}, 24)
+    found = suggest(source, bank, bench, trainer_in(tmp_path, inference_mode=False), blocks)
+    last = [one for one in found if one.gain is None][-1]
+    chosen = choose(found)
+    for one in found:
+        if one.gain is not None and one is not chosen and one.seconds is None:
+            whole = one.accuracy * 24 * len(balanced_folds(bench.labels))
+            assert whole == pytest.approx(round(whole), abs=1e-3)  # a share of decisions, of nothing else
+            assert one.error == pytest.approx(standard_error(one.accuracy, 24))
+    assert last.method.startswith("ridge")
 
 
 class Shuffled(LightningDataModule):
