@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ncfinetune.passes import eval_mode
-from ncfinetune.predictions import check_top_k
+from ncfinetune.predictions import check_top_k, most_probable
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ImagePredictions:
             ValueError: ``k`` is outside 1..K.
         """
         check_top_k(k, len(self.class_names))
-        shares, classes = self.probabilities.topk(k)
+        shares, classes = most_probable(self.probabilities, k)
         pairs = zip(classes.tolist(), shares.tolist(), self.errors, strict=True)
         return [[] if e else [(self.class_names[c], p) for c, p in zip(cs, ps, strict=True)] for cs, ps, e in pairs]
 

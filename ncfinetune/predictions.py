@@ -126,7 +126,7 @@ class Table:
         best = self._classes[int(shares.argmax())]
         if self._top_k is None:
             return [best, *shares.tolist()]
-        top = zip(*(part.tolist() for part in shares.topk(self._top_k)), strict=True)
+        top = zip(*(part.tolist() for part in most_probable(shares, self._top_k)), strict=True)
         return [best, *(cell for share, index in top for cell in (self._classes[index], share))]
 
     def finish(self) -> None:
@@ -223,6 +223,25 @@ def distinct(names: Sequence[str], others: Sequence[str], words: str) -> list[st
         columns.append(column)
         taken.add(column)
     return columns
+
+
+def most_probable(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest probabilities and their classes, of equal ones the first class first, as `argmax` has it.
+
+    ``topk`` gives equal ones in any order, so that the first of them would not be the prediction.
+
+        >>> most_probable(Tensor([0.2, 0.4, 0.4]), 2)[1].tolist()
+        [1, 2]
+
+    Args:
+        probabilities: ``(..., K)``.
+        k: How many, within 1..K.
+
+    Returns:
+        Probabilities and classes, ``(..., k)`` each.
+    """
+    shares, classes = probabilities.sort(dim=-1, descending=True, stable=True)
+    return shares[..., :k], classes[..., :k]
 
 
 def check_top_k(top_k: int | None, classes: int) -> None:

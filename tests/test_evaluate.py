@@ -28,6 +28,7 @@ from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
+from ncfinetune.image_predictions import ImagePredictions
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
 from ncfinetune.runs import Run
@@ -143,6 +144,23 @@ def test_rows_have_true_classes_and_the_most_probable_ones(suffix: str, tmp_path
     assert _csv(written.path) == text
     with pytest.raises(ValueError, match=r"expected top_k in 1\.\.3, the number of classes, got 0"):
         Table(tmp_path / "b.csv", "file", NAMES, top_k=0)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 100])
+def test_of_equal_probabilities_the_prediction_is_the_first(classes: int, tmp_path: Path) -> None:
+    names, shares = [str(label) for label in range(classes)], torch.full((20, classes), 1 / classes)
+    shares[10:, 0] = 0  # all others are the highest
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    found = evaluate(shares, labels, names, top_k=1)
+    assert found.accuracy == found.top_k[1] == 1
+    written = Table(tmp_path / "a.csv", "index", names, top_k=2)
+    written.add(range(20), shares, [""] * 20)
+    written.finish()
+    rows = [(row["prediction"], row["top_1"], row["top_2"]) for row in _csv(written.path)]
+    assert rows == [("0", "0", "1")] * 10 + [("1", "1", "2")] * 10
+    predicted = ImagePredictions(["a.png"] * 20, names, shares, [""] * 20)
+    assert [[name for name, _ in top] for top in predicted.top(2)] == [[*row[1:]] for row in rows]
+    assert predicted.names == [row[0] for row in rows]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
