@@ -50,7 +50,7 @@ _LOGGER = {
 _CONFIG = "config.yaml"
 # Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
 _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
-# Exit status of a prediction with images that cannot be read.
+# Exit status of a prediction with images that have none, most often since they cannot be read.
 BROKEN_IMAGES = 3
 
 
@@ -541,12 +541,12 @@ class NCFinetuneCLI(LightningCLI):
         return f"the first {rows.table.rows:,} of {images:,} images" if rows.table.rows < images else None
 
     def _report_broken(self, rows: Any) -> None:
-        """Say how many images cannot be read, which is the exit status too."""
+        """Say how many images have no prediction, which is the exit status too."""
         if rows.table.errors:
             self.status = BROKEN_IMAGES
             print(
-                f"error: {rows.table.errors} of {rows.table.rows} images cannot be read; see the column error of "
-                f"their rows, first: {rows.table.first_error}",
+                f"error: {rows.table.errors} of {rows.table.rows} images have no prediction; see the column error "
+                f"of their rows, first: {rows.table.first_error}",
                 file=sys.stderr,
             )
 

@@ -163,6 +163,26 @@ def test_of_equal_probabilities_the_prediction_is_the_first(classes: int, tmp_pa
     assert predicted.names == [row[0] for row in rows]
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_probabilities_that_are_nan_are_no_prediction(top_k: int | None, tmp_path: Path) -> None:
+    class Torn(LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            shares = torch.eye(3)[batch[1]]
+            shares[batch[1] == 1] = torch.nan
+            return shares
+
+    data = DataLoader(TensorDataset(torch.zeros(6, 3, 4, 4), torch.arange(6) % 3), batch_size=4)
+    rows: Any = PredictionRows(tmp_path / "a.csv", None, None, top_k, False)
+    trainer_in(tmp_path, callbacks=[rows]).predict(Torn(), data)
+    rows.table.finish()
+    error = "the network gives nan for its class probabilities"
+    written = _csv(tmp_path / "a.csv")
+    assert [row["error"] for row in written] == ["", error, ""] * 2
+    assert [row["prediction"] for row in written] == ["0", "", "2"] * 2
+    assert not any(cell for name, cell in written[1].items() if name not in ("index", "error"))
+    assert (rows.table.errors, rows.table.first_error) == (2, error)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_no_class_is_mistaken_for_another_column(suffix: str, tmp_path: Path) -> None:
     names = ["probability of error", "error", "label", "file", "index", "prediction", "ok", "ok"]
@@ -461,7 +481,7 @@ def test_a_labelled_folder_is_evaluated(place: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr()
     assert "images_elsewhere: 11 images, accuracy" in printed.out
     assert "no images of plum: their recall was not measured" in printed.out
-    assert "error: 1 of 12 images cannot be read; see the column error of their rows, first: cannot read" in printed.err
+    assert "error: 1 of 12 images have no prediction; see the column error of their rows, first: cannot" in printed.err
     for path in photos.rglob("*.png"):
         path.write_text("no image")
     assert "error: none of the 12 images can be read, first: cannot read" in _refusal(capsys, *evaluate)
@@ -474,7 +494,7 @@ def test_images_that_cannot_be_read_are_reported_in_python(tmp_path: Path) -> No
     model.preprocessing = {"input_size": [3, 8, 8], "stored_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("")
-    with pytest.warns(UserWarning, match=r"2 of 3 images cannot be read, first: cannot read .*b\.png as an image"):
+    with pytest.warns(UserWarning, match=r"2 of 3 images have no prediction, first: cannot read .*b\.png as an image"):
         found = model.predict_images([tmp_path / name for name in ("b.png", "a.png", "nowhere.png")])
     assert found.names[::2] == [None, None]
     assert found.names[1] in ("0", "1")
@@ -483,6 +503,15 @@ def test_images_that_cannot_be_read_are_reported_in_python(tmp_path: Path) -> No
     assert "No such file" in found.errors[2]
     assert [len(top) for top in found.top(2)] == [0, 2, 0]
     assert model.training
+    with torch.no_grad():
+        model.classifier.weight[1] = torch.inf
+    with pytest.warns(
+        UserWarning, match="2 of 2 images have no prediction, first: the network gives nan for its class"
+    ):
+        found = model.predict_images([tmp_path / name for name in ("a.png", "b.png")])
+    assert found.names == [None, None]
+    assert [error.split()[0] for error in found.errors] == ["the", "cannot"]
+    assert found.top(1) == [[], []]
     with pytest.raises(ValueError, match="expected image files to predict, got none"):
         model.predict_images([])
     with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'; expected one with images"):
