@@ -289,6 +289,10 @@ def test_a_picture_is_what_the_network_saw() -> None:
 def test_classes_of_a_folder_are_its_folders() -> None:
     files = ["there/plum/a.png", "there/apple/deep/b.png", "there/c.png", "there/other/d.png"]
     assert folder_labels(files, "there", NAMES) == [2, 0, -1, -1]
+    deep = ["there/new/plum/a.png", "there/2024/may/lime/x/b.png", "there/apple/plum/c.png", "there/new/lime.png"]
+    assert folder_labels(deep, "there", NAMES) == [2, 1, 2, -1]
+    assert folder_labels(["plum/new/a.png", "plum/apple/a.png"], "plum", NAMES) == [-1, 0]
+    assert folder_labels(deep[:3], "there", NAMES, needed=True) == [2, 1, 2]
     message = (
         r"evaluate needs the class of each image: expected there/CLASS/ for the model's classes apple, lime, plum; "
         r"2 of 4 images are elsewhere: c\.png, other"
