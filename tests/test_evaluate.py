@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import colour, write_image
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -29,6 +30,7 @@ from ncfinetune.datamodules import ImageFolder
 from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.image_predictions import ImagePredictions
+from ncfinetune.log_folders import folders as log_folders
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
 from ncfinetune.runs import Run
@@ -450,6 +452,52 @@ def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: p
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
     assert "was tested at step 6, which counts, and at 3" in capsys.readouterr().err
+
+
+_CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "c", "name": ""}}
+_TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "c", "name": ""}}
+
+
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("version", ["one", pytest.param(None, marks=pytest.mark.slow)])
+def test_tests_of_a_run_that_is_logged_as_csv_leave_its_log(
+    version: str | None, several: bool, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {**_CSV, "init_args": {**_CSV["init_args"], "version": version}}
+    logger = [one, {**_TENSORBOARD, "init_args": {**_TENSORBOARD["init_args"], "version": version}}] if several else one
+    words = ["--model", "FineTuner", "--model.backbone", NARROW, *RANDOM, *_data(place / "photos")]
+    words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1", "--data.batch_size", "6"]
+    words += ["--trainer.max_epochs", "2", "--trainer.logger", json.dumps(logger)]
+    assert main(["fit", *QUIET, *words]) is None
+    (run,) = (path.parent for path in (place / "c").rglob("config.yaml"))
+    assert run.name == (version or "version_0")
+    before, folders = (run / "metrics.csv").read_bytes(), set((place / "c").iterdir())
+    first, second = sorted((run / "checkpoints").glob("*.ckpt"))
+    for checkpoint in (first, second):
+        assert main(["test", *QUIET, "--ckpt_path", str(checkpoint)]) is None
+    assert main(["test", *QUIET, "--ckpt_path", str(second), "--trainer.limit_test_batches", "1"]) is None
+    assert main(["validate", *QUIET, "--ckpt_path", str(first)]) is None
+    assert (run / "metrics.csv").read_bytes() == before
+    assert set((place / "c").iterdir()) == folders
+    assert Run(run).tests == [3, 6]
+    assert Run(run).last("test/acc") == dict(Run(run / "test").own["test/acc"])[6]
+    for name in ("validate", "test", "test_of_other_images"):
+        assert (run / name / "metrics.csv").is_file()
+        assert bool([*(run / name).glob("events*")]) == several
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert "was tested at step 6, which counts, and at 3" in capsys.readouterr().err
+
+
+def test_a_logger_of_a_site_is_not_moved() -> None:
+    """Its name and version are those of the site, where a run named ``test`` would be that of all runs."""
+    ours = Namespace(class_path="mine.Logger", init_args=Namespace(save_dir="a", name="b", version=None, prefix=""))
+    site = Namespace(class_path="WandbLogger", init_args=Namespace(save_dir="a", name="b", version=None, project="c"))
+    plain = Namespace(class_path="Plain", init_args=Namespace(save_dir="a"))
+    assert log_folders(Namespace(logger=[ours, site, plain])) == [ours.init_args]
+    assert log_folders(Namespace(logger=ours)) == [ours.init_args]
+    for none in (None, True, False, []):
+        assert log_folders(Namespace(logger=none)) == []
 
 
 def test_predict_needs_a_checkpoint_and_images_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
