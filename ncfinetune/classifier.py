@@ -229,7 +229,8 @@ class Classifier(Learner):
     ) -> ImagePredictions:
         """Predict image files with the preprocessing of the training, which checkpoints and deltas store.
 
-        Files that cannot be read are reported: with a warning, and with their error in the result.
+        Files that cannot be read, or whose probabilities are nan, are reported: with a warning, and with their error in
+        the result.
 
             >>> from ncfinetune import FineTuner
             >>> model = FineTuner.load_from_checkpoint("RUN/checkpoints/best.ckpt")  # doctest: +SKIP

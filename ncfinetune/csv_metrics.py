@@ -46,6 +46,20 @@ def read_csv(run: Path) -> tuple[Points, list[str]]:
     return {tag: points[tag] for tag in sorted(points, key=natural)}, faults
 
 
+def whole_rows(path: Path) -> tuple[list[dict[str, str]], str | None]:
+    """The rows of a file by their column, up to what is damaged in it, and what that is; None if nothing is.
+
+    Args:
+        path: The file.
+    """
+    rows: list[dict[str, str]] = []
+    try:
+        rows.extend(_rows(path))
+    except (ValueError, csv.Error) as error:
+        return rows, str(error)
+    return rows, None
+
+
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     """The whole rows by their column.
 

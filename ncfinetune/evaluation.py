@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ncfinetune.atomic import replacing
 from ncfinetune.calibration import calibration_error, reliability
-from ncfinetune.predictions import check_top_k, distinct
+from ncfinetune.predictions import check_top_k, distinct, most_probable
 from ncfinetune.report_statistics import wilson
 
 # Rows of a printed table: a screen has room for them.
@@ -111,7 +111,7 @@ def evaluate(probabilities: Tensor, labels: Tensor, class_names: Sequence[str], 
         raise ValueError(f"expected probabilities of {classes} classes, got shape {tuple(probabilities.shape)}")
     check_top_k(top_k, classes)
     error = float(calibration_error(probabilities, labels, _BINS))  # checks the rest
-    hits = {k: (probabilities.topk(k).indices == labels[:, None]).any(1) for k in (top_k,) if k is not None}
+    hits = {k: (most_probable(probabilities, k)[1] == labels[:, None]).any(1) for k in (top_k,) if k is not None}
     return Evaluation(
         list(class_names),
         multiclass_confusion_matrix(probabilities.argmax(1), labels, classes),

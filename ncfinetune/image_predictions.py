@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ncfinetune.passes import eval_mode
-from ncfinetune.predictions import check_top_k
+from ncfinetune.predictions import all_errors, check_top_k, most_probable
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ImagePredictions:
         files: Paths of the ``N`` files.
         class_names: Names of the ``K`` classes.
         probabilities: Class probabilities ``(N, K)``, float32 on the CPU; rows of files that cannot be read are nan.
-        errors: Why a file cannot be read, ``N`` texts; empty for files that can.
+        errors: Why a file has no prediction, ``N`` texts: it cannot be read, or its probabilities are nan; empty for
+            files that have one.
     """
 
     files: list[str]
@@ -37,18 +38,18 @@ class ImagePredictions:
 
     @property
     def names(self) -> list[str | None]:
-        """The most probable class of each file; None for a file that cannot be read."""
+        """The most probable class of each file; None for a file with an error."""
         best = self.probabilities.argmax(1).tolist()
         return [None if error else self.class_names[k] for k, error in zip(best, self.errors, strict=True)]
 
     def top(self, k: int) -> list[list[tuple[str, float]]]:
-        """The ``k`` most probable classes of each file with their probabilities; empty for a file that cannot be read.
+        """The ``k`` most probable classes of each file with their probabilities; empty for a file with an error.
 
         Raises:
             ValueError: ``k`` is outside 1..K.
         """
         check_top_k(k, len(self.class_names))
-        shares, classes = self.probabilities.topk(k)
+        shares, classes = most_probable(self.probabilities, k)
         pairs = zip(classes.tolist(), shares.tolist(), self.errors, strict=True)
         return [[] if e else [(self.class_names[c], p) for c, p in zip(cs, ps, strict=True)] for cs, ps, e in pairs]
 
@@ -95,6 +96,7 @@ def predict_images(
     errors = [""] * len(files)
     for index in broken.nonzero().flatten().tolist():
         errors[index] = loader.dataset.fault(index) or f"cannot read {files[index]} as an image"
+    errors = all_errors(errors, probabilities)
     if found := [error for error in errors if error]:
-        rank_zero_warn(f"{len(found)} of {len(files)} images cannot be read, first: {found[0]}")
+        rank_zero_warn(f"{len(found)} of {len(files)} images have no prediction, first: {found[0]}")
     return ImagePredictions(files, names, probabilities, errors)

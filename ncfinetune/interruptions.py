@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ncfinetune.log_folders import folders
 from ncfinetune.resume import last_saved
 
 # Exit status of a process ended by a signal: 128 + 15, 128 + 2.
@@ -139,7 +140,7 @@ def run_of(checkpoint: str | Path | None) -> Path | None:
 
 
 def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
-    """Make a resumed run write to its previous folder, unless another is given.
+    """Make the loggers of a resumed run write to its previous folder, unless another is given.
 
     With a checkpoint that is the folder of the checkpoint's run. A SLURM job has a folder named by its job number and
     command, so that a requeued job, and no other run, uses the same folder again.
@@ -153,19 +154,16 @@ def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
     if run is not None:
         written = re.escape(str(Path(run.name, "checkpoints")))
         warnings.filterwarnings("ignore", message=f"Checkpoint directory .*{written} exists and is not empty")
-    # Another logger may overwrite the folder, as CSVLogger does, or have another meaning of version.
-    if not str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger"):
-        return
-    options = trainer.logger.init_args
-    if options.get("version") is not None:
-        return
-    if run is not None:
-        options.save_dir, options.name, options.version = str(run.parent), "", run.name
-    elif checkpoint is None and SLURMEnvironment.detect():
-        job = os.environ["SLURM_JOB_ID"]
-        options.version = f"job-{job}-{zlib.crc32(repr(list(command)).encode()):08x}"
-        if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(Path(options.save_dir, options.name or "", options.version))
+    for options in folders(trainer):
+        if options.version is not None:
+            continue
+        if run is not None:
+            options.save_dir, options.name, options.version = str(run.parent), "", run.name
+        elif checkpoint is None and SLURMEnvironment.detect():
+            job = os.environ["SLURM_JOB_ID"]
+            options.version = f"job-{job}-{zlib.crc32(repr(list(command)).encode()):08x}"
+            if trainer.default_root_dir is None:
+                trainer.default_root_dir = str(Path(options.save_dir, options.name or "", options.version))
 
 
 def last_of(trainer: Trainer, run: Path) -> None:

@@ -155,7 +155,9 @@ def _errors(dataset: Any, batch: Any, rows: range) -> list[str]:
 
 
 def folder_labels(files: Sequence[str], folder: str, names: Sequence[str], needed: bool = False) -> list[int]:
-    """The classes of images below a folder, as its own folders are named; -1 for images elsewhere.
+    """The classes of images below a folder: of the folders on the way to an image the innermost that is named as one.
+
+    Images in no such folder have -1.
 
     Args:
         files: Paths of the images.
@@ -167,10 +169,11 @@ def folder_labels(files: Sequence[str], folder: str, names: Sequence[str], neede
         ValueError: There are such images.
     """
     numbers = {name: label for label, name in enumerate(names)}
-    homes = [Path(os.path.relpath(file, folder)).parts[0] for file in files]
-    labels = [numbers.get(home, -1) for home in homes]
+    paths = [Path(os.path.relpath(file, folder)).parts for file in files]
+    homes = [[name for name in path[:-1] if name in numbers] for path in paths]
+    labels = [numbers[home[-1]] if home else -1 for home in homes]
     if needed and min(labels) < 0:
-        others = sorted({home for home, label in zip(homes, labels, strict=True) if label < 0})
+        others = sorted({path[0] for path, label in zip(paths, labels, strict=True) if label < 0})
         found = f"{labels.count(-1)} of {len(labels)} images are elsewhere: {_some(others)}"
         raise ValueError(
             f"evaluate needs the class of each image: expected {folder}/CLASS/ for the model's classes "

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ncfinetune.atomic import sync, unwritten
 
+# The error of a sample for which the network gives nan.
+_UNDEFINED = "the network gives nan for its class probabilities"
 # Names of the columns that are not of a class.
 _COLUMNS = ("index", "file", "label", "prediction", "error")
 
@@ -43,7 +45,7 @@ class Table:
 
     Rows are written when they are added, to ``NAME.partial`` beside the file, which is renamed when the table is
     complete: a file with the final name is complete, and an interrupted run leaves its predictions so far. A sample
-    that could not be read has an error and no numbers.
+    that could not be read, or whose probabilities are nan, has an error and no numbers.
 
     Args:
         path: The ``.csv`` or ``.parquet`` file to write. Parquet gets a row group for each `add`.
@@ -105,7 +107,7 @@ class Table:
         """
         if probabilities.shape[1] != len(self._classes):
             raise ValueError(f"expected probabilities of {len(self._classes)} classes, got {probabilities.shape[1]}")
-        predicted = map(self._cells, probabilities.float())
+        predicted, errors = map(self._cells, probabilities.float()), all_errors(errors, probabilities)
         given = (
             [[None if label < 0 else self._classes[label]] for label in labels]
             if self._labelled
@@ -126,7 +128,7 @@ class Table:
         best = self._classes[int(shares.argmax())]
         if self._top_k is None:
             return [best, *shares.tolist()]
-        top = zip(*(part.tolist() for part in shares.topk(self._top_k)), strict=True)
+        top = zip(*(part.tolist() for part in most_probable(shares, self._top_k)), strict=True)
         return [best, *(cell for share, index in top for cell in (self._classes[index], share))]
 
     def finish(self) -> None:
@@ -223,6 +225,36 @@ def distinct(names: Sequence[str], others: Sequence[str], words: str) -> list[st
         columns.append(column)
         taken.add(column)
     return columns
+
+
+def all_errors(errors: Sequence[str], probabilities: Tensor) -> list[str]:
+    """The errors of samples, and of those without one whose probabilities are nan that they are.
+
+    Args:
+        errors: Error of each of ``N`` samples that could not be read; empty for the others.
+        probabilities: ``(N, K)``.
+    """
+    undefined = (~probabilities.isfinite()).any(1).tolist()
+    return [error or (_UNDEFINED if nan else "") for error, nan in zip(errors, undefined, strict=True)]
+
+
+def most_probable(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest probabilities and their classes, of equal ones the first class first, as `argmax` has it.
+
+    ``topk`` gives equal ones in any order, so that the first of them would not be the prediction.
+
+        >>> most_probable(Tensor([0.2, 0.4, 0.4]), 2)[1].tolist()
+        [1, 2]
+
+    Args:
+        probabilities: ``(..., K)``.
+        k: How many, within 1..K.
+
+    Returns:
+        Probabilities and classes, ``(..., k)`` each.
+    """
+    shares, classes = probabilities.sort(dim=-1, descending=True, stable=True)
+    return shares[..., :k], classes[..., :k]
 
 
 def check_top_k(top_k: int | None, classes: int) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ncfinetune.checkpoint_io import read_checkpoint
 from ncfinetune.interruptions import run_of
+from ncfinetune.log_folders import folders
 from ncfinetune.runs import Run
 from ncfinetune.settings import evaluated_images
 from ncfinetune.weight_files import DATA
@@ -94,9 +95,10 @@ def _given(words: Sequence[str], option: str) -> str | None:
 def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str]) -> None:
     """Make a command on a run's checkpoint write to the run's folder, in which TensorBoard lists no further run.
 
-    ``predict`` and ``evaluate`` log nothing, so that they have no logger. ``validate`` and ``test`` log to the folder
-    of their name in the run's, unless a logger's option is among the words. A test of other images than the run's, or
-    of images that are prepared otherwise, is no test of the run: its folder is another one, as is an evaluation's.
+    ``predict`` and ``evaluate`` log nothing, so that they have no logger. All loggers of ``validate`` and ``test``
+    write to the folder of their name in the run's, unless a logger's option is among the words. A test of other images
+    than the run's, or of images that are prepared otherwise, is no test of the run: its folder is another one, as is an
+    evaluation's.
 
     Args:
         command: The command.
@@ -111,19 +113,17 @@ def place(command: str, config: Any, checkpoint: str | None, words: Sequence[str
         trainer.logger = False
         if trainer.default_root_dir is None and run is not None:
             trainer.default_root_dir = str(run)
-    elif (
-        run is not None
-        and str(getattr(trainer.logger, "class_path", "")).endswith(".TensorBoardLogger")
-        and not any(word.startswith("--trainer.logger") for word in words)
-    ):
-        options = trainer.logger.init_args
+        return
+    places = [] if any(word.startswith("--trainer.logger") for word in words) else folders(trainer)
+    if run is not None and places:
         split = "val" if command == "validate" else "test"
         limit = f"limit_{split}_batches"
         # 1 is a batch, 1.0 and null are all.
         limits = [1.0 if value is None else value for value in (Run(run).part("trainer").get(limit), trainer[limit])]
         alike = str(limits[0]) == str(limits[1])
-        options.save_dir, options.name = str(run), ""
-        options.version = own_or_other(command, split, config.data, run, alike, name=command)
+        version = own_or_other(command, split, config.data, run, alike, name=command)
+        for options in places:
+            options.save_dir, options.name, options.version = str(run), "", version
 
 
 def own_or_other(command: str, split: str, data: Any, run: Path, as_many: bool, name: str) -> str:

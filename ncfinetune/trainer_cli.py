@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, found, interruptions, predictions, settings, summary, trained
+from ncfinetune import class_help, found, interruptions, log_folders, predictions, settings, summary, trained
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
@@ -50,7 +50,7 @@ _LOGGER = {
 _CONFIG = "config.yaml"
 # Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
 _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
-# Exit status of a prediction with images that cannot be read.
+# Exit status of a prediction with images that have none, most often since they cannot be read.
 BROKEN_IMAGES = 3
 
 
@@ -385,8 +385,14 @@ class NCFinetuneCLI(LightningCLI):
             cache = self._get(self.config, "model.init_args.cache_dir")
             _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
-        # Last, since the folder that it makes remains: it reserves the number of the run.
+        # After all that refuses, since the folder that it makes remains: it reserves the number of the run.
         _check_writable("run", run, f"--{option}", self.parser)
+        self._keep_rows(Path(run))
+
+    def _keep_rows(self, run: Path) -> None:
+        """Keep the rows of logs that are gone on with; without checkpoint and configuration they are of no run."""
+        if self._get(self.config, "ckpt_path") is not None or (run / _CONFIG).is_file():
+            log_folders.keep_rows(self.trainer)
 
     def _check_trained(self) -> None:
         """Refuse to classify with, and warn of measuring, a classifier that no checkpoint has trained."""
@@ -541,12 +547,12 @@ class NCFinetuneCLI(LightningCLI):
         return f"the first {rows.table.rows:,} of {images:,} images" if rows.table.rows < images else None
 
     def _report_broken(self, rows: Any) -> None:
-        """Say how many images cannot be read, which is the exit status too."""
+        """Say how many images have no prediction, which is the exit status too."""
         if rows.table.errors:
             self.status = BROKEN_IMAGES
             print(
-                f"error: {rows.table.errors} of {rows.table.rows} images cannot be read; see the column error of "
-                f"their rows, first: {rows.table.first_error}",
+                f"error: {rows.table.errors} of {rows.table.rows} images have no prediction; see the column error "
+                f"of their rows, first: {rows.table.first_error}",
                 file=sys.stderr,
             )
 

@@ -396,7 +396,7 @@ def test_a_broken_image_has_a_row_that_says_so(
         words = ["--images", "photos", "--predictions", str(written), "--data.skip_broken", skip]
         assert main([*command, *words]) == 3
         said = capsys.readouterr().err
-        assert "error: 2 of 12 images cannot be read; see the column error of their rows, first: cannot" in said
+        assert "error: 2 of 12 images have no prediction; see the column error of their rows, first: cannot" in said
         rows = parquet.read_table(written).to_pylist() if suffix == "parquet" else _csv(written)
         assert [row["file"] for row in rows] == [f"photos/train/{c}/{i}.jpg" for c in "ab" for i in range(6)]
         broken = [row for row in rows if row["error"]]

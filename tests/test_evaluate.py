@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import colour, write_image
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -28,6 +29,8 @@ from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.evaluation import evaluate, table, write
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
+from ncfinetune.image_predictions import ImagePredictions
+from ncfinetune.log_folders import folders as log_folders
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
 from ncfinetune.predictions import Table
 from ncfinetune.runs import Run
@@ -145,6 +148,43 @@ def test_rows_have_true_classes_and_the_most_probable_ones(suffix: str, tmp_path
         Table(tmp_path / "b.csv", "file", NAMES, top_k=0)
 
 
+@pytest.mark.parametrize("classes", [3, 10, 100])
+def test_of_equal_probabilities_the_prediction_is_the_first(classes: int, tmp_path: Path) -> None:
+    names, shares = [str(label) for label in range(classes)], torch.full((20, classes), 1 / classes)
+    shares[10:, 0] = 0  # all others are the highest
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    found = evaluate(shares, labels, names, top_k=1)
+    assert found.accuracy == found.top_k[1] == 1
+    written = Table(tmp_path / "a.csv", "index", names, top_k=2)
+    written.add(range(20), shares, [""] * 20)
+    written.finish()
+    rows = [(row["prediction"], row["top_1"], row["top_2"]) for row in _csv(written.path)]
+    assert rows == [("0", "0", "1")] * 10 + [("1", "1", "2")] * 10
+    predicted = ImagePredictions(["a.png"] * 20, names, shares, [""] * 20)
+    assert [[name for name, _ in top] for top in predicted.top(2)] == [[*row[1:]] for row in rows]
+    assert predicted.names == [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_probabilities_that_are_nan_are_no_prediction(top_k: int | None, tmp_path: Path) -> None:
+    class Torn(LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            shares = torch.eye(3)[batch[1]]
+            shares[batch[1] == 1] = torch.nan
+            return shares
+
+    data = DataLoader(TensorDataset(torch.zeros(6, 3, 4, 4), torch.arange(6) % 3), batch_size=4)
+    rows: Any = PredictionRows(tmp_path / "a.csv", None, None, top_k, False)
+    trainer_in(tmp_path, callbacks=[rows]).predict(Torn(), data)
+    rows.table.finish()
+    error = "the network gives nan for its class probabilities"
+    written = _csv(tmp_path / "a.csv")
+    assert [row["error"] for row in written] == ["", error, ""] * 2
+    assert [row["prediction"] for row in written] == ["0", "", "2"] * 2
+    assert not any(cell for name, cell in written[1].items() if name not in ("index", "error"))
+    assert (rows.table.errors, rows.table.first_error) == (2, error)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_no_class_is_mistaken_for_another_column(suffix: str, tmp_path: Path) -> None:
     names = ["probability of error", "error", "label", "file", "index", "prediction", "ok", "ok"]
@@ -251,6 +291,10 @@ def test_a_picture_is_what_the_network_saw() -> None:
 def test_classes_of_a_folder_are_its_folders() -> None:
     files = ["there/plum/a.png", "there/apple/deep/b.png", "there/c.png", "there/other/d.png"]
     assert folder_labels(files, "there", NAMES) == [2, 0, -1, -1]
+    deep = ["there/new/plum/a.png", "there/2024/may/lime/x/b.png", "there/apple/plum/c.png", "there/new/lime.png"]
+    assert folder_labels(deep, "there", NAMES) == [2, 1, 2, -1]
+    assert folder_labels(["plum/new/a.png", "plum/apple/a.png"], "plum", NAMES) == [-1, 0]
+    assert folder_labels(deep[:3], "there", NAMES, needed=True) == [2, 1, 2]
     message = (
         r"evaluate needs the class of each image: expected there/CLASS/ for the model's classes apple, lime, plum; "
         r"2 of 4 images are elsewhere: c\.png, other"
@@ -410,6 +454,52 @@ def test_tests_are_logged_at_the_step_of_their_checkpoint(place: Path, capsys: p
     assert "was tested at step 6, which counts, and at 3" in capsys.readouterr().err
 
 
+_CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "c", "name": ""}}
+_TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "c", "name": ""}}
+
+
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("version", ["one", pytest.param(None, marks=pytest.mark.slow)])
+def test_tests_of_a_run_that_is_logged_as_csv_leave_its_log(
+    version: str | None, several: bool, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {**_CSV, "init_args": {**_CSV["init_args"], "version": version}}
+    logger = [one, {**_TENSORBOARD, "init_args": {**_TENSORBOARD["init_args"], "version": version}}] if several else one
+    words = ["--model", "FineTuner", "--model.backbone", NARROW, *RANDOM, *_data(place / "photos")]
+    words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1", "--data.batch_size", "6"]
+    words += ["--trainer.max_epochs", "2", "--trainer.logger", json.dumps(logger)]
+    assert main(["fit", *QUIET, *words]) is None
+    (run,) = (path.parent for path in (place / "c").rglob("config.yaml"))
+    assert run.name == (version or "version_0")
+    before, folders = (run / "metrics.csv").read_bytes(), set((place / "c").iterdir())
+    first, second = sorted((run / "checkpoints").glob("*.ckpt"))
+    for checkpoint in (first, second):
+        assert main(["test", *QUIET, "--ckpt_path", str(checkpoint)]) is None
+    assert main(["test", *QUIET, "--ckpt_path", str(second), "--trainer.limit_test_batches", "1"]) is None
+    assert main(["validate", *QUIET, "--ckpt_path", str(first)]) is None
+    assert (run / "metrics.csv").read_bytes() == before
+    assert set((place / "c").iterdir()) == folders
+    assert Run(run).tests == [3, 6]
+    assert Run(run).last("test/acc") == dict(Run(run / "test").own["test/acc"])[6]
+    for name in ("validate", "test", "test_of_other_images"):
+        assert (run / name / "metrics.csv").is_file()
+        assert bool([*(run / name).glob("events*")]) == several
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert "was tested at step 6, which counts, and at 3" in capsys.readouterr().err
+
+
+def test_a_logger_of_a_site_is_not_moved() -> None:
+    """Its name and version are those of the site, where a run named ``test`` would be that of all runs."""
+    ours = Namespace(class_path="mine.Logger", init_args=Namespace(save_dir="a", name="b", version=None, prefix=""))
+    site = Namespace(class_path="WandbLogger", init_args=Namespace(save_dir="a", name="b", version=None, project="c"))
+    plain = Namespace(class_path="Plain", init_args=Namespace(save_dir="a"))
+    assert log_folders(Namespace(logger=[ours, site, plain])) == [ours.init_args]
+    assert log_folders(Namespace(logger=ours)) == [ours.init_args]
+    for none in (None, True, False, []):
+        assert log_folders(Namespace(logger=none)) == []
+
+
 def test_predict_needs_a_checkpoint_and_images_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = shutil.copytree(place / "photos" / "test", place / "elsewhere")
     (photos / "unsorted").mkdir()
@@ -443,7 +533,7 @@ def test_a_labelled_folder_is_evaluated(place: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr()
     assert "images_elsewhere: 11 images, accuracy" in printed.out
     assert "no images of plum: their recall was not measured" in printed.out
-    assert "error: 1 of 12 images cannot be read; see the column error of their rows, first: cannot read" in printed.err
+    assert "error: 1 of 12 images have no prediction; see the column error of their rows, first: cannot" in printed.err
     for path in photos.rglob("*.png"):
         path.write_text("no image")
     assert "error: none of the 12 images can be read, first: cannot read" in _refusal(capsys, *evaluate)
@@ -456,7 +546,7 @@ def test_images_that_cannot_be_read_are_reported_in_python(tmp_path: Path) -> No
     model.preprocessing = {"input_size": [3, 8, 8], "stored_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("")
-    with pytest.warns(UserWarning, match=r"2 of 3 images cannot be read, first: cannot read .*b\.png as an image"):
+    with pytest.warns(UserWarning, match=r"2 of 3 images have no prediction, first: cannot read .*b\.png as an image"):
         found = model.predict_images([tmp_path / name for name in ("b.png", "a.png", "nowhere.png")])
     assert found.names[::2] == [None, None]
     assert found.names[1] in ("0", "1")
@@ -465,6 +555,15 @@ def test_images_that_cannot_be_read_are_reported_in_python(tmp_path: Path) -> No
     assert "No such file" in found.errors[2]
     assert [len(top) for top in found.top(2)] == [0, 2, 0]
     assert model.training
+    with torch.no_grad():
+        model.classifier.weight[1] = torch.inf
+    with pytest.warns(
+        UserWarning, match="2 of 2 images have no prediction, first: the network gives nan for its class"
+    ):
+        found = model.predict_images([tmp_path / name for name in ("a.png", "b.png")])
+    assert found.names == [None, None]
+    assert [error.split()[0] for error in found.errors] == ["the", "cannot"]
+    assert found.top(1) == [[], []]
     with pytest.raises(ValueError, match="expected image files to predict, got none"):
         model.predict_images([])
     with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'; expected one with images"):

@@ -1,6 +1,7 @@
 """Runs that are stopped from outside go on in their folder as if they had not been."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
+from lightning.pytorch.loggers import CSVLogger
 from test_cli import QUIET, _refusal
 
 from ncfinetune import Supervised
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO
 from ncfinetune.cli import main
+from ncfinetune.csv_metrics import read_csv
+from ncfinetune.log_folders import keep_rows
 from ncfinetune.runs import Run
 
 NETWORK = "{name: test_vit, img_size: 8, patch_size: 4, in_chans: 1, drop_path_rate: 0.2}"
@@ -80,6 +84,74 @@ def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pyt
     ]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
     assert Run(stopped).scalars == Run(whole).scalars
+
+
+def _csv(folder: Path, version: str) -> list[str]:
+    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.name", "", "--trainer.logger.version", version]
+    return ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", *place]
+
+
+@pytest.mark.parametrize("version", ["one", "null"])
+def test_a_resumed_run_goes_on_with_its_csv(version: str, tmp_path: Path) -> None:
+    """Lightning deletes the file when it is opened, where the version is given, or begins another folder."""
+    for name, epochs in (("whole", "3"), ("part", "2")):
+        assert main([*RUN, *_csv(tmp_path / name, version), "--trainer.max_epochs", epochs]) is None
+    whole, part = (next((tmp_path / name).iterdir()) for name in ("whole", "part"))
+    (checkpoint,) = (part / "checkpoints").glob("*.ckpt")
+    resume = ["fit", "--config", str(part / "config.yaml"), "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "3"]
+    assert main(resume) is None
+    assert [*(tmp_path / "part").iterdir()] == [part]
+    assert sorted(path.name for path in part.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert Run(part).scalars == Run(whole).scalars
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+def test_rows_of_no_run_are_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "metrics.csv").write_text("step,val/acc\n99,0.5\n")
+    assert main([*RUN, *_csv(tmp_path, "one"), "--trainer.max_epochs", "1"]) is None
+    assert Run(tmp_path / "one").steps == 5
+
+
+def _logger(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, name="", version="a")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_rows_of_a_csv_are_kept_to_the_letter(killed: bool, tmp_path: Path) -> None:
+    first, second = _logger(tmp_path), _logger(tmp_path)
+    first.log_metrics({"val/acc": 0.1 + 0.2, "epoch": 0}, step=3)
+    first.log_metrics({"train/loss": 1e-30}, step=4)
+    first.save()
+    path = tmp_path / "a" / "metrics.csv"
+    text = path.read_text()
+    if killed:  # with the rows put aside, and a part of them written again
+        path.rename(path.with_name("metrics_before.csv"))
+        path.write_text(text[:20])
+    keep_rows(Trainer(logger=[second], accelerator="cpu", enable_progress_bar=False))
+    assert path.read_text() == text
+    assert [*path.parent.iterdir()] == [path]
+    second.log_metrics({"test/acc": 0.5}, step=9)
+    second.save()
+    points, faults = read_csv(path.parent)
+    assert points == {
+        "epoch": [(3, 0.0)],
+        "val/acc": [(3, 0.1 + 0.2)],
+        "train/loss": [(4, 1e-30)],
+        "test/acc": [(9, 0.5)],
+    }
+    assert not faults
+
+
+def test_a_damaged_csv_is_kept_beside_its_whole_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "metrics.csv"
+    path.parent.mkdir()
+    path.write_text(text := "step,val/acc\n3,0.5\n7,0.7")
+    said = f"{path}: its last row is cut; the 1 rows before that are kept, and the file as it was is "
+    with pytest.warns(UserWarning, match=re.escape(f"{said}{tmp_path / 'a' / 'metrics_damaged.csv'}")):
+        keep_rows(Trainer(logger=[_logger(tmp_path)], accelerator="cpu", enable_progress_bar=False))
+    assert read_csv(path.parent) == ({"val/acc": [(3, 0.5)]}, [])
+    assert (tmp_path / "a" / "metrics_damaged.csv").read_text() == text
 
 
 class TerminateCheck(Callback):
