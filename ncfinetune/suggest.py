@@ -9,10 +9,9 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,18 @@ from torch import Tensor
 
 from ncfinetune.atomic import replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
+from ncfinetune.closed_trials import Closed, closed_forms, closed_trial
 from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.linearised import WORTH, gradient_features, linearised
-from ncfinetune.probes import Head, lda, nearest_mean, ridge
 from ncfinetune.scores import standard_error
-from ncfinetune.skips import choose_skips
-from ncfinetune.trials import Bench, ClosedForm, Method, Trial, chosen_elsewhere, closed_trial, scores_trial, skip_ridge
+from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere
 
 # Images that a choice is made by; a fit's time grows with them.
 _MOST = 2000
-# Skip connections of a closed form at most, and images a step where the datamodule does not say.
-_SKIPS, _BATCH = 3, 32
+# Images a step where the datamodule does not say.
+_BATCH = 32
 _FULL = "full FT"
 _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
@@ -195,10 +193,10 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
     _check_left_out([bench.folds, *balanced_folds(bench.labels)], bench.labels)
     layers = {layer: bank.of(source.name, layer).cpu() for layer in source.layers}
     penultimate = layers.pop(PENULTIMATE)
-    closed = closed_forms(penultimate, layers, bench)
+    closed = closed_forms(penultimate, layers, bench.labels, bench.num_classes)
     last = closed[-1]
     expansions = _expansions(trainer, penultimate, list(layers), bench)
-    expected = [_tuned(method, trial, last.trial, last.row) for method, trial in expansions.items()]
+    expected = [_tuned(method, trial, last.trial, last.trial) for method, trial in expansions.items()]
     reference = closed_trial(last.fit, bench.labels, bench.folds)
     best = sorted(expected, key=lambda row: -_gain(row))[:blocks]
     trials = halve(bench, [Method(row.method, row.knobs) for row in best], reference)
@@ -208,17 +206,16 @@ def suggest(source: Source, bank: Bank, bench: Bench, trainer: Trainer, blocks: 
         trials |= halve(bench, [Method(f"SCL FT {block}", {**tuned.knobs, "skip_from": block})], reference)
     if full:
         trials |= halve(bench, [Method(_FULL, {"train": "all", "head_init": "ridge"})], reference)
-    tried = [_tuned(method, trial, reference, last.row) for method, trial in trials.items()]
+    tried = [_tuned(method, trial, reference, last.trial) for method, trial in trials.items()]
     names = {row.method for row in tried}
-    rows = [*(one.row for one in closed), *(row for row in expected if row.method not in names), *tried]
+    rows = [*map(_closed, closed), *(row for row in expected if row.method not in names), *tried]
     chosen = choose(rows)
     if chosen.gain is None:
         return rows
-    by_fits = chosen.seconds is not None
-    rivals, against = (trials, reference) if by_fits else (expansions, last.trial)
+    rivals, against = (expansions, last.trial) if chosen.seconds is None else (trials, reference)
     honest = chosen_elsewhere([*rivals.values()], against, bench.folds, WORTH)
-    promised = _tuned(Method(chosen.method, chosen.knobs), honest, against, last.row)
-    return [replace(row, accuracy=promised.accuracy) if row is chosen else row for row in rows]
+    accuracy = _tuned(Method(chosen.method, {}), honest, against, last.trial).accuracy
+    return [replace(row, accuracy=accuracy) if row is chosen else row for row in rows]
 
 
 def _check_left_out(ways: Sequence[Tensor], labels: Tensor) -> None:
@@ -275,11 +272,10 @@ def choose(rows: Sequence[Row]) -> Row:
     accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most. Where
     no block was tried the blocks are among them of which the expansion expects a gain of a standard error more.
 
-    Of what was tried a gain of less than its standard error is taken too: tuning in vain
-    costs a point or two of accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters
-    within one standard error of the best, is not taken: with few images that includes nearly all methods. On
-    five digits of each class it cost 2.7 points of accuracy, on more of them and on textures nothing clear
-    (experiments/results/suggestions.md).
+    Of what was tried a gain of less than its standard error is taken too: tuning in vain costs a point or two of
+    accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters within one standard error
+    of the best, is not taken: with few images that includes nearly all methods. On five digits of each class it cost
+    2.7 points of accuracy, on more of them and on textures nothing clear (experiments/results/suggestions.md).
     """
     sure = [row for row in _judged(rows) if _gain(row) - (row.seconds is None) * (row.gain_error or 0) > WORTH]
     return max(sure, key=_gain) if sure else [row for row in rows if row.gain is None][-1]
@@ -358,69 +354,17 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@dataclass(frozen=True)
-class Closed:
-    """A closed form, and how it does on images left out.
-
-    Args:
-        row: In the table.
-        fit: How it is fitted.
-        trial: Its own scores on the folds of `folds.balanced_folds`; skip connections are chosen without the fold.
-    """
-
-    row: Row
-    fit: ClosedForm
-    trial: Trial
+def _closed(closed: Closed) -> Row:
+    trial = closed.trial
+    accuracy, seconds = float(trial.right.double().mean()), sum(trial.seconds) / len(trial.seconds)
+    error = standard_error(accuracy, len(trial.right))
+    return Row(closed.name, accuracy, error, None, None, trial.trained, seconds, closed.knobs)
 
 
-def closed_forms(penultimate: Tensor, layers: Mapping[str, Tensor], bench: Bench) -> list[Closed]:
-    """Closed forms; last what tuning is compared with: ridge, with skip connections if these have the lower error.
-
-    Skip connections are taken for granted if they lower the error of their own training images clearly. LDA is there
-    only if it exists without each of the folds.
-    """
-    labels, classes = bench.labels, bench.num_classes
-    ways = balanced_folds(labels)
-
-    def closed(name: str, fit: ClosedForm, knobs: Mapping[str, Any]) -> Closed:
-        trial = scores_trial(fit, labels, classes, ways)
-        accuracy = float(trial.right.double().mean())
-        head, _ = fit(torch.ones_like(labels, dtype=torch.bool))
-        trained, error = head.weight.numel() + head.bias.numel(), standard_error(accuracy, len(labels))
-        seconds = sum(trial.seconds) / len(trial.seconds)
-        row = Row(name, accuracy, error, None, None, trained, seconds, {"train": "none", **knobs})
-        return Closed(row, fit, trial)
-
-    def of_penultimate(kind: Callable[..., Head], train: Tensor) -> tuple[Head, Tensor]:
-        return kind(penultimate[train], labels[train], classes), penultimate
-
-    kinds: dict[str, tuple[str, Callable[..., Head]]] = {
-        "nearest mean": ("mean", nearest_mean),
-        "LDA": ("lda", lda),
-        "ridge": ("ridge", ridge),
-    }
-    trains = [way != fold for way in ways for fold in way.unique()]
-    if not all(_has_covariance(penultimate[train], labels[train]) for train in trains):
-        del kinds["LDA"]
-    found = [closed(name, partial(of_penultimate, kind), {"head_init": init}) for name, (init, kind) in kinds.items()]
-    if skips := choose_skips(penultimate, layers, labels, _SKIPS):
-        knobs = {"skip_from": skips, "skip_join": "concat", "head_init": "ridge"}
-        fit = partial(skip_ridge, penultimate, layers, labels, classes, _SKIPS)
-        found.append(closed(f"ridge, skip from {', '.join(skips)}", fit, knobs))
-        found[-2:] = sorted(found[-2:], key=lambda one: -float(one.trial.loss.mean()))
-    return found
-
-
-def _has_covariance(features: Tensor, labels: Tensor) -> bool:
-    """Whether LDA of these samples exists, one of them left out: they are enough, and vary within a class."""
-    classes = (features[labels == label] for label in range(int(labels.max()) + 1))
-    varies = any(bool((rows != rows[:1]).any()) for rows in classes)
-    return varies and len(labels) >= int((labels.bincount() > 0).sum()) + 2
-
-
-def _tuned(method: Method, trial: Trial, reference: Trial, closed: Row) -> Row:
+def _tuned(method: Method, trial: Trial, reference: Trial, closed: Trial) -> Row:
+    """The row of a tuned method by its gain over the reference, on the same folds; the closed form's are other ones."""
     (gain, gain_error), (more, _) = (trial.gain(reference, name) for name in ("loss", "right"))
-    accuracy = min(1.0, max(0.0, closed.accuracy - more))
+    accuracy = min(1.0, max(0.0, float(closed.right.double().mean()) - more))
     # Gain and closed form are of the same images, so that their errors do not add up.
     error = standard_error(accuracy, int((~trial.right.isnan()).sum()))
     seconds = sum(trial.seconds) / len(trial.seconds) if trial.seconds else None

@@ -1,4 +1,4 @@
-"""Ways to fine-tune, tried on folds of the training images, beside the closed form that they have to beat.
+"""Ways to fine-tune, tried on folds of the training images.
 
 Legend: ``N`` images, ``K`` classes, ``F`` folds, ``d`` feature width.
 """
@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from ncfinetune.backbone import Backbone
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.finetune import FineTuner
-from ncfinetune.probes import Head, decided_rightly, ridge, squared_errors
-from ncfinetune.skips import choose_skips
+from ncfinetune.probes import decided_rightly, squared_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,50 +94,6 @@ class Trial:
         return float(paired.mean()), float(paired.std(correction=0)) / math.sqrt(len(paired))
 
 
-# Fits a closed form to images ``(N,)``, and gives its head with the features that it takes.
-ClosedForm = Callable[[Tensor], tuple[Head, Tensor]]
-
-
-def skip_ridge(
-    penultimate: Tensor, layers: Mapping[str, Tensor], labels: Tensor, num_classes: int, most: int, train: Tensor
-) -> tuple[Head, Tensor]:
-    """A ridge head with the skip connections that its training images choose, and the features it takes, ``(N, d)``.
-
-    Args:
-        penultimate: ``(N, d)``.
-        layers: Features of each block, ``{name: (N, d_l)}``.
-        labels: ``(N,)``.
-        num_classes: Number of classes ``K``.
-        most: Skip connections at most.
-        train: Which images to fit to, ``(N,)``.
-    """
-    own = {name: features[train] for name, features in layers.items()}
-    skips = choose_skips(penultimate[train], own, labels[train], most)
-    features = torch.cat([penultimate, *(layers[name] for name in skips)], 1)
-    return ridge(features[train], labels[train], num_classes), features
-
-
-def scores_trial(fit: ClosedForm, labels: Tensor, num_classes: int, ways: Tensor) -> Trial:
-    """A closed form's own scores on images left out, each by the head that was fitted without the image's fold.
-
-    Args:
-        fit: The closed form.
-        labels: ``(N,)``.
-        num_classes: Number of classes ``K``.
-        ways: Which fold each image is in, in ``R`` ways, ``(R, N)``.
-    """
-    scores, seconds = torch.empty(*ways.shape, num_classes, dtype=torch.float64), []
-    for way, folds in zip(scores, ways, strict=True):
-        for fold in range(int(folds.max()) + 1):
-            start = time.perf_counter()
-            head, features = fit(folds != fold)
-            seconds.append(time.perf_counter() - start)
-            way[folds == fold] = head.scores(features[folds == fold])
-    trial = Trial.left_out(scores, labels)
-    trial.seconds = seconds
-    return trial
-
-
 def chosen_elsewhere(trials: Sequence[Trial], reference: Trial, folds: Tensor, least: float) -> Trial:
     """What each fold's images are to the trial that gains most on the others, or to the reference, if none gains more.
 
@@ -158,25 +113,6 @@ def chosen_elsewhere(trials: Sequence[Trial], reference: Trial, folds: Tensor, l
             best = trials[gains.index(max(gains))]
             found.right[own], found.loss[own] = best.right[own], best.loss[own]
     return found
-
-
-def closed_trial(fit: ClosedForm, labels: Tensor, folds: Tensor) -> Trial:
-    """A closed form on all folds, each decided by the head that was fitted without it.
-
-    Args:
-        fit: The closed form.
-        labels: ``(N,)``.
-        folds: Which fold each image is in, ``(N,)``.
-    """
-    trial = Trial.empty(len(labels))
-    for fold in range(int(folds.max()) + 1):
-        train, rows = folds != fold, (folds == fold).nonzero().squeeze(1)
-        start = time.perf_counter()
-        head, features = fit(train)
-        weight, bias = head.logits(labels[train])
-        trial.seconds.append(time.perf_counter() - start)
-        trial.add(rows, features[rows].double() @ weight.T + bias, labels)
-    return trial
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ from ncfinetune import Backbone
 from ncfinetune.bank import Source, fill, read_images
 from ncfinetune.calibration import fit_temperature
 from ncfinetune.cli import main
+from ncfinetune.closed_trials import closed_forms, closed_trial, scores_trial, skip_ridge
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import sources
 from ncfinetune.probes import ridge
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
-from ncfinetune.suggest import Row, choose, closed_forms, halve, suggest, verdict
-from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere, closed_trial, scores_trial, skip_ridge
+from ncfinetune.suggest import Row, choose, halve, suggest, verdict
+from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere
 
 SMALL = {**WITH_EQUAL_BLOCKS, "zero_init_last": False}
 SPEC = "{name: resnet18, stem: cifar, in_chans: 1, channels: [4, 6, 8, 10], zero_init_last: false}"
@@ -240,12 +241,12 @@ def test_tuning_is_compared_with_the_better_of_ridge_and_its_skips(seed):
     penultimate = torch.randn(30, 6, generator=generator) + torch.randn(3, 6, generator=generator)[labels]
     layers = {str(place): torch.randn(30, 6, generator=generator) for place in range(8)}
     layers["useful"] = torch.randn(30, 6, generator=generator) + torch.randn(3, 6, generator=generator)[labels]
-    *others, last = closed_forms(penultimate, layers, SimpleNamespace(labels=labels, num_classes=3))
-    ridges = [one for one in (*others, last) if one.row.method.startswith("ridge")]
+    *others, last = closed_forms(penultimate, layers, labels, 3)
+    ridges = [one for one in (*others, last) if one.name.startswith("ridge")]
     assert last.trial.loss.mean() == min(one.trial.loss.mean() for one in ridges)
     assert len(ridges) == 1 + bool(choose_skips(penultimate, layers, labels, 3))
     # What is fitted without the folds that blocks are tried on is of the same kind.
-    (head, features), skips = last.fit(torch.arange(30) < 20), last.row.knobs.get("skip_from", [])
+    (head, features), skips = last.fit(torch.arange(30) < 20), last.knobs.get("skip_from", [])
     assert bool(skips) or features.shape == penultimate.shape
     assert head.weight.shape[1] == features.shape[1]
 
@@ -268,20 +269,18 @@ def test_closed_form_decides_where_the_temperature_of_its_scores_is_infinite():
 def test_lda_is_not_judged_of_features_that_do_not_vary_within_classes():
     labels = torch.arange(30) % 3
     collapsed = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[labels]
-    bench = SimpleNamespace(labels=labels, num_classes=3)
-    assert [found.row.method for found in closed_forms(collapsed, {}, bench)] == ["nearest mean", "ridge"]
+    assert [found.name for found in closed_forms(collapsed, {}, labels, 3)] == ["nearest mean", "ridge"]
 
 
 @pytest.mark.parametrize(("images", "judged"), [(2, False), (3, True)])
 def test_lda_is_judged_where_a_fold_leaves_it_a_covariance(images, judged):
     labels = torch.arange(3 * images) % 3
     penultimate = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(3, 4)[labels]
-    bench = SimpleNamespace(labels=labels, num_classes=3)
-    rows = [found.row for found in closed_forms(penultimate, {"a": penultimate}, bench)]
-    assert [found.method for found in rows] == ["nearest mean", *(["LDA"] if judged else []), "ridge"]
-    assert all(found.accuracy > 0.5 for found in rows)
-    of_ten = closed_forms(penultimate, {}, SimpleNamespace(labels=labels, num_classes=10))
-    assert ("LDA" in [found.row.method for found in of_ten]) == judged  # classes without images do not matter
+    found = closed_forms(penultimate, {"a": penultimate}, labels, 3)
+    assert [one.name for one in found] == ["nearest mean", *(["LDA"] if judged else []), "ridge"]
+    assert all(one.trial.right.mean() > 0.5 for one in found)
+    of_ten = closed_forms(penultimate, {}, labels, 10)
+    assert ("LDA" in [one.name for one in of_ten]) == judged  # classes without images do not matter
 
 
 def bench_in(folder, folds=None):
