@@ -294,6 +294,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _part(self, name: str) -> Any:
         """A part, which must have at least one image per process."""
+        if not self._parts:
+            raise ValueError(
+                f"expected setup() before a loader of {name} images; call it first, or let a Trainer do so"
+            )
         if name not in self._parts:
             raise ValueError(
                 f"{type(self).__name__} has no {name} images, only {', '.join(self._parts)}; add some, or choose "

@@ -9,8 +9,8 @@ import io
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 CENTRE = 0.875
 # Number of training files that are examined to see whether all have the requested size already.
 LOOKED_AT = 8
+# An image whose longer side would be more than so many squares is not resized as a whole.
+_LONGEST = 50
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, if this many times the pixels needed are left.
 _DECODED_SIDE = 2
 # Operations that make stored pixels upright, by EXIF orientation: swap the axes, then turn upside down, then mirror.
@@ -36,6 +38,7 @@ _ORIENTATIONS = {
 _UPRIGHT = (False, False, False)
 # If no 16-bit pixel reaches this value, they come from a camera or scanner of 10, 12 or 14 bits, and would be dark.
 _DARK = 2**14
+_ALL = 65535.0
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _S_MIN, _S_MAX = 262, 258, 340, 341
 # Pillow's readers raise all of these on damaged files, and the last on intact ones of very many pixels too.
 _DAMAGE = (
@@ -120,6 +123,7 @@ def read_image(
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             deep = image.format in ("PNG", "TIFF", "SGI") and ";16" in repr(image.tile[:1])
+            decoding = replace(decoding, value_range=_as_loaded(image, decoding.value_range))
             swap, *flips = _orientation(image)
             width, height = image.width, image.height - decoding.banner
             if height < 1:
@@ -183,6 +187,10 @@ def _middle(pixels: Image.Image, shorter: int, size: int, upside_down: bool, mir
     width, height = (int(shorter * side / short) for side in pixels.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     left, top = width - size - left if mirror else left, height - size - top if upside_down else top
+    if max(width, height) > _LONGEST * size:  # of which all but the middle would take gigabytes
+        x, y = pixels.width / width, pixels.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return pixels.resize((size, size), Image.Resampling.BILINEAR, box=box)
     whole = pixels.resize((width, height), Image.Resampling.BILINEAR)
     return whole.crop((left, top, left + size, top + size))
 
@@ -252,6 +260,20 @@ def _scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Imag
     return Image.fromarray(np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8))
 
 
+def _as_loaded(image: Image.Image, value_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The values of black and white in what Pillow will load of a file that is open, or None if they are not known.
+
+    It stretches those of a PGM to 16 bits by the largest that the file states, unless that is 65535.
+    """
+    tiles: Any = getattr(image, "tile", [])
+    codec, _, _, arguments = tiles[0] if tiles else ("", None, None, None)
+    largest = arguments[1] if isinstance(arguments, tuple) and codec in ("ppm", "ppm_plain") else _ALL
+    if largest == _ALL:
+        return value_range
+    low, high = value_range or (0, largest)
+    return low * _ALL / largest, high * _ALL / largest
+
+
 def _stated_range(image: Image.Image) -> tuple[float, float]:
     """The values of black and white that the file states.
 
@@ -266,9 +288,8 @@ def _stated_range(image: Image.Image) -> tuple[float, float]:
     bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))
     if image.mode.startswith("I;16") and bits < 16:
         return 0.0, 2.0**bits - 1
-    if image.format in ("PPM", "JPEG2000"):  # Pillow scales these by the largest value that they state
-        return 0.0, 65535.0
-    if not image.mode.startswith("I;16") and image.format != "PNG":  # PNG's 16 bits are mode I in some versions
+    known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM", "JPEG2000")  # mode I in some versions
+    if not known:
         kind = "floating-point numbers" if image.mode == "F" else "integers"
         raise UnknownRangeError(
             f"its pixels are {kind} without a known range; give the values that are black and white as value_range"
@@ -279,7 +300,7 @@ def _stated_range(image: Image.Image) -> tuple[float, float]:
             f"its 16-bit pixels end at {brightest}, which would be nearly black; give the values that are black and "
             "white as value_range: [0, 4095] where 12 bits are used, [0, 65535] where the picture is as dark as that"
         )
-    return 0.0, 65535.0
+    return 0.0, _ALL
 
 
 def _white_is_zero(image: Image.Image) -> bool:

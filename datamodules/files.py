@@ -63,12 +63,12 @@ class FileDataModule(IndexedImages, ABC):
         held = self.in_memory or self.device_cache
         return decode_all(part, self.input_size[1], self.decoding) if held else part
 
-    def _held(self, parts: dict[str, Labelled]) -> dict[str, Labelled]:
-        train = parts["train"]
+    def _few_labels(self, train: Labelled) -> Labelled:
+        """The labelled images, of which the share that evaluation uses does not depend: all training images tell it."""
         if not train.in_memory:
-            looked_at = train.take(np.arange(min(len(train), LOOKED_AT))).paths
+            looked_at = train.balanced().take(np.arange(min(len(train), LOOKED_AT))).paths
             self.decoding = replace(self.decoding, centre=centre_seen(looked_at, self.input_size[1]))
-        return super()._held(parts)
+        return super()._few_labels(train)
 
 
 class ImageFolder(FileDataModule):
@@ -198,8 +198,15 @@ class ImageFolder(FileDataModule):
     def _classes_of(self, name: str) -> list[str]:
         """Names of the folders in a part's folder, but for the folders of other parts."""
         here = self._folders[name]
-        others = [folder.resolve() for part, folder in self._folders.items() if part != name]
-        return [cls for cls in _class_folders(here) if (here / cls).resolve() not in others]
+        others = {part: folder.resolve() for part, folder in self._folders.items() if part != name}
+        classes = {cls: (here / cls).resolve() for cls in _class_folders(here)}
+        for cls, home in classes.items():
+            if inside := [part for part, folder in others.items() if home in folder.parents]:
+                raise ValueError(
+                    f"expected no split in a class folder of another, got {inside[0]} in {cls} of {name}, with whose "
+                    f"images it would count; move {inside[0]} out of {str(here)!r}"
+                )
+        return [cls for cls, home in classes.items() if home not in others.values()]
 
     def _files_of(self, name: str) -> list[tuple[str, str]]:
         """Path and class of the images in a part's folders."""
@@ -283,7 +290,7 @@ def _folders_by_name(root: Path) -> dict[str, Path]:
     if found and "train" not in found:
         raise FileNotFoundError(
             f"expected a folder train beside {', '.join(found.values())} in {where}, got {', '.join(there)}; "
-            "rename it, or name the folders: folders={train: ..., val: ...}"
+            "rename it, or name the folders: folders={train: ..., val: ...}, or folders={train: .} if all are classes"
         )
     if found and (further := [name for name in others if holds_images(root / name)]):
         rank_zero_warn(
@@ -354,19 +361,26 @@ def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str])
     groups = [*same_content(homes, differ), *([path] for path in homes if differ([path]))]
     for name, others in (("val", ("train",)), ("test", ("train", "val"))):
         for other in others:
-            pairs = [
-                (path, next(twin for twin in group if other in homes[twin]))
-                for group in groups
-                for path in group
-                if name in homes[path] and any(other in homes[twin] for twin in group)
-            ]
-            if pairs:
+            if twins := _twins(groups, homes, name, other):
+                path, twin = next(iter(twins.items()))
+                seen, fix = (
+                    (f"{path} and {twin}", "remove one of each pair") if path != twin else (path, "give it one part")
+                )
                 rank_zero_warn(
-                    f"{len(pairs)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as "
-                    f"{pairs[0][0]} and {pairs[0][1]}: results on {name} are too good; remove one of each pair"
+                    f"{len(twins)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as {seen}: "
+                    f"results on {name} are too good; {fix}"
                 )
     torn = [group for group in groups if len(set().union(*(labels[path] for path in group))) > 1]
     if torn:
         names = some(sorted({class_names[label] for path in torn[0] for label in labels[path]}))
         images = counted(len(torn), "image")
         rank_zero_warn(f"{images} in several classes, byte for byte, as {torn[0][0]} is in {names}")
+
+
+def _twins(groups: list[list[str]], homes: dict[str, set[str]], name: str, other: str) -> dict[str, str]:
+    """The images of a part that are in another part too, each once, and an image there with the same bytes."""
+    twins: dict[str, str] = {}
+    for group in groups:
+        there = [path for path in group if other in homes[path]]
+        twins |= {path: there[0] for path in group if name in homes[path] and there}
+    return twins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,8 @@ _COLUMNS = {
 }
 # The part that a word for a split means, in any case, as a cell of a table and as the name of a folder.
 PART_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# Separators between the labels of one image in common multi-label files.
-_BETWEEN_LABELS = "|;,"
+# Separators between the labels of one image in common multi-label files; names of classes have commas too.
+_BETWEEN_LABELS, _COMMA = "|;", ","
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def read_labels(file: Path, root: Path) -> list[Row]:
     rows = [_row(f"line {number} of {str(file)!r}", cells, columns, total, roots) for number, cells in lines[first:]]
     if not rows:
         raise ValueError(f"{str(file)!r} has no rows; expected path,label")
+    _refuse_lists(file, {row.label for row in rows})
     if len({row.part is None for row in rows}) > 1:
         raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
     kept = _one_row_an_image(file, rows, roots[0])
@@ -115,6 +117,17 @@ def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, 
             "(multi-label, one-hot) is not supported: give one label per image"
         )
     return {column: places[0] for column, places in named.items() if places}, 1
+
+
+def _refuse_lists(file: Path, labels: set[str]) -> None:
+    """Refuse labels with commas that are lists of labels: each of their parts occurs in another one too."""
+    parts = {label: {part.strip() for part in label.split(_COMMA)} for label in labels}
+    homes = Counter(part for of_one in parts.values() for part in of_one)
+    lists = sorted(label for label, of_one in parts.items() if _COMMA in label and all(homes[p] > 1 for p in of_one))
+    if lists:
+        raise ValueError(
+            f"expected one label a row in {str(file)!r}, got {lists[0]!r}; multi-label images are not supported"
+        )
 
 
 def _row(where: str, cells: list[str], columns: dict[str, int], total: int, roots: tuple[str, str]) -> Row:

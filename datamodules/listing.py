@@ -103,7 +103,10 @@ def image_paths(folder: str | Path) -> list[str]:
         FileNotFoundError: No such folder, or no images in it.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
+        given = (
+            "is a file; give the folder, or a list of files" if Path(folder).is_file() else "; expected one with images"
+        )
+        raise FileNotFoundError(f"no folder {str(folder)!r}{given}")
     found = Found().add(folder)
     found.report(repr(str(folder)))
     if not found.images:

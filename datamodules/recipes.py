@@ -47,7 +47,7 @@ class Recipe:
         solarise: Probability of inverting the brighter half of the pixel values.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or there are colour changes that are never made.
     """
 
     min_area: float = 1.0
@@ -67,6 +67,10 @@ class Recipe:
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"expected {name} in {low}..{high:g}, got {getattr(self, name)}")
+        if not self.jitter and (
+            unused := [f"{name} {getattr(self, name)}" for name in _COLOURS if getattr(self, name)]
+        ):
+            raise ValueError(f"expected jitter, the probability of colour changes, above 0 with {', '.join(unused)}")
 
     @property
     def crops(self) -> bool:
@@ -99,6 +103,7 @@ class Recipe:
 
 
 _PROBABILITIES = ("flip", "trivial", "jitter", "grey", "blur", "solarise")
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
 _RANGES = {
     **dict.fromkeys(_PROBABILITIES, (0, 1)),
     **dict.fromkeys(("brightness", "contrast", "saturation"), (0, math.inf)),

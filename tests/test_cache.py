@@ -291,7 +291,7 @@ def test_augmentation_that_a_few_images_do_not_show_is_refused(options: dict, tm
         _fit(tmp_path, _model(cache="memory"), data)
 
 
-@pytest.mark.parametrize("options", [{}, {"augmentation": "simclr", "strength": 0}, {"augmentation": Recipe(hue=0.1)}])
+@pytest.mark.parametrize("options", [{}, {"augmentation": "simclr", "strength": 0}, {"augmentation": Recipe()}])
 def test_what_is_not_random_is_no_augmentation(options: dict) -> None:
     assert not Digits([0, 1, 2], **options).augments
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
+from torchvision import transforms as v1
 
 from ncfinetune.datamodules import ImageFolder, Recipe
 from ncfinetune.datamodules.decoding import (
@@ -164,6 +165,39 @@ def test_12_bits_in_a_png_are_refused_by_name_and_read_by_the_option(tmp_path: P
     _assert_ramp(path, (0, 4095))
     assert read_image(path, 64, decoding=Decoding(value_range=(0, 65535))).max() == 16
     assert read_image(_saved(np.zeros((8, 8), np.uint16), tmp_path / "black.png"), 8).max() == 0
+
+
+def _pgm(path: Path, values: np.ndarray, largest: int) -> str:
+    path.write_bytes(b"P5 %d %d %d\n" % (*values.shape[::-1], largest) + values.astype(">u2").tobytes())
+    return str(path)
+
+
+def test_a_pgm_states_its_range_unless_that_is_all(tmp_path: Path) -> None:
+    """Pillow stretches what it reads of one by the largest value that it states."""
+    values = _ramp(0, 4095, np.uint16)
+    stated = _pgm(tmp_path / "stated.pgm", values, 4095)
+    _assert_ramp(stated)
+    _assert_ramp(stated, (0, 4095))
+    half = _pgm(tmp_path / "half.pgm", _ramp(1000, 2000, np.uint16), 4095)
+    _assert_ramp(half, (1000, 2000))
+    dark = _pgm(tmp_path / "dark.pgm", values // 8, 4095)  # whose range is known
+    assert read_image(dark, 64).max() == round(511 / 4095 * 255)
+    for path in (_pgm(tmp_path / "all.pgm", values, 65535), _saved(values, tmp_path / "all.jp2")):
+        with pytest.raises(UnknownRangeError, match="its 16-bit pixels end at 4095, which would be nearly black"):
+            read_image(path, 8)
+        _assert_ramp(path, (0, 4095))
+
+
+def test_the_middle_of_a_very_long_image_takes_little_memory(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (16, 1600, 3), dtype=np.uint8)
+    values = np.repeat(np.repeat(values, 2, 0), 2, 1)
+    for name, pixels in (("wide", values), ("high", values.swapaxes(0, 1))):
+        path = _saved(np.ascontiguousarray(pixels), tmp_path / f"{name}.png")
+        found = read_image(path, 28)[0].permute(1, 2, 0).float().numpy()
+        with Image.open(path) as image:
+            usual = np.asarray(v1.Compose([v1.Resize(32), v1.CenterCrop(28)])(image), np.float32)
+        assert np.abs(found - usual).max() <= 2  # rounded once, not between rows and columns
+    assert (read_image(_saved(np.full((1, 4000, 3), 7, np.uint8), tmp_path / "thin.png"), 224) == 7).all()
 
 
 def test_packed_12_bit_tiffs_state_their_range(tmp_path: Path) -> None:

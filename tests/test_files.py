@@ -521,6 +521,36 @@ def test_images_that_are_in_two_parts_are_counted(tmp_path: Path) -> None:
     assert said[1].startswith("1 of 5 test images are in val too, byte for byte, as ")
 
 
+def test_images_in_both_parts_that_have_copies_count_once(tmp_path: Path) -> None:
+    _write(tmp_path / "all", {"": 4})
+    for path in list((tmp_path / "all").rglob("*.png")):
+        path.with_stem(f"{path.stem} copy").write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="byte for byte") as caught:
+        _make(tmp_path, folders={"train": "all", "test": "all"}, val_fraction=0.0).setup("fit")
+    (said,) = [str(warning.message) for warning in caught]
+    assert said.startswith("16 of 16 test images are in train too, byte for byte, as ")
+    assert said.endswith(".png: results on test are too good; give it one part") or said.endswith("one of each pair")
+
+
+def test_a_split_within_a_class_folder_of_another_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, {"": 4, "holdout/test": 2})
+    message = r"expected no split in a class folder of another, got test in holdout of train, .*; move test out of"
+    with pytest.raises(ValueError, match=message):
+        _make(tmp_path, folders={"train": ".", "test": "holdout/test"})
+
+
+@pytest.mark.parametrize("options", [{}, {"shots": 1, "seed": 1}, {"shots": 1, "seed": 6}, {"fraction": 0.3}])
+def test_few_labelled_images_do_not_change_how_images_are_evaluated(options: dict[str, Any], tmp_path: Path) -> None:
+    """Half of the training images have the size already."""
+    _write(tmp_path, {"train": 8, "test": 2})
+    for place, path in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
+        with Image.open(path) as image:
+            image.resize((16, 16) if place % 2 else (30, 20)).save(path)
+    data = _make(tmp_path, image_size=16, **options)
+    data.setup("fit")
+    assert data.preprocessing["crop_pct"] == 0.875
+
+
 def test_copies_in_one_folder_that_is_cut_are_counted(tmp_path: Path) -> None:
     _write(tmp_path, {"": 10})
     for path in list((tmp_path / "ant").iterdir()):

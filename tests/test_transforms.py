@@ -249,6 +249,10 @@ def test_small_images_are_not_blurred_by_a_named_recipe() -> None:
     [
         (lambda: Recipe(flip=1.2), "expected flip in 0..1, got 1.2"),
         (lambda: Recipe(hue=0.6), "expected hue in 0..0.5, got 0.6"),
+        (
+            lambda: Recipe(flip=0.5, brightness=0.4, hue=0.1),
+            "expected jitter, the probability of colour changes, above 0 with brightness 0.4, hue 0.1",
+        ),
         (lambda: Recipe(max_aspect=0.75), "expected max_aspect in 1..inf, got 0.75"),
         (lambda: Recipe().scaled(-1), "expected strength of at least 0, got -1"),
         (lambda: recipe_for("strong", 1.0, 32), "expected augmentation to be one of plain, standard, trivial, simclr"),
