@@ -5,8 +5,9 @@ Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` 
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class BatchReader:
         vector of integers besides the inputs.
 
         Raises:
-            ValueError: There are no labels, or several vectors of integers; the message describes the batch.
+            ValueError: There are no labels, or several tensors that may be these; the message describes the batch.
         """
         found = self._candidates(batch) if self.labels_of is None else [self.labels_of(batch)]
         if len(found) == 1 and self._are_labels(found[0]):
@@ -60,8 +61,8 @@ class BatchReader:
             return labels.long().reshape(-1) if whole and labels.numel() == len(labels) else labels
         if len(found) > 1:
             raise ValueError(
-                f"{self.asker} found {len(found)} vectors of integers in a batch, each of which could be the "
-                f"labels: {sketch(batch)}; give it {self.asker}(batch_to_labels=lambda batch: batch[...])"
+                f"{self.asker} found {len(found)} tensors in a batch, each of which could be the labels: "
+                f"{sketch(batch)}; give it {self.asker}(batch_to_labels=lambda batch: batch[...])"
             )
         raise ValueError(
             f"{self.asker} found no integer labels (N,) in a batch: expected {_FORMS}, got {sketch(batch)}; "
@@ -74,6 +75,8 @@ class BatchReader:
         if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
             return []
         vectors = [part for part in batch if _is_vector(part)]
+        if vectors and any(self._are_labels(part) and not _is_vector(part) for part in batch[1:2]):
+            return [batch[1], *vectors]  # probabilities in the place of labels, and a vector behind them
         return vectors or [part for part in batch[1:] if self._are_labels(part)]
 
     def _are_labels(self, part: Any) -> bool:
@@ -184,6 +187,25 @@ def _joined(views: Sequence[Tensor]) -> Tensor:
     if len({view.shape[1:] for view in views}) > 1:
         raise ValueError(f"views of several shapes, {', '.join(str(tuple(view.shape)) for view in views)}")
     return torch.cat(list(views))
+
+
+def kept(batch: Any) -> Any:
+    """A batch as it is now, whatever a step makes of it: of mappings and sequences a copy of their kind.
+
+    Their tensors of up to two dimensions, labels among them, are copied too; images, which are large, are not.
+    """
+    if isinstance(batch, MutableMapping):
+        same = copy.copy(batch)
+        same.update({key: _kept(part) for key, part in batch.items()})
+        return same
+    if isinstance(batch, list | tuple):
+        parts = map(_kept, batch)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def _kept(part: Any) -> Any:
+    return part.clone() if isinstance(part, Tensor) and part.ndim <= 2 else part
 
 
 def inputs_of(batch: Any) -> Any:

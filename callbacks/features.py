@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ncfinetune.gathering import numbers_of_all, rows_of_all, rows_of_parts
@@ -31,14 +32,14 @@ class FeatureSet(NamedTuple):
 
 
 def take(
-    observer: LayerObserver, reader: BatchReader, batch: Any, loader: Any = None, index: int = 0, shares: bool = False
+    observer: LayerObserver, reader: BatchReader, loader: Any = None, index: int = 0, shares: bool = False
 ) -> FeatureSet:
     """Features of an observer's only layer for the last batch; arguments as in `LayerObserver.take`.
 
     Raises:
         ValueError: The layer did not run.
     """
-    taken, labels = observer.take(batch, loader, index, shares, reader)
+    taken, labels = observer.take(loader, index, shares, reader)
     if not taken:
         (layer,) = observer.names
         raise ValueError(f"layer {layer!r} did not run in this batch; give {reader.asker} a layer that does")
@@ -78,7 +79,7 @@ def read(
     samples = 0
     for batch in batches:
         observer.run(batch)
-        parts.append(take(observer, reader, batch))
+        parts.append(take(observer, reader))
         samples += len(parts[-1].labels)
         if samples >= most:
             break
@@ -93,12 +94,13 @@ def read(
 
 
 def prepare(data: LightningDataModule, trainer: Trainer) -> None:
-    """Prepare and set up a second data set for a run."""
-    if trainer.local_rank == 0:
-        data.prepare_data()
-    trainer.strategy.barrier()
-    data.trainer = trainer
-    data.setup("fit")
+    """Prepare and set up a second data set for a run, without random numbers of the run."""
+    with isolate_rng():
+        if trainer.local_rank == 0:
+            data.prepare_data()
+        trainer.strategy.barrier()
+        data.trainer = trainer
+        data.setup("fit")
 
 
 def read_second(

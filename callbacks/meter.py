@@ -53,9 +53,9 @@ class CollapseMeter:
         self._loaders, self._weight = loaders, None
         self._metrics = [self._of_set(means=means, sample=sample) for _ in loaders]
 
-    def update(self, batch: Any, index: int = 0) -> None:
+    def update(self, index: int = 0) -> None:
         """Add the last batch, which is of the pass's ``index``-th data set."""
-        features, labels = self.observer.take(batch, self._loaders[index], index)
+        features, labels = self.observer.take(self._loaders[index], index)
         self._weight = self._weight or self.observer.weight()
         self._metrics[index].update(features, labels, self._weight)
 
@@ -63,7 +63,7 @@ class CollapseMeter:
         """Run the module on batches of the first data set, which are on the device, and add them."""
         for batch in batches:
             self.observer.run(batch)
-            self.update(batch)
+            self.update()
 
     def finish(self, split: str, strategy: Any) -> list[Result]:
         """The results of the pass on each data set; all processes must call it.

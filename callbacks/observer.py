@@ -20,6 +20,7 @@ from ncfinetune.pooling import Pool, PoolError, no_tensor, tensors
 
 from . import adapters
 from .adapters import BatchReader
+from .hook import Hook
 from .pool_finder import PoolFinder
 
 Pooling = Callable[[Tensor], Tensor]
@@ -65,6 +66,7 @@ class LayerObserver:
         self._open = False
         self._step: str | None = None
         self._seen: Counter[int] = Counter()
+        self._batch: Any = None
         self._caught: dict[str, Tensor] = {}
         self._how: dict[str, str] = {}
         self._handles: list[RemovableHandle] = []
@@ -87,15 +89,18 @@ class LayerObserver:
             self.names.append(PENULTIMATE)
             self._hook_penultimate()
 
-    def listen(self, step: str | None = None) -> None:
+    def listen(self, batch: Any, step: str | None = None) -> None:
         """Keep the layers' outputs from now on.
 
         Args:
+            batch: The batch that the module will run on. Its labels are those that it has now: a step may take them out
+                of it, or change them.
             step: Name of the module's step whose outputs are kept: other callbacks may run the module on other images
                 before or after it. None keeps the outputs of any run.
         """
         self._open, self._step = True, step
         self._forget()
+        self._batch = adapters.kept(batch)
 
     @property
     def caught(self) -> bool:
@@ -110,7 +115,7 @@ class LayerObserver:
 
     def run(self, batch: Any) -> None:
         """Run the module on a batch, and keep the layers' outputs."""
-        self.listen()
+        self.listen(batch)
         output = self._reader.forward(self._module, batch)
         if self.classifier is None and self._rivals:
             self._outputs.setdefault("", []).append(output)
@@ -121,15 +126,14 @@ class LayerObserver:
         self._forget()
 
     def take(
-        self, batch: Any, loader: Any = None, index: int = 0, shares: bool = False, reader: BatchReader | None = None
+        self, loader: Any = None, index: int = 0, shares: bool = False, reader: BatchReader | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Features ``{name: (M, d)}`` of the last batch and their labels ``(M,)``, one row per sample and view.
 
         Samples that the sampler of ``loader`` repeats on another process are left out.
 
         Args:
-            batch: The batch.
-            loader: Its loader.
+            loader: The loader of the batch.
             index: Its ``dataloader_idx``.
             shares: Keep labels that are class probabilities ``(M, K)``.
             reader: Reads the labels in place of the observer's reader.
@@ -138,7 +142,7 @@ class LayerObserver:
             ValueError: The features do not have rows for all samples of the batch.
         """
         self._open = False
-        features = self._features()
+        features, batch = self._features(), self._batch
         self._forget()
         reader = reader or self._reader
         labels = reader.labels(batch) if shares else reader.classes(reader.labels(batch))
@@ -176,7 +180,7 @@ class LayerObserver:
             handle.remove()
 
     def _forget(self) -> None:
-        self._caught, self._inputs, self._outputs = {}, {}, {}
+        self._caught, self._inputs, self._outputs, self._batch = {}, {}, {}, None
 
     def _listening(self) -> bool:
         return (
@@ -191,7 +195,7 @@ class LayerObserver:
                 pooling = self._pool or self._pools.of(name, output)
                 self._caught[name] = self._pooled(name, output, pooling)
 
-        self._handles.append(layer.register_forward_hook(catch))
+        self._handles.append(layer.register_forward_hook(Hook(catch)))
 
     def _classifiers(self, classifier: str, needed: bool) -> dict[str, nn.Module]:
         """The layers that may be the classifier, by path; none where the features are declared and none is found."""
@@ -226,9 +230,9 @@ class LayerObserver:
             if self.classifier is None and self._listening():
                 self._outputs.setdefault(path, []).append(output)
 
-        self._handles.append(layer.register_forward_pre_hook(catch, with_kwargs=True))
+        self._handles.append(layer.register_forward_pre_hook(Hook(catch), with_kwargs=True))
         if len(self._rivals) > 1:
-            self._handles.append(layer.register_forward_hook(catch_output))
+            self._handles.append(layer.register_forward_hook(Hook(catch_output)))
 
     def _hook_networks(self) -> None:
         """Keep the module's output, to find the classifier that made it."""
@@ -239,7 +243,7 @@ class LayerObserver:
                 self._outputs.setdefault("", []).append(output)
 
         if network is not None:
-            self._handles.append(network.register_forward_hook(catch))
+            self._handles.append(network.register_forward_hook(Hook(catch)))
 
     def _features(self) -> dict[str, Tensor]:
         """The captured features, with the input of the classifier, which is searched for if it is not known yet."""

@@ -12,9 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_debug
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ncfinetune.passes import unlogged
 from ncfinetune.pool_search import find_pools, guess_pool
 from ncfinetune.pooling import Pool, SampleAxisError, tensors
 from ncfinetune.tracing import few
+
+from .hook import Hook
 
 # Errors of a forward that was written for whole batches, or for the module's own step, on two samples of a batch.
 _MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -86,7 +89,7 @@ class PoolFinder:
                 if missing and _may_run_again(part):
                     self._find(getattr(part, "_orig_mod", part), missing, args, kwargs)
 
-        self.handles.append(part.register_forward_pre_hook(look, with_kwargs=True))
+        self.handles.append(part.register_forward_pre_hook(Hook(look), with_kwargs=True))
 
     def _find(self, network: nn.Module, missing: Mapping[str, nn.Module], args: Any, kwargs: Any) -> None:
         features: list[Tensor] = []
@@ -143,19 +146,14 @@ def _runs_a_step(part: nn.Module) -> bool:
 @contextmanager
 def _second_run(network: nn.Module) -> Iterator[None]:
     """A context in which nothing is measured, logged or compiled."""
-    loggers = [part for part in network.modules() if hasattr(part, "log_dict") and "log" not in vars(part)]
-    with ExitStack() as stack:
+    with unlogged(network), ExitStack() as stack:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         PoolFinder.looking = True
-        for part in loggers:
-            vars(part)["log"] = vars(part)["log_dict"] = lambda *args, **kwargs: None
         try:
             yield
         finally:
             PoolFinder.looking = False
-            for part in loggers:
-                del vars(part)["log"], vars(part)["log_dict"]
 
 
 def _may_run_again(part: nn.Module) -> bool:

@@ -175,7 +175,7 @@ class OnlineProbe(Callback):
         if self.kind == "linear":
             if batch_idx == 0:
                 self._linear.begin_epoch()
-            self._seen_by.listen("training_step")
+            self._seen_by.listen(batch, "training_step")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -184,7 +184,7 @@ class OnlineProbe(Callback):
         # A step that trains nothing may leave out its forward pass, in a single process as Lightning demands.
         skipped = not self._seen_by.caught and self._linear.probe is not None and trainer.world_size == 1
         if self.kind == "linear" and not skipped:
-            taken = take(self._seen_by, self._reader, batch, shares=True)
+            taken = take(self._seen_by, self._reader, shares=True)
             features, labels = gathered(
                 taken, trainer.world_size
             )  # the same on all processes, so that their classifiers stay equal
@@ -216,7 +216,7 @@ class OnlineProbe(Callback):
         if last or self._bank_due:
             self._make_passes(trainer, pl_module, last)
         if self._scores:
-            self._seen_by.listen("validation_step")
+            self._seen_by.listen(batch, "validation_step")
 
     def on_validation_batch_end(
         self,
@@ -231,7 +231,7 @@ class OnlineProbe(Callback):
         if not self._scores:
             return
         loader = self._loaders[dataloader_idx]
-        features, labels = take(self._seen_by, self._reader, batch, loader, dataloader_idx)
+        features, labels = take(self._seen_by, self._reader, loader, dataloader_idx)
         for number, scores in self._scores.items():
             counts = count(scores(features), labels, self._classes, self.ignore_index)
             self._counts[number, dataloader_idx] = self._counts.get((number, dataloader_idx), 0) + counts

@@ -270,7 +270,7 @@ class NeuralCollapseTracker(Callback):
         """Measure the training set if it is due, with the weights of the validation; then observe the step."""
         if self._schedule.in_validation(trainer, pl_module):
             self._measure_for_validation(trainer, pl_module)
-        self._meter.observer.listen("validation_step")
+        self._meter.observer.listen(batch, "validation_step")
 
     def on_validation_batch_end(
         self,
@@ -282,7 +282,7 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._meter.update(batch, dataloader_idx)
+        self._meter.update(dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the results of the validation set, and of the training set if it was measured too."""
@@ -300,7 +300,7 @@ class NeuralCollapseTracker(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Observe the step."""
-        self._meter.observer.listen("test_step")
+        self._meter.observer.listen(batch, "test_step")
 
     def on_test_batch_end(
         self,
@@ -312,7 +312,7 @@ class NeuralCollapseTracker(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the statistics."""
-        self._meter.update(batch, dataloader_idx)
+        self._meter.update(dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the results of the test set."""

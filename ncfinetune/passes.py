@@ -105,10 +105,12 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """`eval_mode` without gradients; on exit all buffers, the trainer's stage and the random state are restored too."""
+    """`eval_mode` without gradients or logged numbers; on exit all buffers, the trainer's stage and the random state
+    are restored too.
+    """
     stage = trainer.state.stage
     precision = trainer.precision_plugin.forward_context()
-    with isolate_rng(), torch.no_grad(), precision, eval_mode(module), buffers_kept(module):
+    with isolate_rng(), torch.no_grad(), precision, eval_mode(module), buffers_kept(module), unlogged(module):
         try:
             trainer.validating = True
             yield
@@ -116,21 +118,45 @@ def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             trainer.state.stage = stage
 
 
+@contextmanager
+def unlogged(module: nn.Module) -> Iterator[None]:
+    """A context in which what a module's ``forward`` logs is dropped: it is not of a step of the run."""
+    loggers = [part for part in module.modules() if hasattr(part, "log_dict") and "log" not in vars(part)]
+    for part in loggers:
+        vars(part)["log"] = vars(part)["log_dict"] = _drop
+    try:
+        yield
+    finally:
+        for part in loggers:
+            del vars(part)["log"], vars(part)["log_dict"]
+
+
+def _drop(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def on_device(trainer: Trainer, batch: Any, data: Any = None) -> Any:
-    """The batch after the transfer to the device and the datamodule's hooks, as a step gets it.
+    """The batch after the transfer to the device and the hooks of datamodule and module, as a step gets it.
 
     Args:
         trainer: The trainer.
         batch: The batch, as a loader gives it.
-        data: The datamodule whose hooks are called; None is that of the run.
+        data: The datamodule whose hooks are called, or the module's where it has none; None is that of the run.
     """
+    module: Any = trainer.lightning_module
     with data_precision():
         batch = trainer.precision_plugin.convert_input(batch)
         if data is None:
-            return trainer.strategy.batch_to_device(batch)
-        batch = data.on_before_batch_transfer(batch, 0)
-        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
-        return data.on_after_batch_transfer(batch, 0)
+            return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
+        batch = _with_hook("on_before_batch_transfer", data, module)(batch, 0)
+        batch = _with_hook("transfer_batch_to_device", data, module)(batch, trainer.strategy.root_device, 0)
+        return _with_hook("on_after_batch_transfer", data, module)(batch, 0)
+
+
+def _with_hook(name: str, data: Any, module: Any) -> Any:
+    """A hook of the datamodule, or of the module if the former does not define it, as Lightning has it."""
+    home = str(getattr(type(data), name).__module__).split(".")[0]
+    return getattr(module if home in ("lightning", "pytorch_lightning") else data, name)
 
 
 def ready_batches(trainer: Trainer, loader: Iterable[Any], data: Any = None) -> Iterator[Any]:

@@ -144,14 +144,15 @@ MIXED = {
     "(i, x, y)": lambda x, y, i: (i, x, y),
     "(x, id, y)": lambda x, y, i: (x, i % K, y),
     "(x, y, i)": lambda x, y, i: (x, y, i),
+    "(x, one-hot, i)": lambda x, y, i: (x, nn.functional.one_hot(y, K), i),
 }
 
 
 @pytest.mark.parametrize("form", MIXED)
 @pytest.mark.parametrize("kind", [NeuralCollapseTracker, OnlineProbe])
 def test_a_batch_with_two_vectors_of_whole_numbers_needs_the_option(kind: Any, form: str, tmp_path: Path) -> None:
-    module = Net(pick=lambda batch: next(part for part in batch if part.ndim == 2))
-    message = rf"{kind.__name__} found 2 vectors of integers .* give it {kind.__name__}\(batch_to_labels=lambda"
+    module = Net(pick=lambda batch: next(part for part in batch if part.shape[1:] == (D,)))
+    message = rf"{kind.__name__} found 2 tensors in a batch, each of .* give it {kind.__name__}\(batch_to_labels=lambda"
     with pytest.raises(ValueError, match=message):
         _fit(tmp_path, module, [kind(K)], _loader(MIXED[form]))
 
@@ -247,7 +248,7 @@ def test_no_hook_of_a_layer_makes_the_host_wait_after_the_first_batch() -> None:
     network[0].register_forward_pre_hook(lambda m, args: runs.append(len(args[0])))
     looks = []
     for size in (20, 20, 10):
-        observer.listen()
+        observer.listen(None)
         with torch.no_grad(), Looks() as look:
             network(torch.randn(size, 3, D))
         looks.append(look.found.total())
@@ -590,10 +591,10 @@ def test_features_are_copies_of_what_a_network_writes_over() -> None:
     """As an in-place ReLU does, and a network compiled with CUDA graphs."""
     network = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Linear(D, K))
     observer = LayerObserver(network, ["0"], adapters.BatchReader("NeuralCollapseTracker", K))
-    observer.listen()
+    observer.listen((IMAGES, LABELS))
     with torch.no_grad():
         network(IMAGES)
-        features, _ = observer.take((IMAGES, LABELS))
+        features, _ = observer.take()
         assert torch.equal(features["0"], network[0](IMAGES))
     assert features["0"].min() < 0
 

@@ -1,7 +1,9 @@
 """NeuralCollapseTracker in projects that have never heard of it, and in every regime that Lightning has."""
 
+import copy
 import itertools
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -992,3 +994,182 @@ def test_two_processes_find_what_one_does() -> None:
         assert {"nc1/train/0", "nc3/val/penultimate", "nc4/val/penultimate", "numerical_rank/val/0"} <= set(one)
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-10, abs=1e-14), (number, name)
+
+
+# ---- what modules of others do to their batches, their copies and their logs
+
+
+class Scaled(pl.LightningModule):
+    """A network in the module's hyper-parameters, as a widely copied template has it, and hooks on its batches."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attribute 'net' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Before(Scaled):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [10 * batch[0] + 3, batch[1]]
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(6, K))
+
+
+def _of_the_end(net: nn.Module, images: Tensor) -> float:
+    """NC1 of the classifier's input, by the reference."""
+    with torch.no_grad():
+        features = net[:-1].eval()(images)
+    return reference.nc1(features.double().numpy(), _images()[1].numpy())
+
+
+def test_a_pass_gives_a_network_what_its_step_would(tmp_path: Path) -> None:
+    """Whichever hook makes it of the batches, and the probe's bank too."""
+    tracker, probe = NeuralCollapseTracker(K), OnlineProbe(K, kind="ridge", knn=5)
+    module = Before(_net())
+    trainer = _trainer(tmp_path, tracker, probe)
+    trainer.fit(module, _loader(), _loader())
+    expected = _of_the_end(module.net, 10 * _images()[0] + 3)
+    assert tracker.values["nc1/train/penultimate"] == pytest.approx(expected, rel=1e-4)
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-4)
+
+
+class Popping(HuggingFace):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labels = batch.pop("labels")
+        return nn.functional.cross_entropy(self.net(**batch).logits, labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_to_labels": lambda batch: batch["labels"]}])
+def test_a_step_may_take_the_labels_out_of_its_batch(options: Any, tmp_path: Path) -> None:
+    tracker, probe = NeuralCollapseTracker(K, **options), OnlineProbe(K, **options)
+    _trainer(tmp_path, tracker, probe).fit(Popping(), DataLoader(Mappings(), 10), DataLoader(Mappings(), 10))
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(tracker.values["nc1/train/penultimate"], rel=1e-4)
+
+
+class Clamping(Scaled):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        batch[1].clamp_(max=1)
+
+
+def test_labels_are_those_that_the_step_was_given(tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K)
+    _trainer(tmp_path, tracker).fit(module := Clamping(_net()), _loader(), _loader())
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(_of_the_end(module.net, _images()[0]), rel=1e-4)
+
+
+class Averaging(Scaled):
+    """A copy of the network that another hand averages, which each step runs too."""
+
+    def on_train_start(self) -> None:
+        self.ema = copy.deepcopy(self.net)
+        for parameter in self.ema.parameters():
+            parameter.data.mul_(1.5)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        if hasattr(self, "ema"):
+            self.ema.eval()(batch[0])
+
+
+@pytest.mark.parametrize("layer", ["penultimate", "net.4"])
+def test_a_copy_of_the_network_is_not_observed(layer: str, tmp_path: Path) -> None:
+    tracker = NeuralCollapseTracker(K, layers=[layer], classifier="net.5" if layer == "penultimate" else "auto")
+    _trainer(tmp_path, tracker, num_sanity_val_steps=0).fit(module := Averaging(_net()), _loader(), _loader())
+    assert tracker.values[f"nc1/val/{layer}"] == pytest.approx(_of_the_end(module.net, _images()[0]), rel=1e-4)
+
+
+def test_a_network_in_the_hyper_parameters_is_saved_with_the_run(tmp_path: Path) -> None:
+    """And read where nobody has ncfinetune, with what its hooks became."""
+    tracker, probe = NeuralCollapseTracker(K), OnlineProbe(K)
+    trainer = _trainer(tmp_path, tracker, probe, enable_checkpointing=True)
+    trainer.fit(module := Scaled(_net()), _loader(), _loader())
+    (file,) = tmp_path.rglob("*.ckpt")
+    content = torch.load(file, weights_only=False)
+    assert not [callback for callback in content["callbacks"] if "hook" in callback.lower()]
+    pickled = pickle.dumps(content["hyper_parameters"])
+    assert b"ncfinetune" not in pickled
+    loaded = Scaled.load_from_checkpoint(file, weights_only=False)
+    assert torch.equal(loaded(_images()[0]), module.train()(_images()[0]))
+
+
+class Random(pl.LightningDataModule):
+    """Splits at random, without a generator of its own."""
+
+    num_classes = K
+
+    def setup(self, stage: str) -> None:
+        self.train, self.val = torch.utils.data.random_split(TensorDataset(*_images()), [30, 20])
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, 10)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, 10)
+
+
+def test_a_second_data_set_takes_no_random_numbers_of_the_run(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [OnlineProbe(K, downstream=Random())]):
+        module = Scaled(_net())
+        torch.manual_seed(1)
+        _trainer(tmp_path, *callbacks).fit(module, _loader(shuffle=True), _loader())
+        ends.append([*module.parameters(), torch.rand(1)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+class After(Scaled):
+    """Normalises on the device, and sees what it is given."""
+
+    seen: list[float]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [10 * batch[0], batch[1]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(x.std()))
+        return super().forward(x)
+
+
+def test_a_second_data_set_is_prepared_by_the_modules_hooks_where_it_has_none(tmp_path: Path) -> None:
+    module = After(_net())
+    module.seen = []
+    _trainer(tmp_path, OnlineProbe(K, downstream=Random())).fit(module, _loader(), _loader())
+    assert min(module.seen) > 5
+
+
+class Logging(Scaled):
+    """Logs in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log("norm", x.norm(), on_step=True, on_epoch=True)
+        return super().forward(x)
+
+
+def test_what_a_pass_runs_is_not_logged(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [NeuralCollapseTracker(K), OnlineProbe(K, kind="ridge")]):
+        trainer = _trainer(tmp_path, *callbacks)
+        trainer.fit(Logging(_net()), _loader(), _loader())
+        found.append(
+            {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("norm")}
+        )
+    assert found[0] == found[1] != {}
