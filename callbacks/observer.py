@@ -6,11 +6,11 @@ Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -81,6 +81,10 @@ class LayerObserver:
         for name, layer in found.items():
             self._hook_output(name, layer)
         self._hooked = {*found.values(), *self._rivals.values()}
+        self._given: Any = None
+        self._compares = reader.run is None and not adapters.defines(module, "forward")
+        if self._compares and (network := adapters.network_of(module)) is not None:
+            self._hook_input(network)
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, list[Any]] = {}
         self._sharded = False
@@ -143,6 +147,7 @@ class LayerObserver:
         """
         self._open = False
         features, batch = self._features(), self._batch
+        self._compare_input(batch)
         self._forget()
         reader = reader or self._reader
         labels = reader.labels(batch) if shares else reader.classes(reader.labels(batch))
@@ -244,6 +249,30 @@ class LayerObserver:
 
         if network is not None:
             self._handles.append(network.register_forward_hook(Hook(catch)))
+
+    def _hook_input(self, network: nn.Module) -> None:
+        """Keep what the steps of a module without ``forward`` give its network, until it has been compared once."""
+
+        def catch(m: nn.Module, args: Any) -> None:
+            if self._compares and self._step is not None and self._listening():
+                self._given = args[0] if args else None
+
+        self._handles.append(network.register_forward_pre_hook(Hook(catch)))
+
+    def _compare_input(self, batch: Any) -> None:
+        """Warn once if a step gives the network something other than the inputs of the batch, as passes do."""
+        given, self._given = self._given, None
+        inputs = None if isinstance(batch, Mapping) else adapters.inputs_of(batch)
+        if not isinstance(given, Tensor) or not isinstance(inputs, Tensor):
+            return
+        self._compares = False
+        if given.shape == inputs.shape and not ((given == inputs.to(given)) | given.isnan()).all():
+            asker = self._reader.asker
+            rank_zero_warn(
+                f"{type(self._module).__name__} has no forward, and its {self._step} gives the network something other "
+                f"than the inputs of the batch; {asker} gives it these inputs when it reads training images. Give it "
+                f"{asker}(forward=lambda module, batch: ...) that runs the network as the step does"
+            )
 
     def _features(self) -> dict[str, Tensor]:
         """The captured features, with the input of the classifier, which is searched for if it is not known yet."""

@@ -1173,3 +1173,34 @@ def test_what_a_pass_runs_is_not_logged(tmp_path: Path) -> None:
             {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("norm")}
         )
     assert found[0] == found[1] != {}
+
+
+class Normalising(pl.LightningModule):
+    """No forward, a network, and preprocessing without parameters that the steps put before it."""
+
+    def __init__(self, net: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.net, self.scale = nn.Identity(), net, scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(self.norm(self.scale * batch[0])), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_other_inputs_than_those_of_the_batch_are_said_once(tmp_path: Path) -> None:
+    message = (
+        r"Normalising has no forward, and its validation_step gives the network something other than the inputs of the "
+        r"batch; NeuralCollapseTracker gives it these inputs when it reads .* NeuralCollapseTracker\(forward=lambda"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(Normalising(_net(), 10), _loader(), _loader())
+    assert sum("has no forward" in str(warning.message) for warning in caught) == 1
+    _trainer(tmp_path, NeuralCollapseTracker(K)).fit(Normalising(_net(), 1), _loader(), _loader())
+    as_the_step = NeuralCollapseTracker(K, forward=lambda module, batch: module.net(10 * batch[0]))
+    _trainer(tmp_path, as_the_step).fit(Normalising(_net(), 10), _loader(), _loader())
+    assert as_the_step.values["nc1/train/penultimate"] == pytest.approx(as_the_step.values["nc1/val/penultimate"])
