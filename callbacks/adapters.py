@@ -194,13 +194,18 @@ def kept(batch: Any) -> Any:
 
     Their tensors of up to two dimensions, labels among them, are copied too; images, which are large, are not.
     """
+    same: Any
     if isinstance(batch, MutableMapping):
         same = copy.copy(batch)
         same.update({key: _kept(part) for key, part in batch.items()})
         return same
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, list):
+        same = copy.copy(batch)
+        same[:] = map(_kept, batch)
+        return same
+    if isinstance(batch, tuple):
         parts = map(_kept, batch)
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch
 
 

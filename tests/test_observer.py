@@ -5,11 +5,11 @@ import json
 import subprocess
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -629,3 +629,23 @@ def test_a_mistake_of_one_process_ends_or_warns_all(tmp_path: Path) -> None:
     assert found["tracker"][0] == "another process found an error in the train set: see its message"
     assert "expected labels in 0..2 (num_classes=3), got [3]" in found["tracker"][1]
     assert all("expected labels in 0..2 (num_classes=3), got [3]" in end for end in found["probe"])
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("make", [lambda x, y: [x, y], lambda x, y: (x, y), Pair, lambda x, y: UserDict(x=x, y=y)])
+def test_a_batch_is_kept_as_it_was(make: Any) -> None:
+    """Of its own kind, without a copy of its images."""
+    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    batch = make(images, labels)
+    same = adapters.kept(batch)
+    labels.zero_()
+    if not isinstance(batch, tuple):
+        batch.pop("y" if isinstance(batch, UserDict) else 1)
+    assert type(same) is type(batch)
+    x, y = same.values() if isinstance(same, UserDict) else same
+    assert x is images
+    assert y.tolist() == [0, 1]
