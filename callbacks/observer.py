@@ -251,10 +251,13 @@ class LayerObserver:
             self._handles.append(network.register_forward_hook(Hook(catch)))
 
     def _hook_input(self, network: nn.Module) -> None:
-        """Keep what the steps of a module without ``forward`` give its network, until it has been compared once."""
+        """Keep what an evaluation step of a module without ``forward`` gives its network, until it was compared once.
+
+        A training step may augment the inputs, which passes do not.
+        """
 
         def catch(m: nn.Module, args: Any) -> None:
-            if self._compares and self._step is not None and self._listening():
+            if self._compares and self._step not in (None, "training_step") and self._listening():
                 self._given = args[0] if args else None
 
         self._handles.append(network.register_forward_pre_hook(Hook(catch)))

@@ -175,7 +175,8 @@ class Bench:
             print(f"{method.name} diverges without fold {fold + 1}, and counts as chance there", file=sys.stderr)
             trial.add(rows, torch.zeros(len(rows), self.num_classes), self.labels)
             return
-        trial.seconds.append(time.perf_counter() - start)
+        finally:
+            trial.seconds.append(time.perf_counter() - start)
         held_out = DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=self.batch_size)
         with isolate_rng():  # a loader draws a seed
             logits: Any = self.trainer(1).predict(_Logits(model), held_out)

@@ -326,6 +326,7 @@ def test_a_fit_that_diverges_is_said_and_counts_as_chance(tmp_path, capsys):
     assert capsys.readouterr().err == "full FT diverges without fold 1, and counts as chance there\n"
     torch.testing.assert_close(trial.loss[bench.folds == 0], torch.full((8,), 2 / 3))
     assert not trial.right[bench.folds == 0].any()
+    assert len(trial.seconds) == 1  # it was tried
 
 
 class Known:
