@@ -363,9 +363,9 @@ def _warn_of_repeated_images(parts: dict[str, Labelled], class_names: list[str])
         for other in others:
             if twins := _twins(groups, homes, name, other):
                 path, twin = next(iter(twins.items()))
-                seen, fix = (
-                    (f"{path} and {twin}", "remove one of each pair") if path != twin else (path, "give it one part")
-                )
+                same = path == twin
+                seen = path if same else f"{path} and {twin}"
+                fix = "leave each image in one split" if same else "remove one of each pair"
                 rank_zero_warn(
                     f"{len(twins)} of {len(parts[name])} {name} images are in {other} too, byte for byte, as {seen}: "
                     f"results on {name} are too good; {fix}"

@@ -103,10 +103,9 @@ def image_paths(folder: str | Path) -> list[str]:
         FileNotFoundError: No such folder, or no images in it.
     """
     if not Path(folder).is_dir():
-        given = (
-            "is a file; give the folder, or a list of files" if Path(folder).is_file() else "; expected one with images"
-        )
-        raise FileNotFoundError(f"no folder {str(folder)!r}{given}")
+        if Path(folder).is_file():
+            raise FileNotFoundError(f"expected a folder of images, got the file {str(folder)!r}; give a list of files")
+        raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
     found = Found().add(folder)
     found.report(repr(str(folder)))
     if not found.images:

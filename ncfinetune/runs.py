@@ -81,7 +81,7 @@ class Run:
             same = said["images_of"] == evaluated_images(self.part("data"), "train")
             of_test = said.get("data", "test") == "test" and said["part"] is None and said.get("own_images", same)
             if of_test and (broken := said.get("unreadable", 0)):
-                left = f"{broken} of them have no prediction: mend these, and evaluate again"
+                left = f"{broken} of them have no prediction; fix or remove them, and evaluate again"
                 print(
                     f"warning: {str(self.path)!r} was evaluated on a part of its test images: {left}", file=sys.stderr
                 )

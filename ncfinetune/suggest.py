@@ -39,7 +39,7 @@ _DESCRIPTION = """\
 Say whether tuning pays on some training images, without a validation image, and what accuracy to expect.
 
 Closed-form heads are judged on images left out. So is the first-order expansion of the network in each block's
-parameters, which says what layer FT of the block could gain over the best of them without a fit. The blocks of which
+parameters, which says what layer FT of the block could gain over the last of them without a fit. The blocks of which
 it expects most are then tried by layer FT, from the closed form as a start, on folds of the images: all of them on the
 first fold, the better half on each fold after it. SCL FT at the block that is best in the end, and with --full full
 fine-tuning, are tried on every fold. Tuning is suggested if it lowers the squared error on images left out by 0.01; the
@@ -51,8 +51,8 @@ standard error more, since it is the best of all blocks.
 
 _LEGEND = """\
 Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
-accuracy on new images; of the suggested method that of what each fold would have been suggested by the others, since
-the best of several is flattered by the images that it is chosen by. gain in error^2: by how much the squared error of
+accuracy on new images; for the suggested method each fold counts with the method that the other folds choose, since the
+best of several methods looks too good on the images that chose it. gain in error^2: by how much the squared error of
 the class probabilities is lower than that of the last closed form, both at the temperature that suits the images left
 out best; the suggestion goes by it, since the accuracy of few images says less. Both with one standard error.
 expansion: judged without a fit, by scores as they are; a block that was fitted on some folds and fell behind keeps its

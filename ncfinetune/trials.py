@@ -166,8 +166,7 @@ class Bench:
 
         A fit that diverges is said on stderr, and knows nothing of them.
         """
-        rows, train = ((self.folds == fold) == held for held in (True, False))
-        rows, train = rows.nonzero().squeeze(1), train.nonzero().squeeze(1)
+        rows, train = ((self.folds == fold).nonzero().squeeze(1), (self.folds != fold).nonzero().squeeze(1))
         start = time.perf_counter()
         try:
             model = self.fitted(method, train, fold)

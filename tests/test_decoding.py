@@ -188,16 +188,24 @@ def test_a_pgm_states_its_range_unless_that_is_all(tmp_path: Path) -> None:
         _assert_ramp(path, (0, 4095))
 
 
-def test_the_middle_of_a_very_long_image_takes_little_memory(tmp_path: Path) -> None:
+def test_a_very_long_image_is_not_resized_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *a, **k: sizes.append(size) or resize(image, size, *a, **k)
+    )
     values = np.random.default_rng(0).integers(0, 256, (16, 1600, 3), dtype=np.uint8)
     values = np.repeat(np.repeat(values, 2, 0), 2, 1)
     for name, pixels in (("wide", values), ("high", values.swapaxes(0, 1))):
         path = _saved(np.ascontiguousarray(pixels), tmp_path / f"{name}.png")
+        sizes.clear()
         found = read_image(path, 28)[0].permute(1, 2, 0).float().numpy()
+        assert sizes == [(28, 28)]
         with Image.open(path) as image:
             usual = np.asarray(v1.Compose([v1.Resize(32), v1.CenterCrop(28)])(image), np.float32)
         assert np.abs(found - usual).max() <= 2  # rounded once, not between rows and columns
     assert (read_image(_saved(np.full((1, 4000, 3), 7, np.uint8), tmp_path / "thin.png"), 224) == 7).all()
+    assert sizes[-1] == (224, 224)
 
 
 def test_packed_12_bit_tiffs_state_their_range(tmp_path: Path) -> None:

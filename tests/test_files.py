@@ -529,7 +529,25 @@ def test_images_in_both_parts_that_have_copies_count_once(tmp_path: Path) -> Non
         _make(tmp_path, folders={"train": "all", "test": "all"}, val_fraction=0.0).setup("fit")
     (said,) = [str(warning.message) for warning in caught]
     assert said.startswith("16 of 16 test images are in train too, byte for byte, as ")
-    assert said.endswith(".png: results on test are too good; give it one part") or said.endswith("one of each pair")
+    assert said.endswith(".png: results on test are too good; leave each image in one split")
+
+
+def test_a_loader_before_setup_and_a_file_for_a_folder_are_refused_in_words(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 4, "val": 2})
+    data = _make(tmp_path)
+    with pytest.raises(ValueError, match=r"expected setup\(\) before a loader of train images; call it first"):
+        data.train_dataloader()
+    file = next((tmp_path / "train").rglob("*.png"))
+    with pytest.raises(FileNotFoundError, match=f"expected a folder of images, got the file '{file}'; give a list of"):
+        data.predict_files(file)
+
+
+def test_classes_that_are_named_as_splits_are_told_how(tmp_path: Path) -> None:
+    for name in ("valid", "invalid"):
+        write_image(tmp_path / name / "0.png", 0)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder train .* folders={train: \.} if all are classes"):
+        _make(tmp_path)
+    assert _make(tmp_path, folders={"train": "."}).class_names == ["invalid", "valid"]
 
 
 def test_a_split_within_a_class_folder_of_another_is_refused(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_an_evaluation_of_the_test_images_counts(
     _evaluated(run, 8, 0.75, 40, **facts)
     (row,) = _rows(tmp_path)
     assert ("test accuracy %" in row) == counts
-    broken = "2 of them have no prediction: mend these, and evaluate again"
+    broken = "2 of them have no prediction; fix or remove them, and evaluate again"
     said = f"warning: '{run}' was evaluated on a part of its test images: {broken}\n"
     assert capsys.readouterr().err == (said if facts.get("unreadable") else "")
     if counts:

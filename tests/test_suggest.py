@@ -25,7 +25,8 @@ from ncfinetune.closed_trials import closed_forms, closed_trial, scores_trial, s
 from ncfinetune.datamodules import Digits
 from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import sources
-from ncfinetune.probes import ridge
+from ncfinetune.linearised import gradient_features, linearised
+from ncfinetune.probes import decided_rightly, ridge
 from ncfinetune.scores import standard_error
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import Row, choose, halve, suggest, verdict
@@ -479,15 +480,26 @@ def test_what_is_predicted_of_a_method_is_how_it_does_on_images_left_out(blocks,
     bench = bench_in(tmp_path)
     source = Source.of("net", bench.backbone)
     bank = fill(trainer_in(tmp_path), [source], bench.data(torch.arange(24)), {}, 24)
-    found = suggest(source, bank, bench, trainer_in(tmp_path, inference_mode=False), blocks)
-    last = [one for one in found if one.gain is None][-1]
-    chosen = choose(found)
-    for one in found:
-        if one.gain is not None and one is not chosen and one.seconds is None:
-            whole = one.accuracy * 24 * len(balanced_folds(bench.labels))
-            assert whole == pytest.approx(round(whole), abs=1e-3)  # a share of decisions, of nothing else
-            assert one.error == pytest.approx(standard_error(one.accuracy, 24))
-    assert last.method.startswith("ridge")
+    trainer = trainer_in(tmp_path, inference_mode=False)
+    found = {one.method: one for one in suggest(source, bank, bench, trainer, blocks)}
+    chosen, folds = choose([*found.values()]).method, balanced_folds(bench.labels)
+    names = [
+        name
+        for name in source.layers
+        if name != "penultimate" and any(True for _ in bench.backbone.layer(name).parameters())
+    ]
+    gradients = gradient_features(trainer, bench.backbone, bench.images, names)
+    compared = 0
+    for name in names:
+        row, scores = (
+            found[f"layer FT {name}"],
+            linearised(bank.of("net", "penultimate"), gradients[name], bench.labels, 3, folds),
+        )
+        if row.method != chosen and row.seconds is None:
+            compared += 1
+            assert row.accuracy == pytest.approx(float(decided_rightly(scores, bench.labels).mean()), abs=1e-6)
+            assert row.error == pytest.approx(standard_error(row.accuracy, 24))
+    assert compared >= len(names) - blocks - 1
 
 
 class Shuffled(LightningDataModule):
