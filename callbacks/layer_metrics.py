@@ -89,7 +89,8 @@ class LayerMetrics:
         self._accumulators = {
             layer: MomentAccumulator(num_classes, "nc1" in metrics, ignore_index) for layer in self.layers
         }
-        self._ranks = {layer: NumericalRank(num_classes) for layer in self.layers if "numerical_rank" in metrics}
+        ranked = self.layers if "numerical_rank" in metrics else []
+        self._ranks = {layer: NumericalRank(num_classes, ignore_index=ignore_index) for layer in ranked}
         self._means = means if "nc4" in metrics else None
         self._decisions: _Decisions | None = None
         self._sample = _Sample(_KEPT_SAMPLES) if sample else None
@@ -133,8 +134,9 @@ class LayerMetrics:
             accumulator.to(rows.device)
         accumulator.update(rows, labels)
         if layer in self._ranks:
-            kept = slice(None) if self._ignore_index is None else labels != self._ignore_index
-            self._ranks[layer].to(rows.device).update(rows[kept], labels[kept])
+            if self._ranks[layer].device != rows.device:  # moving copies the state, also to where it is
+                self._ranks[layer].to(rows.device)
+            self._ranks[layer].update(rows, labels)
         if layer == PENULTIMATE and self._means is not None and weight is not None and _fits(weight, self._means):
             if self._decisions is None:
                 self._decisions = _Decisions(self._means, weight, self._ignore_index)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ncfinetune.inputs import whole
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.loaders import new_samples
 from ncfinetune.pooling import Pool, PoolError, no_tensor, tensors
@@ -150,7 +151,8 @@ class LayerObserver:
         self._compare_input(batch)
         self._forget()
         reader = reader or self._reader
-        labels = reader.labels(batch) if shares else reader.classes(reader.labels(batch))
+        labels = whole(reader.labels(batch))
+        labels = _as_shares(labels) if shares else reader.classes(labels)
         samples = len(labels)
         new = new_samples(loader, self._seen[index], samples)
         self._seen[index] += samples
@@ -334,6 +336,11 @@ class LayerObserver:
                 "last forward pass of a step, which must run all samples of the batch: name other layers, or "
                 f"give it {asker}(batch_to_labels=...) with a label for each row"
             ) from error
+
+
+def _as_shares(labels: Tensor) -> Tensor:
+    """Labels ``(M,)`` as they are, and one-hot ones ``(M, K)`` of integers as probabilities."""
+    return labels if labels.ndim == 1 or labels.is_floating_point() else labels.float()
 
 
 def _first(rows: Tensor, samples: int, views: int, listed: bool) -> Tensor:

@@ -308,20 +308,21 @@ class NumericalRank(AccumulatorMetric):
     Args:
         num_classes: Number of classes ``K``.
         rows: Rows of a class's sketch; the state is ``(K, rows, d)`` in float64.
+        ignore_index: Samples with this label are left out.
         kwargs: What `torchmetrics.Metric` takes.
     """
 
     sketch, energy, count = state("sketch"), state("energy"), state("count")
     flags, rows, labels = state("flags"), state("rows"), state("labels")
 
-    def __init__(self, num_classes: int, rows: int = 32, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, rows: int = 32, ignore_index: int | None = None, **kwargs: Any) -> None:
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}")
-        self._size = rows
+        self._size, self._ignore_index = rows, ignore_index
         super().__init__(num_classes, **kwargs)
 
     def _new_accumulator(self) -> ClassSketches:
-        return ClassSketches(self.num_classes, self._size)
+        return ClassSketches(self.num_classes, self._size, self._ignore_index)
 
     def compute(self) -> Tensor:
         """The mean numerical rank, float64."""

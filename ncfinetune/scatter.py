@@ -201,7 +201,7 @@ def float32_error(count: Tensor, shift: Tensor, sums: Tensor, squares: Tensor, u
         average = gram.diagonal().mean()
         gram.diagonal().add_(1e-6 * average)  # about the accuracy of small eigenvalues in float32
         factor, failed = torch.linalg.cholesky_ex(gram.add_(average / len(gram)) if wide else gram)
-        noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(gram), _PROBES, generator=torch.Generator().manual_seed(0), dtype=gram.dtype)
         if wide:
             rows = torch.cholesky_solve(noise - noise.mean(0), factor).T @ means
         else:
@@ -233,10 +233,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set per backend, and torch refuses to mix this with the global setting
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    # The global setting of older releases, read back, would give the settings of the two backends up for one.
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
         before = [backend.fp32_precision for backend in backends]
         try:
             for backend in backends:
@@ -246,6 +245,7 @@ def _ieee_products() -> Iterator[None]:
             for backend, value in zip(backends, before, strict=True):
                 backend.fp32_precision = value
     else:
+        precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
             yield

@@ -21,6 +21,7 @@ class ClassSketches(Accumulator):
     Args:
         num_classes: Number of classes ``K``.
         size: Rows ``r`` of a class's sketch.
+        ignore_index: Samples with this label are left out.
     """
 
     names = ("count", "energy", "sketch", "flags", "rows", "labels")
@@ -28,9 +29,9 @@ class ClassSketches(Accumulator):
     energy: Tensor
     sketch: Tensor
 
-    def __init__(self, num_classes: int, size: int) -> None:
+    def __init__(self, num_classes: int, size: int, ignore_index: int | None = None) -> None:
         self.size = size
-        super().__init__(num_classes)
+        super().__init__(num_classes, ignore_index)
 
     def _reset(self) -> None:
         self.energy = torch.zeros_like(self.count)

@@ -24,7 +24,8 @@ _ROWS = 1024
 _CHANGE, _STEPS = 1e-10, 500
 # The least noise, and the inverse of the greatest, against the largest squared singular value: float64 tells no lower
 # from none, and no higher from features that explain nothing.
-_RANGE = 1e-12
+_DECADES = 12
+_RANGE = 10.0**-_DECADES
 
 
 def h_score(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -77,8 +78,9 @@ def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     The evidence of ``y ~ N(0, F F^T / alpha + I / beta)`` is maximised over ``alpha`` and ``beta`` by MacKay's fixed
     point, for all classes at once in the coordinates of one singular value decomposition (You et al. 2021, arXiv
     2102.11005, algorithm 1; the iteration in ``alpha/beta`` as You et al. 2022, arXiv 2110.10545). As there, features
-    are not centred. Where features explain a target wholly the evidence may have no bound; ``alpha/beta`` stays between
-    1e-12 and 1e12 of the largest squared singular value.
+    are not centred; since the evidence may then have several maxima in ``alpha/beta``, the iteration starts from the
+    best of its powers of ten. Where features explain a target wholly the evidence may have no bound; ``alpha/beta``
+    stays between 1e-12 and 1e12 of the largest squared singular value.
 
         >>> labels = torch.arange(60) % 2
         >>> noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -105,7 +107,9 @@ def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     outside = (targets.square().sum(0) - loads.sum(0)).clamp(min=0)
     samples, scale = len(rows), torch.where(squares[0] > 0, squares[0], 1.0)
     least, most = scale * _RANGE, scale / _RANGE
-    ratio = torch.ones_like(outside)
+    tried = scale * torch.logspace(-_DECADES, _DECADES, 2 * _DECADES + 1, dtype=rows.dtype, device=rows.device)
+    found = torch.stack([_evidence(one.expand_as(outside), squares, loads, outside, samples) for one in tried])
+    ratio = tried[found.argmax(0)]
     for _ in range(_STEPS):
         shrunk = squares + ratio
         dof, norm = (squares / shrunk).sum(0), (squares * loads / shrunk.square()).sum(0)
@@ -115,11 +119,17 @@ def logme(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         change, ratio = ((new - ratio) / ratio).abs().max(), new
         if not change > _CHANGE:
             break
-    shrunk, rest = squares + ratio, samples - len(scales)
+    # The iteration may leave the best of what was tried where the evidence is flat.
+    evidence = torch.maximum(_evidence(ratio, squares, loads, outside, samples), found.amax(0))
+    return (evidence / (2 * samples)).mean()
+
+
+def _evidence(ratio: Tensor, squares: Tensor, loads: Tensor, outside: Tensor, samples: int) -> Tensor:
+    """Twice the log evidence of each class at ``alpha/beta``, ``(K,)``, and the best ``alpha`` for that."""
+    shrunk, rest = squares + ratio, samples - len(squares)
     # At the best alpha for a ratio, y^T (F F^T + ratio I)^-1 y = samples / alpha.
     energy = (loads / shrunk).sum(0) + outside / ratio
-    evidence = samples * ((samples / (2 * math.pi * energy)).log() - 1) - shrunk.log().sum(0) - rest * ratio.log()
-    return (evidence / (2 * samples)).mean()
+    return samples * ((samples / (2 * math.pi * energy)).log() - 1) - shrunk.log().sum(0) - rest * ratio.log()
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, num_classes: int, neighbours: int = _NEIGHBOURS) -> Tensor:
@@ -149,6 +159,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, num_classes: int, neighbours:
         raise ValueError(
             f"expected at least one neighbour and two samples, got neighbours={neighbours} and {len(rows)}"
         )
+    rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)  # whose squares are not 0
     rows, most = F.normalize(rows), min(neighbours, len(rows) - 1)
     right = rows.new_zeros(())
     for start in range(0, len(rows), _ROWS):

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncfinetune import accumulator, metrics, moments
+from ncfinetune.callbacks.layer_metrics import LayerMetrics
 from ncfinetune.collapse import class_moments
 from ncfinetune.metrics import NC1, NC3, NC4, NumericalRank
 from ncfinetune.moments import MomentAccumulator
@@ -110,3 +111,23 @@ def test_ignored_samples_do_not_count() -> None:
     kept.update(features[5:], labels[5:])
     metric.update(features.index_fill(0, torch.tensor([0]), torch.nan), labels.index_fill(0, torch.arange(5), -1))
     assert metric.compute().item() == pytest.approx(kept.compute().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -1])
+def test_numerical_rank_of_a_layer_is_updated_in_place(ignore_index: int | None) -> None:
+    measured = LayerMetrics(["layer"], K, ["numerical_rank"], ignore_index)
+    features, labels = _batch()
+    looks = _looks(lambda rows, own: measured.update({"layer": rows}, own))
+    state = measured._ranks["layer"]._accumulator.rows.data_ptr()
+    measured.update({"layer": features[:1]}, labels[:1])
+    assert state == measured._ranks["layer"]._accumulator.rows.data_ptr()
+    assert not {name for name in looks if name.startswith("index")}  # rows are not chosen by a mask
+
+
+def test_numerical_rank_leaves_ignored_samples_out() -> None:
+    rank, expected = NumericalRank(K, ignore_index=-1), NumericalRank(K)
+    features, labels = _batch(60)
+    ignored = torch.arange(60) % 4 == 0
+    rank.update(features, labels.where(~ignored, -1))
+    expected.update(features[~ignored], labels[~ignored])
+    assert rank.compute().item() == pytest.approx(expected.compute().item(), rel=1e-9)

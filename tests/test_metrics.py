@@ -31,6 +31,7 @@ from ncfinetune.metrics import (
     neural_collapse,
 )
 from ncfinetune.moments import MomentAccumulator
+from ncfinetune.scatter import full_precision
 from ncfinetune.sketch import ClassSketches
 
 K, D, N = 6, 10, 240
@@ -609,3 +610,30 @@ def test_precision_set_backend_by_backend_is_no_error(monkeypatch: pytest.Monkey
     finally:
         backend.fp32_precision = before
     assert metric.compute().item() == pytest.approx(_expected("nc1", data), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_type_of_a_run_in_half_precision_changes_nothing(dtype: torch.dtype) -> None:
+    data = {"features": torch.randn(4096, 64), "labels": torch.arange(4096) % K}
+    expected = _update(NC1(K), data).compute()
+    torch.set_default_dtype(dtype)
+    try:
+        found = _update(NC1(K), data).compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def test_settings_of_products_are_as_they_were() -> None:
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        own = [backend.fp32_precision for backend in backends]
+        with full_precision(torch.device("cpu")):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == own
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

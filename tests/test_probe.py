@@ -393,3 +393,23 @@ def test_a_layer_that_does_not_run_is_named(tmp_path: Path) -> None:
     model.spare = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="layer 'spare' did not run in this batch; give OnlineProbe a layer that does"):
         _trainer(tmp_path, OnlineProbe(layer="spare"), max_epochs=1).fit(model, Digits([0, 1, 2], shots=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float64])
+def test_one_hot_labels_of_any_type_are_learnt_as_classes_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    images, labels = _data().tensors
+
+    def learnt(given: torch.Tensor) -> dict[str, float]:
+        torch.manual_seed(0)
+        probe = OnlineProbe(3, batch_to_labels=lambda batch: batch[1])
+        trainer = _trainer(tmp_path, probe, max_epochs=1)
+        model = Stranger()
+        model.training_step = lambda batch, batch_idx: model(batch[0]).square().mean()
+        model.validation_step = lambda batch, batch_idx: model.log("images", float(len(model(batch[0]))))
+        loader = DataLoader(TensorDataset(images, given), batch_size=7)
+        trainer.fit(model, loader, loader)
+        return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("probe")}
+
+    found = learnt(nn.functional.one_hot(labels, 3).to(dtype))
+    assert found == pytest.approx(learnt(labels), rel=1e-5)
+    assert found["probe/acc"] > 0.5

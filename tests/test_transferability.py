@@ -151,3 +151,30 @@ def test_h_score_keeps_weak_directions_of_bfloat16():
     features *= torch.arange(1, 257) ** -2.0
     exact = h_score(features, labels, 10)
     assert h_score(features.bfloat16(), labels, 10).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 512, 10), (300, 64, 10), (100, 7, 5)])
+def test_logme_does_not_depend_on_the_scale_of_features_with_an_offset(shape):
+    number, width, classes = shape
+    labels = torch.arange(number) % classes
+    rows = torch.randn(number, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 30
+    found = [logme(rows * scale, labels, classes).item() for scale in (1e-6, 1e-3, 1, 1e3)]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    targets = torch.nn.functional.one_hot(labels, classes).double()
+    squared, vectors = torch.linalg.eigh(rows @ rows.T)
+    squared, loads = squared.clamp(min=0)[:, None], (vectors.T @ targets).square()
+    grid = []
+    for ratio in torch.logspace(-6, 10, 1601, dtype=torch.float64):
+        energy = (loads / (squared + ratio)).sum(0)
+        spread = (squared + ratio).log().sum(0)
+        grid.append(number * ((number / (2 * math.pi * energy)).log() - 1) - spread)
+    assert found[2] >= (torch.stack(grid).amax(0) / (2 * number)).mean().item() - 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e200])
+def test_knn_does_not_depend_on_the_scale_of_features(scale):
+    rows, labels = (
+        torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        torch.arange(50) % 3,
+    )
+    assert knn_accuracy(rows * scale, labels, 3) == knn_accuracy(rows, labels, 3)

@@ -393,14 +393,16 @@ def synchronisation_rows(device: Device, sizes: Sizes) -> Iterator[str]:
     batches, layers = 8, list(backbone(sizes).layers)
     callbacks = {"tracker of all blocks and probe": [*trackers(layers, 0), OnlineProbe(CLASSES)], "neither": []}
     for name, made in callbacks.items():
-        _, once, twice = (synchronisations_of_validation(device, sizes, made, n) for n in (1, batches, 2 * batches))
-        yield f"| synchronisations a batch of validation, {name} | | {(twice - once) / batches:.3g} | | |"
+        _, once, twice = (synchronisations_of_fit(device, sizes, made, n) for n in (1, batches, 2 * batches))
+        name = f"synchronisations a batch of training and one of validation, {name}"
+        yield f"| {name} | | {(twice - once) / batches:.3g} | | |"
 
 
-def synchronisations_of_validation(device: Device, sizes: Sizes, callbacks: list[Callback], batches: int) -> int:
+def synchronisations_of_fit(device: Device, sizes: Sizes, callbacks: list[Callback], batches: int) -> int:
     data = Noise(sizes._replace(images=6 * 2 * batches * 16, batch=16), device_cache=device.on_gpu)
-    trainer = bare_trainer(device, sizes, callbacks, limit_val_batches=batches)
-    return device.synchronisations(lambda: trainer.validate(Supervised(CLASSES, backbone(sizes)), data, verbose=False))
+    few = {"limit_train_batches": batches, "limit_val_batches": batches, "max_epochs": 1}
+    trainer = bare_trainer(device, sizes, callbacks, **few)
+    return device.synchronisations(lambda: trainer.fit(Supervised(CLASSES, backbone(sizes)), data))
 
 
 def rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
