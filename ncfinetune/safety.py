@@ -5,6 +5,7 @@ Every string in the command and in its configuration files is checked, since any
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ELSEWHERE = re.compile(r"\w+://|hf[-_]hub:")
 # Options with data sets, in whose shards a colon marks a command or another machine.
 _DATA = {"data", "downstream"}
-# Files of options are smaller than this, in bytes: larger ones are data.
-_LARGEST = 2**20
+# Bytes of the largest file of options that is read, and of the beginning that tells a larger text from data.
+_LARGEST, _BEGINNING = 2**20, 2**16
 
 
 def refuse_code(words: list[str]) -> None:
@@ -73,10 +74,22 @@ def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tu
     """The strings in the file of options with this name, in the working directory or in the folder."""
     for path in {Path(name).absolute(), (folder / name).absolute()} - seen:
         with suppress(OSError, UnicodeDecodeError):  # not a file, or not one of options
-            if path.stat().st_size < _LARGEST:
-                seen.add(path)
-                content = _loaded(path.read_text(encoding="utf-8"))
-                yield from _strings(key, None if isinstance(content, str) else content, path.parent, seen)
+            if path.stat().st_size >= _LARGEST:
+                _refuse_text(key, path)
+                continue
+            seen.add(path)
+            content = _loaded(path.read_text(encoding="utf-8"))
+            yield from _strings(key, None if isinstance(content, str) else content, path.parent, seen)
+
+
+def _refuse_text(key: str, path: Path) -> None:
+    """Refuse a large file that begins as text: options could be read from it, and looking for them takes long."""
+    with path.open("rb") as file:
+        codecs.getincrementaldecoder("utf-8")().decode(file.read(_BEGINNING))
+    raise ValueError(
+        f"--safe refuses {str(path)!r} for {key}, a text of {path.stat().st_size:,} bytes that it does not look through; "
+        f"expected files of options below {_LARGEST:,} bytes; without --safe it is run"
+    )
 
 
 def _loaded(text: str) -> Any:

@@ -96,14 +96,18 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"cannot read {str(path)!r} as a checkpoint of tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content, data if isinstance(data, dict) else {}
+    # Other programs may have an entry of this name.
+    ours = isinstance(data, dict) and isinstance(data.get("preprocessing"), dict | None)
+    return content, data if ours else {}
 
 
 def _read_safetensors(path: Path) -> tuple[Any, Any]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     tensors, said = load_file(path), {name: metadata[name] for name in (DATA,) if name in metadata}
-    if metadata.get(_FINGERPRINT) not in (None, fingerprint(tensors, said)):
+    if _FINGERPRINT not in metadata:
+        return tensors, None
+    if metadata[_FINGERPRINT] != fingerprint(tensors, said):
         raise ValueError("its fingerprint is wrong")
     return tensors, json.loads(said.get(DATA, "{}"))
 

@@ -96,7 +96,9 @@ class Reading:
         return f"key={self.key!r}, prefix={self.prefix!r}"
 
 
-def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[set[str], dict[str, Any]]:
+def load(
+    net: Any, checkpoint: str | Path | Mapping[str, str | None], in_chans: int = 3
+) -> tuple[set[str], dict[str, Any]]:
     """Load the weights of a file into a network, and report which tensors fitted and which did not change.
 
     Of all sets of weights in the file, with all prefixes, the one that fits most of the network's values is loaded. If
@@ -108,6 +110,11 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
 
     A warning names the parameters that stay random.
 
+    Args:
+        net: The network.
+        checkpoint: The file, or its path, key and prefix; see `Source`.
+        in_chans: Channels of the network's images.
+
     Returns:
         Names of the network's tensors that were loaded, and the file's image preprocessing and class names.
 
@@ -117,7 +124,7 @@ def load(net: Any, checkpoint: str | Path | Mapping[str, str | None]) -> tuple[s
     """
     source = Source.of(checkpoint)
     content, data = read(source.path)
-    found = _chosen(_readings(content, net, source), source)
+    found = _chosen(_readings(content, net, source, in_chans), source)
     own = net.state_dict()
     missing = [name for name in own if name not in found.tensors]
     wrapped = [_BASE_LAYER.join(name.rpartition(".")[::2]) for name in missing]
@@ -179,7 +186,7 @@ def _sets(content: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dic
             yield from _sets(value, f"{path}.{key}" if path else key)
 
 
-def _readings(content: Mapping[str, Any], net: Any, source: Source) -> list[Reading]:
+def _readings(content: Mapping[str, Any], net: Any, source: Source, in_chans: int) -> list[Reading]:
     """The readings of each set of weights that the source allows, with each likely prefix."""
     sets = dict(_sets(content))
     if not sets:
@@ -206,7 +213,7 @@ def _readings(content: Mapping[str, Any], net: Any, source: Source) -> list[Read
     for known, key, prefix, tensors in places:
         if 2 * known < most and prefix not in ("", _common_prefix(tensors)):
             continue
-        reading = _reading(key, prefix, tensors, net, own)
+        reading = _reading(key, prefix, tensors, net, own, in_chans)
         if (key, prefix) not in best or reading.size > best[key, prefix].size:
             best[key, prefix] = reading
     return list(best.values())
@@ -225,8 +232,11 @@ def _chosen(readings: list[Reading], source: Source) -> Reading:
 
 
 def _spellings(tensors: dict[str, Tensor], net: Any) -> Iterator[dict[str, Tensor]]:
-    """The set with timm's names for parts that are called ``shortcut`` or, in an `nn.Sequential`, numbered."""
-    yield {_as_timm(name): tensor for name, tensor in tensors.items()}
+    """The set, and with timm's names for parts that are called ``shortcut`` or, in an `nn.Sequential`, numbered."""
+    yield tensors  # some of timm's networks have parts of that name themselves
+    spelt_out = {_as_timm(name): tensor for name, tensor in tensors.items()}
+    if spelt_out.keys() != tensors.keys():
+        yield spelt_out
     parts = [name for name, part in net.named_children() if part.state_dict()]
     starts = {name[: digits.start()] for name in tensors for digits in re.finditer(r"(?<![^.])\d+\.", name)}
     for start in sorted(starts):
@@ -267,7 +277,9 @@ def _common_prefix(names: Collection[str]) -> str:
     return first[: first.rfind(".", 0, same) + 1]
 
 
-def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own: Mapping[str, Tensor]) -> Reading:
+def _reading(
+    key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own: Mapping[str, Tensor], in_chans: int
+) -> Reading:
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     beside = [name for name in tensors if not name.startswith(prefix)]
     versions = [below]
@@ -278,7 +290,7 @@ def _reading(key: str, prefix: str, tensors: Mapping[str, Tensor], net: Any, own
             versions.append(convert(dict(below)))
     readings = []
     for version in versions:
-        fitting = {name: _adapted(name, tensor, net, own) for name, tensor in version.items() if name in own}
+        fitting = {name: _adapted(name, tensor, net, own, in_chans) for name, tensor in version.items() if name in own}
         kept = {name: tensor for name, tensor in fitting.items() if tensor.shape == own[name].shape}
         changed = [name for name, tensor in kept.items() if name in below and tensor.shape != below[name].shape]
         unused = [name for name in version if name not in kept and isinstance(version[name], Tensor)]
@@ -302,17 +314,22 @@ def _filter(function: Any, net: Any) -> Callable[[dict[str, Tensor]], dict[str, 
     return (lambda tensors: function(tensors, net, **further)) if "model" in taken else function
 
 
-def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor]) -> Tensor:
-    """The weight of the first convolution adapted to the network's number of channels; other tensors unchanged."""
+def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor], in_chans: int) -> Tensor:
+    """The weight of the first convolution adapted to the network's number of channels; other tensors unchanged.
+
+    A stem that moves positions to channels has several inputs for each channel; timm adapts those of three channels to
+    one, and the weights of others stay unchanged, and do not fit.
+    """
     firsts = net.pretrained_cfg.get("first_conv") or ()
     firsts = (firsts,) if isinstance(firsts, str) else firsts
     channels = own[name].shape[1] if own[name].ndim == 4 else 0
     if name not in {f"{first}.weight" for first in firsts} or tensor.ndim != 4 or tensor.shape[1] == channels:
         return tensor
+    moved = channels // in_chans > 1
     try:
-        further = {} if tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
-        return adapt_input_conv(channels, tensor, **further)
-    except (NotImplementedError, TypeError):  # older versions of timm accept three channels only
+        further = {} if moved or tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
+        return adapt_input_conv(in_chans, tensor, **further) if not moved or in_chans == 1 else tensor
+    except (NotImplementedError, TypeError, AssertionError):  # older versions of timm accept three channels only
         return tensor
 
 

@@ -122,3 +122,13 @@ def test_a_checkpoint_is_read_as_data(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "sang").exists()
     pickle.loads(pickle.dumps(content["more"]))
     assert (tmp_path / "sang").exists()  # as it would have been
+
+
+@pytest.mark.parametrize("option", ["--config", "--trainer.callbacks", "--data.augmentation"])
+def test_a_text_that_is_too_long_to_be_looked_through_is_refused(option: str, tmp_path: Path) -> None:
+    long = tmp_path / "long.yaml"
+    long.write_text("# a comment\n" * 100_000 + "model: {class_path: json.JSONDecoder}\n")
+    with pytest.raises(ValueError, match=r"refuses '.*long.yaml' for \S+, a text of 1,200,03\d bytes that it does not"):
+        refuse_code(["fit", option, str(long)])
+    (tmp_path / "weights.pth").write_bytes(bytes(range(256)) * 2**13)
+    refuse_code(["fit", option, str(tmp_path / "weights.pth")])

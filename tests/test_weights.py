@@ -16,6 +16,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ncfinetune import Backbone, weight_files
@@ -350,3 +351,52 @@ def test_files_say_what_their_weights_expect_of_images(tmp_path: Path) -> None:
         timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(tmp_path / name))
     save_file(backbone.net.state_dict(), tmp_path / "plain.safetensors")
     assert weight_files.read(tmp_path / "plain.safetensors")[1] == {}
+
+
+@pytest.mark.parametrize("name", ["resnet50_clip", "ghostnet_050", "coatnet_pico_rw_224", "test_byobnet"])
+def test_networks_with_parts_called_shortcut_get_their_own_weights(name: str, tmp_path: Path) -> None:
+    saved = Backbone(name)
+    assert any("shortcut." in key for key in saved.net.state_dict())
+    saved.save(tmp_path / "own.safetensors")
+    loaded = Backbone(name, checkpoint=str(tmp_path / "own.safetensors"))
+    own = loaded.net.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in saved.net.state_dict().items())
+    assert not loaded.random
+
+
+def test_a_stem_that_moves_positions_to_channels_is_adapted_as_timm_does(tmp_path: Path) -> None:
+    name, first = "tresnet_m", "body.conv1.conv.weight"
+    given = timm.create_model(name, num_classes=0).state_dict()
+    torch.save(given, tmp_path / "colour.pth")
+    grey = Backbone(name, checkpoint=str(tmp_path / "colour.pth"), in_chans=1)
+    torch.testing.assert_close(grey.net.state_dict()[first], adapt_input_conv(1, given[first]))
+    with pytest.warns(UserWarning, match=f"not in the file or of another shape: 1 .{first}.*that are not in the file"):
+        Backbone(name, checkpoint=str(tmp_path / "colour.pth"), in_chans=6)
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(1, [0.3]), (3, [0.3] * 3)])
+def test_statistics_of_grey_images_are_those_of_every_channel(channels: int, mean: list[float], tmp_path: Path) -> None:
+    grey = Backbone("test_resnet", in_chans=1)
+    said = {"class_names": None, "preprocessing": {"mean": [0.3], "std": [0.2]}}
+    weight_files.save(grey.net.state_dict(), tmp_path / "grey.safetensors", said)
+    loaded = Backbone("test_resnet", checkpoint=str(tmp_path / "grey.safetensors"), in_chans=channels)
+    assert loaded.net.pretrained_cfg["mean"] == mean
+    other = Backbone("test_resnet", in_chans=2)
+    before = other.net.pretrained_cfg["mean"]
+    other.take_normalisation({"mean": [0.3] * 3})
+    assert other.net.pretrained_cfg["mean"] == before
+
+
+def test_what_others_call_data_is_left_alone(tmp_path: Path) -> None:
+    weights = Backbone("test_resnet").net.state_dict()
+    save_file({**weights}, tmp_path / "theirs.safetensors", {"data": "imagenet"})
+    torch.save({"state_dict": weights, "data": {"preprocessing": "centre crop"}}, tmp_path / "theirs.pth")
+    for name in ("theirs.safetensors", "theirs.pth"):
+        found = Backbone("test_resnet", checkpoint=str(tmp_path / name))
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in found.net.state_dict().items())
+
+
+@pytest.mark.parametrize("option", ["num_classes", "checkpoint_path", "features_only"])
+def test_options_of_timm_that_are_not_the_backbones_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"timm's option {option} is not the backbone's: it has no classifier"):
+        Backbone("test_resnet", **{option: 1})
