@@ -24,7 +24,9 @@ class PGD:
     the ball around the image, and back to pixels in 0..1. Radius and step are in units of pixels in 0..1, whatever
     the normalisation of the images. The network is in eval mode meanwhile, so that batch normalisation uses its running
     statistics and does not update them with intermediate examples (Pang et al. 2021, arXiv 2010.00467, section 3.2);
-    gradients of the parameters are not touched.
+    gradients of the parameters are not touched. Examples are computed in float32 at least, whatever the precision of
+    the run, and rounded to that of the images in the end. The gradient's length has no part in a step, so that it is
+    computed at a scale at which it does not vanish, however sure the network is of an image.
 
     Args:
         radius: Radius of the ball, such as 8/255 for ``linf``, 0.5 for ``l2``; 0 leaves the images as they are.
@@ -53,6 +55,9 @@ class PGD:
             raise ValueError(f"expected at least 1 PGD step, got {self.steps}")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"expected a PGD step_size above 0, or None, got {self.step_size}")
+        for name in ("mean", "std"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, [float(value) for value in given])
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"expected the PGD norm linf or l2, got {self.norm!r}")
         if (self.mean is None) != (self.std is None):
@@ -68,17 +73,18 @@ class PGD:
         """
         if self.radius == 0:
             return x
-        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean or [0.0], self.std or [1.0]))
-        pixels = x.detach() * std + mean
+        exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        mean, std = (_channels(v, exact) for v in (self.mean or [0.0], self.std or [1.0]))
+        pixels = exact * std + mean
         change = self._project(self._start(pixels), pixels)
         step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
         with eval_mode(model), torch.enable_grad():
             for _ in range(self.steps):
                 change.requires_grad_()
-                loss = F.cross_entropy(model((pixels + change - mean) / std), y, reduction="sum")
-                (slope,) = torch.autograd.grad(loss, change)
+                logits = model(((pixels + change - mean) / std).to(x.dtype))
+                (slope,) = torch.autograd.grad(logits, change, _uphill(logits.detach(), y).to(logits.dtype))
                 change = self._project(change.detach() + step * self._direction(slope), pixels)
-        return x.detach() + change / std
+        return (exact + change / std).to(x.dtype)
 
     def _start(self, pixels: Tensor) -> Tensor:
         """A uniformly random point of the ball."""
@@ -97,6 +103,25 @@ class PGD:
         else:
             change = change * (self.radius / _length(change)).clamp(max=1)
         return (pixels + change).clamp(0, 1) - pixels
+
+
+def _uphill(logits: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the cross-entropy in the logits ``(N, K)``, scaled for each image to a size of about one.
+
+    For a label it is that of ``p - onehot``, which is a multiple of the softmax over the other classes less the one-hot
+    label; in half precision, or at a probability of nearly one, it would be 0 itself.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if y.ndim == 1:
+        label = F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
+        return logits.masked_fill(label.bool(), -torch.inf).softmax(1) - label
+    slope = logits.softmax(1) * y.sum(1, keepdim=True) - y
+    return slope / slope.abs().amax(1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """One number a channel, ``(C, 1, 1)``, without a copy from the host, which would wait for the device."""
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 def _length(images: Tensor) -> Tensor:

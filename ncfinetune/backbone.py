@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ncfinetune import weight_files, weights
 from ncfinetune.blocks import block_names
+from ncfinetune.built_in import built_in, foreign
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.mode_caches import drop_caches
 from ncfinetune.pool_search import find_pools
@@ -63,8 +64,9 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: Unknown architecture (with the nearest names) or tag of weights, a stem that the architecture does
-            not have, adapters that peft cannot make, or a checkpoint that fits none of its parameters; in ``forward``
-            and ``stages``, an input that is not a batch of images with the network's number of channels.
+            not have, timm's own ``num_classes``, ``checkpoint_path`` or ``features_only``, options of other than
+            built-in types, adapters that peft cannot make, or a checkpoint that fits none of its parameters; in
+            ``forward`` and ``stages``, an input that is not a batch of images with the network's number of channels.
         FileNotFoundError: No such checkpoint.
         ModuleNotFoundError: ``lora`` without the package peft.
     """
@@ -85,7 +87,9 @@ class Backbone(nn.Module):
         _check_name(name)
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"expected stem imagenet or cifar, got {stem!r}")
-        self.spec: dict[str, Any] = {"name": name, "stem": stem, **timm_kwargs, **({"lora": lora} if lora else {})}
+        adapters = {"lora": lora} if lora else {}
+        self.spec: dict[str, Any] = built_in({"name": name, "stem": stem, **timm_kwargs, **adapters})
+        _check_spec(self.spec)
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
         except (TypeError, RuntimeError) as error:
@@ -197,7 +201,7 @@ class Backbone(nn.Module):
         adapted = bool(self._adapters)
         if adapted:  # their layers have other names than the layers in files
             self.net = self._adapters.pop().unload()
-        loaded, data = weights.load(self.net, checkpoint)
+        loaded, data = weights.load(self.net, checkpoint, self.spec.get("in_chans", 3))
         drop_caches(self.net)
         self._start = {name: sample for name, sample in self._start.items() if name not in loaded}
         self.take_normalisation(data.get("preprocessing"))
@@ -208,9 +212,14 @@ class Backbone(nn.Module):
         """Copy the mean and the standard deviation of a preprocessing into the network's ``pretrained_cfg``.
 
         Args:
-            preprocessing: The preprocessing; None, as of a run whose data did not state it, copies nothing.
+            preprocessing: The preprocessing; None, as of a run whose data did not state it, copies nothing. Numbers of
+                a single channel stand for all channels, those of another number of channels are not copied.
         """
-        stated = {name: value for name in ("mean", "std") if (value := (preprocessing or {}).get(name)) is not None}
+        channels, stated = self.spec.get("in_chans", 3), {}
+        for name in ("mean", "std"):
+            values = (preprocessing or {}).get(name) or ()
+            if len(values) in (1, channels):
+                stated[name] = list(values) * (channels // len(values))
         self.net.pretrained_cfg = {**self.net.pretrained_cfg, **stated}
 
     def save(self, path: str | Path) -> None:
@@ -363,6 +372,19 @@ def _check_name(name: str) -> None:
         known = timm.list_models(f"{base}.*", pretrained=True)
         remedy = f"expected one of {', '.join(known)}" if known else f"it has none, so the name is {base}"
         raise ValueError(f"timm has no weights {tag!r} of {base}; {remedy}") from None
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    if own := [name for name in ("num_classes", "checkpoint_path", "features_only") if name in spec]:
+        raise ValueError(
+            f"timm's option {own[0]} is not the backbone's: it has no classifier (num_classes is the model's), its "
+            "weights come from checkpoint, and its layers have names"
+        )
+    if strange := foreign(spec):
+        raise ValueError(
+            "expected options of the backbone as numbers, words, lists and dictionaries, which checkpoints can hold, "
+            f"got {strange}; timm takes the names of layers too, such as act_layer='silu'"
+        )
 
 
 def _shrink_stem(net: Any, name: str) -> None:

@@ -106,13 +106,13 @@ class Classifier(Learner):
             if not 0 < layer_decay <= 1:
                 raise ValueError(f"expected layer_decay above 0 and up to 1, or None, got {layer_decay}")
             depths(self.backbone.net)
-        self.layer_decay = layer_decay
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
-        self._balances = class_weight == "balanced"
+        self.layer_decay = None if layer_decay is None else float(layer_decay)
+        self.num_classes = int(num_classes)
+        self.label_smoothing = float(label_smoothing)
+        self._balances = isinstance(class_weight, str)
         # No buffer, which the precision bf16-true would round to 8 bits.
         self.class_weights = _start_of_weights(class_weight, num_classes)
-        # Number of this epoch's label rows that do not sum to 1, on this process; read when the epoch ends.
+        # Number of this epoch's label rows that are no probabilities, on this process; read when the epoch ends.
         self._wrong_rows: Tensor | None = None
 
     def parameter_groups(self) -> list[Any]:
@@ -154,13 +154,13 @@ class Classifier(Learner):
             ValueError: The datamodule has another number of classes, or ``balanced`` cannot be computed.
         """
         super().setup(stage)
-        offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
-        if offered != self.num_classes:
+        offered = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if offered not in (None, self.num_classes):
             raise ValueError(
                 f"the model has num_classes={self.num_classes}, the data {offered}; "
                 f"give the model num_classes={offered}"
             )
-        if stage == "fit" and self._balances:
+        if stage == "fit" and self._balances and self.trainer.limit_train_batches:
             self.class_weights = _balanced(_training_counts(self.trainer, self.num_classes)).float()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -367,14 +367,15 @@ def _listed(names: list[str]) -> str:
 
 
 def _off_one(shares: Tensor) -> Tensor:
-    """Which rows do not sum to 1; a row with a nan does not."""
-    return ~((shares.sum(1, dtype=torch.float32) - 1).abs() <= _ROW_SUM_TOLERANCE)
+    """Which rows do not sum to 1, or hold a negative number; a row with a nan does not."""
+    whole_rows = (shares.sum(1, dtype=torch.float32) - 1).abs() <= _ROW_SUM_TOLERANCE
+    return ~(whole_rows & (shares >= 0).all(1))
 
 
 def _not_probabilities(found: str) -> str:
     return (
-        f"expected labels (N, K) to be class probabilities whose rows sum to 1, got {found}; multi-label data, in "
-        "which an image has several classes, are not supported"
+        f"expected labels (N, K) to be class probabilities, not negative, whose rows sum to 1, got {found}; "
+        "multi-label data, in which an image has several classes, are not supported"
     )
 
 
@@ -386,8 +387,12 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
         if (wrong := _off_one(labels)).any():
-            raise ValueError(_not_probabilities(f"a row that sums to {float(labels[wrong][0].sum()):g}"))
+            row = labels[wrong][0]
+            least = f" and holds {float(row.min()):g}" if row.min() < 0 else ""
+            raise ValueError(_not_probabilities(f"a row that sums to {float(row.sum()):g}{least}"))
         return
+    if labels.is_floating_point():
+        raise ValueError(f"expected labels (N,) as integers, got {labels.dtype}; cast them by labels.long()")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         wrong_label = low if low < 0 else high

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,7 +41,7 @@ def save(
     check_suffix(path)
     facts = {**facts, "base_dtype": _dtype(frozen)}
     metadata = {"format": _FORMAT, "base_fingerprint": fingerprint(as_tuned_on(frozen, facts))}
-    metadata |= {name: json.dumps(fact, default=repr) for name, fact in facts.items()}
+    metadata |= {name: json.dumps(fact) for name, fact in facts.items()}
     metadata["fingerprint"] = fingerprint(tensors, metadata)
     with replacing(path) as part:
         save_file(with_own_memory(tensors), part, metadata)
@@ -69,6 +70,34 @@ def as_tuned_on(frozen: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in frozen.items()}
 
 
+def start_of(tuned: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What tells the values that tuned tensors have when a fit starts, in plain types: see `check_start`."""
+    dtype = _dtype(tuned)
+    return {"base_dtype": dtype, "fingerprint": fingerprint(as_tuned_on(tuned, {"base_dtype": dtype}))}
+
+
+def check_start(path: str | Path, facts: Mapping[str, Any], base: Mapping[str, Tensor]) -> None:
+    """Refuse to average a delta with other values of the tuned tensors than those that its fit started from.
+
+    The fingerprint of the base does not cover these, since the delta replaces them.
+
+    Raises:
+        ValueError: They are others.
+    """
+    start = facts.get("start")
+    if start is None:
+        rank_zero_warn(
+            f"delta {str(path)!r} does not say which values of the tuned layers its fit started from, so that it is "
+            "averaged with those of this base unchecked"
+        )
+    elif start["fingerprint"] != (own := fingerprint(as_tuned_on(base, start))):
+        raise ValueError(
+            f"delta {str(path)!r} was tuned from layers with the fingerprint {start['fingerprint']}, but those of this "
+            f"base have {own}, and an average with other weights is of no use; give the checkpoint that the fit "
+            "started from, or strength=1"
+        )
+
+
 def is_delta(path: str | Path) -> bool:
     """Whether an intact safetensors file is a delta."""
     with safe_open(path, framework="pt") as file:
@@ -78,7 +107,8 @@ def is_delta(path: str | Path) -> bool:
 def facts(path: str | Path) -> dict[str, Any]:
     """The metadata of a delta: ``base``, ``knobs``, ``class_names``, ``preprocessing`` and two fingerprints.
 
-    Of a delta that records it also ``base_dtype``, the type to which its run has rounded the frozen tensors.
+    Of a delta that records them also ``base_dtype``, the type to which its run has rounded the frozen tensors, and
+    ``start``, which tells the tuned tensors that its fit started from.
 
     Raises:
         FileNotFoundError: No such file.
@@ -123,7 +153,7 @@ def load(
         ValueError: The file is no delta, a delta of other options or another base, or its tensors are not the tuned
             ones or not as they were saved.
     """
-    metadata, here = _metadata(path), json.loads(json.dumps(here, default=repr))
+    metadata, here = _metadata(path), json.loads(json.dumps(here))
     there = _parsed(path, metadata)
     for name in ("num_classes", "train", "skip_from", "skip_join"):
         ours, theirs = here["knobs"].get(name), there["knobs"].get(name)

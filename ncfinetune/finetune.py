@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune import knobs
@@ -27,7 +27,7 @@ from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block
 from ncfinetune.loaders import is_stream
 from ncfinetune.partly_frozen import PartlyFrozen
-from ncfinetune.passes import evaluation, ready_batches
+from ncfinetune.passes import eval_mode, evaluation, ready_batches
 from ncfinetune.probes import simplex_etf
 from ncfinetune.schedule import two_groups
 from ncfinetune.skips import choose_skips, layer_features
@@ -177,10 +177,11 @@ class FineTuner(PartlyFrozen):
         join = "concat" if skip_from == "auto" else skip_join
         self.head = new_head(self._split.widths, num_classes, None if skip_from is None else join)
         self._cache = PrefixCache(cache, cache_dir, self._split)
-        self.head_lr_factor = head_lr_factor
+        self.head_lr_factor = float(head_lr_factor)
         if "etf" in (head_init, refit) and skip_from != "auto":
             simplex_etf(num_classes, self.classifier.in_features)  # raises where the width is too small for a simplex
         self._start_head()
+        self._check_reached()
         self.train()
 
     @property
@@ -210,6 +211,7 @@ class FineTuner(PartlyFrozen):
         """Fill the cache, and initialise the classifier in closed form if ``head_init`` names one."""
         super().on_fit_start()
         self._cache.fill(self.trainer, self, self._tuned_and_frozen()[1])
+        self._warn_of_limits()
         if not self._head_ready:
             rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
@@ -299,15 +301,17 @@ class FineTuner(PartlyFrozen):
     def _choose_block(self, stage: str) -> None:
         """Choose the block to tune by the network's expansion on the training images."""
         knobs.check_chooses("train", stage)
-        block = self.trainer.strategy.broadcast(choose_block(self.trainer, self, self.backbone, self.num_classes))
+        with self._split.expanded():
+            found = choose_block(self.trainer, self, self.backbone, self.num_classes)
+        block = self.trainer.strategy.broadcast(found)
         rank_zero_info(f"train: {block or 'no block, since none is expected to lower the error'}")
         knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
         self._tune(block or "none")
         self._split.tune(self.chosen.places())
-        self._split.forget()  # copies for averages cannot have a graph
         self.train()
         self.hparams.update({"train": block} if block else NO_LAYER)
         self.layer_decay = self.hparams["layer_decay"]
+        self._check_reached()
         average_anew(self.trainer, self)
 
     def _choose_skips(self, stage: str) -> None:
@@ -325,7 +329,40 @@ class FineTuner(PartlyFrozen):
         self.head.rebuild(width, skipped, join)
         self._start_head()
         self.hparams.update({"skip_from": skips, "max_skips": 1})
+        self._check_reached()
         average_anew(self.trainer, self)
+
+    def _check_reached(self) -> None:
+        """Refuse tuned layers that the classifier gets nothing of: with ``only`` those behind the skipped layers."""
+        named = {name: p for name, p in self.backbone.net.named_parameters() if p.requires_grad}
+        if self.hparams["skip_join"] != "only" or not self._split.skips or not named:
+            return
+        with eval_mode(self), torch.enable_grad():
+            last, *skipped = self.features(self.backbone.noise(2))
+        runs, reaches = (
+            torch.autograd.grad(torch.cat(parts, 1).sum(), [*named.values()], retain_graph=True, allow_unused=True)
+            if any(part.requires_grad for part in parts)
+            else [None] * len(named)
+            for parts in ((last, *skipped), skipped)
+        )
+        behind = [name for name, a, b in zip(named, runs, reaches, strict=True) if a is not None and b is None]
+        if behind:
+            raise ValueError(
+                f'with skip_join="only" the classifier gets the output of {", ".join(self._split.skips)} alone, which '
+                f"does not depend on {behind[0]!r}, so that it would not be trained; name layers up to the skipped "
+                "one in train, or take another skip_join"
+            )
+
+    def _warn_of_limits(self) -> None:
+        """Warn that a closed form reads all training images of a run that trains on fewer."""
+        trainer: Any = self.trainer
+        limit = trainer.limit_train_batches
+        some = limit and not (isinstance(limit, float) and limit == 1) and not trainer.fast_dev_run
+        if some and (self.refit != "none" or not self._head_ready):
+            rank_zero_warn(
+                "the classifier in closed form reads all training images, although the run is limited to "
+                f"limit_train_batches={limit}; for fewer labels give the datamodule shots or a fraction"
+            )
 
     def _refit(self) -> None:
         """Fit the classifier in closed form, unless that was done after this batch."""

@@ -32,6 +32,8 @@ _NOT_THE_MODEL = (
     "lr_scheduler",
     "lr_interval",
 )
+# Kinds of parameters that stand for several arguments.
+_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # What a fit in which ``auto`` chose no layer to train saves: with the others its checkpoint would be refused.
 NO_LAYER = {"train": "none", "skip_gradient": "both", "layer_decay": None}
 
@@ -181,8 +183,15 @@ def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, sk
 
 
 def kept_by_deltas(kind: type) -> set[str]:
-    """The arguments of a `FineTuner` that a delta stores as its options."""
-    return set(inspect.signature(kind).parameters) - set(_NOT_THE_MODEL)
+    """The arguments of a `FineTuner`, or of a class that hands ``**kwargs`` on to it, that a delta stores."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            found |= {parameter.name for parameter in parameters if parameter.kind not in _SEVERAL}
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return found - set(_NOT_THE_MODEL)
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], tunes_the_same: Callable[[Any], bool]) -> None:

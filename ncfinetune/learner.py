@@ -28,6 +28,7 @@ from ncfinetune.averages import (
     warn_of_one_rate,
 )
 from ncfinetune.backbone import Backbone
+from ncfinetune.built_in import built_in
 from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search
 from ncfinetune.inputs import may_look
@@ -38,7 +39,7 @@ from ncfinetune.loop_progress import (
     take_up_epoch,
 )
 from ncfinetune.resume import Resumption, last_saved
-from ncfinetune.schedule import check_lengths, follows_rates, monitored, scale_rates
+from ncfinetune.schedule import check_lengths, follows_rates, images_a_step, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
@@ -137,6 +138,7 @@ class Learner(LightningModule, ABC):
         _check_interval(lr_interval, lr_scheduler)
         self.save_hyperparameters(ignore=["backbone", "checkpoint", *_OF_THE_RUN])
         self.backbone = Backbone.build(backbone)
+        self.hparams.update({k: v if isinstance(v, Tensor) else built_in(v) for k, v in self.hparams.items()})
         self.hparams["backbone"] = self.backbone.spec
         self._optimizer = optimizer or torch.optim.AdamW
         self._lr_scheduler = lr_scheduler
@@ -235,7 +237,7 @@ class Learner(LightningModule, ABC):
         self._configured_for = self._tuned()
         optimizer = self._optimizer(self.parameter_groups())
         scales = self._lr_batch is not None and self.lr is None
-        self._lr_factor = _images_a_step(self.trainer) / self._lr_batch if scales and self._lr_batch else 1.0
+        self._lr_factor = images_a_step(self.trainer) / self._lr_batch if scales and self._lr_batch else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] if self.lr is None else self.lr
         factors = [self.lr_factor(group) for group in optimizer.param_groups]
@@ -271,12 +273,13 @@ class Learner(LightningModule, ABC):
 
     def _tuned(self) -> tuple[Any, ...]:
         """The values that callbacks may change at the start of a run and that the optimiser depends on."""
-        return self.lr, self._lr_batch and _images_a_step(self.trainer)
+        return self.lr, self._lr_batch and images_a_step(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Refuse processes that would train independently, and read class names and preprocessing of the data.
 
-        A fit forgets what an earlier one was resumed from, however that ended.
+        A fit forgets what an earlier one was resumed from, however that ended, and trains a model that was left in eval
+        mode, as by `PartlyFrozen.from_delta` or an interrupted validation.
         """
         self._resumption = Resumption()
         check_launched(self.trainer)
@@ -284,6 +287,8 @@ class Learner(LightningModule, ABC):
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
+            if not self.training:
+                self.train()
             if not (self.class_names and are_numbers(names)):  # which may stand for the names that are known
                 self.class_names = names or self.class_names
             self.preprocessing = images or self.preprocessing
@@ -418,15 +423,7 @@ def are_numbers(names: list[str] | None) -> bool:
 def _described(data: Any) -> tuple[list[str] | None, dict[str, Any] | None]:
     """A datamodule's class names and its image preprocessing, as far as it states them."""
     names, images = getattr(data, "class_names", None), getattr(data, "preprocessing", None)
-    return [str(name) for name in names or ()] or None, images if isinstance(images, dict) else None
-
-
-def _images_a_step(trainer: Trainer) -> int:
-    _ = trainer.estimated_stepping_batches  # creates the loader, which does not exist before the first epoch
-    size = getattr(trainer.train_dataloader, "batch_size", None)
-    if size is None:
-        raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
-    return size * trainer.world_size * trainer.accumulate_grad_batches
+    return [str(name) for name in names or ()] or None, built_in(images) if isinstance(images, dict) else None
 
 
 def _no_batch(epoch: int) -> str:

@@ -6,10 +6,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from ncfinetune import delta
+from ncfinetune.built_in import foreign
 from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
@@ -20,6 +21,9 @@ from ncfinetune.timm_network import save_for_timm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Entry of checkpoints: what tells the tuned layers that the first fit started from.
+_START = "tuned_from"
 
 
 class PartlyFrozen(Classifier):
@@ -53,6 +57,8 @@ class PartlyFrozen(Classifier):
             self.backbone.load(checkpoint)
         self.allow_random = allow_random
         self._frozen = Frozen()
+        # What tells the tuned layers that the first fit started from; empty where a checkpoint does not say.
+        self._start: dict[str, Any] | None = None
         self._tune(train)
         check_adapters(train, self.backbone.adapters, self.backbone.net)
 
@@ -64,6 +70,8 @@ class PartlyFrozen(Classifier):
         super().setup(stage)
         if stage == "fit":
             refuse_tuners(self, self.trainer)
+            if strange := foreign(self._facts()["knobs"]):
+                rank_zero_warn(f"no delta will be written beside the checkpoints: {_not_in_delta(strange)}")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_fit_start(self) -> None:
@@ -72,7 +80,9 @@ class PartlyFrozen(Classifier):
         self.chosen.check(self.backbone.net)
         if not self.allow_random:
             refuse_random(self.backbone.net, self.backbone.random)
-        frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())[1]
+        tuned, frozen = self._tuned_and_frozen(self.trainer.strategy.lightning_module_state_dict())
+        if self._start is None:
+            self._start = delta.start_of(_of_backbone(tuned))
         self._frozen.remember(frozen, self, self.trainer)
         rank_zero_info(self.parameter_table())
 
@@ -106,6 +116,12 @@ class PartlyFrozen(Classifier):
         """Save the frozen tensors as they were loaded, even if a callback changed them."""
         super().on_save_checkpoint(checkpoint)
         self._frozen.restore_in(checkpoint["state_dict"])
+        checkpoint[_START] = self._start
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what tells the layers that the first fit started from."""
+        super().on_load_checkpoint(checkpoint)
+        self._start = checkpoint.get(_START, {})
 
     def on_fit_end(self) -> None:
         """Write ``delta.safetensors`` beside the checkpoints; after a run without a step ``last.ckpt`` too.
@@ -120,7 +136,7 @@ class PartlyFrozen(Classifier):
         self._frozen.check(self._tuned_and_frozen(state)[1])
         if folder and trainer.global_step == 0:  # Lightning saves no checkpoint of such a run
             trainer.save_checkpoint(Path(folder) / "last.ckpt")
-        if folder and trainer.is_global_zero and not trainer.fast_dev_run:
+        if folder and trainer.is_global_zero and not trainer.fast_dev_run and not foreign(self._facts()["knobs"]):
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.save_delta(Path(folder) / "delta.safetensors", state=state)
 
@@ -151,8 +167,10 @@ class PartlyFrozen(Classifier):
             state: The state of this module, where its own is sharded over processes.
 
         Raises:
-            ValueError: The file's name has another suffix.
+            ValueError: The file's name has another suffix, or an option of a subclass is of no built-in type.
         """
+        if strange := foreign(self._facts()["knobs"]):
+            raise ValueError(_not_in_delta(strange))
         tensors, frozen = self._of_delta(state)
         names = self.class_names if class_names is None else class_names
         delta.save(path, tensors, frozen, {**self._facts(), "class_names": names})
@@ -173,6 +191,7 @@ class PartlyFrozen(Classifier):
             delta.load(path, tuned, base, self._facts()) | delta.as_tuned_on(base, facts), strict=False
         )
         self._trained_on(facts["class_names"], facts["preprocessing"])
+        self._start = facts.get("start") or {}
 
     @classmethod
     def from_delta(
@@ -195,7 +214,7 @@ class PartlyFrozen(Classifier):
         Raises:
             FileNotFoundError: No such file.
             ValueError: The file is no delta, a damaged one, or a delta of another base; ``strength`` is outside 0..1,
-                or below 1 for adapters.
+                or below 1 for adapters, or for a base with other tuned layers than the fit started from.
         """
         facts = delta.facts(path)
         delta.check_strength(strength, facts)
@@ -203,6 +222,8 @@ class PartlyFrozen(Classifier):
             raise ValueError(f"delta {str(path)!r} is of another version: a FineTuner has no {', '.join(strange)}")
         model = cls(backbone={**facts["base"], "pretrained": pretrained}, checkpoint=checkpoint, **facts["knobs"])
         base = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()} if strength != 1 else {}
+        if base:
+            delta.check_start(path, facts, _of_backbone(model._of_delta()[0]))
         model.load_delta(path)
         delta.average(base, model.backbone.state_dict(), strength)
         return model.eval()
@@ -251,5 +272,13 @@ class PartlyFrozen(Classifier):
     def _facts(self) -> dict[str, Any]:
         # Under the command line Lightning keeps further entries in the hyper-parameters.
         kept = {name: self.hparams[name] for name in sorted(kept_by_deltas(type(self))) if name in self.hparams}
-        data = {"class_names": self.class_names, "preprocessing": self.preprocessing}
+        data = {"class_names": self.class_names, "preprocessing": self.preprocessing, "start": self._start or None}
         return {"base": self.backbone.spec, "knobs": kept, **data}
+
+
+def _of_backbone(tuned: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tuned.items() if name.startswith("backbone.")}
+
+
+def _not_in_delta(option: str) -> str:
+    return f"expected options that are numbers, words, lists and dictionaries, which a delta can hold, got {option}"

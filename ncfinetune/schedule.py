@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -51,7 +52,7 @@ def check_lengths(trainer: Any) -> None:
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, WarmupCosine):
             epochs, steps = config.scheduler.epochs, config.interval == "step"
-            length = trainer.estimated_stepping_batches if steps else _epochs_of(trainer)
+            length = _steps_of(trainer) if steps else _epochs_of(trainer)
             if epochs < length < math.inf:
                 raise ValueError(
                     f"WarmupCosine has epochs={epochs}, after which the learning rate is 0, but the run has {length} "
@@ -64,6 +65,40 @@ def _epochs_of(trainer: Any) -> float:
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     batches = trainer.max_steps * trainer.accumulate_grad_batches
     return epochs if batches < 0 else min(epochs, math.ceil(batches / max(1, trainer.num_training_batches)))
+
+
+def _steps_of(trainer: Any) -> float:
+    """Steps of the optimiser in a run; Lightning counts those of a `GradientAccumulationScheduler` without it."""
+    steps: float = trainer.estimated_stepping_batches
+    batches, epochs, schedule = trainer.num_training_batches, trainer.max_epochs, _accumulation(trainer)
+    if schedule is None or epochs == -1 or batches == math.inf:
+        return steps
+    counted = sum(math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
+
+
+def _accumulation(trainer: Any) -> GradientAccumulationScheduler | None:
+    return next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+
+
+def images_a_step(trainer: Any) -> int:
+    """Training images of a step of the optimiser, over all processes and accumulated batches.
+
+    Raises:
+        ValueError: The loader has no batch size, or a `GradientAccumulationScheduler` changes the number.
+    """
+    _ = trainer.estimated_stepping_batches  # creates the loader, which does not exist before the first epoch
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    if size is None:
+        raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
+    schedule = _accumulation(trainer)
+    numbers = {trainer.accumulate_grad_batches} if schedule is None else {*schedule.scheduling.values()}
+    if len(numbers) > 1:
+        raise ValueError(
+            f"lr_batch scales the learning rate once, but GradientAccumulationScheduler accumulates {sorted(numbers)} "
+            "batches in turn; leave lr_batch out and give the rate"
+        )
+    return size * trainer.world_size * numbers.pop()
 
 
 def depths(net: Any) -> dict[str, int]:

@@ -5,7 +5,8 @@ Legend: ``N`` samples, ``d`` width of the penultimate features, ``d_l`` width of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -59,9 +60,22 @@ class Split:
         """Take these layers as the tuned ones; the network must not be cut."""
         self._tuned = tuple(tuned)
 
-    def forget(self) -> None:
-        """Drop the skipped layers' outputs, with their graphs, that a run of the network alone has left."""
-        self._caught.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what a run of the network alone has left: a copy cannot have its graph."""
+        return {**vars(self), "_caught": {}}
+
+    @contextmanager
+    def expanded(self) -> Iterator[None]:
+        """A context for runs of the network alone, in which the gradient reaches all layers whatever ``gradient`` is.
+
+        What these runs leave of the skipped layers' outputs, with their graphs, is dropped at its end.
+        """
+        gradient, self._gradient = self._gradient, "both"
+        try:
+            yield
+        finally:
+            self._gradient = gradient
+            self._caught.clear()
 
     def skip_from(self, skips: Sequence[str]) -> None:
         """Add skip connections from these layers; there must be none yet."""

@@ -59,7 +59,11 @@ class StoredSet(Dataset[tuple[Stored, Tensor]]):
         kind = type(loader) if type(loader).__init__ is DataLoader.__init__ else DataLoader
         # A separate generator: each pass draws a seed for workers, though there are none, and would draw it from the
         # global generator that the model uses.
-        options: dict[str, Any] = {"collate_fn": _as_is, "generator": torch.Generator()}
+        options: dict[str, Any] = {
+            "collate_fn": _as_is,
+            "generator": torch.Generator(),
+            "pin_memory": loader.pin_memory,
+        }
         if loader.batch_size is None:
             return kind(self, batch_sampler=loader.batch_sampler, **options)
         options |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}

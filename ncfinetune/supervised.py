@@ -127,7 +127,7 @@ class Supervised(Classifier):
     def setup(self, stage: str) -> None:
         """Refuse data with another number of classes, and read its normalisation."""
         super().setup(stage)
-        if self.adversary is not None and self.adversary.std is None:
+        if stage == "fit" and self.adversary is not None and self.adversary.std is None:
             mean, std = _normalisation(getattr(self.trainer, "datamodule", None))
             self._attack = dataclasses.replace(self.adversary, mean=mean, std=std)
 

@@ -121,3 +121,45 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
 def test_it_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PGD(0.1).radius = 0.2
+
+
+class _Sure(nn.Module):
+    """Classifies by one pixel, with a margin of 400 between the logits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x.flatten(1)[:, :1] * 800 - 400
+        return torch.cat([-first, first, first - 1e3], 1)
+
+
+def test_images_that_are_classified_surely_are_attacked_too() -> None:
+    pixels = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    found = PGD(0.25, steps=2)(_Sure(), pixels, torch.tensor([1, 0]))
+    torch.testing.assert_close(found[:, 0, 0, 0], torch.tensor([0.75, 0.25]))
+
+
+def test_half_precision_attacks_as_single_precision_does() -> None:
+    torch.manual_seed(0)
+    model, pixels, y = _net().eval(), _pixels(), torch.arange(6) % 4
+    for _, parameter in model[-1].named_parameters():
+        parameter.data *= 40  # probabilities of nearly one, whose gradients vanish in half precision
+    y = model(pixels).argmax(1)
+    torch.manual_seed(1)
+    expected = PGD(0.1, steps=5)(model, pixels, y)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.float16):
+        found = PGD(0.1, steps=5)(model, pixels, y)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().mean() < 0.1 * (expected - pixels).abs().mean()
+
+
+def test_bfloat16_images_stay_in_the_ball_but_for_their_own_rounding() -> None:
+    model, pixels = _net().bfloat16().eval(), _pixels().bfloat16()
+    found = PGD(2 / 255, steps=20)(model, pixels, torch.arange(6) % 4)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - pixels.float()).abs().max() <= 2 / 255 + 2.0**-9  # half a unit in the last place below 1
+
+
+def test_statistics_of_any_type_are_taken() -> None:
+    numbers = PGD(0.1, mean=torch.tensor(MEAN), std=torch.tensor(STD).numpy())
+    assert [type(value) for value in (*numbers.mean, *numbers.std)] == [float] * 6
+    assert numbers.mean == pytest.approx(MEAN)

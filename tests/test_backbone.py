@@ -1,5 +1,7 @@
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -198,3 +200,16 @@ def test_backbone_without_a_name_or_of_an_unknown_tag() -> None:
         Backbone("test_resnet.nonsense", pretrained=True)
     with pytest.raises(ValueError, match="no weights 'nonsense' of convnextv2_small; it has none, so the name is conv"):
         Backbone("convnextv2_small.nonsense")
+
+
+@pytest.mark.parametrize("options", [{"act_layer": torch.nn.SiLU}, {"block_args": [{"norm": torch.nn.Identity()}]}])
+def test_options_that_no_checkpoint_holds_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected options of the backbone as numbers, .*; timm takes the names of"):
+        Backbone("test_resnet", **options)
+    assert Backbone("test_resnet", act_layer="silu").spec["act_layer"] == "silu"
+
+
+def test_options_of_other_types_are_kept_as_built_in_ones() -> None:
+    spec = Backbone("resnet18", channels=np.array([4, 4, 4, 4]), in_chans=np.int64(1)).spec
+    assert spec == {"name": "resnet18", "stem": "imagenet", "channels": [4, 4, 4, 4], "in_chans": 1}
+    assert type(spec["in_chans"]) is int

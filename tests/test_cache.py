@@ -440,3 +440,22 @@ def test_cache_is_used_where_the_loaders_were_asked_for_before(tmp_path: Path) -
 def test_folder_without_files_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cache_dir='elsewhere' is for cache=\"disk\", and cache='memory' writes no"):
         _model(cache="memory", cache_dir="elsewhere")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_validation_set_without_images_is_left_alone(place: str, tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], shots=8, batch_size=7)
+    nothing = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0).long())
+    )
+    data.val_dataloader = lambda: nothing
+    folder = {"cache_dir": str(tmp_path / "cache")} if place == "disk" else {}
+    _fit(tmp_path, _model(cache=place, **folder), data)
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_stored_values_are_pinned_where_images_are(pins: bool) -> None:
+    stored = store.StoredSet(torch.zeros(4, 2), torch.zeros(4).long())
+    loader = torch.utils.data.DataLoader(range(4), batch_size=2, pin_memory=pins)
+    assert stored.loader_like(loader).pin_memory == pins

@@ -488,3 +488,22 @@ def test_a_run_goes_on_with_the_factors_that_its_optimiser_has(name: str, tmp_pa
     with pytest.raises(ValueError, match=f"cannot resume a run of {name}=0.5 with {name}=0.8, since the saved opt"):
         fit(0.8, 2, ckpt_path=tmp_path / "a.ckpt")
     assert fit(0.5, 2, ckpt_path=tmp_path / "a.ckpt").optimizers[0].param_groups[-1]["name"] == "head"
+
+
+def test_weights_of_any_type_are_taken_and_saved_as_numbers() -> None:
+    for weights in (np.array([1.0, 2, 3]), torch.tensor([1.0, 2, 3])):
+        model = Supervised(3, SMALL, class_weight=weights)
+        assert model.class_weights.tolist() == [1, 2, 3]
+
+
+def test_balanced_weights_of_a_run_without_training_batches_are_not_counted(tmp_path: Path) -> None:
+    model = Supervised(3, VIT, class_weight="balanced")
+    _trainer(tmp_path, limit_train_batches=0).fit(model, DataLoader(_uneven(), batch_size=4))
+    assert model.class_weights.tolist() == [1, 1, 1]
+
+
+def test_a_datamodule_that_does_not_know_its_classes_is_taken(tmp_path: Path) -> None:
+    data = LightningDataModule()
+    data.train_dataloader = lambda: DataLoader(_uneven(), batch_size=4)
+    data.num_classes = None
+    _trainer(tmp_path).fit(Supervised(3, VIT), data)

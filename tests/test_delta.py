@@ -1,6 +1,7 @@
 """Deltas: small, tied to their base, and as good as the checkpoint."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def test_weights_lie_between_base_and_delta(strength: float, tmp_path: Path) -> 
     before = FineTuner(3, SMALL, checkpoint=base).state_dict()
     model = _tuned(FineTuner(3, SMALL, checkpoint=base, train="layer4.*"))
     model.save_delta(tmp_path / "delta.safetensors")
-    between = FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=strength).state_dict()
+    unknown = pytest.warns(UserWarning, match="does not say which values of the tuned layers its fit started from")
+    with unknown if strength != 1 else nullcontext():
+        between = FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=strength).state_dict()
     for name, after in model.state_dict().items():
         whole = name.startswith("head.") or not after.is_floating_point()
         expected = after if whole else before[name] + strength * (after - before[name])
@@ -304,3 +307,57 @@ def test_a_trial_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = FineTuner(3, SMALL, checkpoint=base, train="layer3.0", optimizer=plain_sgd)
     trainer_in(tmp_path, enable_checkpointing=True, fast_dev_run=True).fit(model, Digits([7, 8, 9], shots=4))
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("train", ["layer4.*", "all"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_other_layers_than_the_fit_started_from_are_not_averaged(train: str, precision: Any, tmp_path: Path) -> None:
+    base, data = _base(tmp_path), Digits([7, 8, 9], shots=4)
+    other = torch.load(base)
+    other["net.layer4.1.bn2.bias"] += 0.1
+    torch.save(other, tmp_path / "other.pt")
+    model = FineTuner(3, SMALL, checkpoint=base, train=train, optimizer=plain_sgd)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True, precision=precision)
+    trainer.fit(model, data)
+    path = Path(trainer.checkpoint_callback.dirpath) / "delta.safetensors"
+    last = trainer.checkpoint_callback.best_model_path
+    FineTuner.from_delta(path, checkpoint=base, strength=0.5)
+    FineTuner.from_delta(path, checkpoint=str(tmp_path / "other.pt"))  # of which nothing is left
+    for wrong in (str(tmp_path / "other.pt"), None):
+        if wrong is None and train != "all":
+            continue  # whose frozen layers say that it is another base
+        with pytest.raises(ValueError, match="was tuned from layers with the fingerprint .*; give the checkpoint that"):
+            FineTuner.from_delta(path, checkpoint=wrong, strength=0.5)
+    again = FineTuner.load_from_checkpoint(last)  # and the fit goes on: the base is that of the first one
+    trainer_in(tmp_path, precision=precision).fit(again, data)
+    again.save_delta(tmp_path / "again.safetensors")
+    FineTuner.from_delta(tmp_path / "again.safetensors", checkpoint=base, strength=0.5)
+
+
+class _Wrapping(FineTuner):
+    def __init__(self, further: Any = 2, **options: Any) -> None:
+        super().__init__(**options)
+        self.further = further
+
+
+def test_a_delta_has_the_options_that_a_subclass_hands_on(tmp_path: Path) -> None:
+    base = _base(tmp_path)
+    model = _tuned(_Wrapping(3, num_classes=3, backbone=SMALL, checkpoint=base, train="layer3.0", skip_from="layer3.0"))
+    model.save_delta(tmp_path / "delta.safetensors")
+    again = _Wrapping.from_delta(tmp_path / "delta.safetensors", checkpoint=base)
+    images = torch.randn(2, 1, 8, 8)
+    assert again.further == 3
+    assert torch.equal(again(images), model(images))
+    other = FineTuner(3, SMALL, checkpoint=base, train="layer3.0")
+    with pytest.raises(ValueError, match="was tuned with skip_from='layer3.0', but the model has None"):
+        other.load_delta(tmp_path / "delta.safetensors")
+
+
+def test_an_option_that_no_delta_can_hold_is_said_before_the_fit(tmp_path: Path) -> None:
+    model = _Wrapping(torch.nn.Identity, num_classes=3, backbone=SMALL, train="layer3.0", allow_random=True)
+    trainer = trainer_in(tmp_path, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="no delta will be written beside the checkpoints: .*got further=<class"):
+        trainer.fit(model, Digits([7, 8, 9], shots=4))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".ckpt"}
+    with pytest.raises(ValueError, match="expected options that are numbers, words, lists and dictionaries, which"):
+        model.save_delta(tmp_path / "delta.safetensors")

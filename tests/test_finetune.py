@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import SMALL, plain_sgd, trainer_in
@@ -173,3 +174,64 @@ def test_predictions_are_probabilities(tmp_path: Path) -> None:
 def test_no_layers_by_accident(train: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuner(3, SMALL, train=train)
+
+
+@pytest.mark.parametrize("kind", [FineTuner, Supervised])
+def test_a_model_in_eval_mode_is_trained_in_training_mode(kind, tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], shots=8, batch_size=8)
+    knobs = {"train": "layer3.1", "allow_random": True} if kind is FineTuner else {}
+
+    def fitted(mode: bool) -> tuple[float, dict]:
+        torch.manual_seed(0)
+        model = kind(3, SMALL, optimizer=plain_sgd, class_weight=[1.0, 10.0, 100.0], label_smoothing=0.3, **knobs)
+        trainer = trainer_in(tmp_path, num_sanity_val_steps=0)
+        trainer.fit(model.train(mode), data)
+        return trainer.callback_metrics["train/loss"].item(), model.state_dict()
+
+    (loss, state), (other, weights) = fitted(True), fitted(False)
+    assert loss == other
+    assert all(torch.equal(value, weights[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("train", ["layer4.1", "all", ["layer3.1", "*bn2.weight"]])
+def test_layers_that_the_classifier_gets_nothing_of_are_refused(train) -> None:
+    with pytest.raises(
+        ValueError, match=r'with skip_join="only" the classifier gets the output of layer3.1 alone, which'
+    ):
+        FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only")
+
+
+@pytest.mark.parametrize("train", ["none", "layer3.1", ["layer1.0", "layer3.1.conv2"]])
+def test_layers_up_to_the_skipped_one_train_for_it_alone(train, tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only", allow_random=True)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    again = FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only", allow_random=True)
+    assert all(torch.equal(value, before[name]) for name, value in again.named_buffers())  # trying counts no batch
+    trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+
+
+def test_a_closed_form_on_more_images_than_the_run_is_warned_of(tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train="layer4.1", head_init="ridge", allow_random=True)
+    with pytest.warns(
+        UserWarning, match=r"reads all training images, although the run is limited to limit_train_b.*=1;"
+    ):
+        trainer_in(tmp_path, limit_train_batches=1).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": np.int64(3), "label_smoothing": np.float64(0.1)},
+        {"num_classes": 3, "class_weight": np.array([1.0, 2.0, 3.0]), "head_lr_factor": np.float32(2)},
+        {"num_classes": 3, "class_weight": [np.float64(1), 2, 3], "cache_dir": Path("elsewhere"), "cache": "disk"},
+    ],
+)
+def test_options_of_numpy_are_saved_as_built_in_types(options: dict, tmp_path: Path) -> None:
+    options = {**options, **({"cache_dir": tmp_path / "cache"} if "cache_dir" in options else {})}
+    model = FineTuner(backbone=SMALL, train="layer4.1", allow_random=True, **options)
+    trainer = trainer_in(tmp_path)
+    trainer.fit(model, Digits([0, 1, 2], shots=8, batch_size=8, augmentation="plain"))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    again = FineTuner.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())

@@ -263,3 +263,20 @@ def test_what_a_fit_without_a_block_has_saved_can_be_loaded(knobs, tmp_path, mon
 def test_nothing_but_a_fit_chooses_a_block(tmp_path):
     with pytest.raises(ValueError, match='train="auto" chooses layers when a fit starts; load what a fit has saved'):
         trainer_in(tmp_path).test(automatic(), digits(), verbose=False)
+
+
+def test_a_gradient_through_the_skip_connection_alone_hides_no_block(tmp_path, monkeypatch):
+    seen = []
+    choose = module.block_to_tune
+    monkeypatch.setattr(
+        module, "block_to_tune", lambda x, gradients, *rest: seen.append(gradients) or choose(x, gradients, *rest)
+    )
+    for gradient in ("both", "skip"):
+        torch.manual_seed(0)
+        model = FineTuner(
+            3, SMALL, train="auto", skip_from="layer3.1", skip_gradient=gradient, allow_random=True, optimizer=plain_sgd
+        )
+        trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    whole, skip = seen
+    assert all(torch.equal(rows, skip[name]) for name, rows in whole.items())
+    assert all(rows.norm() > 0 for rows in skip.values())

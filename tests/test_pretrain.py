@@ -1,6 +1,7 @@
 """Pre-training: Supervised with its losses, heads and adversary; SupCon and SimCLR; switches; what a run leaves."""
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -494,3 +495,22 @@ data: test_pretrain.Views
     assert "learning rate scaled by 0.03125, from 256 images a step" in caplog.text
     assert main([*words, "--model.temperature", "1e-46"]) == 2
     assert "error: the training loss is inf by step 0, at learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheduling", [{0: 4}, {0: 2, 1: 4}])
+def test_scaling_counts_the_batches_that_a_scheduler_accumulates(scheduling: dict[int, int], tmp_path: Path) -> None:
+    model = SimCLR(SMALL, optimizer=partial(torch.optim.SGD, lr=0.1), lr_batch=16)
+    trainer = _trainer(tmp_path, callbacks=[GradientAccumulationScheduler(scheduling)])
+    if len(scheduling) > 1:
+        with pytest.raises(
+            ValueError, match=r"but GradientAccumulationScheduler accumulates \[2, 4\] batches in turn;"
+        ):
+            trainer.fit(model, _views())
+        return
+    trainer.fit(model, _views())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * _views().batch_size * 4 / 16)
+
+
+def test_a_model_that_was_attacked_is_tested_on_data_of_unknown_normalisation(tmp_path: Path) -> None:
+    model = Supervised(3, SMALL, adversary=PGD(8 / 255))
+    _trainer(tmp_path).test(model, _plain(), verbose=False)

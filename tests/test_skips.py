@@ -1,5 +1,6 @@
 """The choice of layers to skip from: its errors against brute force, and what it takes and leaves."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,10 @@ def test_layers_whose_features_are_not_finite_are_refused() -> None:
 def test_nothing_but_a_fit_chooses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='skip_from="auto" chooses layers when a fit starts; load what a fit'):
         trainer_in(tmp_path).test(_auto(), _data(), verbose=False)
+
+
+def test_a_pass_of_the_network_alone_leaves_nothing_that_cannot_be_copied() -> None:
+    model = FineTuner(3, SMALL, train="layer3.1", skip_from="layer3.1")
+    model.backbone(torch.rand(2, 1, 16, 16))
+    again, images = copy.deepcopy(model).eval(), torch.rand(2, 1, 16, 16)
+    assert torch.equal(again(images), model.eval()(images))

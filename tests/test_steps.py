@@ -8,7 +8,12 @@ import ddp
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.tuner import Tuner
 from torch.optim import SGD, lr_scheduler
@@ -294,13 +299,18 @@ MULTI_HOT = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]])
 
 def test_multi_hot_labels_are_refused() -> None:
     message = (
-        r"expected labels \(N, K\) to be class probabilities whose rows sum to 1, got a row that sums to 2; "
+        r"expected labels \(N, K\) to be class probabilities, not negative, whose rows sum to 1, got a row that "
+        r"sums to 2; "
         r"multi-label data, in which an image has several classes, are not supported"
     )
     with pytest.raises(ValueError, match=message):
         _trainer().fit(_frozen(FineTuner), _labelled(MULTI_HOT))
     with pytest.raises(ValueError, match="got a row that sums to 0;"):
         _trainer().validate(_frozen(FineTuner), _labelled(MULTI_HOT * 0))
+    with pytest.raises(ValueError, match="got a row that sums to 1 and holds -1;"):
+        _trainer().validate(_frozen(FineTuner), _labelled(torch.tensor([[3.0, -1, -1]] * 4)))
+    with pytest.raises(ValueError, match=r"expected labels \(N,\) as integers, got torch.float32; cast them by labels"):
+        _trainer().validate(_frozen(FineTuner), _labelled(torch.tensor([0.0, 1, 2, 0])))
     _trainer().fit(_frozen(FineTuner), _labelled(MULTI_HOT[:2].softmax(1)))
 
 
@@ -593,3 +603,17 @@ def test_mean_start_outlives_a_tuner_of_the_same_model(tmp_path: Path) -> None:
     alone.lr = 0.0
     _trainer().fit(alone, datamodule=Digits([0, 1, 2], shots=8, batch_size=4))
     torch.testing.assert_close(model.classifier.weight, alone.classifier.weight)
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), [({0: 2}, 2), ({0: 2, 1: 1}, 3)])
+def test_steps_of_a_schedule_are_those_of_accumulated_batches(scheduling: dict[int, int], steps: int) -> None:
+    def fitted(length: int) -> int:
+        schedule = partial(WarmupCosine, epochs=length)
+        model = Supervised(3, VIT, lr_scheduler=schedule, lr_interval="step")
+        trainer = _trainer(max_epochs=2, callbacks=[GradientAccumulationScheduler(scheduling)])
+        trainer.fit(model, DataLoader(_uneven(8, 0), batch_size=4))
+        return trainer.global_step
+
+    assert fitted(steps) == steps
+    with pytest.raises(ValueError, match=f"but the run has {steps} steps, by which lr_interval=step counts"):
+        fitted(steps - 1)
