@@ -90,6 +90,25 @@ def keep_average_in_step(trainer: Any, module: LightningModule) -> None:
             swa.transfer_weights(module, swa._average_model)
 
 
+def only_measure(trainer: Any, module: LightningModule) -> None:
+    """Have no step taken in the epoch in which batches measure the statistics of SWA's average; for each batch.
+
+    Lightning (2.6) has no backward pass in that epoch, but steps the optimiser at its last batch, by the gradients of
+    the step before: away from the average. A method of the class would be warned of where gradients accumulate.
+    """
+    if _swa(trainer) and trainer.fit_loop._skip_backward:
+        vars(module)["optimizer_step"] = _run_batch
+
+
+def _run_batch(epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+    closure()
+
+
+def step_again(module: LightningModule) -> None:
+    """Undo `only_measure`; for `on_train_end`."""
+    vars(module).pop("optimizer_step", None)
+
+
 def is_average(trainer: Any) -> bool:
     """Whether Lightning's SWA has replaced the weights by their average after the last checkpoint; for `on_train_end`.
 

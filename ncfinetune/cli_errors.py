@@ -54,11 +54,21 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
             return explain(found[-1], message, parser)
     lines = [line.strip(" -") for line in message.splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)]
+    if len(kept) == 1 and (key := re.fullmatch(r'Parser key "([\w.]+)":', kept[0])):
+        return _wrong_type(key[1], message)
     return "; ".join(dict.fromkeys(kept))
 
 
+def _wrong_type(key: str, message: str) -> str:
+    """What an option takes and was given, of an error that says nothing else."""
+    types = re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", message)
+    wanted = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(types))
+    given = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    return f"{key}: expected {wanted or 'another type'}" + (f", got {' '.join(given[1].split())!r}" if given else "")
+
+
 def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> str:
-    key = re.findall(r'Parser key "([\w.]+)"', message)[-1]
+    key = re.findall(r'(?:Parser key "|^--)([\w.]+?)(?:"|\.help:)', message)[-1]
     base = _BASES.get(key.split(".")[-1])
     if base is None:
         return f"{key}: no class {name!r}"

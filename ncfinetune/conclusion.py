@@ -41,7 +41,8 @@ def _ended(trainer: Any) -> str:
     if trainer.global_step == 0:
         return "no step was trained"
     asked, done = trainer.max_epochs, trainer.current_epoch
-    words = [f"{done} epochs" if asked in (None, -1) else f"{done} of {asked} epochs"]
+    # SWA measures statistics in one more.
+    words = [f"{done} epochs" if asked in (None, -1) else f"{min(done, asked)} of {asked} epochs"]
     for callback in trainer.early_stopping_callbacks:
         if type(callback) is EarlyStopping and callback.wait_count >= callback.patience:
             better = "lower" if callback.mode == "min" else "higher"

@@ -18,8 +18,8 @@ def refuse_finders_of_resumed(trainer: Any) -> None:
     finders = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
     if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
         raise ValueError(
-            f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size it "
-            "found, which a run's config.yaml has in its place"
+            f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size "
+            "that it found, if it did: a run's config.yaml has it in its place"
         )
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 def record(config: Namespace, trainer: Trainer, module: LightningModule) -> None:
     """Put what was found into a configuration in place of the finders, so that it makes, and resumes, the same run.
 
-    Only our learners and datamodules have arguments that are known to take it; others keep their finders.
+    Only our learners and datamodules have arguments that are known to take it; others keep their finders. Where a
+    search for a rate found nothing the configured rate is the run's, and stays.
 
     Args:
         config: The configuration of a fit, which is changed.
@@ -21,7 +22,7 @@ def record(config: Namespace, trainer: Trainer, module: LightningModule) -> None
         module: Its model.
     """
     rate = getattr(module, "lr", None)
-    if _ours(config.model) and rate is not None and _remove(config, "LearningRateFinder"):
+    if _ours(config.model) and _remove(config, "LearningRateFinder") and rate is not None:
         arguments = config.model.init_args
         if "lr_batch" in arguments:
             arguments.lr_batch = None

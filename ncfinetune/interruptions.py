@@ -11,6 +11,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,31 +140,68 @@ def run_of(checkpoint: str | Path | None) -> Path | None:
     return run if (run / "config.yaml").is_file() else None
 
 
-def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> None:
+def place(trainer: Any, checkpoint: str | None, command: Sequence[str]) -> str | None:
     """Make the loggers of a resumed run write to its previous folder, unless another is given.
 
     With a checkpoint that is the folder of the checkpoint's run. A SLURM job has a folder named by its job number and
-    command, so that a requeued job, and no other run, uses the same folder again.
+    command, so that a requeued job, and no other run, uses the same folder again. Lightning saves the job's checkpoint
+    in ``default_root_dir``, and resumes any that it finds there: it is a folder of the job's own.
 
     Args:
         trainer: The trainer's part of the configuration; changed in place.
         checkpoint: The checkpoint to resume from; None for a new run.
         command: The arguments of the command line.
+
+    Returns:
+        The checkpoint to resume from; None for a job that goes on from the one that it saved when it was requeued.
     """
     run = run_of(checkpoint)
     if run is not None:
         written = re.escape(str(Path(run.name, "checkpoints")))
         warnings.filterwarnings("ignore", message=f"Checkpoint directory .*{written} exists and is not empty")
+    job = None
+    if SLURMEnvironment.detect():
+        job = f"job-{os.environ['SLURM_JOB_ID']}-{zlib.crc32(repr(list(command)).encode()):08x}"
     for options in folders(trainer):
-        if options.version is not None:
-            continue
-        if run is not None:
+        if options.version is None and run is not None:
             options.save_dir, options.name, options.version = str(run.parent), "", run.name
-        elif checkpoint is None and SLURMEnvironment.detect():
-            job = os.environ["SLURM_JOB_ID"]
-            options.version = f"job-{job}-{zlib.crc32(repr(list(command)).encode()):08x}"
-            if trainer.default_root_dir is None:
-                trainer.default_root_dir = str(Path(options.save_dir, options.name or "", options.version))
+        elif options.version is None and checkpoint is None:
+            options.version = job
+    if job is None:
+        return checkpoint
+    root = _root(trainer)
+    trainer.default_root_dir = str(root if root.name == job else root / job)
+    if not requeued(trainer.default_root_dir):
+        return checkpoint
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    return None
+
+
+def _root(trainer: Any) -> Path:
+    """The given ``default_root_dir``, or else the folder of the first logger."""
+    if trainer.default_root_dir is None:
+        for options in folders(trainer):
+            if options.version is not None:
+                named = f"version_{options.version}" if isinstance(options.version, int) else options.version
+                return Path(options.save_dir, options.name or "", named)
+    return Path(trainer.default_root_dir or ".")
+
+
+def requeued(root: str | Path) -> list[Path]:
+    """The checkpoints that a SLURM job has saved in its folder before it was requeued."""
+    return sorted(Path(root).glob("hpc_ckpt_*.ckpt"))
+
+
+def forget_requeue(trainer: Trainer) -> None:
+    """Delete the checkpoints of a job that came to its end: Lightning would test them in place of the last weights."""
+    if not SLURMEnvironment.detect():
+        return
+    if trainer.is_global_zero:
+        for path in requeued(trainer.default_root_dir):
+            path.unlink()
+        with suppress(OSError):  # the folder may be that of the run
+            Path(trainer.default_root_dir).rmdir()
+    trainer.strategy.barrier("requeue")
 
 
 def last_of(trainer: Trainer, run: Path) -> None:

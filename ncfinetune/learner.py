@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -23,8 +22,10 @@ from ncfinetune.averages import (
     averages_in_weights,
     is_average,
     keep_average_in_step,
+    only_measure,
     replaces_schedule,
     save_average,
+    step_again,
     warn_of_one_rate,
 )
 from ncfinetune.backbone import Backbone
@@ -32,6 +33,7 @@ from ncfinetune.built_in import built_in
 from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search
 from ncfinetune.inputs import may_look
+from ncfinetune.last_weights import LastWeights
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
     let_plateaus_step,
@@ -39,53 +41,13 @@ from ncfinetune.loop_progress import (
     take_up_epoch,
 )
 from ncfinetune.resume import Resumption, last_saved
+from ncfinetune.sample_mean import SampleMean
 from ncfinetune.schedule import check_lengths, follows_rates, images_a_step, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
 Batch = tuple[Tensor, Tensor]
 Interval = Literal["epoch", "step"]
-
-
-class SampleMean(Metric):
-    """Mean of a number over the samples of all batches and all processes, each of which counts once.
-
-    Lightning's own mean of logged tensors averages the processes' sample counts as integers, which is wrong if the
-    processes have different numbers of samples. Here the sums of values and of samples are added over the processes
-    when the mean is computed. They stay in float64 (float32 on MPS, which has no float64) when the module is cast.
-    """
-
-    full_state_update = False
-    total: Tensor
-    samples: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "samples"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, samples: int | Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            values: A number for each sample, ``(N,)``, or their mean.
-            samples: Number of samples in the batch.
-        """
-        self.total = self.total + values.detach().to(self.total.dtype).mean() * samples
-        self.samples = self.samples + samples
-
-    def compute(self) -> Tensor:
-        """The mean, in float32."""
-        return (self.total / self.samples).float()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Follow the module to its device, but not to its precision."""
-
-        def moved(state: Tensor) -> Tensor:
-            device = fn(torch.empty(0, device=state.device)).device
-            return state.to(device, torch.float32 if device.type == "mps" else torch.float64)
-
-        return super()._apply(moved, *args, **kwargs)
 
 
 class Learner(LightningModule, ABC):
@@ -153,6 +115,7 @@ class Learner(LightningModule, ABC):
         self.class_names: list[str] | None = None
         self.preprocessing: dict[str, Any] | None = None
         self._resumption = Resumption()
+        self._last_weights = LastWeights()
 
     def compare_data(self, names: list[str] | None, images: dict[str, Any] | None) -> None:
         """Compare a datamodule's class names and preprocessing with those that the learner was trained on."""
@@ -311,11 +274,14 @@ class Learner(LightningModule, ABC):
             rank_zero_info(f"learning rate scaled by {self._lr_factor:g}, from {self._lr_batch} images a step")
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
+        self._resumption.warn_of_kept_options(self.trainer)
         self._resumption.restore_numbers(self.trainer)
 
     def on_train_end(self) -> None:
         """Note whether a callback has replaced the weights by an average, of which no number was logged."""
         self._resumption.averaged = is_average(self.trainer)
+        self._last_weights.restore()
+        step_again(self)
 
     def on_fit_end(self) -> None:
         """Have later tests normalise as the training did; save an average that was set after the last checkpoint."""
@@ -352,6 +318,7 @@ class Learner(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the epoch's means in a run that is resumed within the epoch; scale the rates of a finder's search."""
         self._resume_means(batch_idx > 0)
+        only_measure(self.trainer, self)
         # Without the factor of lr_batch, which the rate that is found replaces.
         scale_search(self.trainer, lambda group: self.lr_factor(group) / self._lr_factor)
 
@@ -365,6 +332,7 @@ class Learner(LightningModule, ABC):
                 self.log(f"train/{name}", mean, on_step=False, on_epoch=True, prog_bar=True)
         let_plateaus_step(self.trainer)
         keep_average_in_step(self.trainer, self)
+        self._last_weights.save(self.trainer)
 
     def _resume_means(self, within: bool) -> None:
         means, self._resumption.means = self._resumption.means if within else {}, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +27,9 @@ from ncfinetune.loop_progress import (
     step_plateaus,
     take_up_before_validation,
 )
+from ncfinetune.passes import buffers_kept
 
+_SETTING_RATES = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging)
 # Keys of the checkpoint: the state of each process, whether each parameter was trained, and the last logged values.
 _PROCESSES, _TRAINED, NUMBERS = "processes", "trained", "numbers"
 
@@ -38,6 +47,8 @@ class Resumption:
         self._trained: dict[str, bool] = checkpoint.get(_TRAINED, {})
         self._numbers: dict[str, Any] = checkpoint.get(NUMBERS, {})
         self._epoch_ended = bool(self._numbers.get("ended"))
+        self._groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+        self._scheduled = bool(checkpoint.get("lr_schedulers"))
         # State of each of the epoch's means, until the first batch is trained.
         self.means: dict[str, dict[str, Tensor]] = {}
         # Whether a validation is under way, whose weights a callback may have swapped in.
@@ -64,9 +75,29 @@ class Resumption:
         """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""
         _restore_numbers(trainer, self._numbers)
 
+    def warn_of_kept_options(self, trainer: Any) -> None:
+        """Warn of a configured learning rate or weight decay that the optimiser's state of the checkpoint replaces.
+
+        Not where a callback sets the rate, or restores a checkpoint of its own after a search.
+        """
+        if any(isinstance(callback, _SETTING_RATES) for callback in trainer.callbacks):
+            return
+        now = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        # Without a scheduler that keeps the first rate, the last one tells nothing if it was scheduled.
+        rate = "lr" if self._groups and not self._scheduled else "initial_lr"
+        for name in (rate, "weight_decay"):
+            pairs = [(a[name], b[name]) for a, b in zip(self._groups, now, strict=False) if name in a and name in b]
+            if other := [pair for pair in pairs if not math.isclose(*pair, rel_tol=1e-6)]:
+                (kept, asked), name = other[0], name.removeprefix("initial_")
+                rank_zero_warn(
+                    f"the resumed run keeps the optimiser's {name}={kept:g} of its checkpoint, and the configured "
+                    f"{name}={asked:g} has no effect; leave it as it was, or start a new run from its weights"
+                )
+
     def begin(self, trainer: Trainer, module: nn.Module) -> None:
         """Restore the progress, the trained parameters and the random state, when training starts."""
         _restore_numbers(trainer, self._numbers)
+        _take_up_callbacks(trainer, module)
         take_up_before_validation(trainer)
         end_epoch_without_validation(trainer)
         count_no_step_twice(trainer)
@@ -78,6 +109,20 @@ class Resumption:
             state = state_of_process(trainer, self._processes)
             self._processes, self.means = [], state.get("means", {})
             _take_up_gradients(module, state.get("gradients", {}))
+
+
+def _take_up_callbacks(trainer: Any, module: Any) -> None:
+    """Have callbacks that set something for an epoch set it in a run that is resumed within the epoch too.
+
+    Lightning (2.6) leaves their hook at an epoch's start out. Statistics of batch norm that SWA resets in it are those
+    of the interrupted epoch, which go on.
+    """
+    if not trainer.fit_loop.restarted_mid_epoch:
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
+            with buffers_kept(module):
+                callback.on_train_epoch_start(trainer, module)
 
 
 def states_of_processes(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:

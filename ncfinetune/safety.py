@@ -87,8 +87,8 @@ def _refuse_text(key: str, path: Path) -> None:
     with path.open("rb") as file:
         codecs.getincrementaldecoder("utf-8")().decode(file.read(_BEGINNING))
     raise ValueError(
-        f"--safe refuses {str(path)!r} for {key}, a text of {path.stat().st_size:,} bytes that it does not look through; "
-        f"expected files of options below {_LARGEST:,} bytes; without --safe it is run"
+        f"--safe refuses {str(path)!r} for {key}, a text of {path.stat().st_size:,} bytes that it does not look "
+        f"through; expected files of options below {_LARGEST:,} bytes; without --safe it is run"
     )
 
 

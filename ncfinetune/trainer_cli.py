@@ -147,6 +147,8 @@ def _reason(error: Exception) -> str | None:
         return f"--ckpt_path holds code, which is not run here: {found}"
     if isinstance(error, RuntimeError) and (lost := interruptions.lost_ranks(error)):
         return lost
+    if str(error).startswith("Early stopping conditioned on metric"):
+        return f"{' '.join(str(error).split())}; no epoch ends in a validation of images if there are none"
     if "in loading state_dict" in str(error):
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         return f"--ckpt_path is a checkpoint of another model: {found}"
@@ -167,6 +169,13 @@ def _name_devices(callbacks: Any) -> None:
     for callback in callbacks if isinstance(callbacks, list) else ():
         arguments = vars(callback.init_args) if "init_args" in callback else {}
         arguments.update({name: str(value) for name, value in arguments.items() if isinstance(value, torch.device)})
+
+
+def _log_as_usual(trainer: Any) -> None:
+    """Put our logger in the place of Lightning's (``true`` and null), whose folders are not known beforehand."""
+    if trainer.logger in (None, True):
+        arguments = Namespace({"version": None, **_LOGGER["init_args"]})  # type: ignore[no-untyped-call, dict-item]
+        trainer.logger = Namespace(class_path=_LOGGER["class_path"], init_args=arguments)  # type: ignore[no-untyped-call]
 
 
 def _launched() -> dict[str, int]:
@@ -287,9 +296,7 @@ class NCFinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Name the configuration of a training run differently from those of later tests in the same folder."""
-        for option, commands in _OF.items():
-            if self.subcommand not in commands and self._get(self.config, option) is not None:
-                self.parser.error(f"{option} is an option of {' and '.join(commands)}, not of {self.subcommand}")
+        self._refuse_of_others()
         checkpoint_path = self._get(self.config, "ckpt_path")
         if self.subcommand != "fit":
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
@@ -303,14 +310,25 @@ class NCFinetuneCLI(LightningCLI):
         checkpoint = self._read(checkpoint_path)
         if self.subcommand == "fit":
             _name_devices(self.config.fit.trainer.callbacks)
+            _log_as_usual(self.config.fit.trainer)
             self.save_config_kwargs["given"] = self.config.fit.clone()
             self.save_config_kwargs["given"].ckpt_path = None
-            interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
+            self.config.fit.ckpt_path = interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
             self._step, self._epoch = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0)
         if checkpoint is not None:
             _keep_chosen(self.config[self.subcommand].model, checkpoint)
+
+    def _refuse_of_others(self) -> None:
+        """Refuse options, and words for checkpoints, of other commands."""
+        for option, commands in _OF.items():
+            if self.subcommand not in commands and self._get(self.config, option) is not None:
+                self.parser.error(f"{option} is an option of {' and '.join(commands)}, not of {self.subcommand}")
+        path = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit" and path in ("last", "best"):
+            fix = "--ckpt_path RUN/checkpoints/NAME.ckpt"
+            self.parser.error(f"ckpt_path {path} is of a fit; {self.subcommand} needs the file, {fix}")
 
     def _read(self, path: str | None) -> Mapping[str, Any] | None:
         """The contents of a checkpoint, before data and network are built; see `read_checkpoint`."""
@@ -423,7 +441,7 @@ class NCFinetuneCLI(LightningCLI):
                 f"{self.subcommand} has no checkpoint, and would log to the run in {str(run)!r}; give --ckpt_path "
                 f"{run / 'checkpoints' / 'NAME.ckpt'}, or {other}"
             )
-        if not any(run.glob("hpc_ckpt_*.ckpt")):
+        if not interruptions.requeued(self.trainer.default_root_dir):
             saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "there is no checkpoint in it; "
             self.parser.error(
@@ -442,6 +460,8 @@ class NCFinetuneCLI(LightningCLI):
         """Say how it ended, and test the last weights, with ``--test_after_fit``."""
         if not self.trainer.interrupted and not getattr(self.trainer, "fast_dev_run", False):
             rank_zero_info("\n".join(conclusion(self.trainer, self.model)))
+        if not self.trainer.interrupted:
+            interruptions.forget_requeue(self.trainer)
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 

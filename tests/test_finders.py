@@ -92,6 +92,11 @@ def test_what_was_found_takes_the_place_of_its_finder() -> None:
     assert config.model.init_args.optimizer.as_dict() == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}}
     assert config.data.init_args.batch_size == 64
     assert [callback.class_path for callback in config.trainer.callbacks] == ["lightning.pytorch.callbacks.Timer"]
+    config = _config(["LearningRateFinder"], lr_batch=256)
+    record(config, Found(), Namespace(lr=None))  # a search that found nothing: the run has the configured rate
+    assert config.model.init_args.lr_batch == 256
+    assert config.model.init_args.optimizer is None
+    assert [callback.class_path for callback in config.trainer.callbacks] == ["lightning.pytorch.callbacks.Timer"]
     config = _config(["BatchSizeFinder"])
     record(config, Found(), Found())  # type: ignore[arg-type]
     assert config.model.init_args.optimizer is None
@@ -276,3 +281,17 @@ def test_a_search_tries_the_rates_that_the_run_would_have(mode: str, accumulated
     tried, run = torch.tensor(steps[:15]), torch.tensor(steps[-1])
     torch.testing.assert_close(tried / factors, torch.tensor(finder.optimal_lr.results["lr"])[:, None].expand_as(tried))
     torch.testing.assert_close(run, model.lr * factors)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_epoch_that_measures_an_averages_statistics_trains_nothing(accumulated: int, tmp_path: Path) -> None:
+    average = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
+    model = _tuner()
+    trainer = trainer_in(tmp_path, max_epochs=3, callbacks=[average], accumulate_grad_batches=accumulated)
+    trainer.fit(model, _data())
+    averaged = dict(average._average_model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, averaged[name]), name
+    statistics = model.backbone.net.layer4[1].bn1
+    assert statistics.num_batches_tracked == 3  # of the batches of one epoch
+    assert "optimizer_step" not in vars(model)

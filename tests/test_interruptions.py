@@ -9,7 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -265,8 +265,9 @@ def test_the_last_checkpoint_is_looked_for_where_it_is_kept(tmp_path: Path) -> N
     assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["global_step"] == 10
 
 
-@pytest.mark.slow
-def test_a_job_that_is_started_again_finds_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A job of SLURM in an empty folder; the commands by which it was queued again."""
     for name, value in {"JOB_ID": "17", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_NODEID", "0")
@@ -275,24 +276,88 @@ def test_a_job_that_is_started_again_finds_what_it_left(tmp_path: Path, monkeypa
         "lightning.pytorch.trainer.connectors.signal_connector.call", lambda words: requeued.append(words) or 0
     )
     monkeypatch.chdir(tmp_path)
-    requeue = ["--trainer.callbacks+=test_interruptions.Requeue"]
-    job = [*RUN, *requeue, *_place(tmp_path / "runs"), "--trainer.devices", "1"]
-    assert main(job) is None
+    return requeued
+
+
+JOB = [*RUN, "--trainer.callbacks+=test_interruptions.Requeue", "--trainer.devices", "1", "--test_after_fit", "true"]
+
+
+def _tested(run: Path) -> dict[str, float]:
+    return {name: values[-1] for name, values in Run(run).scalars.items() if name.startswith(("test/", "val/"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [None, "mine", 3], ids=str)
+def test_a_job_that_is_queued_again_goes_on_where_it_was_and_is_tested_as_if_it_had_not_been(
+    version: str | int | None, slurm: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = [] if version is None else ["--trainer.logger.init_args.version", str(version)]
+    job = [*JOB, *_place(tmp_path / "runs"), *named]
+    with pytest.raises(SystemExit):
+        main(job)
     (run,) = (tmp_path / "runs").iterdir()
-    assert run.name.startswith("job-17-")
-    assert (run / "hpc_ckpt_1.ckpt").is_file()
-    assert requeued == [["scontrol", "requeue", "17"]]
+    assert run.name.startswith("job-17-") if version is None else run.name == {3: "version_3"}.get(version, version)
+    assert len(list(run.rglob("hpc_ckpt_1.ckpt"))) == 1
+    assert slurm == [["scontrol", "requeue", "17"]]
     assert list(tmp_path.glob("*.ckpt")) == []
-    assert main([*job, "--trainer.max_epochs", "4"]) is None  # another command, which has another folder
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, which has another folder and goes on with nothing
+    other = [*JOB, *_place(tmp_path / "others"), "--seed_everything", "1"]
+    with pytest.raises(SystemExit):
+        main(other)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert main(job) is None
+    assert list(tmp_path.rglob("runs/**/hpc_ckpt_*.ckpt")) == []
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    assert main([word for word in [*job, *_place(tmp_path / "whole")] if "Requeue" not in word]) is None
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert _tested(run) == _tested(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_job_that_resumes_a_run_goes_on_from_its_own_checkpoint(slurm: list[list[str]], tmp_path: Path) -> None:
+    Requeue.starts.clear()
+    job = [*JOB, *_place(tmp_path / "runs")]
+    job[job.index("--trainer.max_epochs") + 1] = "1"
+    assert main(job) is None
+    (first,) = (tmp_path / "runs").rglob("checkpoints/*.ckpt")
+    job[job.index("--trainer.max_epochs") + 1] = "3"
+    job += ["--ckpt_path", str(first)]
+    with pytest.raises(SystemExit):
+        main(job)
+    assert main(job) is None
+    assert Requeue.starts == [0, 5, 7]
+    assert list(tmp_path.rglob("hpc_ckpt_*.ckpt")) == []
 
 
 class Requeue(Callback):
-    """SLURM's signal after the seventh step."""
+    """SLURM's signal after the seventh step, and the end of the process."""
+
+    starts: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 7 and self.due:
+            raise SystemExit(9)
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.due = trainer.global_step < 7
+        self.starts.append(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("logger", ["true", "null"])
+def test_lightnings_logger_is_ours(logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*RUN, "--trainer.logger", logger, "--trainer.max_epochs", "1"]) is None
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert checkpoint.parent.parent == tmp_path / "runs" / "version_0"
+    assert main(["test", "--ckpt_path", str(checkpoint)]) is None
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
+    assert list((tmp_path / "runs" / "version_0" / "test").glob("events*"))
 
 
 class Touching:

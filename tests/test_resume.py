@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,13 @@ import pytest
 import torch
 from image_files import write_image
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_datamodules import Recorder, _trainer
 from test_shards import _write_shards
@@ -671,3 +678,104 @@ def test_a_model_of_a_checkpoint_begins_a_run_of_its_own(tmp_path: Path) -> None
     path = tmp_path / "first" / "saved" / "epoch=0.ckpt"
     states = [fit(Supervised.load_from_checkpoint(path, weights_only=True), f"seed {seed}", seed) for seed in (1, 2)]
     assert not torch.equal(*states)
+
+
+class _EachBatch(Callback):
+    """Saves a checkpoint after each batch, whether it was followed by a step or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["accumulation", pytest.param("average", marks=pytest.mark.slow)])
+def test_what_a_callback_sets_for_an_epoch_holds_in_one_that_is_resumed_within(kind: str, tmp_path: Path) -> None:
+    def fit(folder: str, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], int]:
+        seed_everything(0, verbose=False)
+        keeps = _EachBatch(tmp_path / folder)
+        setting = (
+            GradientAccumulationScheduler({0: 3, 2: 1})
+            if kind == "accumulation"
+            else StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=2)
+        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet["enable_checkpointing"] = False
+        trainer = Trainer(max_epochs=3, accelerator="cpu", limit_val_batches=0, callbacks=[keeps, setting], **quiet)
+        network = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+        model = Supervised(2, network, lr_scheduler=_halving)
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=False)
+        return model.state_dict(), trainer.global_step
+
+    weights, steps = fit("whole")
+    saved = sorted((tmp_path / "whole").iterdir())
+    assert len(saved) == (12 if kind == "accumulation" else 16)  # a fourth epoch measures the average's statistics
+    for checkpoint in saved:
+        again, end = fit(f"from {checkpoint.stem}", checkpoint)
+        assert end == steps
+        for name, value in again.items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=0, msg=f"{checkpoint.name}: {name}")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_an_optimiser_that_keeps_other_options_than_are_configured_is_said(tmp_path: Path) -> None:
+    def fit(rate: float, decay: float, epochs: int, scheduled: bool, ckpt_path: Path | None = None) -> None:
+        last = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, callbacks=[last], **quiet)
+        optimizer = partial(torch.optim.SGD, lr=rate, weight_decay=decay)
+        model = Supervised(
+            2, {**NETWORK, "in_chans": 1}, optimizer=optimizer, lr_scheduler=_halving if scheduled else None
+        )
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=True)
+
+    for scheduled in (True, False):
+        (tmp_path / "last.ckpt").unlink(missing_ok=True)
+        fit(0.1, 0.01, 2, scheduled)
+        fit(0.1, 0.01, 3, scheduled, tmp_path / "last.ckpt")  # nothing to say
+        with pytest.warns(
+            UserWarning, match=r"keeps the optimiser's lr=0.1 of its checkpoint, and the configured lr=0.5 "
+        ):
+            fit(0.5, 0.01, 4, scheduled, tmp_path / "last.ckpt")
+        with pytest.warns(
+            UserWarning, match=r"keeps the optimiser's weight_decay=0.01 of its .* weight_decay=0.2 has no"
+        ):
+            fit(0.1, 0.2, 5, scheduled, tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 4, "check_val_every_n_epoch": 3},
+        {"max_epochs": 2, "check_val_every_n_epoch": 3},
+        {"max_steps": 7, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"max_epochs": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("averages", [False, True])
+def test_the_last_weights_are_saved_though_no_validation_follows(
+    options: dict[str, Any], averages: bool, tmp_path: Path
+) -> None:
+    def fit(folder: str, ckpt_path: Path | None = None, **changed: Any) -> tuple[dict[str, torch.Tensor], Any]:
+        seed_everything(0, verbose=False)
+        last = ModelCheckpoint(tmp_path / folder, filename="last")
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [last, *([EMAWeightAveraging(decay=0.5)] if averages else [])]
+        trainer = Trainer(accelerator="cpu", callbacks=callbacks, **quiet, **{**options, **changed})
+        model = Supervised(2, {**NETWORK, "in_chans": 1}, lr_scheduler=_halving)
+        trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=True)
+        assert last._save_on_train_epoch_end is None
+        return model.state_dict(), trainer
+
+    weights, trainer = fit("some")
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["last.ckpt"]
+    saved = torch.load(tmp_path / "some" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == trainer.global_step
+    assert all(torch.equal(value, weights[name]) for name, value in saved["state_dict"].items())
+    more = {"max_steps": 10} if "max_steps" in options else {"max_epochs": 5}
+    whole, _ = fit("whole", **more)
+    rest, _ = fit("rest", tmp_path / "some" / "last.ckpt", **more)
+    assert all(torch.equal(value, rest[name]) for name, value in whole.items())

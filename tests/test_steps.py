@@ -22,8 +22,8 @@ from torchmetrics import Metric
 
 from ncfinetune import FineTuner, SimCLR, SupCon, Supervised, classifier, learner
 from ncfinetune.datamodules import Digits
-from ncfinetune.learner import SampleMean
 from ncfinetune.losses import contrastive_loss
+from ncfinetune.sample_mean import SampleMean
 from ncfinetune.schedule import WarmupCosine, follows_rates, scale_rates
 
 pytestmark = pytest.mark.filterwarnings(
