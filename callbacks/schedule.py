@@ -72,7 +72,9 @@ class PassSchedule:
     def after_epoch(self, trainer: Any, module: nn.Module) -> bool:
         """Whether to make a pass at the end of an epoch."""
         before, self._validated = self._validated, None
-        if before is not None and not self._swapped and _differ(before, _some_weights(module)):
+        # A process that gets no batch in a validation cannot tell; whether to make a pass is the same for all.
+        differ = before is not None and not self._swapped and _differ(before, _some_weights(module))
+        if not self._swapped and trainer.strategy.reduce_boolean_decision(differ, all=False):
             self._swapped = True
             rank_zero_info(
                 f"{self._asker}: validation uses other weights than training (an average, say); passes over the "

@@ -19,6 +19,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
+from ncfinetune.overlays import installed
+
 
 class PlainParser(LightningArgumentParser):
     """Accepts no abbreviated options, and reports errors in one line."""
@@ -128,7 +130,7 @@ def _missing(found: str, message: str, parser: LightningArgumentParser) -> str:
 
 
 def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
-    folder = Path(path).parent
+    folder = Path(installed(os.path.relpath(Path(path).parent)))
     there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
     shown = _known(Path(path).name, there, there) if there else f"no .yaml files in {str(folder)!r}"
     return f"no file {path!r}; {shown}"

@@ -156,6 +156,16 @@ def check_adapters(train: Any, adapters: Iterable[str], network: nn.Module) -> N
         )
 
 
+def check_dropout(train: Any, rate: float | None, layers: Iterable[nn.Module]) -> None:
+    """Warn of a dropout rate of the network that is applied in frozen layers alone, which are in eval mode."""
+    parts = (part for layer in layers for part in layer.modules())
+    if rate and train not in ("all", "auto") and not any(isinstance(part, nn.Dropout) and part.p for part in parts):
+        rank_zero_warn(
+            f"drop_rate={rate} of the backbone drops nothing with train={train!r}, since the layers that drop are "
+            'frozen and in eval mode; leave it out, or train="all"'
+        )
+
+
 def check_head(train: Any, head_init: str, refit: str, head_lr_factor: float, skip_join: str) -> None:
     """Refuse options of the head that would have no effect, or with which nothing would be trained.
 

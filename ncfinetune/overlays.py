@@ -17,5 +17,5 @@ def installed(word: str) -> str:
     if not path.startswith("experiments/") or Path(path).exists():
         return word
     # In a checkout the folder lies beside the package, in an installation inside it.
-    found = [str(folder / path) for folder in (_PACKAGE, _PACKAGE.parent) if (folder / path).is_file()]
+    found = [str(folder / path) for folder in (_PACKAGE, _PACKAGE.parent) if (folder / path).exists()]
     return f"{option}{equals}{found[0]}" if found else word

@@ -14,7 +14,7 @@ from ncfinetune.built_in import foreign
 from ncfinetune.chosen import choose, parameter_table
 from ncfinetune.classifier import Classifier
 from ncfinetune.frozen import Frozen, refuse_random, refuse_tuners
-from ncfinetune.knobs import check_adapters, kept_by_deltas
+from ncfinetune.knobs import check_adapters, check_dropout, kept_by_deltas
 from ncfinetune.mode_caches import drop_caches
 from ncfinetune.passes import eval_mode
 from ncfinetune.timm_network import save_for_timm
@@ -61,6 +61,7 @@ class PartlyFrozen(Classifier):
         self._start: dict[str, Any] | None = None
         self._tune(train)
         check_adapters(train, self.backbone.adapters, self.backbone.net)
+        check_dropout(train, self.backbone.spec.get("drop_rate"), self.chosen.layers.values())
 
     def setup(self, stage: str) -> None:
         """Refuse callbacks that change which layers are trained.

@@ -60,6 +60,7 @@ def write_folder(folder: Path, learner: Learner, card: str) -> float:
         ValueError: The folder holds other files.
     """
     check_folder(folder)
+    folder = folder.absolute()  # which has a name, unlike "."
     classifier = linear_classifier(learner)
     data = {"class_names": learner.class_names if classifier else None, "preprocessing": learner.preprocessing}
     net, name, arguments = timm_network(learner.backbone, classifier, data)

@@ -149,6 +149,8 @@ def _reason(error: Exception) -> str | None:
         return lost
     if str(error).startswith("Early stopping conditioned on metric"):
         return f"{' '.join(str(error).split())}; no epoch ends in a validation of images if there are none"
+    if "stateful callback of type" in str(error):
+        return " ".join(str(error).split())
     if "in loading state_dict" in str(error):
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         return f"--ckpt_path is a checkpoint of another model: {found}"

@@ -592,6 +592,16 @@ def test_missing_file_names_its_neighbours(tmp_path: Path, capsys: pytest.Captur
     assert error.endswith("pretrian.yaml'; expected one of pretrain.yaml; nearest: pretrain.yaml")
 
 
+def test_missing_file_of_the_installation_names_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = _refusal(capsys, "fit", "--config", "experiments/start/prob.yaml")
+    assert error.endswith(
+        "prob.yaml'; expected one of full.yaml, layer.yaml, probe.yaml, scl.yaml; nearest: probe.yaml"
+    )
+
+
 def test_folder_that_cannot_be_written_is_said_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Learners: what is trained, what is frozen, what is saved, what is refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,19 @@ def test_options_of_numpy_are_saved_as_built_in_types(options: dict, tmp_path: P
     torch.load(tmp_path / "a.ckpt", weights_only=True)
     again = FineTuner.load_from_checkpoint(tmp_path / "a.ckpt")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "train", "warned"),
+    [
+        ({"name": "resnet18", "drop_rate": 0.5}, "layer4.1", True),
+        ({"name": "resnet18", "drop_rate": 0.5}, "all", False),
+        ({"name": "test_vit", "drop_rate": 0.5}, "blocks.2", True),
+        ({"name": "test_vit", "proj_drop_rate": 0.5, "drop_rate": 0.1}, "blocks.2", False),
+    ],
+)
+def test_a_dropout_that_drops_nothing_is_said(backbone: dict, train: str, warned: bool) -> None:
+    with (
+        pytest.warns(UserWarning, match="drop_rate=0.5 of the backbone drops nothing with") if warned else nullcontext()
+    ):
+        FineTuner(3, backbone, train=train, allow_random=True)

@@ -39,7 +39,7 @@ IMPORTS = {
     "class_help": {"cli_errors"},
     "classifier": {"backbone", "copies", "image_predictions", "inputs", "learner", "loaders", "schedule"},
     "cli": {"backbone", "export", "ncfinetune", "overlays", "quiet", "report", "scan", "suggest", "trainer_cli"},
-    "cli_errors": set(),
+    "cli_errors": {"overlays"},
     "closed_forms": set(),
     "closed_trials": {"folds", "probes", "skips", "trials"},
     "collapse": {"moments"},

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 from ncfinetune import Backbone, FineTuner, report_statistics
 from ncfinetune.collapse import class_moments, nc1
@@ -353,6 +354,11 @@ def test_regret_of_suggestions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["expansion"][:2] == ["30.0 ± 0.0", "0 of 2"]
     assert found["best in the other tries"][0] == "20.0 ± 0.0"  # a in the second, b in the first
     assert found["k-NN"][0] == found["last block"][0] == "10.0 ± 10.0"
+    assert found["random block"][0] == "10.0 ± 0.0"  # the mean of both blocks
+    below = [line.split(" | ") for line in suggestions.paired([tmp_path / "tries.csv"]).splitlines()[2:]]
+    pairs = {name.removeprefix("| "): cells for name, *cells in below}
+    assert pairs["expansion"] == ["2", "20.0 ± 10.0", f"{ttest_1samp([30, 10], 0).pvalue:.2g} |"]
+    assert pairs["random block"][:2] == ["2", "0.0 ± 10.0"]
     with (tmp_path / "again.csv").open(
         "w", newline=""
     ) as file:  # of the first draw, which now proposes the closed form
