@@ -598,7 +598,7 @@ def test_missing_file_of_the_installation_names_its_neighbours(
     monkeypatch.chdir(tmp_path)
     error = _refusal(capsys, "fit", "--config", "experiments/start/prob.yaml")
     assert error.endswith(
-        "prob.yaml'; expected one of full.yaml, layer.yaml, probe.yaml, scl.yaml; nearest: probe.yaml"
+        "prob.yaml'; expected one of full.yaml, layer.yaml, probe.yaml, scl.yaml; nearest: probe.yaml, layer.yaml"
     )
 
 
