@@ -57,7 +57,8 @@ class PGD:
             raise ValueError(f"expected a PGD step_size above 0, or None, got {self.step_size}")
         for name in ("mean", "std"):
             if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, [float(value) for value in given])
+                numbers = given if hasattr(given, "__iter__") else [given]
+                object.__setattr__(self, name, tuple(float(value) for value in numbers))
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"expected the PGD norm linf or l2, got {self.norm!r}")
         if (self.mean is None) != (self.std is None):
@@ -106,17 +107,22 @@ class PGD:
 
 
 def _uphill(logits: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the cross-entropy in the logits ``(N, K)``, scaled for each image to a size of about one.
+    """The gradient of the cross-entropy in the logits ``(N, K)``, scaled for each image to a largest term of one.
 
-    For a label it is that of ``p - onehot``, which is a multiple of the softmax over the other classes less the one-hot
-    label; in half precision, or at a probability of nearly one, it would be 0 itself.
+    It is ``p sum(y) - y = p (sum(y) - y) - y (1 - p)``, whose terms are kept as logarithms: in half precision, or at
+    a probability of nearly one, they would be 0, and their difference before them.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if y.ndim == 1:
-        label = F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
-        return logits.masked_fill(label.bool(), -torch.inf).softmax(1) - label
-    slope = logits.softmax(1) * y.sum(1, keepdim=True) - y
-    return slope / slope.abs().amax(1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
+        y = F.one_hot(y.long(), logits.shape[1])
+    y, top = y.to(logits.dtype), logits.argmax(1, keepdim=True)
+    log_p, all_classes = logits.log_softmax(1), logits.logsumexp(1, keepdim=True)
+    # log(1 - p), of the most probable class from the others.
+    others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True) - all_classes
+    log_rest = (-log_p.exp()).log1p().scatter(1, top, others)
+    up, down = log_p + (y.sum(1, keepdim=True) - y).clamp(min=0).log(), y.log() + log_rest
+    largest = torch.maximum(up, down).amax(1, keepdim=True)
+    return ((up - largest).exp() - (down - largest).exp()).nan_to_num(0)
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

@@ -217,7 +217,8 @@ class Backbone(nn.Module):
         """
         channels, stated = self.spec.get("in_chans", 3), {}
         for name in ("mean", "std"):
-            values = (preprocessing or {}).get(name) or ()
+            stands = (preprocessing or {}).get(name)
+            values = stands if isinstance(stands, list | tuple) else [] if stands is None else [stands]
             if len(values) in (1, channels):
                 stated[name] = list(values) * (channels // len(values))
         self.net.pretrained_cfg = {**self.net.pretrained_cfg, **stated}

@@ -39,4 +39,4 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or type(value) in (bool, int, float, str)  # an enumeration's may be of a subclass

@@ -367,7 +367,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _off_one(shares: Tensor) -> Tensor:
-    """Which rows do not sum to 1, or hold a negative number; a row with a nan does not."""
+    """Which rows are no probabilities: those with another sum than 1, a negative number or a nan."""
     whole_rows = (shares.sum(1, dtype=torch.float32) - 1).abs() <= _ROW_SUM_TOLERANCE
     return ~(whole_rows & (shares >= 0).all(1))
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from ncfinetune.overlays import installed
+from ncfinetune.overlays import installed_folder
 
 
 class PlainParser(LightningArgumentParser):
@@ -130,7 +130,7 @@ def _missing(found: str, message: str, parser: LightningArgumentParser) -> str:
 
 
 def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
-    folder = Path(installed(os.path.relpath(Path(path).parent)))
+    folder = installed_folder(Path(path).parent)
     there = sorted(str(p.name) for p in folder.glob("*.yaml")) if folder.is_dir() else []
     shown = _known(Path(path).name, there, there) if there else f"no .yaml files in {str(folder)!r}"
     return f"no file {path!r}; {shown}"

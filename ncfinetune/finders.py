@@ -19,7 +19,7 @@ def refuse_finders_of_resumed(trainer: Any) -> None:
     if finders and not Path(str(trainer.ckpt_path)).name.startswith(_OF_FINDERS):
         raise ValueError(
             f"{finders[0]} would begin the resumed run at step 0; leave it out, and give the rate or batch size "
-            "that it found, if it did: a run's config.yaml has it in its place"
+            "that it found, which a run's config.yaml has in its place if it found one"
         )
 
 

@@ -5,6 +5,7 @@ Legend: ``N`` samples, ``K`` classes, ``d`` width of the penultimate features, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -23,9 +24,10 @@ from ncfinetune.classifier import ClassWeight
 from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
+from ncfinetune.layers import enclosing_block
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block
-from ncfinetune.loaders import is_stream
+from ncfinetune.loaders import has_length, is_stream
 from ncfinetune.partly_frozen import PartlyFrozen
 from ncfinetune.passes import eval_mode, evaluation, ready_batches
 from ncfinetune.probes import simplex_etf
@@ -181,7 +183,6 @@ class FineTuner(PartlyFrozen):
         if "etf" in (head_init, refit) and skip_from != "auto":
             simplex_etf(num_classes, self.classifier.in_features)  # raises where the width is too small for a simplex
         self._start_head()
-        self._check_reached()
         self.train()
 
     @property
@@ -204,6 +205,8 @@ class FineTuner(PartlyFrozen):
             self._choose_block(stage)
         if self.hparams["skip_from"] == "auto":
             self._choose_skips(stage)
+        if stage == "fit":
+            self._check_reached()
         if stage == "fit" and self.refit != "none":
             refuse_averages(self.trainer)
 
@@ -211,7 +214,6 @@ class FineTuner(PartlyFrozen):
         """Fill the cache, and initialise the classifier in closed form if ``head_init`` names one."""
         super().on_fit_start()
         self._cache.fill(self.trainer, self, self._tuned_and_frozen()[1])
-        self._warn_of_limits()
         if not self._head_ready:
             rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
             self._fit_head("head_init", self.head_init)
@@ -302,7 +304,7 @@ class FineTuner(PartlyFrozen):
         """Choose the block to tune by the network's expansion on the training images."""
         knobs.check_chooses("train", stage)
         with self._split.expanded():
-            found = choose_block(self.trainer, self, self.backbone, self.num_classes)
+            found = choose_block(self.trainer, self, self.backbone, self.num_classes, self._blocks_before_skips())
         block = self.trainer.strategy.broadcast(found)
         rank_zero_info(f"train: {block or 'no block, since none is expected to lower the error'}")
         knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
@@ -311,7 +313,6 @@ class FineTuner(PartlyFrozen):
         self.train()
         self.hparams.update({"train": block} if block else NO_LAYER)
         self.layer_decay = self.hparams["layer_decay"]
-        self._check_reached()
         average_anew(self.trainer, self)
 
     def _choose_skips(self, stage: str) -> None:
@@ -329,8 +330,15 @@ class FineTuner(PartlyFrozen):
         self.head.rebuild(width, skipped, join)
         self._start_head()
         self.hparams.update({"skip_from": skips, "max_skips": 1})
-        self._check_reached()
         average_anew(self.trainer, self)
+
+    def _blocks_before_skips(self) -> list[str]:
+        """The blocks that ``auto`` may tune: with ``only`` those up to the last skipped one, if it is a block."""
+        blocks = list(self.backbone.layers)
+        skipped = [enclosing_block(self.backbone.net, name) for name in self._split.skips]
+        ends = [blocks.index(name) for name in skipped if name in blocks]
+        alone = self.hparams["skip_join"] == "only" and ends
+        return blocks[: max(ends) + 1] if alone else blocks
 
     def _check_reached(self) -> None:
         """Refuse tuned layers that the classifier gets nothing of: with ``only`` those behind the skipped layers."""
@@ -353,12 +361,13 @@ class FineTuner(PartlyFrozen):
                 "one in train, or take another skip_join"
             )
 
-    def _warn_of_limits(self) -> None:
+    def _warn_of_limits(self, rows: Any) -> None:
         """Warn that a closed form reads all training images of a run that trains on fewer."""
         trainer: Any = self.trainer
         limit = trainer.limit_train_batches
-        some = limit and not (isinstance(limit, float) and limit == 1) and not trainer.fast_dev_run
-        if some and (self.refit != "none" or not self._head_ready):
+        batches = len(rows) if has_length(rows) else math.inf
+        some = limit < 1 if isinstance(limit, float) else limit * trainer.world_size < batches
+        if limit and some and not trainer.fast_dev_run and not trainer.global_step:
             rank_zero_warn(
                 "the classifier in closed form reads all training images, although the run is limited to "
                 f"limit_train_batches={limit}; for fewer labels give the datamodule shots or a fraction"
@@ -387,6 +396,7 @@ class FineTuner(PartlyFrozen):
     def _fit_head(self, option: str, kind: Any) -> None:
         """Fit the classifier in closed form to the training images without augmentation."""
         rows = self._cache.train_rows(self.trainer, f'{option}="{kind}"')
+        self._warn_of_limits(rows)
         with evaluation(self.trainer, self):
             batches = ready_batches(self.trainer, rows)
             chunks: Iterable[Batch] = ((self._joined(images), labels) for images, labels in batches)

@@ -91,14 +91,16 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
     return best if gain.mean() - gain.std(correction=0) / len(gain) ** 0.5 > WORTH else None
 
 
-def choose_block(trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int) -> str | None:
-    """The block to tune by `block_to_tune`, on the trainer's training images. For `setup`.
+def choose_block(
+    trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int, among: Sequence[str]
+) -> str | None:
+    """The block to tune by `block_to_tune`, of those in ``among``, on the trainer's training images. For `setup`.
 
     Raises:
         ValueError: As `passes.rows_to_choose_by` and `ncfinetune.probes.ridge`.
     """
     rows = rows_to_choose_by(trainer, module, 'train="auto"')
-    blocks = [name for name in backbone.layers if any(True for _ in backbone.layer(name).parameters())]
+    blocks = [name for name in among if any(True for _ in backbone.layer(name).parameters())]
     with evaluation(trainer, module), require_gradients(backbone, blocks):
         sketch = GradientSketch(backbone, blocks).to(trainer.strategy.root_device)
         # One pass, since a stream may be in another order, and an image augmented otherwise, in a second one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -16,6 +17,19 @@ def installed(word: str) -> str:
     option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
     if not path.startswith("experiments/") or Path(path).exists():
         return word
-    # In a checkout the folder lies beside the package, in an installation inside it.
-    found = [str(folder / path) for folder in (_PACKAGE, _PACKAGE.parent) if (folder / path).exists()]
+    found = [str(path) for path in _candidates(path) if path.is_file()]
     return f"{option}{equals}{found[0]}" if found else word
+
+
+def installed_folder(path: Path) -> Path:
+    """A folder; of one ``experiments/...`` of the working folder that is not there, the installed one."""
+    with suppress(ValueError):
+        own = path.absolute().relative_to(Path.cwd())
+        if not path.is_dir() and own.parts[:1] == ("experiments",):
+            return next((folder for folder in _candidates(str(own)) if folder.is_dir()), path)
+    return path
+
+
+def _candidates(path: str) -> list[Path]:
+    """Where it may be: in a checkout the folder lies beside the package, in an installation inside it."""
+    return [_PACKAGE / path, _PACKAGE.parent / path]

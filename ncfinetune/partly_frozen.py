@@ -71,7 +71,7 @@ class PartlyFrozen(Classifier):
         super().setup(stage)
         if stage == "fit":
             refuse_tuners(self, self.trainer)
-            if strange := foreign(self._facts()["knobs"]):
+            if strange := self._not_for_deltas():
                 rank_zero_warn(f"no delta will be written beside the checkpoints: {_not_in_delta(strange)}")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
@@ -137,7 +137,7 @@ class PartlyFrozen(Classifier):
         self._frozen.check(self._tuned_and_frozen(state)[1])
         if folder and trainer.global_step == 0:  # Lightning saves no checkpoint of such a run
             trainer.save_checkpoint(Path(folder) / "last.ckpt")
-        if folder and trainer.is_global_zero and not trainer.fast_dev_run and not foreign(self._facts()["knobs"]):
+        if folder and trainer.is_global_zero and not trainer.fast_dev_run and not self._not_for_deltas():
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.save_delta(Path(folder) / "delta.safetensors", state=state)
 
@@ -170,10 +170,10 @@ class PartlyFrozen(Classifier):
         Raises:
             ValueError: The file's name has another suffix, or an option of a subclass is of no built-in type.
         """
-        if strange := foreign(self._facts()["knobs"]):
+        if strange := self._not_for_deltas():
             raise ValueError(_not_in_delta(strange))
         tensors, frozen = self._of_delta(state)
-        names = self.class_names if class_names is None else class_names
+        names = self.class_names if class_names is None else [str(name) for name in class_names]
         delta.save(path, tensors, frozen, {**self._facts(), "class_names": names})
 
     def load_delta(self, path: str | Path) -> None:
@@ -269,6 +269,11 @@ class PartlyFrozen(Classifier):
         tuned, frozen = self._tuned_and_frozen(state)
         adapters, base = delta.split(frozen, (f"backbone.net.{path}" for path in self.backbone.adapters))
         return tuned | adapters, base
+
+    def _not_for_deltas(self) -> str | None:
+        """The first option, or entry of the preprocessing, that no delta can hold; None if there is none."""
+        facts = self._facts()
+        return foreign({**facts["knobs"], **(facts["preprocessing"] or {})})
 
     def _facts(self) -> dict[str, Any]:
         # Under the command line Lightning keeps further entries in the hyper-parameters.

@@ -29,9 +29,9 @@ from ncfinetune.loop_progress import (
 )
 from ncfinetune.passes import buffers_kept
 
-_SETTING_RATES = (BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging)
-# Keys of the checkpoint: the state of each process, whether each parameter was trained, and the last logged values.
-_PROCESSES, _TRAINED, NUMBERS = "processes", "trained", "numbers"
+# Keys of the checkpoint: the state of each process, whether each parameter was trained, the last logged values, and the
+# rates and decays that the optimiser was made with.
+_PROCESSES, _TRAINED, NUMBERS, CONFIGURED = "processes", "trained", "numbers", "configured"
 
 
 class Resumption:
@@ -47,8 +47,7 @@ class Resumption:
         self._trained: dict[str, bool] = checkpoint.get(_TRAINED, {})
         self._numbers: dict[str, Any] = checkpoint.get(NUMBERS, {})
         self._epoch_ended = bool(self._numbers.get("ended"))
-        self._groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        self._scheduled = bool(checkpoint.get("lr_schedulers"))
+        self._configured: dict[str, list[float]] = checkpoint.get(CONFIGURED, {})
         # State of each of the epoch's means, until the first batch is trained.
         self.means: dict[str, dict[str, Tensor]] = {}
         # Whether a validation is under way, whose weights a callback may have swapped in.
@@ -75,24 +74,22 @@ class Resumption:
         """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""
         _restore_numbers(trainer, self._numbers)
 
-    def warn_of_kept_options(self, trainer: Any) -> None:
-        """Warn of a configured learning rate or weight decay that the optimiser's state of the checkpoint replaces.
+    def kept_options(self, trainer: Any, configured: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The learning rates and weight decays that the optimiser has; warns of configured ones that are replaced.
 
-        Not where a callback sets the rate, or restores a checkpoint of its own after a search.
+        A finder restores a checkpoint of its own after its search, which replaces nothing.
         """
-        if any(isinstance(callback, _SETTING_RATES) for callback in trainer.callbacks):
-            return
-        now = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        # Without a scheduler that keeps the first rate, the last one tells nothing if it was scheduled.
-        rate = "lr" if self._groups and not self._scheduled else "initial_lr"
-        for name in (rate, "weight_decay"):
-            pairs = [(a[name], b[name]) for a, b in zip(self._groups, now, strict=False) if name in a and name in b]
+        if any(isinstance(callback, BatchSizeFinder | LearningRateFinder) for callback in trainer.callbacks):
+            return configured
+        for name, values in configured.items():
+            pairs = zip(self._configured.get(name, ()), values, strict=False)
             if other := [pair for pair in pairs if not math.isclose(*pair, rel_tol=1e-6)]:
-                (kept, asked), name = other[0], name.removeprefix("initial_")
+                kept, asked = other[0]
                 rank_zero_warn(
                     f"the resumed run keeps the optimiser's {name}={kept:g} of its checkpoint, and the configured "
                     f"{name}={asked:g} has no effect; leave it as it was, or start a new run from its weights"
                 )
+        return self._configured or configured
 
     def begin(self, trainer: Trainer, module: nn.Module) -> None:
         """Restore the progress, the trained parameters and the random state, when training starts."""

@@ -85,7 +85,10 @@ def _in_files(key: str, name: str, folder: Path, seen: set[Path]) -> Iterator[tu
 def _refuse_text(key: str, path: Path) -> None:
     """Refuse a large file that begins as text: options could be read from it, and looking for them takes long."""
     with path.open("rb") as file:
-        codecs.getincrementaldecoder("utf-8")().decode(file.read(_BEGINNING))
+        beginning = file.read(_BEGINNING)
+    if b"\0" in beginning:  # as the length of a safetensors file's header has
+        return
+    codecs.getincrementaldecoder("utf-8")().decode(beginning)
     raise ValueError(
         f"--safe refuses {str(path)!r} for {key}, a text of {path.stat().st_size:,} bytes that it does not look "
         f"through; expected files of options below {_LARGEST:,} bytes; without --safe it is run"

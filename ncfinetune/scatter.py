@@ -233,7 +233,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     # The global setting of older releases, read back, would give the settings of the two backends up for one.
     if all(hasattr(backend, "fp32_precision") for backend in backends):
         before = [backend.fp32_precision for backend in backends]

@@ -92,13 +92,25 @@ def images_a_step(trainer: Any) -> int:
     if size is None:
         raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
     schedule = _accumulation(trainer)
-    numbers = {trainer.accumulate_grad_batches} if schedule is None else {*schedule.scheduling.values()}
+    numbers = {trainer.accumulate_grad_batches}
+    if schedule is not None and trainer.max_epochs == -1:
+        numbers = {*schedule.scheduling.values()}
+    elif schedule is not None:
+        numbers = {schedule.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)} or numbers
     if len(numbers) > 1:
         raise ValueError(
             f"lr_batch scales the learning rate once, but GradientAccumulationScheduler accumulates {sorted(numbers)} "
             "batches in turn; leave lr_batch out and give the rate"
         )
     return size * trainer.world_size * numbers.pop()
+
+
+def configured(optimizer: Optimizer) -> dict[str, list[float]]:
+    """The learning rate and the weight decay of each group of parameters of an optimiser that has just been made."""
+    groups = optimizer.param_groups
+    found = {"lr": [group.get("initial_lr", group["lr"]) for group in groups]}
+    found["weight_decay"] = [group.get("weight_decay") for group in groups]
+    return {name: [float(value) for value in values] for name, values in found.items() if None not in values}
 
 
 def depths(net: Any) -> dict[str, int]:

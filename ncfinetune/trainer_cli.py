@@ -148,7 +148,7 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and (lost := interruptions.lost_ranks(error)):
         return lost
     if str(error).startswith("Early stopping conditioned on metric"):
-        return f"{' '.join(str(error).split())}; no epoch ends in a validation of images if there are none"
+        return f"{' '.join(str(error).split())}; without validation images nothing of val/ is logged"
     if "stateful callback of type" in str(error):
         return " ".join(str(error).split())
     if "in loading state_dict" in str(error):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ncfinetune.adversarial import PGD
+from ncfinetune.adversarial import PGD, _uphill
 
 MEAN, STD = [0.3, 0.5, 0.6], [0.2, 0.1, 0.3]
 
@@ -131,9 +131,10 @@ class _Sure(nn.Module):
         return torch.cat([-first, first, first - 1e3], 1)
 
 
-def test_images_that_are_classified_surely_are_attacked_too() -> None:
-    pixels = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    found = PGD(0.25, steps=2)(_Sure(), pixels, torch.tensor([1, 0]))
+@pytest.mark.parametrize("soft", [False, True])
+def test_images_that_are_classified_surely_are_attacked_too(soft: bool) -> None:
+    pixels, y = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2), torch.tensor([1, 0])
+    found = PGD(0.25, steps=2)(_Sure(), pixels, F.one_hot(y, 3).float() if soft else y)
     torch.testing.assert_close(found[:, 0, 0, 0], torch.tensor([0.75, 0.25]))
 
 
@@ -163,3 +164,14 @@ def test_statistics_of_any_type_are_taken() -> None:
     numbers = PGD(0.1, mean=torch.tensor(MEAN), std=torch.tensor(STD).numpy())
     assert [type(value) for value in (*numbers.mean, *numbers.std)] == [float] * 6
     assert numbers.mean == pytest.approx(MEAN)
+    assert PGD(0.1, mean=0.5, std=0.2) in {PGD(0.1, mean=[0.5], std=[0.2])}
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_direction_is_that_of_the_gradient(soft: bool) -> None:
+    logits = (4 * torch.randn(50, 5, dtype=torch.float64)).requires_grad_()
+    y = torch.rand(50, 5, dtype=torch.float64).softmax(1) if soft else torch.arange(50) % 5
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)
+    found = _uphill(logits.detach(), y)
+    torch.testing.assert_close(F.normalize(found), F.normalize(expected))
+    assert torch.equal(_uphill(torch.zeros(2, 1), torch.zeros(2).long()), torch.zeros(2, 1))  # of a single class

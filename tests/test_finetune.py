@@ -9,7 +9,7 @@ import torch
 from tiny import SMALL, plain_sgd, trainer_in
 from torch.utils.data import DataLoader, TensorDataset
 
-from ncfinetune import Backbone, FineTuner, Supervised
+from ncfinetune import Backbone, FineTuner, Supervised, linearised
 from ncfinetune.datamodules import Digits
 
 KNOBS = [("none", None), ("layer3.0", None), ("layer3.0", "layer3.0"), (["layer4.*"], "layer2.1"), ("all", None)]
@@ -195,19 +195,29 @@ def test_a_model_in_eval_mode_is_trained_in_training_mode(kind, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("train", ["layer4.1", "all", ["layer3.1", "*bn2.weight"]])
-def test_layers_that_the_classifier_gets_nothing_of_are_refused(train) -> None:
+def test_layers_that_the_classifier_gets_nothing_of_are_refused(train, tmp_path: Path) -> None:
+    model = FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only", allow_random=True)
     with pytest.raises(
         ValueError, match=r'with skip_join="only" the classifier gets the output of layer3.1 alone, which'
     ):
-        FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only")
+        trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+
+
+def test_the_block_to_tune_is_chosen_among_those_that_the_classifier_gets_something_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linearised, "block_to_tune", lambda features, gradients, *_: list(gradients)[-1])
+    model = FineTuner(3, SMALL, train="auto", skip_from=["layer1.0", "layer2.1"], skip_join="only", allow_random=True)
+    trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
+    assert model.hparams["train"] == "layer2.1"
 
 
 @pytest.mark.parametrize("train", ["none", "layer3.1", ["layer1.0", "layer3.1.conv2"]])
 def test_layers_up_to_the_skipped_one_train_for_it_alone(train, tmp_path: Path) -> None:
     model = FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only", allow_random=True)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    again = FineTuner(3, SMALL, train=train, skip_from="layer3.1", skip_join="only", allow_random=True)
-    assert all(torch.equal(value, before[name]) for name, value in again.named_buffers())  # trying counts no batch
+    model._check_reached()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())  # trying counts no batch
     trainer_in(tmp_path).fit(model, Digits([0, 1, 2], shots=8, batch_size=8))
 
 

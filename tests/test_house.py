@@ -73,6 +73,7 @@ IMPORTS = {
         "gathering",
         "heads",
         "knobs",
+        "layers",
         "learner",
         "linearised",
         "loaders",

@@ -624,6 +624,7 @@ def test_the_default_type_of_a_run_in_half_precision_changes_nothing(dtype: torc
     assert found == expected
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has one setting for all")
 def test_settings_of_products_are_as_they_were() -> None:
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
@@ -637,3 +638,14 @@ def test_settings_of_products_are_as_they_were() -> None:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+def test_a_torch_with_one_setting_for_all_has_it_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    monkeypatch.delattr(torch.backends.mkldnn, "matmul", raising=False)
+    said: list[str] = ["high"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: said[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    with full_precision(torch.device("cpu")):
+        assert said[-1] == "highest"
+    assert said == ["high", "highest", "high"]

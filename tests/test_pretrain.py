@@ -500,7 +500,7 @@ data: test_pretrain.Views
 @pytest.mark.parametrize("scheduling", [{0: 4}, {0: 2, 1: 4}])
 def test_scaling_counts_the_batches_that_a_scheduler_accumulates(scheduling: dict[int, int], tmp_path: Path) -> None:
     model = SimCLR(SMALL, optimizer=partial(torch.optim.SGD, lr=0.1), lr_batch=16)
-    trainer = _trainer(tmp_path, callbacks=[GradientAccumulationScheduler(scheduling)])
+    trainer = _trainer(tmp_path, max_epochs=2, callbacks=[GradientAccumulationScheduler(scheduling)])
     if len(scheduling) > 1:
         with pytest.raises(
             ValueError, match=r"but GradientAccumulationScheduler accumulates \[2, 4\] batches in turn;"

@@ -14,6 +14,7 @@ from image_files import write_image
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -779,3 +780,54 @@ def test_the_last_weights_are_saved_though_no_validation_follows(
     whole, _ = fit("whole", **more)
     rest, _ = fit("rest", tmp_path / "some" / "last.ckpt", **more)
     assert all(torch.equal(value, rest[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("saving", "stopping", "options", "saved"),
+    [
+        # Early stopping on training numbers comes after the module's hook.
+        ({}, {"monitor": "train/loss", "check_on_train_epoch_end": True}, {"check_val_every_n_epoch": 5}, {8}),
+        ({"monitor": "val/loss", "save_last": True}, None, {"max_epochs": 4, "check_val_every_n_epoch": 3}, {16}),
+        # A stop that is asked for before it is allowed ends nothing.
+        (
+            {"save_top_k": -1},
+            {"monitor": "train/loss", "check_on_train_epoch_end": True},
+            {"min_epochs": 4, "check_val_every_n_epoch": 3},
+            {12, 16},
+        ),
+        ({"every_n_epochs": 3}, None, {"max_epochs": 4}, {12}),
+    ],
+    ids=["stopped afterwards", "monitored", "not yet allowed", "every third"],
+)
+def test_last_weights_are_saved_however_the_fit_ends(
+    saving: dict[str, Any], stopping: dict[str, Any] | None, options: dict[str, Any], saved: set[int], tmp_path: Path
+) -> None:
+    keeps = ModelCheckpoint(tmp_path / "kept", **saving)
+    # Each epoch's loss counts as no improvement.
+    stops = [] if stopping is None else [EarlyStopping(**stopping, patience=1, min_delta=100.0, verbose=False)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[keeps, *stops], **{"max_epochs": 9, **quiet, **options})
+    trainer.fit(Supervised(2, {**NETWORK, "in_chans": 1}), Digits([1, 2], shots=8, batch_size=4))
+    contents = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "kept").iterdir()}
+    last = {name: content for name, content in contents.items() if "last" in name}
+    steps = {content["global_step"] for content in (last or contents).values()}
+    assert steps == saved
+    assert keeps._save_on_train_epoch_end is None
+
+
+def test_a_model_whose_average_was_interrupted_trains_again(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 2:  # in which SWA measures statistics
+                raise RuntimeError("out of paper")
+
+    network = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
+    model, data = Supervised(2, network), Digits([1, 2], shots=8, batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False}
+    averages = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        Trainer(max_epochs=2, callbacks=[averages, Fails()], **quiet).fit(model, data)
+    before = model.head.weight.detach().clone()
+    Trainer(max_epochs=1, **quiet).fit(model, data)
+    assert not torch.equal(model.head.weight, before)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ncfinetune.cli import main
 from ncfinetune.safety import refuse_code
@@ -132,3 +133,16 @@ def test_a_text_that_is_too_long_to_be_looked_through_is_refused(option: str, tm
         refuse_code(["fit", option, str(long)])
     (tmp_path / "weights.pth").write_bytes(bytes(range(256)) * 2**13)
     refuse_code(["fit", option, str(tmp_path / "weights.pth")])
+
+
+def test_files_of_tensors_are_no_texts(tmp_path: Path) -> None:
+    def looks_like_text(padding: int) -> bool:
+        named = {f"backbone.layer{number}.{'x' * 60}.weight": torch.zeros(400) for number in range(700)}
+        save_file(named, tmp_path / "big.safetensors", {"padding": "x" * padding})
+        content = (tmp_path / "big.safetensors").read_bytes()
+        assert len(content) > 2**20
+        # Its length comes first, as a number of eight bytes, and the header is longer than what is looked at.
+        return all(byte < 128 for byte in content[: 2**16])
+
+    assert any(looks_like_text(padding) for padding in range(0, 2**16, 2**11 + 8))
+    refuse_code(["fit", "--model.checkpoint", str(tmp_path / "big.safetensors")])
