@@ -82,7 +82,8 @@ class FineTuner(PartlyFrozen):
             ridge regression; see `skips.choose_skips`. It needs ``skip_join`` ``concat`` or ``only``.
         skip_join: How the pooled outputs join the penultimate features: ``pad`` adds them, narrower ones padded with
             zeros; ``linear`` adds them after learned linear maps to the width of the features; ``concat`` concatenates
-            them; ``only`` concatenates the pooled outputs and leaves the penultimate features out.
+            them; ``only`` concatenates the pooled outputs and leaves the penultimate features out, so that layers
+            behind the skipped ones cannot be tuned.
         skip_gradient: ``both`` lets the gradient reach the tuned layer through the skip connection and through the
             following layers; ``skip`` through the skip connection alone, which saves the time and the memory of the
             backward pass through the following layers.
@@ -91,7 +92,8 @@ class FineTuner(PartlyFrozen):
             and the others are closed forms, fitted in one pass over the training images without augmentation (over
             their cached values if there is a cache): ``mean`` is the nearest class mean, ``ridge`` ridge regression and
             ``lda`` linear discriminant analysis, both with a regularisation chosen by leave-one-out error, ``etf`` the
-            simplex nearest to the class means. See `heads.classifier_of`, also for the scale of the logits.
+            simplex nearest to the class means. See `heads.classifier_of`, also for the scale of the logits. They read
+            all training images, whatever ``limit_train_batches`` of the Trainer is.
         refit: A closed form on the tuned features, which takes the classifier's place when the model is validated and
             at the end of each epoch, so that it is validated, saved and tested; checkpoints of every few steps have the
             trained classifier. Training goes on with the classifier as it was, since one that is replaced after each
@@ -116,7 +118,8 @@ class FineTuner(PartlyFrozen):
     Raises:
         ValueError: No layer or parameter of that name, a layer without parameters to train, or every layer by name; a
             layer in ``skip_from`` that does not run; an option that has no effect with the other options; a checkpoint
-            that fits nothing. When the run starts: a closed form that the training images do not allow.
+            that fits nothing. When the run starts: a closed form that the training images do not allow, and tuned
+            layers that the classifier gets nothing of.
         FileNotFoundError: No such checkpoint.
     """
 
