@@ -57,8 +57,8 @@ class PGD:
             raise ValueError(f"expected a PGD step_size above 0, or None, got {self.step_size}")
         for name in ("mean", "std"):
             if (given := getattr(self, name)) is not None:
-                numbers = given if hasattr(given, "__iter__") else [given]
-                object.__setattr__(self, name, tuple(float(value) for value in numbers))
+                numbers = torch.as_tensor(given, dtype=torch.float64).flatten()
+                object.__setattr__(self, name, tuple(numbers.tolist()))
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"expected the PGD norm linf or l2, got {self.norm!r}")
         if (self.mean is None) != (self.std is None):

@@ -83,8 +83,10 @@ class PrefixCache(Callback):
 
     def _validation(self, loader: Any) -> dict[str, DataLoader[Any]]:
         """The loader of validation images if stored values can replace them; otherwise logs why they cannot."""
-        if not _any_order(loader) or not _samples(loader):
+        if not _any_order(loader):
             reason = "come from several loaders, from none or as a stream"
+        elif not _samples(loader):
+            return {}
         elif self._split.has_foreign_hook():
             reason = "run through all layers, since a frozen layer has a hook"
         else:

@@ -66,6 +66,6 @@ class CommandTrainer(Trainer):
         given = {name: limit for name, limit in limits.items() if limit is not None}
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
             # By which Lightning divides in the first epoch.
-            if kwargs.get(name) is not None and kwargs[name] in (0, 0.0):
+            if kwargs.get(name) == 0:
                 raise ValueError(f"expected trainer.{name} above 0, got {kwargs[name]}")
         super().__init__(*args, **given, **kwargs)

@@ -196,8 +196,8 @@ def kept_by_deltas(kind: type) -> set[str]:
     """The arguments of a `FineTuner`, or of a class that hands ``**kwargs`` on to it, that a delta stores."""
     found: set[str] = set()
     for base in kind.__mro__:
-        if "__init__" in vars(base):
-            _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        if own := vars(base).get("__init__"):
+            _, *parameters = inspect.signature(own).parameters.values()
             found |= {parameter.name for parameter in parameters if parameter.kind not in _SEVERAL}
             if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
                 break

@@ -40,7 +40,7 @@ from ncfinetune.loop_progress import (
     take_up_after_last_batch,
     take_up_epoch,
 )
-from ncfinetune.resume import CONFIGURED, Resumption, last_saved
+from ncfinetune.resume import Resumption, last_saved
 from ncfinetune.sample_mean import SampleMean
 from ncfinetune.schedule import check_lengths, configured, follows_rates, images_a_step, monitored, scale_rates
 from ncfinetune.synchronised import synchronise
@@ -100,6 +100,7 @@ class Learner(LightningModule, ABC):
         _check_interval(lr_interval, lr_scheduler)
         self.save_hyperparameters(ignore=["backbone", "checkpoint", *_OF_THE_RUN])
         self.backbone = Backbone.build(backbone)
+        # Tensors, as a subclass may have, are loaded as they are.
         self.hparams.update({k: v if isinstance(v, Tensor) else built_in(v) for k, v in self.hparams.items()})
         self.hparams["backbone"] = self.backbone.spec
         self._optimizer = optimizer or torch.optim.AdamW
@@ -109,7 +110,6 @@ class Learner(LightningModule, ABC):
         self._lr_factor = 1.0
         self.lr: float | None = None
         self._configured_for: tuple[Any, ...] = (None, None)
-        self._configured: dict[str, list[float]] = {}
         self.means = nn.ModuleDict(
             {f"{split}/{name}": SampleMean() for split in ("train", "val", "test") for name in self.logged}
         )
@@ -146,7 +146,6 @@ class Learner(LightningModule, ABC):
             if "loops" in checkpoint:  # absent where an older Lightning saves weights alone
                 means = {name: mean.metric_state for name, mean in self._means_of("train")}
                 self._resumption.save(self.trainer, self, means, checkpoint)
-                checkpoint[CONFIGURED] = self._configured
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load class names and preprocessing from the checkpoint, and compare the datamodule with them.
@@ -210,12 +209,12 @@ class Learner(LightningModule, ABC):
             warn_of_one_rate(self.trainer, factors)
         if self._lr_scheduler is None:
             scale_rates(optimizer, None, factors)
-            self._configured = configured(optimizer)
+            self._resumption.configured = configured(optimizer)
             return optimizer
         self._check_scheduler(optimizer, factors)
         scheduler = self._lr_scheduler(optimizer)
         scale_rates(optimizer, scheduler, factors)
-        self._configured = configured(optimizer)
+        self._resumption.configured = configured(optimizer)
         monitor = monitored(scheduler)
         config = {"scheduler": scheduler, "monitor": monitor, "interval": self._lr_interval, "frequency": 1}
         if self._lr_interval == "epoch" and "val" in str(monitor).split("/"):
@@ -280,7 +279,7 @@ class Learner(LightningModule, ABC):
             rank_zero_info(f"learning rate scaled by {self._lr_factor:g}, from {self._lr_batch} images a step")
         for logger in self.loggers:
             logger.log_metrics(counts, step=self.global_step)
-        self._configured = self._resumption.kept_options(self.trainer, self._configured)
+        self._resumption.warn_of_kept_options(self.trainer)
         self._resumption.restore_numbers(self.trainer)
 
     def on_train_end(self) -> None:

@@ -31,7 +31,7 @@ from ncfinetune.passes import buffers_kept
 
 # Keys of the checkpoint: the state of each process, whether each parameter was trained, the last logged values, and the
 # rates and decays that the optimiser was made with.
-_PROCESSES, _TRAINED, NUMBERS, CONFIGURED = "processes", "trained", "numbers", "configured"
+_PROCESSES, _TRAINED, NUMBERS, _CONFIGURED = "processes", "trained", "numbers", "configured"
 
 
 class Resumption:
@@ -47,7 +47,9 @@ class Resumption:
         self._trained: dict[str, bool] = checkpoint.get(_TRAINED, {})
         self._numbers: dict[str, Any] = checkpoint.get(NUMBERS, {})
         self._epoch_ended = bool(self._numbers.get("ended"))
-        self._configured: dict[str, list[float]] = checkpoint.get(CONFIGURED, {})
+        # The rates and decays that the run's optimiser was made with, and those that one of this configuration is.
+        self._kept: dict[str, list[float]] = checkpoint.get(_CONFIGURED, {})
+        self.configured: dict[str, list[float]] = {}
         # State of each of the epoch's means, until the first batch is trained.
         self.means: dict[str, dict[str, Tensor]] = {}
         # Whether a validation is under way, whose weights a callback may have swapped in.
@@ -68,28 +70,28 @@ class Resumption:
         waiting = _waiting_gradients(trainer, module, checkpoint)
         checkpoint[_PROCESSES] = states_of_processes(trainer, {"means": self.means or means, "gradients": waiting})
         checkpoint[_TRAINED] = _trained(module)
+        checkpoint[_CONFIGURED] = self._kept or self.configured
         checkpoint[NUMBERS] = {} if self.averaged else _last_numbers(trainer)
 
     def restore_numbers(self, trainer: Trainer) -> None:
         """Restore the last logged values, and log those of an epoch that the interrupted run may not have logged."""
         _restore_numbers(trainer, self._numbers)
 
-    def kept_options(self, trainer: Any, configured: dict[str, list[float]]) -> dict[str, list[float]]:
-        """The learning rates and weight decays that the optimiser has; warns of configured ones that are replaced.
+    def warn_of_kept_options(self, trainer: Any) -> None:
+        """Warn of a configured learning rate or weight decay that the optimiser's state of the checkpoint replaces.
 
         A finder restores a checkpoint of its own after its search, which replaces nothing.
         """
         if any(isinstance(callback, BatchSizeFinder | LearningRateFinder) for callback in trainer.callbacks):
-            return configured
-        for name, values in configured.items():
-            pairs = zip(self._configured.get(name, ()), values, strict=False)
+            self._kept = {}
+        for name, values in self._kept.items():
+            pairs = zip(values, self.configured.get(name, ()), strict=False)
             if other := [pair for pair in pairs if not math.isclose(*pair, rel_tol=1e-6)]:
                 kept, asked = other[0]
                 rank_zero_warn(
                     f"the resumed run keeps the optimiser's {name}={kept:g} of its checkpoint, and the configured "
                     f"{name}={asked:g} has no effect; leave it as it was, or start a new run from its weights"
                 )
-        return self._configured or configured
 
     def begin(self, trainer: Trainer, module: nn.Module) -> None:
         """Restore the progress, the trained parameters and the random state, when training starts."""

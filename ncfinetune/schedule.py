@@ -91,12 +91,10 @@ def images_a_step(trainer: Any) -> int:
     size = getattr(trainer.train_dataloader, "batch_size", None)
     if size is None:
         raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
-    schedule = _accumulation(trainer)
-    numbers = {trainer.accumulate_grad_batches}
-    if schedule is not None and trainer.max_epochs == -1:
-        numbers = {*schedule.scheduling.values()}
-    elif schedule is not None:
-        numbers = {schedule.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)} or numbers
+    schedule, numbers = _accumulation(trainer), {trainer.accumulate_grad_batches}
+    if schedule is not None:
+        epochs = schedule.scheduling if trainer.max_epochs == -1 else range(max(1, trainer.max_epochs))
+        numbers = set(map(schedule.get_accumulate_grad_batches, epochs))
     if len(numbers) > 1:
         raise ValueError(
             f"lr_batch scales the learning rate once, but GradientAccumulationScheduler accumulates {sorted(numbers)} "

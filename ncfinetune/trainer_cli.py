@@ -41,7 +41,7 @@ from ncfinetune.weight_files import DATA
 for _home in ("callbacks", "contrastive", "datamodules", "finetune", "schedule", "supervised"):
     importlib.import_module(f"ncfinetune.{_home}")
 
-_LOGGER = {
+_LOGGER: dict[str, Any] = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
@@ -176,8 +176,12 @@ def _name_devices(callbacks: Any) -> None:
 def _log_as_usual(trainer: Any) -> None:
     """Put our logger in the place of Lightning's (``true`` and null), whose folders are not known beforehand."""
     if trainer.logger in (None, True):
-        arguments = Namespace({"version": None, **_LOGGER["init_args"]})  # type: ignore[no-untyped-call, dict-item]
-        trainer.logger = Namespace(class_path=_LOGGER["class_path"], init_args=arguments)  # type: ignore[no-untyped-call]
+        arguments = {f"init_args.{name}": value for name, value in {"version": None, **_LOGGER["init_args"]}.items()}
+        trainer.logger = _namespace({"class_path": _LOGGER["class_path"], **arguments})
+
+
+def _namespace(entries: dict[str, Any]) -> Namespace:
+    return Namespace(entries)  # type: ignore[no-untyped-call]  # jsonargparse has no types for it
 
 
 def _launched() -> dict[str, int]:
@@ -369,7 +373,7 @@ class NCFinetuneCLI(LightningCLI):
             given = {name: value for name, value in loading.items() if value is not None}
             arguments = {**given, **trained.unlabelled(checkpoint)}
             path = "ncfinetune.datamodules.Unlabelled"
-            config.data = Namespace({"class_path": path, "init_args": arguments})  # type: ignore[no-untyped-call]
+            config.data = _namespace({"class_path": path, "init_args": arguments})
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and check that their folders are writable.

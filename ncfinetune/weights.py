@@ -325,11 +325,12 @@ def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor], in_
     channels = own[name].shape[1] if own[name].ndim == 4 else 0
     if name not in {f"{first}.weight" for first in firsts} or tensor.ndim != 4 or tensor.shape[1] == channels:
         return tensor
-    moved = channels // in_chans > 1
+    if channels > in_chans:
+        return adapt_input_conv(1, tensor) if in_chans == 1 and tensor.shape[1] == 3 * channels else tensor
     try:
-        further = {} if moved or tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
-        return adapt_input_conv(in_chans, tensor, **further) if not moved or in_chans == 1 else tensor
-    except (NotImplementedError, TypeError, AssertionError):  # older versions of timm accept three channels only
+        further = {} if tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
+        return adapt_input_conv(channels, tensor, **further)
+    except (NotImplementedError, TypeError):  # older versions of timm accept three channels only
         return tensor
 
 
