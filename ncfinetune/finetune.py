@@ -24,9 +24,8 @@ from ncfinetune.classifier import ClassWeight
 from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
-from ncfinetune.layers import enclosing_block
 from ncfinetune.learner import Batch, Interval
-from ncfinetune.linearised import choose_block
+from ncfinetune.linearised import choose_block, require_gradients
 from ncfinetune.loaders import has_length, is_stream
 from ncfinetune.partly_frozen import PartlyFrozen
 from ncfinetune.passes import eval_mode, evaluation, ready_batches
@@ -307,7 +306,7 @@ class FineTuner(PartlyFrozen):
         """Choose the block to tune by the network's expansion on the training images."""
         knobs.check_chooses("train", stage)
         with self._split.expanded():
-            found = choose_block(self.trainer, self, self.backbone, self.num_classes, self._blocks_before_skips())
+            found = choose_block(self.trainer, self, self.backbone, self.num_classes, [*self._left_out().values()])
         block = self.trainer.strategy.broadcast(found)
         rank_zero_info(f"train: {block or 'no block, since none is expected to lower the error'}")
         knobs.check_head(block or "none", self.head_init, self.refit, self.head_lr_factor, self.hparams["skip_join"])
@@ -335,29 +334,23 @@ class FineTuner(PartlyFrozen):
         self.hparams.update({"skip_from": skips, "max_skips": 1})
         average_anew(self.trainer, self)
 
-    def _blocks_before_skips(self) -> list[str]:
-        """The blocks that ``auto`` may tune: with ``only`` those up to the last skipped one, if it is a block."""
-        blocks = list(self.backbone.layers)
-        skipped = [enclosing_block(self.backbone.net, name) for name in self._split.skips]
-        ends = [blocks.index(name) for name in skipped if name in blocks]
-        alone = self.hparams["skip_join"] == "only" and ends
-        return blocks[: max(ends) + 1] if alone else blocks
+    def _left_out(self) -> dict[str, nn.Parameter]:
+        """Parameters of the network that the classifier gets nothing of, by name: with ``only`` those behind skips."""
+        if self.hparams["skip_join"] != "only" or not self._split.skips:
+            return {}
+        named: dict[str, nn.Parameter] = dict(self.backbone.net.named_parameters())
+        with eval_mode(self), torch.enable_grad(), require_gradients(self.backbone):
+            last, *skipped = self.features(self.backbone.noise(2))
+            runs, reaches = (
+                torch.autograd.grad(torch.cat(parts, 1).sum(), [*named.values()], retain_graph=True, allow_unused=True)
+                for parts in ((last, *skipped), skipped)
+            )
+        pairs = zip(named.items(), runs, reaches, strict=True)
+        return dict(item for item, run, reach in pairs if run is not None and reach is None)
 
     def _check_reached(self) -> None:
-        """Refuse tuned layers that the classifier gets nothing of: with ``only`` those behind the skipped layers."""
-        named = {name: p for name, p in self.backbone.net.named_parameters() if p.requires_grad}
-        if self.hparams["skip_join"] != "only" or not self._split.skips or not named:
-            return
-        with eval_mode(self), torch.enable_grad():
-            last, *skipped = self.features(self.backbone.noise(2))
-        runs, reaches = (
-            torch.autograd.grad(torch.cat(parts, 1).sum(), [*named.values()], retain_graph=True, allow_unused=True)
-            if any(part.requires_grad for part in parts)
-            else [None] * len(named)
-            for parts in ((last, *skipped), skipped)
-        )
-        behind = [name for name, a, b in zip(named, runs, reaches, strict=True) if a is not None and b is None]
-        if behind:
+        """Refuse tuned layers that the classifier gets nothing of."""
+        if behind := [name for name, parameter in self._left_out().items() if parameter.requires_grad]:
             raise ValueError(
                 f'with skip_join="only" the classifier gets the output of {", ".join(self._split.skips)} alone, which '
                 f"does not depend on {behind[0]!r}, so that it would not be trained; name layers up to the skipped "

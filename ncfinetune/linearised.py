@@ -92,30 +92,33 @@ def block_to_tune(features: Tensor, gradients: Mapping[str, Tensor], labels: Ten
 
 
 def choose_block(
-    trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int, among: Sequence[str]
+    trainer: Trainer, module: LightningModule, backbone: Backbone, num_classes: int, without: Sequence[nn.Parameter]
 ) -> str | None:
-    """The block to tune by `block_to_tune`, of those in ``among``, on the trainer's training images. For `setup`.
+    """The block to tune by `block_to_tune`, of those that have none of some parameters. For `setup`.
+
+    The trainer's training images decide.
 
     Raises:
         ValueError: As `passes.rows_to_choose_by` and `ncfinetune.probes.ridge`.
     """
     rows = rows_to_choose_by(trainer, module, 'train="auto"')
-    blocks = [name for name in among if any(True for _ in backbone.layer(name).parameters())]
+    parts = {name: {id(parameter) for parameter in backbone.layer(name).parameters()} for name in backbone.layers}
+    blocks = [name for name, own in parts.items() if own and own.isdisjoint(map(id, without))]
     with evaluation(trainer, module), require_gradients(backbone, blocks):
         sketch = GradientSketch(backbone, blocks).to(trainer.strategy.root_device)
         # One pass, since a stream may be in another order, and an image augmented otherwise, in a second one.
-        parts = [(backbone(images), sketch(images), labels) for images, labels in ready_batches(trainer, rows)]
-        features, sketches, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        seen = [(backbone(images), sketch(images), labels) for images, labels in ready_batches(trainer, rows)]
+        features, sketches, labels = (torch.cat(column) for column in zip(*seen, strict=True))
     return block_to_tune(features, dict(zip(blocks, sketches.unbind(1), strict=True)), labels, num_classes)
 
 
 @contextmanager
-def require_gradients(backbone: Backbone, layers: Sequence[str]) -> Iterator[None]:
-    """A context in which these layers' parameters alone require gradients."""
+def require_gradients(backbone: Backbone, layers: Sequence[str] | None = None) -> Iterator[None]:
+    """A context in which these layers' parameters alone require gradients; None are all layers."""
     flags = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
     try:
-        backbone.requires_grad_(False)
-        for layer in layers:
+        backbone.requires_grad_(layers is None)
+        for layer in layers or ():
             backbone.layer(layer).requires_grad_(True)
         yield
     finally:

@@ -490,10 +490,13 @@ def test_a_run_goes_on_with_the_factors_that_its_optimiser_has(name: str, tmp_pa
     assert fit(0.5, 2, ckpt_path=tmp_path / "a.ckpt").optimizers[0].param_groups[-1]["name"] == "head"
 
 
-def test_weights_of_any_type_are_taken_and_saved_as_numbers() -> None:
+def test_weights_of_any_type_are_taken_and_can_be_loaded(tmp_path: Path) -> None:
     for weights in (np.array([1.0, 2, 3]), torch.tensor([1.0, 2, 3])):
         model = Supervised(3, SMALL, class_weight=weights)
         assert model.class_weights.tolist() == [1, 2, 3]
+        torch.save(dict(model.hparams), tmp_path / "options.pt")
+        saved = torch.load(tmp_path / "options.pt", weights_only=True)["class_weight"]
+        assert torch.equal(torch.as_tensor(saved), torch.tensor([1.0, 2, 3]))
 
 
 def test_balanced_weights_of_a_run_without_training_batches_are_not_counted(tmp_path: Path) -> None:

@@ -547,6 +547,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
         (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last is of a fit; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "Early stopping conditioned on metric `val/loss` which is not available"),
+        (["fit", *PIECES, *("--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs=1") * 2], "error: Found more than one stateful callback of type `ModelCheckpoint`"),
         (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["evaluate", *PIECES], "evaluate needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["predict", *_pair("SimCLR")], "SimCLR has no classifier to predict with"),

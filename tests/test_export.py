@@ -144,6 +144,16 @@ def test_a_folder_is_a_network_of_timm(family: str, tmp_path: Path) -> None:
     }
 
 
+def test_the_working_folder_becomes_a_network_of_timm(
+    trained: tuple[FineTuner, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    export(trained[1], ".")
+    assert {path.name for path in (tmp_path / "birds").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["birds"]
+
+
 def _from_timm(folder: Path) -> Any:
     """The network as timm loads it: as a folder, or, before timm 1.0.16, from what its config.json says."""
     if hasattr(timm.models._hub, "load_model_config_from_path"):

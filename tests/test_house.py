@@ -73,7 +73,6 @@ IMPORTS = {
         "gathering",
         "heads",
         "knobs",
-        "layers",
         "learner",
         "linearised",
         "loaders",

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_datamodules import Recorder, _trainer
 from test_shards import _write_shards
+from tiny import SMALL, trainer_in
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -701,11 +702,8 @@ def test_what_a_callback_sets_for_an_epoch_holds_in_one_that_is_resumed_within(k
             if kind == "accumulation"
             else StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=2)
         )
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        quiet["enable_checkpointing"] = False
-        trainer = Trainer(max_epochs=3, accelerator="cpu", limit_val_batches=0, callbacks=[keeps, setting], **quiet)
-        network = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
-        model = Supervised(2, network, lr_scheduler=_halving)
+        trainer = trainer_in(tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[keeps, setting])
+        model = Supervised(2, SMALL, lr_scheduler=_halving)
         trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=False)
         return model.state_dict(), trainer.global_step
 
@@ -723,8 +721,9 @@ def test_what_a_callback_sets_for_an_epoch_holds_in_one_that_is_resumed_within(k
 def test_an_optimiser_that_keeps_other_options_than_are_configured_is_said(tmp_path: Path) -> None:
     def fit(rate: float, decay: float, epochs: int, scheduled: bool, ckpt_path: Path | None = None) -> None:
         last = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, callbacks=[last], **quiet)
+        trainer = trainer_in(
+            tmp_path, max_epochs=epochs, limit_val_batches=0, callbacks=[last], enable_checkpointing=True
+        )
         optimizer = partial(torch.optim.SGD, lr=rate, weight_decay=decay)
         model = Supervised(
             2, {**NETWORK, "in_chans": 1}, optimizer=optimizer, lr_scheduler=_halving if scheduled else None
@@ -763,9 +762,8 @@ def test_the_last_weights_are_saved_though_no_validation_follows(
     def fit(folder: str, ckpt_path: Path | None = None, **changed: Any) -> tuple[dict[str, torch.Tensor], Any]:
         seed_everything(0, verbose=False)
         last = ModelCheckpoint(tmp_path / folder, filename="last")
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         callbacks = [last, *([EMAWeightAveraging(decay=0.5)] if averages else [])]
-        trainer = Trainer(accelerator="cpu", callbacks=callbacks, **quiet, **{**options, **changed})
+        trainer = trainer_in(tmp_path, callbacks=callbacks, enable_checkpointing=True, **{**options, **changed})
         model = Supervised(2, {**NETWORK, "in_chans": 1}, lr_scheduler=_halving)
         trainer.fit(model, Digits([1, 2], shots=8, batch_size=4), ckpt_path=ckpt_path, weights_only=True)
         assert last._save_on_train_epoch_end is None
@@ -805,8 +803,7 @@ def test_last_weights_are_saved_however_the_fit_ends(
     keeps = ModelCheckpoint(tmp_path / "kept", **saving)
     # Each epoch's loss counts as no improvement.
     stops = [] if stopping is None else [EarlyStopping(**stopping, patience=1, min_delta=100.0, verbose=False)]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[keeps, *stops], **{"max_epochs": 9, **quiet, **options})
+    trainer = trainer_in(tmp_path, callbacks=[keeps, *stops], enable_checkpointing=True, **{"max_epochs": 9, **options})
     trainer.fit(Supervised(2, {**NETWORK, "in_chans": 1}), Digits([1, 2], shots=8, batch_size=4))
     contents = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "kept").iterdir()}
     last = {name: content for name, content in contents.items() if "last" in name}
@@ -821,13 +818,10 @@ def test_a_model_whose_average_was_interrupted_trains_again(tmp_path: Path) -> N
             if trainer.current_epoch == 2:  # in which SWA measures statistics
                 raise RuntimeError("out of paper")
 
-    network = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
-    model, data = Supervised(2, network), Digits([1, 2], shots=8, batch_size=4)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
-    quiet |= {"accelerator": "cpu", "enable_checkpointing": False}
+    model, data = Supervised(2, SMALL), Digits([1, 2], shots=8, batch_size=4)
     averages = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
     with pytest.raises(RuntimeError, match="out of paper"):
-        Trainer(max_epochs=2, callbacks=[averages, Fails()], **quiet).fit(model, data)
+        trainer_in(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[averages, Fails()]).fit(model, data)
     before = model.head.weight.detach().clone()
-    Trainer(max_epochs=1, **quiet).fit(model, data)
+    trainer_in(tmp_path, limit_val_batches=0).fit(model, data)
     assert not torch.equal(model.head.weight, before)
