@@ -7,22 +7,25 @@ device's peak. Synchronisations are those that CUDA reports; on the CPU, operato
 
     python experiments/benchmarks/gpu.py [--device cuda] [--repeats 5] [--out FILE]
 
-``--device cpu`` runs the same rows on small sizes: it shows that they run, not how fast a GPU is.
+``--device cpu`` runs the same rows on small sizes: it shows that they run, not how fast a GPU is, and
+writes no table unless one is named.
 """
 
 import itertools
+import os
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
-from common import options_of, plain_supcon, quiet, spread, written
+from common import RESULTS, options_of, plain_supcon, quiet, spread, written
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -415,14 +418,16 @@ def rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options_of(__doc__, "gpu.md")
+    parser.set_defaults(out=None)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu tries the rows on small sizes")
     quiet()
     device = Device(options.device)
+    out = options.out or (RESULTS / "gpu.md" if device.on_gpu else Path(os.devnull))
     name = torch.cuda.get_device_name() if device.on_gpu else platform.machine()
-    with written(options.out) as say:
+    with written(out) as say:
         head = [
             f"`python experiments/benchmarks/gpu.py --device {options.device} --repeats {options.repeats}`: {name},",
             f"torch {torch.__version__}, lightning {lightning.__version__}. Medians (least to most) of the pairs.\n",
