@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         _check_spec(self.spec)
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
-        except (TypeError, RuntimeError) as error:
+        except (AssertionError, TypeError, RuntimeError) as error:
             raise ValueError(f"timm cannot make {name!r} with {timm_kwargs}: {error}") from error
         except OSError as error:
             if not pretrained:
@@ -381,6 +381,8 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
             f"timm's option {own[0]} is not the backbone's: it has no classifier (num_classes is the model's), its "
             "weights come from checkpoint, and its layers have names"
         )
+    if spec.get("global_pool") == "":
+        raise ValueError("expected a global_pool that gives one vector for each image, such as avg, got the empty one")
     if strange := foreign(spec):
         raise ValueError(
             "expected options of the backbone as numbers, words, lists and dictionaries, which checkpoints can hold, "

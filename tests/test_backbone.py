@@ -82,6 +82,8 @@ def test_spec_builds_the_same_architecture() -> None:
         ({"name": "resnet18.a1_in2k"}, "timm has no weights 'a1_in2k' of resnet18; expected one of resnet18.a1_in1k, "),
         ({"name": "test_vit", "stem": "cifr"}, "expected stem imagenet or cifar, got 'cifr'"),
         ({"name": "resnet18", "chanels": 3}, "timm cannot make 'resnet18' with {'chanels': 3}"),
+        ({"name": "test_vit", "global_pool": "catavgmax"}, "timm cannot make 'test_vit' with {'global_pool': 'cata"),
+        ({"name": "test_vit", "global_pool": ""}, "a global_pool that gives one vector for each image, such as avg"),
     ],
 )
 def test_wrong_arguments(arguments: dict, message: str) -> None:
