@@ -14,21 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfinetune.collapse import EXACT, FAMILY, nc1_with_error, rounding_text, self_duality
+from ncfinetune.collapse import EXACT, FAMILY, disagreements, nc1_with_error, rounding_text, self_duality
+from ncfinetune.inputs import sound_samples
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.metrics import NumericalRank
-from ncfinetune.moments import (
-    ClassMoments,
-    MomentAccumulator,
-    NonFiniteFeaturesError,
-    UndefinedCollapseError,
-    UnresolvedCollapseError,
-)
+from ncfinetune.moment_accumulator import MomentAccumulator
+from ncfinetune.moments import ClassMoments, NonFiniteFeaturesError, UndefinedCollapseError, UnresolvedCollapseError
 
 # Metrics of the classifier's input only.
-_OF_CLASSIFIER = ("nc3", "nc4")
-_OF_MOMENTS = tuple(name for name in FAMILY if name != "nc3")
-METRICS = (*_OF_MOMENTS, "nc3", "numerical_rank", "nc4")
+OF_CLASSIFIER = ("nc3", "nc4")
+METRICS = (*FAMILY, "nc3", "numerical_rank", "nc4")
 _KEPT_SAMPLES = 1000
 
 # The classifier's weight ``(K, d)`` and bias ``(K,)``.
@@ -155,15 +150,13 @@ class LayerMetrics:
             ValueError: A layer never ran; labels out of range in any of the processes.
         """
         total = _summing(strategy) if self._shared else lambda tensor: tensor
-        mistaken = self._mistake is not None
-        own = mistaken, has_classifier, self._begun
+        own = self._mistake is not None, has_classifier, self._begun
         flags = [[layer in self._broken, layer in self._ran, *own] for layer in self.layers]
-        counts = total(torch.tensor(flags, dtype=torch.float32)).tolist()
-        has_classifier = bool(counts[0][3])
-        if counts[0][2]:
+        counts = total(torch.tensor(flags, dtype=torch.float32)).T.tolist()
+        broken, ran, (mistaken, *_), (has_classifier, *_), (begun, *_) = counts
+        if mistaken:
             raise self._mistake or ValueError(f"another process found an error in the {split} set: see its message")
-        broken = {layer: bool(row[0]) for layer, row in zip(self.layers, counts, strict=True)}
-        silent = [layer for layer, row in zip(self.layers, counts, strict=True) if row[4] and not row[1]]
+        silent = [layer for layer, processes in zip(self.layers, ran, strict=True) if begun and not processes]
         if silent:
             raise ValueError(
                 f"layer {silent[0]!r} never ran in a pass over the {split} set; name layers that the module's forward "
@@ -171,8 +164,8 @@ class LayerMetrics:
             )
         result = Result(sample=None if self._sample is None else self._sample.rows())
         undefined: dict[str, str] = {}
-        for layer in self.layers:
-            if broken[layer]:
+        for layer, broken_in in zip(self.layers, broken, strict=True):
+            if broken_in:
                 undefined[layer] = self._broken.get(layer, "another process has features with nan or inf")
                 continue
             device = strategy.root_device if self._shared else None
@@ -198,7 +191,7 @@ class LayerMetrics:
         for name in self._metrics:
             if name == "nc1":
                 _set(result, name, layer, _nc1(result, moments, layer, split))
-            elif name in _OF_MOMENTS:
+            elif name in FAMILY:
                 _set(result, name, layer, float(FAMILY[name](moments)))
         if layer in self._ranks:
             rank = self._ranks[layer] if device is None else self._ranks[layer].to(device)
@@ -235,7 +228,7 @@ class LayerMetrics:
             result.moments.pop(layer, None)
             for name in self._metrics:
                 of_classifier = layer == PENULTIMATE and has_classifier and (name != "nc4" or self._means is not None)
-                if name not in _OF_CLASSIFIER or of_classifier:
+                if name not in OF_CLASSIFIER or of_classifier:
                     _set(result, name, layer, float("nan"))
         if undefined:
             layers = ", ".join(map(repr, undefined))
@@ -280,25 +273,16 @@ class _Decisions:
     """
 
     def __init__(self, means: ClassMoments, weight: Weight, ignore_index: int | None = None) -> None:
-        self._ignore_index = ignore_index
-        device = means.mean.device
-        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
-        self._present = means.present.nonzero().squeeze(1)
-        self._centre, self._means = means.global_mean, means.centred
-        self._weight = weight[0].to(device, torch.float64)
-        self._bias = 0 if weight[1] is None else weight[1].to(device, torch.float64)
+        self._means, self._ignore_index = means, ignore_index
+        self.counts = torch.zeros(2, dtype=torch.float64, device=means.mean.device)
+        self._weight = weight[0].to(self.counts)
+        self._bias = None if weight[1] is None else weight[1].to(self.counts)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add samples; samples with a label out of range or with nan or inf do not count."""
-        features = features.to(self._centre.device).double()
-        labels = labels.to(self._centre.device)
-        # Centred first: at an offset of 1e3 rounding makes float32 distances useless.
-        distances = torch.cdist(features - self._centre, self._means)
-        nearest = self._present[distances.argmin(1)]
-        differ = nearest != (features @ self._weight.T + self._bias).argmax(1)
-        counted = (labels >= 0) & (labels < len(self._weight)) & features.isfinite().all(1)
-        if self._ignore_index is not None:
-            counted &= labels != self._ignore_index
+        features, labels = features.to(self.counts.device), labels.to(self.counts.device)
+        differ = disagreements(features, self._means, self._weight, self._bias)
+        counted, _ = sound_samples(features, labels, len(self._weight), self._ignore_index)
         self.counts = self.counts + torch.stack([(differ & counted).sum(), counted.sum()])
 
 

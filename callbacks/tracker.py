@@ -14,7 +14,7 @@ from ncfinetune.passes import TrainingSet, evaluated, evaluation, leaves_out, re
 
 from . import adapters, figures, logs, pages, pictures, records
 from .adapters import BatchReader
-from .layer_metrics import METRICS, Result
+from .layer_metrics import METRICS, OF_CLASSIFIER, Result
 from .meter import CollapseMeter
 from .notices import Notices
 from .observer import LayerObserver, Pooling
@@ -22,7 +22,7 @@ from .records import Records
 from .schedule import PassSchedule, is_new
 
 _NAME = "NeuralCollapseTracker"
-_DEFAULT_METRICS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3", "nc4")
+_DEFAULT_METRICS = tuple(name for name in METRICS if name != "numerical_rank")
 
 
 class NeuralCollapseTracker(Callback):
@@ -302,17 +302,7 @@ class NeuralCollapseTracker(Callback):
         """Observe the step."""
         self._meter.observer.listen(batch, "test_step")
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch to the statistics."""
-        self._meter.update(dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the results of the test set."""
@@ -336,7 +326,7 @@ class NeuralCollapseTracker(Callback):
             self._attached.observer.remove()  # the module has made its layers anew
         num_classes = self.num_classes or adapters.known_num_classes(trainer, pl_module, _NAME, self.classifier)
         reader = BatchReader(_NAME, num_classes, self.batch_to_labels, self.forward)
-        needs_classifier = bool({"nc3", "nc4"} & set(self.metrics))
+        needs_classifier = not set(OF_CLASSIFIER).isdisjoint(self.metrics)
         observer = LayerObserver(pl_module, self.layers, reader, self.classifier, needs_classifier, self.pool)
         self._refuse_rivals(trainer, observer.names)
         self._class_names = adapters.class_names(trainer, pl_module, num_classes)
@@ -347,7 +337,7 @@ class NeuralCollapseTracker(Callback):
         for other in trainer.callbacks:
             if other is not self and isinstance(other, NeuralCollapseTracker) and other._attached is not None:
                 shared = set(self.metrics) & set(other.metrics)
-                of_any_layer = shared - {"nc3", "nc4"}
+                of_any_layer = shared - set(OF_CLASSIFIER)
                 theirs = other._attached.observer.names
                 both = [layer for layer in layers if layer in theirs and (of_any_layer or layer == PENULTIMATE)]
                 if shared and both:
@@ -409,8 +399,8 @@ class NeuralCollapseTracker(Callback):
         (self._train_result,) = self._meter.finish("train", trainer.strategy)
         values = self._remember(trainer, "train", [self._train_result], self._training_set.limited)
         self._schedule.done(trainer)
-        self._passes_done += 1
-        if (self._passes_done - 1) & (self._passes_done - 2) == 0:  # after 0, 1, 2, 4, 8, ... earlier passes
+        earlier, self._passes_done = self._passes_done, self._passes_done + 1
+        if earlier.bit_count() <= 1:  # 0, 1, 2, 4, 8, ...
             self._draw(trainer)
         return values
 
@@ -437,7 +427,7 @@ def _chosen(metrics: str | Sequence[str] | None, layers: Sequence[str]) -> tuple
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise ValueError(f"expected metrics among {', '.join(METRICS)}, or 'all', got {', '.join(unknown) or 'none'}")
-    if set(names) <= {"nc3", "nc4"} and PENULTIMATE not in layers:
+    if set(names) <= set(OF_CLASSIFIER) and PENULTIMATE not in layers:
         raise ValueError(f"metrics {', '.join(names)} need the layer 'penultimate', which is not among layers")
     return tuple(names)
 

@@ -118,7 +118,7 @@ _TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"tr
 
 
 def _splits(*names: str, **arguments: Any) -> dict[str, dict[str, Any]]:
-    return {name.removesuffix("val") or name: {"split": name, **arguments} for name in names}
+    return {"train" if name == "trainval" else name: {"split": name, **arguments} for name in names}
 
 
 class CIFAR10(_InMemory):

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from ncfinetune import __version__
@@ -70,6 +70,8 @@ The names are what a FineTuner tunes and skips from, what scan and suggest judge
   --trainer.callbacks+=NeuralCollapseTracker --trainer.callbacks.layers '["layer*.*", penultimate]'
 """
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "evaluate")
+# Commands that are modules of their own, and layers.
+_OTHER_COMMANDS = ("scan", "suggest", "export", "layers", "report")
 # What to type where nothing follows a command.
 _FIT = """error: fit needs a model and data, which --model.help and --data.help list, or a --config FILE; for a start:
 ncfinetune fit --data Digits --model Supervised --model.backbone '{name: resnet18, stem: cifar, in_chans: 1}'"""
@@ -99,8 +101,10 @@ def _run(args: list[str] | None) -> int | None:
         print(HELP, end="")
     elif command == "--version":
         print(f"ncfinetune {__version__}")
+    elif command == "layers":
+        return _layers(words[1:])
     elif command in _OTHER_COMMANDS:
-        return _OTHER_COMMANDS[command](words[1:])
+        return import_module(f"ncfinetune.{command}").main(words[1:])
     elif command in _TRAINER_COMMANDS and len(words) == 1:
         print(_FIT if command == "fit" else _RUN % (command, command), file=sys.stderr)
         return 2
@@ -131,30 +135,6 @@ def _text(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _scan(words: list[str]) -> int:
-    from ncfinetune.scan import main as scan
-
-    return scan(words)
-
-
-def _suggest(words: list[str]) -> int:
-    from ncfinetune.suggest import main as suggest
-
-    return suggest(words)
-
-
-def _report(words: list[str]) -> int:
-    from ncfinetune.report import main as report
-
-    return report(words)
-
-
-def _export(words: list[str]) -> int:
-    from ncfinetune.export import main as export
-
-    return export(words)
-
-
 def _layers(words: list[str]) -> int:
     if words in (["-h"], ["--help"]):
         print(_LAYERS, end="")
@@ -166,12 +146,3 @@ def _layers(words: list[str]) -> int:
 
     print(Backbone(words[0]).layer_table())
     return 0
-
-
-_OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "scan": _scan,
-    "suggest": _suggest,
-    "export": _export,
-    "layers": _layers,
-    "report": _report,
-}

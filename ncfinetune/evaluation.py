@@ -111,11 +111,14 @@ def evaluate(probabilities: Tensor, labels: Tensor, class_names: Sequence[str], 
         raise ValueError(f"expected probabilities of {classes} classes, got shape {tuple(probabilities.shape)}")
     check_top_k(top_k, classes)
     error = float(calibration_error(probabilities, labels, _BINS))  # checks the rest
-    hits = {k: (most_probable(probabilities, k)[1] == labels[:, None]).any(1) for k in (top_k,) if k is not None}
+    shares: dict[int, float] = {}
+    if top_k is not None:
+        hits = (most_probable(probabilities, top_k)[1] == labels[:, None]).any(1)
+        shares[top_k] = float(hits.double().mean())
     return Evaluation(
         list(class_names),
         multiclass_confusion_matrix(probabilities.argmax(1), labels, classes),
-        {k: float(hit.double().mean()) for k, hit in hits.items()},
+        shares,
         error,
         torch.stack(reliability(probabilities, labels, _BINS)),
     )

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfinetune.moments import ClassMoments, MomentAccumulator
+from ncfinetune.moment_accumulator import MomentAccumulator
+from ncfinetune.moments import ClassMoments
 from ncfinetune.probes import lda, nearest_mean, nearest_simplex, ridge
 
 SkipJoin = Literal["pad", "linear", "concat", "only"]
@@ -142,12 +143,10 @@ def classifier_of(
     if not parts:
         raise ValueError("expected features to fit a classifier to, got none")
     features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-    if kind == "etf":
-        head = nearest_mean(features, labels, num_classes)
-    else:
-        head = {"ridge": ridge, "lda": lda}[kind](features, labels, num_classes, class_weight=class_weight)
     if kind != "etf":
-        return head.logits(labels)
+        fit = {"ridge": ridge, "lda": lda}[kind]
+        return fit(features, labels, num_classes, class_weight=class_weight).logits(labels)
+    head = nearest_mean(features, labels, num_classes)
     present, weight = head.bias.isfinite(), torch.zeros_like(head.weight)
     weight[present] = nearest_simplex(head.weight[present]) / head.temperature(labels)
     means = features.double().mean(0) + head.weight  # nearest_mean's weight holds the means less the mean

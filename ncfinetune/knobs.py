@@ -11,11 +11,11 @@ from torch import nn
 
 from ncfinetune.backbone import Backbone
 from ncfinetune.cache import Place
-from ncfinetune.heads import SkipJoin
+from ncfinetune.heads import ClosedForm, SkipJoin
 from ncfinetune.split import SkipGradient
 
-HeadInit = Literal["default", "zero", "mean", "ridge", "lda", "etf"]
-Refit = Literal["none", "mean", "ridge", "lda", "etf"]
+HeadInit = Literal["default", "zero", ClosedForm]
+Refit = Literal["none", ClosedForm]
 CACHE_DIR = "runs/cache"
 _REMEDY = "to start from its weights, give the file as the FineTuner's checkpoint instead"
 # Arguments that a delta stores elsewhere, or that describe the run and not the model.

@@ -202,19 +202,20 @@ class Learner(LightningModule, ABC):
         optimizer = self._optimizer(self.parameter_groups())
         scales = self._lr_batch is not None and self.lr is None
         self._lr_factor = images_a_step(self.trainer) / self._lr_batch if scales and self._lr_batch else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if self.lr is None else self.lr
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         factors = [self.lr_factor(group) for group in optimizer.param_groups]
         if self._trainer is not None:
             warn_of_one_rate(self.trainer, factors)
-        if self._lr_scheduler is None:
-            scale_rates(optimizer, None, factors)
-            self._resumption.configured = configured(optimizer)
-            return optimizer
-        self._check_scheduler(optimizer, factors)
-        scheduler = self._lr_scheduler(optimizer)
+        scheduler = None
+        if self._lr_scheduler is not None:
+            self._check_scheduler(optimizer, factors)
+            scheduler = self._lr_scheduler(optimizer)
         scale_rates(optimizer, scheduler, factors)
         self._resumption.configured = configured(optimizer)
+        if scheduler is None:
+            return optimizer
         monitor = monitored(scheduler)
         config = {"scheduler": scheduler, "monitor": monitor, "interval": self._lr_interval, "frequency": 1}
         if self._lr_interval == "epoch" and "val" in str(monitor).split("/"):

@@ -21,7 +21,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from ncfinetune import collapse
 from ncfinetune.inputs import check_finite, check_labels, check_shapes, may_look, raise_flags, sound_samples, whole
 from ncfinetune.metric_base import AccumulatorMetric, CollapseMetric, state
-from ncfinetune.moments import ClassMoments, MomentAccumulator, UndefinedCollapseError
+from ncfinetune.moment_accumulator import MomentAccumulator
+from ncfinetune.moments import ClassMoments, UndefinedCollapseError
 from ncfinetune.sketch import ClassSketches
 
 

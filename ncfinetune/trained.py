@@ -23,7 +23,7 @@ from ncfinetune.weight_files import DATA
 # Commands that write no log, and run on any machine in one process.
 ALONE = ("predict", "evaluate")
 # What the Trainer of a run may have that another machine has not.
-_ANY_MACHINE = ("accelerator", "auto", "devices", "1", "num_nodes", "1", "strategy", "auto")
+_ANY_MACHINE = {"accelerator": "auto", "devices": "1", "num_nodes": "1", "strategy": "auto"}
 # Files that a logger makes before anything is logged.
 _OF_LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 
@@ -45,8 +45,7 @@ def complete(words: Sequence[str]) -> list[str]:
     if command == "fit" or checkpoint is None or any(_given(rest, name) for name in ("config", "model")):
         return list(words)
     if run := run_of(checkpoint):
-        pairs = zip(_ANY_MACHINE[::2], _ANY_MACHINE[1::2], strict=True)
-        elsewhere = [word for name, value in pairs for word in (f"--trainer.{name}", value)]
+        elsewhere = [word for name, value in _ANY_MACHINE.items() for word in (f"--trainer.{name}", value)]
         return [command, "--config", str(run / "config.yaml"), *(elsewhere if command in ALONE else []), *rest]
     content = read_checkpoint(checkpoint)
     if content is None:  # the command itself says what is wrong with it

@@ -34,6 +34,7 @@ from ncfinetune.command_trainer import CommandTrainer
 from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
 from ncfinetune.loaders import in_order
+from ncfinetune.passes import leaves_out
 from ncfinetune.safety import refuse_code
 from ncfinetune.weight_files import DATA
 
@@ -558,8 +559,7 @@ class NCFinetuneCLI(LightningCLI):
     @property
     def _takes_all(self) -> bool:
         """Whether ``limit_predict_batches`` leaves no image out."""
-        limit: Any = self.trainer.limit_predict_batches
-        return isinstance(limit, float) and limit == 1  # a whole number counts batches
+        return not leaves_out(self.trainer.limit_predict_batches)
 
     def _part(self, rows: Any) -> str | None:
         """Which of the images were predicted, in words, where ``limit_predict_batches`` left some out."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ncfinetune import accumulator
 from ncfinetune.collapse import EXACT, FAMILY, UndefinedCollapseError, nc1_with_error, self_duality
-from ncfinetune.moments import MomentAccumulator
+from ncfinetune.moment_accumulator import MomentAccumulator
 
 TOLERANCE = EXACT
 # NC2 and NC3 vanish at collapse and are of the order of one, so that their error is held to this as well.

@@ -13,7 +13,8 @@ import reference
 from ncfinetune import accumulator
 from ncfinetune.collapse import FAMILY, RoundingWarning, class_moments, nc1, nc1_ratio, nc1_with_error
 from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
-from ncfinetune.moments import MomentAccumulator, UnresolvedCollapseError
+from ncfinetune.moment_accumulator import MomentAccumulator
+from ncfinetune.moments import UnresolvedCollapseError
 from ncfinetune.scatter import ROUNDING, add_float32_products
 
 Case = tuple[np.ndarray, np.ndarray, int]

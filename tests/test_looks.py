@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ncfinetune import accumulator, metrics, moments
+from ncfinetune import accumulator, metrics, moment_accumulator
 from ncfinetune.callbacks.layer_metrics import LayerMetrics
 from ncfinetune.collapse import class_moments
 from ncfinetune.metrics import NC1, NC3, NC4, NumericalRank
-from ncfinetune.moments import MomentAccumulator
+from ncfinetune.moment_accumulator import MomentAccumulator
 
 K, D = 5, 8
 WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "is_nonzero", "equal")
@@ -36,7 +36,7 @@ class Looks(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (accumulator, metrics, moments):
+    for module in (accumulator, metrics, moment_accumulator):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
     monkeypatch.setattr(accumulator, "ROWS", (16, 16))
 

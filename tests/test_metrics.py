@@ -30,7 +30,7 @@ from ncfinetune.metrics import (
     NumericalRank,
     neural_collapse,
 )
-from ncfinetune.moments import MomentAccumulator
+from ncfinetune.moment_accumulator import MomentAccumulator
 from ncfinetune.scatter import full_precision
 from ncfinetune.sketch import ClassSketches
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ddp import run
 from test_metrics import FAMILY, K, N, _data, _expected, _update
 
-from ncfinetune import accumulator, moments
+from ncfinetune import accumulator, moment_accumulator
 from ncfinetune.metrics import MEMBERS, NC1, neural_collapse
 
 # Which samples each rank gets, of 240 sorted by class.
@@ -76,7 +76,7 @@ def test_collection_reduces_each_tensor_once_and_goes_on(tmp_path: Path) -> None
 
 
 def test_all_ranks_raise_for_what_one_rank_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (accumulator, moments):
+    for module in (accumulator, moment_accumulator):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)  # as on an accelerator
     data, parts = _sorted_data(), SHARDS["uneven"]
 

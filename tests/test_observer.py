@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import reference
-from ncfinetune import accumulator, metrics, moments
+from ncfinetune import accumulator, metrics, moment_accumulator
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe, adapters
 from ncfinetune.callbacks.observer import LayerObserver
 
@@ -215,7 +215,7 @@ def test_no_hook_of_a_batch_makes_the_host_wait(
     kind: Any, more: dict[str, Any], form: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A CPU's values may be looked at, so it passes for an accelerator; its copies to itself count too."""
-    for module in (accumulator, metrics, moments, adapters, import_module("ncfinetune.callbacks.classify")):
+    for module in (accumulator, metrics, moment_accumulator, adapters, import_module("ncfinetune.callbacks.classify")):
         monkeypatch.setattr(module, "may_look", lambda tensor: False)
     looks: list[Counter[str]] = []
 

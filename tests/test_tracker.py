@@ -21,7 +21,8 @@ from ncfinetune.callbacks.adapters import BatchReader
 from ncfinetune.callbacks.observer import LayerObserver
 from ncfinetune.collapse import class_moments, disagreement, nc1
 from ncfinetune.datamodules import Digits
-from ncfinetune.moments import MomentAccumulator, NonFiniteFeaturesError
+from ncfinetune.moment_accumulator import MomentAccumulator
+from ncfinetune.moments import NonFiniteFeaturesError
 
 SMALL = {"name": "resnet18", "stem": "cifar", "in_chans": 1, "channels": [4, 6, 8, 10]}
 

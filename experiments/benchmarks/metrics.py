@@ -25,11 +25,12 @@ import torch
 from common import in_a_new_process, options_of, peak_megabytes, spread, written
 from torch import Tensor
 
+from ncfinetune.collapse import FAMILY
 from ncfinetune.metrics import neural_collapse
 
 SIZES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
 BATCH = 256
-MEMBERS = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "nc2_etf", "nc3")
+MEMBERS = (*FAMILY, "nc3")
 Batches = list[tuple[Tensor, Tensor]]
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
