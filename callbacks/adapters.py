@@ -347,8 +347,8 @@ def penultimate_of(module: nn.Module) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """Effective weight ``(K, d)`` and bias ``(K,)`` of a classifier as dense tensors; None if they can't be read.
+def weight_of(classifier: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Effective weight ``(K, d)`` and bias ``(K,)`` of a classifier as dense copies; None if they can't be read.
 
     Quantised and adapted weights are computed from the classifier's outputs for unit vectors. Weights that are sharded
     over processes are whole only while the classifier runs.
@@ -358,10 +358,7 @@ def weight_of(classifier: nn.Module, copy: bool = False) -> tuple[Tensor, Tensor
     weight: Any = getattr(classifier, "weight", None)
     bias: Any = getattr(classifier, "bias", None)
     if type(weight) in (Tensor, nn.Parameter) and type(classifier).forward is nn.Linear.forward:
-        own = weight.detach().clone() if copy else weight.detach()
-        if bias is None:
-            return own, None
-        return own, bias.detach().clone() if copy else bias.detach()
+        return weight.detach().clone(), None if bias is None else bias.detach().clone()
     try:
         return _by_unit_vectors(classifier)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ncfinetune.inputs import check_labels, may_look
 from ncfinetune.probes import decided_rightly, ridge
+from ncfinetune.transferability import votes
 
 # Maps features (N, d) to scores (N, K).
 Scores = Callable[[Tensor], Tensor]
@@ -27,8 +28,6 @@ Scores = Callable[[Tensor], Tensor]
 Fit = Callable[[Tensor, Tensor, int], Scores]
 # Queries compared with the bank at a time, which bounds the memory of kNN.
 _QUERIES = 256
-# Temperature of the votes in kNN, of Wu et al. (2018), section 3.4.
-_TEMPERATURE = 0.07
 
 
 class LinearProbe(nn.Module):
@@ -224,11 +223,10 @@ class Neighbours:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Sums of the votes for each class, ``(N, K)``, for features ``(N, d)``."""
-        votes = features.new_full((len(features), self._num_classes), 0.0 if self._k else torch.nan)
-        for own, part in zip(torch.split(votes, _QUERIES), torch.split(features, _QUERIES), strict=True):
-            similarity, nearest = (F.normalize(part, dim=1) @ self._bank.T).topk(self._k, dim=1)
-            own.scatter_add_(1, self._labels[nearest], ((similarity - 1) / _TEMPERATURE).exp())
-        return votes
+        if not self._k:
+            return features.new_full((len(features), self._num_classes), torch.nan)
+        cosines = (F.normalize(part, dim=1) @ self._bank.T for part in torch.split(features, _QUERIES))
+        return torch.cat([votes(part, self._labels, self._num_classes, self._k) for part in cosines])
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:

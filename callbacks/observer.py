@@ -171,7 +171,7 @@ class LayerObserver:
         """Copies of the classifier's weight ``(K, d)`` and bias ``(K,)``; None without one, or if it can't be read."""
         if self.classifier is None:
             return None
-        return self._whole if self._sharded else adapters.weight_of(self.classifier, copy=True)
+        return self._whole if self._sharded else adapters.weight_of(self.classifier)
 
     def describe(self) -> str:
         """Output and pooling of each layer that ran, in words."""
@@ -231,7 +231,7 @@ class LayerObserver:
                 rows = args[0] if args else kwargs["input"]
                 self._inputs[path] = self._pooled(PENULTIMATE, rows, self._pool or _as_it_is(path, rows))
             if self._sharded and self._whole is None and self.classifier is m:
-                self._whole = adapters.weight_of(m, copy=True)
+                self._whole = adapters.weight_of(m)
 
         def catch_output(m: nn.Module, args: Any, output: Any) -> None:
             if self.classifier is None and self._listening():
@@ -320,7 +320,7 @@ class LayerObserver:
             raise no_tensor(name, output)
         tensor = first.detach()
         self._how[name] = f"the given function of outputs {tuple(tensor.shape)}"
-        return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
     def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:
         """Rows per sample, the same for every layer, and whether they are ordered by view."""

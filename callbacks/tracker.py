@@ -361,7 +361,7 @@ class NeuralCollapseTracker(Callback):
         self._described = True
 
     def _remember(self, trainer: Trainer, split: str, results: Sequence[Result], limited: bool) -> dict[str, float]:
-        """The results of a pass on each of its data sets, by log name; also kept in ``values`` and ``history``."""
+        """The results of a pass on each of its data sets, by log name; also kept in ``values`` and ``records``."""
         found: dict[str, float] = {}
         self._notices.layers(self._meter.observer.describe())
         for index, result in enumerate(results):

@@ -1,7 +1,7 @@
 """Transforms of whole batches of images, with separate parameters for each image; pure functions, on any device.
 
 Random parameters are drawn in `recipes`; here the same arguments give the same images. Pixels are floats in 0..1, and
-every function gives the same result as torchvision's function of that name for a single image.
+every function gives what torchvision's function of that purpose gives for a single image.
 
 Legend: ``N`` images, ``C`` channels (1 or 3), ``H W`` height and width, ``S`` side of the images after a crop.
 """
@@ -35,24 +35,6 @@ def where(chosen: Tensor) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop a box of each image and enlarge it to ``(S, S)``, bilinearly.
-
-    Pixels outside the box have no influence, as if the box had been cut out first. There is no antialiasing: a side of
-    the box should not exceed ``S``; for larger boxes crop to a larger size and use `resize`.
-
-    Args:
-        images: Images, ``(N, C, H, W)``.
-        boxes: Top, left, height and width in pixels, ``(N, 4)``.
-        size: Side ``S``.
-
-    Returns:
-        ``(N, C, S, S)``.
-    """
-    height, width = images.shape[2:]
-    return crop_along(images, crop_lines(boxes, height, width, size).to(images.device, images.dtype), size)
-
-
 def crop_lines(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
     """Positions of the ``S`` columns and the ``S`` rows of crops, for `crop_along`.
 
@@ -76,7 +58,19 @@ def crop_lines(boxes: Tensor, height: int, width: int, size: int) -> Tensor:
 
 
 def crop_along(images: Tensor, lines: Tensor, size: int) -> Tensor:
-    """`crop_resize` with the ``lines`` of `crop_lines`, on the images' device."""
+    """Crop a box of each image and enlarge it to ``(S, S)``, bilinearly.
+
+    Pixels outside the box have no influence, as if the box had been cut out first. There is no antialiasing: a side of
+    the box should not exceed ``S``; for larger boxes crop to a larger size and use `resize`.
+
+    Args:
+        images: Images, ``(N, C, H, W)``.
+        lines: The boxes as `crop_lines` has them, ``(4, N, 2, 1)``, on the images' device.
+        size: Side ``S``.
+
+    Returns:
+        ``(N, C, S, S)``.
+    """
     first, step, least, greatest = lines
     places = torch.addcmul(first, step, torch.arange(size, device=lines.device, dtype=lines.dtype))
     x, y = places.clamp_(least, greatest).unbind(1)

@@ -91,10 +91,11 @@ def keep_average_in_step(trainer: Any, module: LightningModule) -> None:
 
 
 def only_measure(trainer: Any, module: LightningModule) -> None:
-    """Have no step taken in the epoch in which batches measure the statistics of SWA's average; for each batch.
+    """Skip the optimiser's step in SWA's last epoch, which only measures batch-norm statistics; call it for each batch.
 
     Lightning (2.6) has no backward pass in that epoch, but steps the optimiser at its last batch, by the gradients of
-    the step before: away from the average. A method of the class would be warned of where gradients accumulate.
+    the step before: away from the average. The hook is set on the instance, since Lightning warns of a class that
+    overrides ``optimizer_step`` where gradients accumulate.
     """
     if _swa(trainer) and trainer.fit_loop._skip_backward:
         vars(module)["optimizer_step"] = _run_batch

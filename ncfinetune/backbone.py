@@ -274,11 +274,16 @@ class Backbone(nn.Module):
 
     def layer_table(self) -> str:
         """A table of name, width, parameters and pooling of each block and, in its last row, of the whole network."""
-        rows = [(name, dim, _size(self.layer(name)), self.pool(name).describe()) for name, dim in self.layers.items()]
-        rows.append((PENULTIMATE, self.dim, _size(self.net), "all of the network"))
+        rows = [(name, dim, self.size(name), self.pool(name).describe()) for name, dim in self.layers.items()]
+        rows.append((PENULTIMATE, self.dim, self.size(PENULTIMATE), "all of the network"))
         wide = max(len(row[0]) for row in rows)
         head = f"{'layer':<{wide}}  {'width':>6}  {'parameters':>12}  pooled"
         return "\n".join([head, *(f"{name:<{wide}}  {dim:>6}  {size:>12,}  {how}" for name, dim, size, how in rows)])
+
+    def size(self, name: str) -> int:
+        """Number of parameters of a layer; of the whole network for ``penultimate``."""
+        part = self.net if name == PENULTIMATE else self.layer(name)
+        return sum(parameter.numel() for parameter in part.parameters())
 
     def _known_pools(self, layers: dict[str, nn.Module]) -> dict[str, Pool]:
         """The pools of layers; those not known yet are found in one pass."""
@@ -330,10 +335,6 @@ def _adapted(net: nn.Module, lora: Mapping[str, Any]) -> Any:
 def _before_adapters(name: str) -> str:
     """The name that a parameter wrapped by peft had before."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _samples(net: nn.Module, names: set[str]) -> dict[str, Tensor]:

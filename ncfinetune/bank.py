@@ -27,6 +27,7 @@ from ncfinetune.checksums import fingerprint
 from ncfinetune.layers import PENULTIMATE, find_layers
 from ncfinetune.loaders import evenly, is_stream
 from ncfinetune.samples import known_labels
+from ncfinetune.texts import some
 from ncfinetune.weight_files import with_own_memory
 
 _FORMAT = "ncfinetune scan part 1"
@@ -99,7 +100,7 @@ def merge(parts: Mapping[str, Bank]) -> Bank:
     """The bank of a whole pass from its parts, by the name of each, in whatever order.
 
     Raises:
-        ValueError: A part is missing, there twice, or of another pass.
+        ValueError: A part is missing, is given twice, or is of another pass.
     """
     first_name, first = next(iter(parts.items()))
     _, number = first.facts["part"]
@@ -109,11 +110,10 @@ def merge(parts: Mapping[str, Bank]) -> Bank:
             raise ValueError(f"{name!r} is a part of another scan than {first_name!r}: {other}")
         index = bank.facts["part"][0]
         if index in seen:
-            raise ValueError(f"part {index} of {number} is there twice: {seen[index]!r} and {name!r}")
+            raise ValueError(f"part {index} of {number} is given twice: {seen[index]!r} and {name!r}")
         seen[index] = name
     if missing := [str(index) for index in range(1, number + 1) if index not in seen]:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise ValueError(f"of {number} parts {len(missing)} are missing: {shown}")
+        raise ValueError(f"of {number} parts {len(missing)} are missing: {some(missing, 10)}")
     banks = list(parts.values())
     order = torch.cat([bank.batches for bank in banks]).argsort(stable=True)
     features = {name: torch.cat([bank.features[name] for bank in banks])[order] for name in first.features}
@@ -122,7 +122,7 @@ def merge(parts: Mapping[str, Bank]) -> Bank:
 
 
 def difference(facts: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
-    """What some facts of a pass are in others, where that is something else; None if all are the same."""
+    """The first fact in which two passes differ, in words; None if they agree."""
     if facts["part"][1] != others["part"][1]:
         return f"one of {others['part'][1]} parts, and not of {facts['part'][1]}"
     ours, theirs = (json.loads(json.dumps(known, default=str)) for known in (facts, others))
@@ -173,13 +173,11 @@ class Source:
     def facts(self) -> dict[str, Any]:
         """What the features are of, as plain data."""
         backbone, widths = self.backbone, self.widths()
-        parts = {name: backbone.net if name == PENULTIMATE else backbone.layer(name) for name in self.layers}
-        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         return {
             "name": self.name,
             "spec": backbone.spec,
             "weights": fingerprint(backbone.net.state_dict()),
-            "layers": {name: [widths[name], sizes[name]] for name in self.layers},
+            "layers": {name: [widths[name], backbone.size(name)] for name in self.layers},
         }
 
 

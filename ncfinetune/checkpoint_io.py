@@ -1,4 +1,4 @@
-"""Lightning's checkpoints as files that are whole or not there."""
+"""Atomic writing and checked reading of Lightning's checkpoints."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from ncfinetune.inputs import check_labels, may_look, whole
 from ncfinetune.learner import Batch, Interval, Learner, are_numbers
 from ncfinetune.loaders import drawn_labels, draws_by_weights
 from ncfinetune.schedule import depths, layer_groups, two_groups
+from ncfinetune.texts import some
 
 ClassWeight = Literal["balanced"] | list[float]
 # Probabilities in bfloat16, as under precision=bf16-true, sum to 1 within 2^-8.
@@ -190,8 +191,8 @@ class Classifier(Learner):
         """
         if names and self.class_names and _contradict(names, self.class_names):
             raise ValueError(
-                f"the model was trained on the classes {_listed(self.class_names)}, but the datamodule has "
-                f"{_listed(names)}; expected the same classes in the same order"
+                f"the model was trained on the classes {some(self.class_names, total=True)}, but the datamodule has "
+                f"{some(names, total=True)}; expected the same classes in the same order"
             )
         ours, theirs = self.preprocessing or {}, images or {}
         known = [key for key in _PREPARED_BY if key in ours and key in theirs]
@@ -360,10 +361,6 @@ def _remedy(other: list[str]) -> str:
     if "input_size" not in other and {"crop_pct", "stored_size"} & {*other}:
         remedies.append("predict image files by --images or predict_images, which prepare them as the training did")
     return ", and ".join(remedies)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
 def _off_one(shares: Tensor) -> Tensor:

@@ -7,21 +7,14 @@ call had nothing for its tag. Columns are in the order of letters, whatever was 
 from __future__ import annotations
 
 import csv
-import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from ncfinetune.events import Points, taken_until
+from ncfinetune.texts import natural
 
 CSV_NAME = "metrics.csv"
-
-
-def natural(text: str) -> list[tuple[float, str]]:
-    """A key by which 5 shots come before 20, and layer2 before layer10."""
-    parts = re.split(r"(\d+)", text)
-    return [(float(part), "") if part.isdigit() else (math.inf, part) for part in parts]
 
 
 def read_csv(run: Path) -> tuple[Points, list[str]]:

@@ -170,7 +170,7 @@ def check_onnx(path: Path) -> None:
 
 def _program(deployed: Deployed) -> torch.export.ExportedProgram:
     """The network as one graph, for any number of images."""
-    with _quiet(), torch.no_grad():
+    with torch.no_grad():
         try:
             # Two images: a dimension of 1 would be taken for a constant.
             images = {"pixels": {0: torch.export.Dim("batch", min=1)}}

@@ -16,6 +16,7 @@ from ncfinetune import evaluation
 from ncfinetune.atomic import replacing
 from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.events import event_files
+from ncfinetune.texts import some
 
 # Dots per inch: a name above an image of the sheet is read without zooming.
 _DPI = 100
@@ -75,7 +76,7 @@ def conclude(
         show(Path(facts["run"]), {f"evaluate_{name}/{kind}": tile for kind, tile in tiles.items()}, facts["step"])
     lines = [evaluation.table(found, title)]
     if found.absent:
-        lines.append(f"no images of {evaluation.some(found.absent)}: their recall was not measured")
+        lines.append(f"no images of {some(found.absent, total=True)}: their recall was not measured")
     return "\n".join([*lines, f"{folder}: {', '.join(files)}"])
 
 

@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ncfinetune.atomic import replacing
 from ncfinetune.calibration import calibration_error, reliability
 from ncfinetune.predictions import check_top_k, distinct, most_probable
-from ncfinetune.report_statistics import wilson
+from ncfinetune.sample_statistics import wilson
 
 # Rows of a printed table: a screen has room for them.
 _MOST_CLASSES, _MOST_PAIRS = 20, 5
@@ -210,11 +210,6 @@ def _columns(found: Evaluation) -> list[tuple[Tensor, int]]:
 def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:_MOST_PAIRS]) + (f", ... ({len(names)})" if len(names) > _MOST_PAIRS else "")
 
 
 def _percent(share: float) -> str:

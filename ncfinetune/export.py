@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncfinetune.texts import some
+
 if TYPE_CHECKING:
     from ncfinetune.restoring import Restored
 
@@ -146,7 +148,7 @@ def _name_classes(restored: Restored, names: Sequence[str] | None) -> None:
         return
     known = None if are_numbers(learner.class_names) else learner.class_names
     if known and names and [*names] != known:
-        raise ValueError(f"{source!r} has class names, {_some(known)}; leave --class_names out")
+        raise ValueError(f"{source!r} has class names, {some(known)}; leave --class_names out")
     learner.class_names = known or [*(names or ())] or None
     if learner.class_names is None:
         raise ValueError(
@@ -165,10 +167,6 @@ def _check_images(restored: Restored) -> None:
             f"{', '.join(missing)}; fit with a datamodule that has the property preprocessing, or put a dictionary of "
             "them there by torch.load and torch.save"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _report(target: str | Path, checkpoint: str | Path, what: str, difference: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -26,7 +27,7 @@ from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block, require_gradients
-from ncfinetune.loaders import has_length, is_stream
+from ncfinetune.loaders import is_stream
 from ncfinetune.partly_frozen import PartlyFrozen
 from ncfinetune.passes import eval_mode, evaluation, ready_batches
 from ncfinetune.probes import simplex_etf
@@ -361,7 +362,7 @@ class FineTuner(PartlyFrozen):
         """Warn that a closed form reads all training images of a run that trains on fewer."""
         trainer: Any = self.trainer
         limit = trainer.limit_train_batches
-        batches = len(rows) if has_length(rows) else math.inf
+        batches = math.inf if sized_len(rows) is None else len(rows)
         some = limit < 1 if isinstance(limit, float) else limit * trainer.world_size < batches
         if limit and some and not trainer.fast_dev_run and not trainer.global_step:
             rank_zero_warn(

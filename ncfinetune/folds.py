@@ -69,17 +69,16 @@ class FoldMoments:
     Args:
         num_classes: Number of classes ``K``.
         folds: Number of folds ``F``.
-        seed: Seed of the first fold of each batch.
 
     Raises:
         ValueError: Fewer than two classes or folds.
     """
 
-    def __init__(self, num_classes: int, folds: int = 5, seed: int = 0) -> None:
+    def __init__(self, num_classes: int, folds: int = 5) -> None:
         if num_classes < 2 or folds < 2:
             raise ValueError(f"expected at least two classes and two folds, got {num_classes} and {folds}")
         self.num_classes, self.folds = num_classes, folds
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._state: _State | None = None
 
     def update(self, features: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sums over all processes, and rows of all, which may have different numbers of them or have read the same."""
+"""Sums over processes, and their rows together: each may have another number of them, or all the same rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def sum_of_all(number: Tensor) -> Tensor:
-    """The sum of a number over the processes, without waiting for them or for the device."""
+    """The sum of a number over the processes, in place; on CUDA the host does not wait for it."""
     dist.all_reduce(number)
     return number
 

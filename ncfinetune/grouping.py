@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ncfinetune.csv_metrics import natural
 from ncfinetune.runs import Run
 from ncfinetune.settings import CHECKPOINTS, method_name, settings, task_name, told_apart
+from ncfinetune.texts import natural
 
 # Settings of which the pixels depend that a network gets of a test image.
 _PIXELS = ("data.image_size", "data.normalize", "data.mean", "data.std")

@@ -1,4 +1,4 @@
-"""What ``scan`` and ``suggest`` share: the words for networks, data and device, and what becomes of them."""
+"""Options, networks, datamodule and trainer that ``scan`` and ``suggest`` share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def lab_parser(command: str, description: str, most: int) -> PlainParser:
-    """A parser of the words for networks, data and device.
+    """A parser with the options for networks, data and device.
 
     Args:
         command: Name of the command.
@@ -41,7 +41,7 @@ def lab_parser(command: str, description: str, most: int) -> PlainParser:
     add("--backbone", type=dict | str, nargs="+", help="timm names, or arguments of a Backbone as {name: ..., ...}")
     add("--checkpoint", type=str, nargs="+", help="a file of weights for each backbone, or several for one of them")
     add("--pretrained", type=bool, default=False, help="load timm's weights")
-    add("--allow_random", type=bool, default=False, help="take networks at their random start too")
+    add("--allow_random", type=bool, default=False, help="accept networks with random weights")
     add("--layers", type=str, nargs="+", default=[], help="names or patterns of modules in place of all blocks")
     add("--max_images", type=int, default=most, help="training images at most, evenly over each class")
     add("--accelerator", type=str, default="auto", help="as the Trainer's")
@@ -57,7 +57,7 @@ def sources(options: Any) -> list[Source]:
     """The networks that the options name, each under a name of its own.
 
     Raises:
-        ValueError: There are none, as many checkpoints as do not fit, or one that is still at its random start.
+        ValueError: No backbone, another number of checkpoints than of backbones, or a backbone with random weights.
     """
     backbones, checkpoints = options.backbone or [], options.checkpoint or []
     if not backbones:
@@ -81,7 +81,7 @@ def _source(spec: dict[str, Any], name: str, options: Any) -> Source:
     backbone = Backbone.build({**spec, "pretrained": pretrained})
     if backbone.random and not options.allow_random:
         raise ValueError(
-            f"{name} is at its random start in {next(iter(backbone.random))}; give --pretrained true, a --checkpoint "
+            f"{name} has random weights in {next(iter(backbone.random))}; give --pretrained true, a --checkpoint "
             "FILE that has it, or --allow_random true"
         )
     return Source.of(name, backbone, options.layers)

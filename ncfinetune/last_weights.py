@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastWeights:
-    """Has checkpoint callbacks that keep the last weights save them at the end of a fit.
+    """Makes checkpoint callbacks that keep the last weights save them at the end of a fit.
 
     Lightning (2.6) saves after a validation where not every epoch ends in one (``check_val_every_n_epoch``,
     ``val_check_interval``), and so nothing of what is trained after the last one, or nothing at all. Callbacks that
@@ -19,7 +19,7 @@ class LastWeights:
         self._changed: list[Any] = []
 
     def save(self, trainer: Any) -> None:
-        """Have them save at the end of this epoch, if it is the last one; for `on_train_epoch_end` of a module."""
+        """Make them save at the end of this epoch if it is the last one; for `on_train_epoch_end` of a module."""
         self.restore()
         if not _ends(trainer):
             return
@@ -34,9 +34,10 @@ class LastWeights:
             self._changed.pop()._save_on_train_epoch_end = None
 
     def finish(self, trainer: Any) -> None:
-        """Have those save that have not: a callback after the module ended the run, or they monitor a number too.
+        """Save with those callbacks that have not saved these weights yet; for `on_train_end`.
 
-        For `on_train_end`. Callbacks that average weights have replaced them by then.
+        Such are left where a callback behind the module ended the run, or where they monitor a number too. Callbacks
+        that average weights have replaced them by then.
         """
         self.restore()
         for callback in _keeping_last(trainer):

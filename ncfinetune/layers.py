@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ncfinetune.blocks import block_names
+from ncfinetune.texts import some
 
 # The layer name of the features that reach the classifier.
 PENULTIMATE = "penultimate"
@@ -46,7 +47,7 @@ def _match(paths: Mapping[str, nn.Module], pattern: str, module: nn.Module) -> d
     for tail in fitting.values():
         same = [path for path, other in fitting.items() if other == tail]
         if len(same) > 1:
-            raise ValueError(f"layer name {tail!r} fits {len(same)} modules ({_some(same)}); give a longer path")
+            raise ValueError(f"layer name {tail!r} fits {len(same)} modules ({some(same, 4)}); give a longer path")
     return fitting
 
 
@@ -66,11 +67,7 @@ def _no_match(pattern: str, module: nn.Module, paths: Iterable[str]) -> str:
     ends = {".".join(path.split(".")[-pattern.count(".") - 1 :]) for path in paths}
     nearest = difflib.get_close_matches(pattern, dict.fromkeys([*blocks, *sorted(ends)]), n=3)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    return f"no layer fits {pattern!r}; expected a block ({_some(blocks, 40)}) or another module path{hint}"
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"no layer fits {pattern!r}; expected a block ({some(blocks, 40)}) or another module path{hint}"
 
 
 def enclosing_block(module: nn.Module, name: str) -> str:

@@ -78,9 +78,8 @@ class Learner(LightningModule, ABC):
 
     Raises:
         ValueError: ``lr_batch`` is below 1; ``lr_interval`` is unknown, or there is no scheduler for it; a scheduler
-            would undo the factors of the learning rate.
+            would undo the factors of the learning rate; in training, an epoch ends without a batch.
         FloatingPointError: In training, when the loss is not finite.
-        ValueError: In training, at the end of an epoch without a batch.
     """
 
     # The numbers that `log_mean` logs, each under train/, val/ and test/.
@@ -98,7 +97,7 @@ class Learner(LightningModule, ABC):
         if lr_batch is not None and lr_batch < 1:
             raise ValueError(f"expected lr_batch of at least 1 image, or None, got {lr_batch}")
         _check_interval(lr_interval, lr_scheduler)
-        self.save_hyperparameters(ignore=["backbone", "checkpoint", *_OF_THE_RUN])
+        self.save_hyperparameters(ignore=["backbone", "checkpoint", *OF_THE_RUN])
         self.backbone = Backbone.build(backbone)
         # Tensors, as a subclass may have, are loaded as they are.
         self.hparams.update({k: v if isinstance(v, Tensor) else built_in(v) for k, v in self.hparams.items()})
@@ -364,7 +363,7 @@ class Learner(LightningModule, ABC):
 
 
 # Hyper-parameters of the run that the model does not depend on.
-_OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
+OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 
 
 def _check_interval(interval: str, scheduler: LRSchedulerCallable | None) -> None:

@@ -1,4 +1,4 @@
-"""Loaders made anew, which only this module does, and which samples a loader draws.
+"""Loaders that are made from others, and which samples a loader draws.
 
 A loader is asked by copies of its parts, so that neither it nor the global random generators advance.
 """
@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -134,7 +135,7 @@ def drawn_labels(loader: Any) -> Any:
     labels = known_labels(getattr(loader, "dataset", None))
     if labels is None or is_stream(loader):
         return labels
-    if not has_length(loader):  # perhaps infinite
+    if sized_len(loader) is None:  # perhaps infinite
         return None
     return labels[np.asarray(drawn_by(loader), dtype=int)]
 
@@ -159,11 +160,13 @@ def drawn_by(loader: DataLoader[Any]) -> Sequence[int]:
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     own, of_batches = copy_of(sampler, loader.dataset), sampler is loader.batch_sampler
     with isolate_rng():  # from here on, since a sampler may draw its whole order when it is asked for an iterator
-        drawn = islice(own, len(sampler)) if has_length(sampler) else own  # an epoch, since it may go on after it
+        drawn = (
+            islice(own, len(sampler)) if sized_len(sampler) is not None else own
+        )  # an epoch, since it may go on after it
         drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
         drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
         most = len(cast(Sized, loader.dataset))
-        return sorted(set(drawn) if has_length(sampler) else _until_nothing_new(drawn, most))
+        return sorted(set(drawn) if sized_len(sampler) is not None else _until_nothing_new(drawn, most))
 
 
 def drawn_by_all(loader: DataLoader[Any], processes: int) -> Sequence[int]:
@@ -223,13 +226,6 @@ def batch_size_of(loader: Any) -> int | None:
         return getattr(loader, "batch_size", None)
     size = getattr(loader.batch_sampler, "batch_size", None)
     return size or len(next(iter(copy_of(loader.batch_sampler, loader.dataset)), [0]))
-
-
-def has_length(loader: Any) -> bool:
-    try:
-        return len(loader) >= 0
-    except TypeError:
-        return False
 
 
 def flat(loaders: Any) -> list[Any]:

@@ -115,7 +115,7 @@ def let_plateaus_step(trainer: Trainer) -> None:
 
 
 def forget_interrupted_validation(trainer: Trainer) -> None:
-    """Have a validation that is repeated counted alone.
+    """Count only the repetition of a validation that is repeated.
 
     Otherwise Lightning (2.6) takes it for an interrupted one in a run that is resumed from a checkpoint at its end.
     """

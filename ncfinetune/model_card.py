@@ -15,10 +15,11 @@ from ncfinetune import __version__
 from ncfinetune.classifier import Classifier
 from ncfinetune.contrastive import Contrastive
 from ncfinetune.learner import Learner
-from ncfinetune.report_statistics import wilson
 from ncfinetune.restoring import PRETRAINED, Restored
 from ncfinetune.runs import Run
+from ncfinetune.sample_statistics import wilson
 from ncfinetune.settings import method_name, task_name
+from ncfinetune.texts import some
 
 # More classes than this are not listed; config.json has all.
 _LISTED = 20
@@ -149,7 +150,7 @@ def _classes(learner: Learner) -> str | None:
     names = learner.class_names
     if not isinstance(learner, Classifier) or not names:
         return None
-    return f"{len(names)}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+    return f"{len(names)}: {some(names, _LISTED)}"
 
 
 def _images(learner: Learner) -> str:

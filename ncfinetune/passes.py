@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +24,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ncfinetune.copies import CopyError, copy_of
-from ncfinetune.loaders import batch_size_of, drawn_by_all, evenly, flat, has_length, in_order, is_stream, like
+from ncfinetune.loaders import batch_size_of, drawn_by_all, evenly, flat, in_order, is_stream, like
+from ncfinetune.mode_caches import has_own_train, own_tensors
 from ncfinetune.progress import watched
 from ncfinetune.samples import spread
 
@@ -44,34 +46,26 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     tensors and attributes.
     """
     modes = {part: part.training for part in module.modules()}
-    kept = [(part, _state(part)) for part in modes if _has_own_train(part) and _has_values(part)]
+    kept = [(part, _state(part)) for part in modes if has_own_train(part) and _has_values(part)]
     try:
         module.eval()
         yield
     finally:
         for part in modes:  # parents come first: their train() may reach their children
-            if part.training != modes[part] and _has_own_train(part):
+            if part.training != modes[part] and has_own_train(part):
                 part.train(modes[part])
         for part, mode in modes.items():
             part.training = mode
         for part, (attributes, tensors) in kept:
             vars(part).update(attributes)
-            for tensor, value in zip(_own_tensors(part), tensors, strict=True):
+            for tensor, value in zip(own_tensors(part), tensors, strict=True):
                 tensor.data.copy_(value)
-
-
-def _has_own_train(part: nn.Module) -> bool:
-    return type(part).train is not nn.Module.train
 
 
 def _has_values(part: nn.Module) -> bool:
     """Whether it has tensors, all of which have a shape: a lazy layer's get theirs in its first pass."""
-    tensors = _own_tensors(part)
+    tensors = own_tensors(part)
     return bool(tensors) and not any(map(is_lazy, tensors))
-
-
-def _own_tensors(part: nn.Module) -> list[Tensor]:
-    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
@@ -80,7 +74,7 @@ def _state(part: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
         for name, value in vars(part).items()
         if name not in _OF_TORCH
     }
-    return attributes, [tensor.detach().clone() for tensor in _own_tensors(part)]
+    return attributes, [tensor.detach().clone() for tensor in own_tensors(part)]
 
 
 @contextmanager
@@ -365,7 +359,7 @@ class TrainingSet:
         size = batch_size_of(loader)
         limits = [] if max_batches is None else [max_batches]
         limits += [] if max_samples is None or not size else [math.ceil(max_samples / size)]
-        counted = has_length(loader)
+        counted = sized_len(loader) is not None
         if (_is_limited(trainer) or not counted) and trainer.num_training_batches != float("inf"):
             theirs = getattr(trainer.train_dataloader, "batch_size", None)
             limits.append(math.ceil(int(trainer.num_training_batches) * (theirs / size if theirs and size else 1)))

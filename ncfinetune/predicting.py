@@ -19,6 +19,7 @@ from torch.utils.data import SequentialSampler
 from ncfinetune.evaluation_figures import Mistake
 from ncfinetune.predictions import Table, as_utf_8
 from ncfinetune.samples import known_files
+from ncfinetune.texts import some
 
 # Images of a sheet: four rows of six.
 _MOST_MISTAKES = 24
@@ -174,10 +175,10 @@ def folder_labels(files: Sequence[str], folder: str, names: Sequence[str], neede
     labels = [numbers[home[-1]] if home else -1 for home in homes]
     if needed and min(labels) < 0:
         others = sorted({path[0] for path, label in zip(paths, labels, strict=True) if label < 0})
-        found = f"{labels.count(-1)} of {len(labels)} images are elsewhere: {_some(others)}"
+        found = f"{labels.count(-1)} of {len(labels)} images are elsewhere: {some(others)}"
         raise ValueError(
             f"evaluate needs the class of each image: expected {folder}/CLASS/ for the model's classes "
-            f"{_some(list(names))}; {found}"
+            f"{some(names)}; {found}"
         )
     return labels
 
@@ -197,7 +198,3 @@ def picture(image: Tensor, preprocessing: dict[str, Any] | None) -> np.ndarray:
         pixels = (pixels - low) / (high - low).clamp(min=1e-12)
     shown = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
     return (shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ def watched(trainer: Trainer, batches: Iterable[Item], what: str) -> Iterator[It
         what: What they are, in a word or two.
     """
     shown = getattr(trainer, "progress_bar_callback", None)
-    total = _length(batches)
+    total = sized_len(batches)
     if shown is None or getattr(shown, "is_disabled", False):
         return iter(batches)
     # While rich shows bars, it prints what others write to the terminal as lines: the bar must be one of its own.
@@ -43,10 +44,3 @@ def _in_rich(progress: Any, batches: Iterable[Item], what: str, total: int | Non
             progress.update(task, advance=1, visible=time.monotonic() - start > PATIENCE)
     finally:
         progress.remove_task(task)
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ncfinetune.grouping import Experiment
-from ncfinetune.report_statistics import spearman, wilson
 from ncfinetune.report_table import ACCURACIES
 from ncfinetune.runs import Run
+from ncfinetune.sample_statistics import spearman, wilson
 from ncfinetune.settings import CHECKPOINTS, differences, task_name, told_apart
 
 Panel = Callable[[Axes], None]

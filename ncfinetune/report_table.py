@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ncfinetune.grouping import Experiment
-from ncfinetune.report_statistics import paired, wilson
 from ncfinetune.runs import Run
+from ncfinetune.sample_statistics import paired, wilson
 from ncfinetune.settings import CHECKPOINTS
 
 # How well features or a classifier on them do, by tag; what is compared and drawn is the first that was logged.
@@ -99,7 +99,7 @@ def _row(experiment: Experiment, baseline: Experiment | None) -> dict[str, str]:
         "validation accuracy %": _spread(experiment.values("val/acc"), ".1f", 100),
         ACCURACIES["test/acc"]: tested,
         "95 % interval": _interval(experiment.mean("test/acc"), images),
-        "test images": " to ".join(f"{number:,}" for number in (images[:1] + images[1:][-1:])) or "-",
+        "test images": " to ".join(f"{number:,}" for number in _ends(images)) or "-",
         "tested at": _tested_at(experiment.runs),
         _POINTS: _over(experiment, baseline),
         **accuracies,
@@ -155,7 +155,12 @@ def _tested_at(runs: Sequence[Run]) -> str:
     if all(step >= steps or steps == 1 for step, steps in tested):
         return "-"
     ranges = [sorted({min(step, steps) for step, steps in tested}), sorted({steps for _, steps in tested})]
-    return "step " + " of ".join(" to ".join(map(str, numbers[:1] + numbers[1:][-1:])) for numbers in ranges)
+    return "step " + " of ".join(" to ".join(map(str, _ends(numbers))) for numbers in ranges)
+
+
+def _ends(numbers: Sequence[int]) -> list[int]:
+    """The first and the last of sorted numbers; a single one once."""
+    return [*numbers[:1], *numbers[1:][-1:]]
 
 
 def _trained(run: Run) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ncfinetune import delta
 from ncfinetune.contrastive import SimCLR, SupCon
 from ncfinetune.finetune import FineTuner
-from ncfinetune.learner import Learner
+from ncfinetune.learner import OF_THE_RUN, Learner
 from ncfinetune.resume import NUMBERS
 from ncfinetune.supervised import Supervised
 from ncfinetune.weight_files import read
@@ -24,8 +24,6 @@ _KINDS: dict[type[Learner], str] = {
     SupCon: "temperature",
     SimCLR: "temperature",
 }
-# Arguments that describe the run and not the network: objects, or their configuration.
-_OF_THE_RUN = ("optimizer", "lr_scheduler", "lr_batch", "lr_interval")
 # The word for timm's weights in place of a file of the base.
 PRETRAINED = "pretrained"
 
@@ -74,7 +72,7 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
             "saved, such as RUN/checkpoints/NAME.ckpt"
         )
     kind = _kind(path, hparams)
-    taken = set(inspect.signature(kind).parameters) - set(_OF_THE_RUN)
+    taken = set(inspect.signature(kind).parameters) - set(OF_THE_RUN)
     try:
         learner = kind(**{name: value for name, value in hparams.items() if name in taken})
         learner.load_state_dict(dict(state))

@@ -24,8 +24,8 @@ _MOST = 5000
 _SUFFIXES = (".csv", ".json", ".png")
 _DESCRIPTION = """\
 Score every block of one or several networks on training images, by closed forms from one pass: no training, no
-learning rate, no validation image. acc % is the accuracy of a ridge head that each image is judged by without having
-had a part in it, nor as large a share of the other classes: about that of new images, less of two or three a class.
+learning rate, no validation image. acc % is the accuracy of ridge heads, each on images that it was not fitted to (a
+fold holds one image of every class): about the accuracy on new images, and lower with two or three images per class.
 error^2 is the squared error of the same scores; networks are ranked by it.
 
   ncfinetune scan --backbone resnet18 --pretrained true --data ImageFolder --data.root photos --out scan.csv scan.png

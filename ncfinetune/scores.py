@@ -17,6 +17,7 @@ from ncfinetune.collapse import cdnv, class_moments, nc1, numerical_rank
 from ncfinetune.folds import FoldMoments
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import decided_rightly, ridge, squared_errors
+from ncfinetune.sample_statistics import standard_error
 from ncfinetune.transferability import h_score, knn_accuracy, logme
 
 
@@ -135,24 +136,15 @@ def _score(
         depth,
         width,
         parameters,
-        accuracy,
-        standard_error(accuracy, len(labels)),
-        float(errors.mean()),
-        _defined(lambda: nc1(moments)),
-        _defined(folds.nc1),
-        float(cdnv(moments)),
-        float(numerical_rank(features, labels, classes)) if rank else None,
-        errors,
+        accuracy=accuracy,
+        accuracy_error=standard_error(accuracy, len(labels)),
+        squared_error=float(errors.mean()),
+        nc1=_defined(lambda: nc1(moments)),
+        cv_nc1=_defined(folds.nc1),
+        cdnv=float(cdnv(moments)),
+        rank=float(numerical_rank(features, labels, classes)) if rank else None,
+        errors=errors,
     )
-
-
-def standard_error(share: float, samples: int) -> float:
-    """Standard error of a share of so many samples, which is not 0 where all or none of them count.
-
-    ``sqrt(p (1 - p) / (N + 4))`` with two successes and two failures added to the share ``p`` (Agresti, Coull 1998).
-    """
-    moved = (share * samples + 2) / (samples + 4)
-    return math.sqrt(moved * (1 - moved) / (samples + 4))
 
 
 def _defined(number: Callable[[], Tensor]) -> float:
@@ -184,14 +176,14 @@ def _ranked(score: LayerScore, first: LayerScore, bank: Bank, layers: Sequence[L
     return ModelScore(
         score.model,
         score.parameters,
-        score.accuracy,
-        score.accuracy_error,
-        score.squared_error,
-        float(behind.mean()),
-        float(behind.std(correction=0)) / math.sqrt(len(behind)),
-        best.layer,
-        best.accuracy,
-        float(knn_accuracy(features, bank.labels, bank.num_classes)),
-        float(h_score(features, bank.labels, bank.num_classes)),
-        float(logme(features, bank.labels, bank.num_classes)),
+        accuracy=score.accuracy,
+        accuracy_error=score.accuracy_error,
+        squared_error=score.squared_error,
+        behind=float(behind.mean()),
+        behind_error=float(behind.std(correction=0)) / math.sqrt(len(behind)),
+        best_layer=best.layer,
+        best_layer_accuracy=best.accuracy,
+        knn=float(knn_accuracy(features, bank.labels, bank.num_classes)),
+        h_score=float(h_score(features, bank.labels, bank.num_classes)),
+        logme=float(logme(features, bank.labels, bank.num_classes)),
     )

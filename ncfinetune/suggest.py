@@ -27,7 +27,7 @@ from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import aligned, datamodule, lab_parser, pass_trainer, percent, quiet_trainer, said, sources
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.linearised import WORTH, gradient_features, linearised
-from ncfinetune.scores import standard_error
+from ncfinetune.sample_statistics import standard_error
 from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere
 
 # Images that a choice is made by; a fit's time grows with them.
@@ -50,11 +50,11 @@ standard error more, since it is the best of all blocks.
 """
 
 _LEGEND = """\
-Judged on {images} training images of {classes} classes, each by a model that was not fitted to it. predicted %:
-accuracy on new images; for the suggested method each fold counts with the method that the other folds choose, since the
-best of several methods looks too good on the images that chose it. gain in error^2: by how much the squared error of
-the class probabilities is lower than that of the last closed form, both at the temperature that suits the images left
-out best; the suggestion goes by it, since the accuracy of few images says less. Both with one standard error.
+Each method is judged on images that it was not fitted to ({images} training images, {classes} classes). predicted %:
+accuracy on new images; for the suggested method each fold is scored by the method that the other folds choose, since
+the best of several methods looks too good on the images that chose it. gain in error^2: by how much the squared error
+of the class probabilities is lower than that of the last closed form, both at the temperature that suits the images
+left out best; the suggestion goes by it, since the accuracy of few images says less. Both with one standard error.
 expansion: judged without a fit, by scores as they are; a block that was fitted on some folds and fell behind keeps its
 row."""
 
@@ -116,12 +116,12 @@ def main(words: Sequence[str]) -> int:
             networks[0].backbone,
             images,
             labels,
-            len(classes_of(data)),
-            folds_of(labels, options.folds),
-            getattr(data, "batch_size", None) or _BATCH,
-            options.lr,
-            options.epochs,
-            lambda epochs: quiet_trainer(options, max_epochs=epochs, num_sanity_val_steps=0, limit_val_batches=0),
+            num_classes=len(classes_of(data)),
+            folds=folds_of(labels, options.folds),
+            batch_size=getattr(data, "batch_size", None) or _BATCH,
+            lr=options.lr,
+            epochs=options.epochs,
+            trainer=lambda n: quiet_trainer(options, max_epochs=n, num_sanity_val_steps=0, limit_val_batches=0),
         )
         everything = bench.data(torch.arange(len(labels)))
         bank = fill(pass_trainer(options), networks, everything, said(options), len(labels))
@@ -231,8 +231,7 @@ def _check_left_out(ways: Sequence[Tensor], labels: Tensor) -> None:
 def _expansions(trainer: Trainer, penultimate: Tensor, layers: Sequence[str], bench: Bench) -> dict[Method, Trial]:
     """Layer FT of each block with parameters, as the network's expansion has it."""
     labels, classes, backbone = bench.labels, bench.num_classes, bench.backbone
-    sizes = {name: sum(parameter.numel() for parameter in backbone.layer(name).parameters()) for name in layers}
-    blocks = [name for name in layers if sizes[name]]
+    blocks = [name for name in layers if backbone.size(name)]
     if not blocks:
         raise ValueError(f"suggest tries layers with parameters, got --layers {' '.join(layers)} without any")
     gradients = gradient_features(trainer, backbone, bench.images, blocks)
@@ -240,7 +239,7 @@ def _expansions(trainer: Trainer, penultimate: Tensor, layers: Sequence[str], be
     found = {}
     for name in blocks:
         trial = Trial.left_out(linearised(penultimate, gradients.pop(name), labels, classes, folds), labels)
-        trial.trained = sizes[name] + classes * (penultimate.shape[1] + 1)
+        trial.trained = backbone.size(name) + classes * (penultimate.shape[1] + 1)
         found[Method(f"layer FT {name}", {"train": name, "head_init": "ridge"})] = trial
     return found
 
@@ -269,8 +268,8 @@ def choose(rows: Sequence[Row]) -> Row:
     """The last closed form, which the others are compared with, or a tuned method, if one lowers its error by 0.01.
 
     The closed form is ridge regression, with the skip connections that clearly help: which closed form is the most
-    accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most. Where
-    no block was tried the blocks are among them of which the expansion expects a gain of a standard error more.
+    accurate on few images is chance. Of methods that were tried it is the one that lowers the squared error most. If no
+    block was tried, it may be a block of which the expansion predicts a gain of more than 0.01 and a standard error.
 
     Of what was tried a gain of less than its standard error is taken too: tuning in vain costs a point or two of
     accuracy, and not tuning where it pays up to twenty. The usual rule, the fewest parameters within one standard error

@@ -20,7 +20,7 @@ class _SizeOfModel(ModelSummary):
     def summarize(
         summary_data: Any, total_parameters: int, trainable_parameters: int, model_size: float, *_: Any, **__: Any
     ) -> None:
-        """Say it."""
+        """Log the line."""
         trained, total = (
             get_human_readable_count(number).strip() for number in (trainable_parameters, total_parameters)
         )

@@ -22,6 +22,7 @@ from ncfinetune.contrastive import Contrastive
 from ncfinetune.finetune import FineTuner
 from ncfinetune.learner import Learner
 from ncfinetune.supervised import Supervised
+from ncfinetune.texts import some
 from ncfinetune.timm_network import ROUNDING, NotTimmsError, apart, timm_network
 from ncfinetune.weight_files import save
 
@@ -41,10 +42,8 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is a file; name a folder that is new, empty or an earlier export")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others := [name for name in there if name not in (WEIGHTS, CONFIG, CARD)]:
-        more = ", ..." if len(others) > 3 else ""
         raise ValueError(
-            f"the folder {str(folder)!r} holds {', '.join(others[:3])}{more}; "
-            "name one that is new, empty or an earlier export"
+            f"the folder {str(folder)!r} holds {some(others, 3)}; name one that is new, empty or an earlier export"
         )
 
 

@@ -74,8 +74,8 @@ class Trace:
         return self._zeros.setdefault(device, torch.zeros((), device=device, requires_grad=True))
 
 
-def few(arguments: Any, samples: int = 2) -> Any:
-    """A module's arguments with the first samples only, as copies that gradients can pass; other arguments unchanged.
+def few(arguments: Any) -> Any:
+    """A module's arguments with two samples only, as copies that gradients can pass; other arguments unchanged.
 
     The batch size is the length of the first tensor with more than one dimension; tensors of other lengths, such as
     masks, are kept whole.
@@ -83,7 +83,7 @@ def few(arguments: Any, samples: int = 2) -> Any:
     given = next((len(tensor) for tensor in tensors(arguments) if tensor.ndim > 1), 0)
 
     def first(tensor: Tensor) -> Tensor:
-        own = tensor[:samples] if tensor.ndim and len(tensor) == given else tensor
+        own = tensor[:2] if tensor.ndim and len(tensor) == given else tensor
         return own.detach().clone()
 
     return apply_to_collection(arguments, Tensor, first)

@@ -167,13 +167,25 @@ def knn_accuracy(features: Tensor, labels: Tensor, num_classes: int, neighbours:
         cosines = rows[part] @ rows.T
         own = torch.arange(len(cosines), device=cosines.device)
         cosines[own, own + start] = -torch.inf
-        cosine, nearest = cosines.topk(most)
-        votes = cosines.new_zeros(len(cosines), num_classes)
-        votes.scatter_add_(1, labels[nearest], ((cosine - 1) / _TEMPERATURE).exp())
-        truth = votes.gather(1, labels[part, None])
-        others = votes.scatter(1, labels[part, None], -torch.inf)
+        found = votes(cosines, labels, num_classes, most)
+        truth = found.gather(1, labels[part, None])
+        others = found.scatter(1, labels[part, None], -torch.inf)
         right += (truth > others.amax(1, keepdim=True)).sum()
     return right / len(rows)
+
+
+def votes(cosines: Tensor, labels: Tensor, num_classes: int, neighbours: int) -> Tensor:
+    """Sums of the votes of the nearest for their classes, ``(N, K)``, each ``exp((cosine - 1) / 0.07)``.
+
+    Args:
+        cosines: Of samples with those that vote, ``(N, M)``.
+        labels: Labels of those that vote, ``(M,)``.
+        num_classes: Number of classes ``K``.
+        neighbours: How many vote, at most ``M``.
+    """
+    cosine, nearest = cosines.topk(neighbours, dim=1)
+    sums = cosines.new_zeros(len(cosines), num_classes)
+    return sums.scatter_add_(1, labels[nearest], ((cosine - 1) / _TEMPERATURE).exp())
 
 
 def _checked(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -127,8 +127,8 @@ class Bench:
         folds: Which fold each image is in, ``(N,)``.
         batch_size: Images a step.
         lr: Learning rate of AdamW at the start of its cosine.
-        trainer: Makes a Trainer of so many epochs.
         epochs: Epochs of a fit.
+        trainer: Makes a Trainer of so many epochs.
     """
 
     backbone: Backbone

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.models import adapt_input_conv, model_entrypoint
 from torch import Tensor
 
+from ncfinetune.texts import some
 from ncfinetune.weight_files import read, save
 
 # Share of a network's values below which the weights are probably those of another architecture.
@@ -132,9 +133,9 @@ def load(
     parts = [f"checkpoint {source.path}: {len(found.tensors)} of {len(own)} tensors of the network matched"]
     if found.key or found.prefix:
         parts[0] += f" under {found}"
-    parts += [f"adapted to the network: {_some(found.adapted)}"] if found.adapted else []
-    parts += [f"not in the file or of another shape: {_some(missing)}"] if missing else []
-    parts += [f"in the file but unused: {_some(found.unused)}"] if found.unused else []
+    parts += [f"adapted to the network: {_counted(found.adapted)}"] if found.adapted else []
+    parts += [f"not in the file or of another shape: {_counted(missing)}"] if missing else []
+    parts += [f"in the file but unused: {_counted(found.unused)}"] if found.unused else []
     report = "; ".join(parts)
     if not any(name in found.tensors for name, _ in net.named_parameters()):
         raise ValueError(f"{report}. Expected the weights of the same architecture.")
@@ -162,7 +163,7 @@ def export(checkpoint: str, path: str) -> str:
     named = dict(_sets(stored)).get("", {}) if isinstance(stored, dict) else {}
     weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     if not weights:
-        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_some(list(named))}")
+        raise ValueError(f"checkpoint {checkpoint!r} has no tensors below {prefix!r}, only {_counted(list(named))}")
     _refuse_adapters(checkpoint, [key for key in weights if _BASE_LAYER in key])
     save(weights, path, data)
     return f"{path}: {len(weights)} tensors of the backbone of {checkpoint}"
@@ -171,7 +172,7 @@ def export(checkpoint: str, path: str) -> str:
 def _refuse_adapters(checkpoint: str | Path, names: list[str]) -> None:
     if names:
         raise ValueError(
-            f"checkpoint {str(checkpoint)!r} has unmerged adapters ({_some(names)}); merge them by "
+            f"checkpoint {str(checkpoint)!r} has unmerged adapters ({_counted(names)}); merge them by "
             "load_from_checkpoint of the learner and backbone.save"
         )
 
@@ -190,12 +191,14 @@ def _readings(content: Mapping[str, Any], net: Any, source: Source, in_chans: in
     """The readings of each set of weights that the source allows, with each likely prefix."""
     sets = dict(_sets(content))
     if not sets:
-        raise ValueError(f"checkpoint {source.path!r} holds no tensors, only {_some(list(content))}")
+        raise ValueError(f"checkpoint {source.path!r} holds no tensors, only {_counted(list(content))}")
     wanted = sets
     if source.key is not None:
         wanted = {key: tensors for key, tensors in sets.items() if f"{key}.".startswith(f"{source.key}.")}
     if not wanted:
-        raise ValueError(f"checkpoint {source.path!r} has no tensors under key={source.key!r}, only {_quoted(sets)}")
+        raise ValueError(
+            f"checkpoint {source.path!r} has no tensors under key={source.key!r}, only {some(map(repr, sets), 8)}"
+        )
     own = net.state_dict()
     places = [
         (known, key, prefix, tensors)
@@ -205,9 +208,8 @@ def _readings(content: Mapping[str, Any], net: Any, source: Source, in_chans: in
     ]
     if not places:
         there = dict.fromkeys(name.rpartition(".")[0] for tensors in wanted.values() for name in tensors)
-        raise ValueError(
-            f"checkpoint {source.path!r} has no tensors under prefix={source.prefix!r}, only {_quoted(there)}"
-        )
+        shown = some(map(repr, there), 8)
+        raise ValueError(f"checkpoint {source.path!r} has no tensors under prefix={source.prefix!r}, only {shown}")
     most = max(known for known, *_ in places)
     best: dict[tuple[str, str], Reading] = {}
     for known, key, prefix, tensors in places:
@@ -334,9 +336,5 @@ def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor], in_
         return tensor
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, list(names)[:8])) + (", ..." if len(list(names)) > 8 else "")
-
-
-def _some(keys: list[str], most: int = 4) -> str:
-    return f"{len(keys)} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"
+def _counted(keys: list[str]) -> str:
+    return f"{len(keys)} ({some(keys, 4)})"

@@ -22,7 +22,7 @@ from ncfinetune import FineTuner, Learner, SimCLR, SupCon, Supervised
 from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits, Unlabelled
 from ncfinetune.export import export
-from ncfinetune.report_statistics import wilson
+from ncfinetune.sample_statistics import wilson
 from ncfinetune.settings import evaluated_images
 
 NARROW = {"name": "resnet18", "channels": [4, 6, 8, 10]}

@@ -25,9 +25,9 @@ from ncfinetune.cli import main
 from ncfinetune.datamodules import Digits
 from ncfinetune.grouping import Start, group
 from ncfinetune.report_figures import picture
-from ncfinetune.report_statistics import paired, spearman, wilson
 from ncfinetune.report_table import legend, markdown, rows
 from ncfinetune.runs import Run, find_runs
+from ncfinetune.sample_statistics import paired, spearman, wilson
 from ncfinetune.settings import differences, evaluated_images, method_name, settings, task_name
 from reference import nc1
 

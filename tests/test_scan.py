@@ -381,7 +381,7 @@ def test_parts_that_do_not_belong_together_are_refused(bank, tmp_path):
     parts = {f"{index}": part_of(bank, index, 3) for index in (1, 2, 3)}
     with pytest.raises(ValueError, match=r"of 3 parts 2 are missing: 2, 3"):
         merge({"1": parts["1"]})
-    with pytest.raises(ValueError, match="part 1 of 3 is there twice: '1' and 'again'"):
+    with pytest.raises(ValueError, match="part 1 of 3 is given twice: '1' and 'again'"):
         merge({**parts, "again": parts["1"]})
     foreign = replace(parts["2"], facts={**parts["2"].facts, "classes": ["a", "b"]})
     with pytest.raises(ValueError, match=r"'b' is a part of another scan than 'a': its classes are \[.a., .b.\], and"):
@@ -413,10 +413,7 @@ def test_damaged_and_foreign_files_are_refused(bank, weights, tmp_path):
         (["--data", "Digits"], "expected --backbone NAME, one or several"),
         (["--backbone", "resnet18"], "expected --data CLASS, or an overlay"),
         (["--backbone", "resnet81", *DATA], "timm has no architecture 'resnet81'"),
-        (
-            ["--backbone", SPEC, "--allow_random", "false", *DATA],
-            "resnet18 is at its random start in conv1.weight; give",
-        ),
+        (["--backbone", SPEC, "--allow_random", "false", *DATA], "resnet18 has random weights in conv1.weight; give"),
         (["--backbone", SPEC, "--layers", "layer9", *DATA], "no layer fits 'layer9'"),
         (
             ["--backbone", SPEC, *DATA, "--part", "4/3", "--out", "a.safetensors"],

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_1samp
 
-from ncfinetune import Backbone, FineTuner, report_statistics
+from ncfinetune import Backbone, FineTuner, sample_statistics
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments, folds_of
@@ -135,7 +135,7 @@ def test_methods_are_paired_with_ridge_on_the_same_splits(
     gains = [100 * (tuned - ridge) for tuned, ridge in zip(tested["LP-FT"], tested["ridge"], strict=True)]
     gain, p = next(line for line in cells if line[1] == "LP-FT")[6:8]
     assert gain == f"{sum(gains) / 2:.2f} ± {abs(gains[0] - gains[1]) / 2:.2f}"
-    assert p == f"{report_statistics.paired(gains)[2]:.2g}"
+    assert p == f"{sample_statistics.paired(gains)[2]:.2g}"
     against = [line.split(" | ") for line in printed("paired", str(closed), rows, "--against", "nearest mean")]
     assert [line[6:8] for line in against if line[1] == "nearest mean"] == [["0.00 ± 0.00", ""]]
 

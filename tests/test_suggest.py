@@ -27,7 +27,7 @@ from ncfinetune.folds import balanced_folds, folds_of
 from ncfinetune.lab import sources
 from ncfinetune.linearised import gradient_features, linearised
 from ncfinetune.probes import decided_rightly, ridge
-from ncfinetune.scores import standard_error
+from ncfinetune.sample_statistics import standard_error
 from ncfinetune.skips import choose_skips
 from ncfinetune.suggest import Row, choose, halve, suggest, verdict
 from ncfinetune.trials import Bench, Method, Trial, chosen_elsewhere
@@ -410,7 +410,7 @@ def test_command_tries_blocks_and_writes_what_it_found(weights, tmp_path, capsys
     assert tried == [f"layer FT {block}", f"SCL FT {block}", "full FT"]
     assert f"layer FT {block}" not in expected
     assert all(name in shown.out for name in methods)
-    assert "Judged on 60 training images of 10 classes, " in shown.out
+    assert "(60 training images, 10 classes)" in shown.out
     judged = {row["method"]: "closed form" if row["gain"] is None else "fits" for row in content["rows"]}
     judged |= {row["method"]: "expansion" for row in content["rows"] if row["seconds"] is None}
     for method, how in judged.items():

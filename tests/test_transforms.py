@@ -43,7 +43,8 @@ def test_crops_are_torchvisions(size: int) -> None:
     images = torch.rand(5, 3, 28, 30)
     boxes = [[0, 0, 28, 30], [3, 7, 11, 23], [10, 0, 18, 18], [27, 29, 1, 1], [0, 29, 28, 1]]
     expected = _each(images, lambda x, i: tv.resized_crop(x, *boxes[i], [size, size], antialias=True))
-    torch.testing.assert_close(ours.crop_resize(images, torch.tensor(boxes), size), expected, atol=1e-5, rtol=0)
+    lines = ours.crop_lines(torch.tensor(boxes), 28, 30, size).float()
+    torch.testing.assert_close(ours.crop_along(images, lines, size), expected, atol=1e-5, rtol=0)
 
 
 def test_crops_that_shrink_are_antialiased() -> None:

@@ -42,7 +42,7 @@ from ncfinetune.bank import read_images
 from ncfinetune.collapse import class_moments, nc1
 from ncfinetune.folds import FoldMoments, folds_of, whitening
 from ncfinetune.probes import squared_errors
-from ncfinetune.report_statistics import spearman
+from ncfinetune.sample_statistics import spearman
 from ncfinetune.trials import Bench, Method
 
 MEASURES = ("nc1", "cv_nc1", "refit_nc1", "refit_loss", "refit_acc", "test_nc1")

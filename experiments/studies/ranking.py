@@ -40,7 +40,7 @@ from ncfinetune.bank import Bank, Source, fill, read_images
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.layers import PENULTIMATE
 from ncfinetune.probes import ridge
-from ncfinetune.report_statistics import spearman
+from ncfinetune.sample_statistics import spearman
 from ncfinetune.scores import layer_scores, model_scores
 from ncfinetune.trials import Bench, Method
 

@@ -45,7 +45,7 @@ from ncfinetune.collapse import ClassMoments, cdnv, class_moments, nc1, nc1_rati
 from ncfinetune.datamodules import ImageFolder
 from ncfinetune.folds import FoldMoments
 from ncfinetune.probes import ridge
-from ncfinetune.report_statistics import spearman
+from ncfinetune.sample_statistics import spearman
 
 OVERLAYS = Path(__file__).resolve().parent.parent / "pretrain"
 NETWORK = {"name": "resnet18", "stem": "cifar", "channels": [32, 64, 128, 256]}

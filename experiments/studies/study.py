@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
-from ncfinetune import Backbone, FineTuner, report_statistics
+from ncfinetune import Backbone, FineTuner, sample_statistics
 from ncfinetune.calibration import calibration_error
 from ncfinetune.collapse import class_moments, nc1
 
@@ -362,7 +362,7 @@ def paired(paths: list[Path], against: str = "ridge") -> str:
     for shots, setting, own, gains in matched(paths, against):
         test, error = ([100 * float(row[name]) for row in own] for name in ("test", "calibration"))
         found, gain, off = map(mean_and_error, (test, gains, error))
-        p = "" if setting[0] == against else f"{report_statistics.paired(gains)[2]:.2g}"
+        p = "" if setting[0] == against else f"{sample_statistics.paired(gains)[2]:.2g}"
         trained = statistics.fmean(float(row["trained"]) for row in own)
         took = statistics.median(float(row["seconds"]) for row in own)
         cells = [shots, *setting[:3], len(own), found, gain, p, off, f"{trained:,.0f}", f"{took:.3g}"]

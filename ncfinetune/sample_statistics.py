@@ -1,4 +1,4 @@
-"""The statistics of a report: how sure an accuracy, a difference and a rank correlation are."""
+"""How sure an accuracy, a difference and a rank correlation of few samples are."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ import numpy as np
 
 # Up to this many points all orders are counted: 40,320 take a few milliseconds.
 _COUNTED = 8
+# Standard deviations of the normal distribution within which 95 % lie.
+_Z = NormalDist().inv_cdf(0.975)
 
 
-def wilson(share: float, samples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share of independent samples (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209-212).
+def wilson(share: float, samples: int) -> tuple[float, float]:
+    """95 % score interval of a share of independent samples (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209-212).
 
     Args:
         share: The observed share, from 0 to 1.
         samples: Number of samples.
-        confidence: Share of the intervals that hold the true share.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = share + z**2 / (2 * samples)
-    half = z * math.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
-    scale = 1 + z**2 / samples
+    centre = share + _Z**2 / (2 * samples)
+    half = _Z * math.sqrt(share * (1 - share) / samples + (_Z / (2 * samples)) ** 2)
+    scale = 1 + _Z**2 / samples
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def standard_error(share: float, samples: int) -> float:
+    """Standard error of a share of so many samples, which is not 0 where all or none of them count.
+
+    ``sqrt(p (1 - p) / (N + 4))`` with two successes and two failures added to the share ``p`` (Agresti, Coull 1998).
+    """
+    moved = (share * samples + 2) / (samples + 4)
+    return math.sqrt(moved * (1 - moved) / (samples + 4))
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:
