@@ -268,8 +268,8 @@ class RidgeProbe:
     Args:
         weight: ``(K, d)``, in float64 where the device has it.
         bias: ``(K,)``.
-        held_out_acc: Accuracy on the samples it is fitted to, each decided by a fit without it and without as large
-            a share of the other classes (`ncfinetune.probes.Head.held_out`); a tie is wrong.
+        held_out_acc: Accuracy on the samples it is fitted to, each classified by a fit that leaves out its fold of one
+            sample per class (`ncfinetune.probes.Head.held_out`); a tie is wrong.
     """
 
     weight: Tensor

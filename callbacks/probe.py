@@ -50,9 +50,9 @@ class OnlineProbe(Callback):
     - ``probe/loss`` of the training batches, if linear;
     - ``probe/acc`` and ``probe/knn`` of the validation images, one number per loader; those that need the bank are
       logged when it is made;
-    - ``probe/held_out_acc`` when the bank is made, if ridge: the share of the bank that classifiers fitted without the
-      one feature, and without as large a share of the other classes, classify correctly (exact). It needs no
-      validation images. Other views of the same image stay in the fit and increase it;
+    - ``probe/held_out_acc`` when the bank is made, if ridge: the share of the bank that is classified correctly by
+      classifiers that leave out its fold, one feature of each class (exact). It needs no validation images. Other views
+      of the same image stay in the fit and increase it;
     - ``probe/downstream_acc`` and ``probe/downstream_knn`` of the second data set's validation images; the first is
       that of a classifier fitted to its training images, to convergence if linear.
 

@@ -1,7 +1,7 @@
 """Stratified splits by a fixed seed, few labels, and balanced sampling of image indices.
 
 Images of a set that may grow are drawn by their names: how two of them are ordered depends on the seed and their names
-alone, so that a further image moves no other from one split to another, but for at most one a class and split, by
+alone, so that a further image moves no other from one split to another, but for at most one per class and split, by
 rounding. Images of a fixed set are drawn by their place in it.
 
 Legend: ``N`` images, ``K`` classes.
@@ -108,10 +108,10 @@ def spread_classes(labels: np.ndarray) -> np.ndarray:
 
 
 def describe_counts(labels: np.ndarray, num_classes: int) -> str:
-    """Number of images, in all and per class: ``50 (10 a class)`` or ``53 (9 to 12 a class)``."""
+    """Number of images, in all and per class: ``50 (10 per class)`` or ``53 (9 to 12 per class)``."""
     counts = np.bincount(labels, minlength=num_classes)
     low, high = counts.min(), counts.max()
-    return f"{len(labels)} ({low if low == high else f'{low} to {high}'} a class)"
+    return f"{len(labels)} ({low if low == high else f'{low} to {high}'} per class)"
 
 
 def absent_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:

@@ -208,7 +208,7 @@ class Pets(_Files):
 
 
 class Flowers102(_Files):
-    """Oxford 102 Flower (Nilsback and Zisserman 2008): 10 images a class to train and to validate, 6,149 to test.
+    """Oxford 102 Flower (Nilsback and Zisserman 2008): 10 images per class to train and to validate, 6,149 to test.
 
     Args:
         root: Folder that holds ``flowers-102``.

@@ -97,7 +97,7 @@ class FineTuner(PartlyFrozen):
         refit: A closed form on the tuned features, which takes the classifier's place when the model is validated and
             at the end of each epoch, so that it is validated, saved and tested; checkpoints of every few steps have the
             trained classifier. Training goes on with the classifier as it was, since one that is replaced after each
-            epoch costs accuracy at few images a class.
+            epoch costs accuracy at few images per class.
         head_lr_factor: Learning rate of the head as a multiple of the optimiser's, which the backbone's layers have.
             With 0 the head keeps its initial values, such as a fixed simplex.
         layer_decay: Factor of the learning rate from each layer of the backbone to the layer before it, in (0, 1]; the

@@ -63,8 +63,8 @@ class Head:
         weight: ``(K, d)``.
         bias: ``(K,)``; ``-inf`` for a class without samples in `lda` or `nearest_mean`.
         loo_scores: Scores of each sample by the classifier fitted without it, ``(N, K)``.
-        loo_error: Leave-one-out error rate, weighted as the fit is; a tie is an error. Of few samples a class it is too
-            high where features are weak: without the sample its class is the rarest.
+        loo_error: Leave-one-out error rate, weighted as the fit is; a tie is an error. Of few samples per class it is
+            too high where features are weak: without the sample its class is the rarest.
         lam: The chosen strength of regularisation; None if there is none to choose.
         curve: Leave-one-out loss and error at every strength.
     """

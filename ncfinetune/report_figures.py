@@ -143,7 +143,7 @@ def _draw_against_size(axes: Axes, experiments: Sequence[Experiment], tag: str) 
 
 
 def _by_shots(experiments: Sequence[Experiment]) -> list[Panel]:
-    """Accuracy against images a class: a panel a task, a curve for each experiment at several numbers of shots."""
+    """Accuracy against images per class: a panel a task, a curve for each experiment at several numbers of shots."""
     families = _families(experiments, [_SHOTS])
     of_task: dict[str, list[list[Experiment]]] = {}
     for family in families:
@@ -164,7 +164,7 @@ def _draw_shots(axes: Axes, task: str, curves: Sequence[Sequence[Experiment]], t
         if known:
             _with_bars(axes, [_shots(e) or 0 for e in known], known, tag, colour, "o-", known[0].label)
     of_all = [experiment for curve in curves for experiment in curve]
-    axes.set(xscale="log", xlabel="images a class", ylabel=_what_bars_are(of_all, tag))
+    axes.set(xscale="log", xlabel="images per class", ylabel=_what_bars_are(of_all, tag))
     axes.set_title(_plain(task), loc="left")
     ticks = sorted({_shots(experiment) or 0 for experiment in of_all})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

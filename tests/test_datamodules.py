@@ -635,7 +635,7 @@ def test_workers_are_chosen_by_where_images_lie_and_what_the_machine_has(
 def test_counts_of_the_classes_are_logged(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
     with caplog.at_level("INFO"):
         _folder(folder, shots=2).setup("fit")
-    assert "ImageFolder images: train 6 (2 a class), val 15 (5 a class)" in caplog.text
+    assert "ImageFolder images: train 6 (2 per class), val 15 (5 per class)" in caplog.text
 
 
 @pytest.mark.parametrize("classes", [[1], [1, 1], [3, 10]])

@@ -49,7 +49,7 @@ CASES: dict[str, Callable[[int, int, int], Case]] = {
     "collapsed": lambda k, d, n: _gaussian(k, d, n, std=5e-5),
     "collapsed and offset": lambda k, d, n: _gaussian(k, d, n, std=5e-4, offset=1e3),
     "spectrum of means 1..1e-3": lambda k, d, n: _gaussian(k, d, n, scales=np.logspace(0, -3, d)),
-    "few samples a class": lambda k, d, n: _gaussian(5 * k, d, 20 * k),
+    "few samples per class": lambda k, d, n: _gaussian(5 * k, d, 20 * k),
     "more classes than dimensions": lambda k, d, n: _gaussian(2 * d, d, max(n // 2, 4 * d)),
     "long tail": _long_tail,
     "two classes absent": _two_absent,

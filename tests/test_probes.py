@@ -19,7 +19,7 @@ from ncfinetune.calibration import fit_temperature
 from ncfinetune.probes import Head, decided_rightly, lda, nearest_mean, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
-# N, d, K: more samples than features, fewer, as many, two a class, two classes.
+# N, d, K: more samples than features, fewer, as many, two per class, two classes.
 SHAPES = [(40, 5, 3), (12, 40, 3), (20, 20, 4), (10, 30, 5), (16, 3, 2)]
 
 

@@ -1163,7 +1163,7 @@ def test_accuracy_against_trained_parameters(tmp_path: Path) -> None:
 def test_accuracy_against_shots(tmp_path: Path) -> None:
     for shots, seed in itertools.product((5, 20, 80), range(2)):
         _write(tmp_path / f"{shots}-{seed}", _config(seed=seed, shots=shots), test=0.5 + shots / 200 + seed / 100)
-    axes = _panels(tmp_path)["images a class"]
+    axes = _panels(tmp_path)["images per class"]
     ((line, caps, _),) = [container.lines for container in axes.containers]
     assert line.get_xdata().tolist() == [5, 20, 80]
     assert line.get_ydata() == pytest.approx([53, 60.5, 90.5], abs=1e-4)

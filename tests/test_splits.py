@@ -47,8 +47,8 @@ def test_shots_that_are_not_there() -> None:
 
 
 def test_counts_are_told() -> None:
-    assert describe_counts(np.repeat([0, 1], 5), 2) == "10 (5 a class)"
-    assert describe_counts(np.repeat([0, 1], [5, 7]), 3) == "12 (0 to 7 a class)"
+    assert describe_counts(np.repeat([0, 1], 5), 2) == "10 (5 per class)"
+    assert describe_counts(np.repeat([0, 1], [5, 7]), 3) == "12 (0 to 7 per class)"
 
 
 def test_every_beginning_of_the_spread_order_has_the_classes_in_their_shares() -> None:

@@ -161,7 +161,7 @@ def test_names_of_blocks_are_filled_in(study: ModuleType) -> None:
 def test_no_image_trains_and_tests(way: str, shots: int, study: ModuleType) -> None:
     train, val = torch.arange(3).repeat_interleave(5), torch.arange(3).repeat_interleave(4)
     if way == "rest" and shots == 5:
-        with pytest.raises(SystemExit, match="with 5 images a class there is no rest; take fewer"):
+        with pytest.raises(SystemExit, match="with 5 images per class there is no rest; take fewer"):
             study.divide(way, train, val, shots, 0)
         return
     labels = torch.cat([train, val])

@@ -132,7 +132,7 @@ def in_the_study(
 
 
 def lines(shots: int, found: Mapping[str, list[dict[str, float]]]) -> Iterator[str]:
-    """Lines of the table: the runs of each row at a number of images a class."""
+    """Lines of the table: the runs of each row at a number of images per class."""
     for name, runs in found.items():
         seconds = statistics.median(run["seconds"] for run in runs)
         cells = [shots, name, mean_and_error([run["accuracy"] for run in runs])]

@@ -1,4 +1,4 @@
-"""A picture of what methods gain on ridge regression on the same splits: a panel a data set, over images a class.
+"""A picture of what methods gain on ridge regression on the same splits: a panel a data set, over images per class.
 
 Rows are those of closed_forms.py and of study.py with ``--validation none``. Bars are standard errors over splits.
 
@@ -22,7 +22,7 @@ COLOURS = ("0.5", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E
 
 
 def curves(paths: list[Path], methods: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
-    """Images a class, mean gain and its standard error, of each method that has rows."""
+    """Images per class, mean gain and its standard error, of each method that has rows."""
     found: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for shots, (name, *_), _, gains in matched(paths, "ridge"):
         if name in methods:
@@ -43,7 +43,7 @@ def draw(axes: Axes, title: str, found: dict[str, list[tuple[int, float, float]]
     axes.set_xscale("log")
     axes.set_xticks(known, [str(shots) for shots in known])
     axes.minorticks_off()
-    axes.set(xlabel="training images a class")
+    axes.set(xlabel="training images per class")
     axes.set_title(title, loc="left", fontsize="medium")
     axes.grid(alpha=0.3)
 

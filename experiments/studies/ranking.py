@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> str:
-    """A table for each outcome: how measures order networks by it, a column for each set and number of images a class.
+    """A table for each outcome: how measures order networks by it, a column for each set and number of shots.
 
     Draws that lack some networks are left out. That of chance is what the mean network is below the best. Last come the
     points by which ridge regression's accuracies on images left out exceed that on test images.
@@ -168,7 +168,7 @@ def table(path: Path) -> str:
 
 
 def _by_set(path: Path) -> dict[tuple[str, int], list[dict[str, str]]]:
-    """Rows by data and images a class."""
+    """Rows by data and images per class."""
     found: dict[tuple[str, int], list[dict[str, str]]] = defaultdict(list)
     for row in rows_of(path):
         found[row["data"], int(row["shots"])].append(row)
@@ -205,7 +205,7 @@ def main() -> None:
     draws.add_argument("data", type=Path, nargs="+")
     draws.add_argument("--out", type=Path, required=True)
     draws.add_argument("--classes", type=int, default=10)
-    draws.add_argument("--tested", type=int, default=100, help="images a class that test, at most")
+    draws.add_argument("--tested", type=int, default=100, help="images per class that test, at most")
     draws.add_argument("--shots", nargs="+", type=int, default=[5, 20])
     draws.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     draws.add_argument("--block", default="layer4.0", help="the block of layer FT")

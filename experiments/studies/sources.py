@@ -6,7 +6,7 @@ of half the usual width on the first ``--classes`` classes of SOURCE by ``ncfine
 training images of the source, as they are evaluated, the penultimate features have NC1, cross-validated NC1, CDNV and
 the trace ratio.
 Ridge regression, whose strength leaving one out chooses, has an accuracy on the images of ``val``: of the source, and
-of each DOWNSTREAM with ``--shots`` training images a class, always the same. No number has a learning rate of its own
+of each DOWNSTREAM with ``--shots`` training images per class, always the same. No number has a learning rate of its own
 to disagree about.
 
 Rows are written as they come, and what the file has is not run again; a pre-training that was interrupted goes on from
@@ -274,7 +274,7 @@ def main() -> None:
     runs.add_argument("source", type=Path)
     runs.add_argument("downstream", type=Path, nargs="+")
     runs.add_argument("--out", type=Path, default=Path("sources.csv"))
-    runs.add_argument("--shots", type=int, default=20, help="downstream training images a class")
+    runs.add_argument("--shots", type=int, default=20, help="downstream training images per class")
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--precision", default="bf16-mixed")
     parts.add_argument("source", type=Path)

@@ -5,7 +5,7 @@ training images and the classifier's start. ``--validation`` says which images c
 which are left to test:
 
 - ``half``: half of ``val``, always the same; the other half is the test set. `table` shows the best rates and blocks.
-- ``rest``: images of ``train`` that are not drawn, 20 a class at most; all of ``val`` tests. So are rates chosen by
+- ``rest``: images of ``train`` that are not drawn, 20 per class at most; all of ``val`` tests. So are rates chosen by
   seeds that the next way leaves out.
 - ``none``: rates and blocks are fixed beforehand, and all of ``val`` tests; where all of ``train`` is drawn, a seed
   splits all images anew into as many, so that seeds differ. `paired` compares the methods with ridge regression, or
@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precision")
 SETTING = ("method", "block", "lr", "steps", "batch_size", "precision")
 FIELDS = (*RUN, "trained", "val", "test", "calibration", "nc1", "seconds")
-MOST_REST = 20  # images a class that validate under ``rest``: ten classes of them cost half of what the test images do
+MOST_REST = 20  # images per class that validate under ``rest``: ten classes cost half of what the test images do
 BACKBONE = "a timm name, or arguments of a Backbone as YAML"
 Part = tuple[Tensor, Tensor]
 Row = dict[str, str]
@@ -112,7 +112,7 @@ def divide(way: str, train: Tensor, val: Tensor, shots: int, seed: int) -> tuple
     if way == "half":
         return chosen, *(len(train) + half for half in halves(val))
     if not len(rest):
-        raise SystemExit(f"--validation rest: with {shots} images a class there is no rest; take fewer")
+        raise SystemExit(f"--validation rest: with {shots} images per class there is no rest; take fewer")
     return chosen, rest[drawn(train[rest], MOST_REST, seed)[0]], len(train) + torch.arange(len(val))
 
 
@@ -371,7 +371,7 @@ def paired(paths: list[Path], against: str = "ridge") -> str:
 
 
 def matched(paths: list[Path], against: str) -> Iterator[tuple[int, tuple[str, ...], list[Row], list[float]]]:
-    """Images a class, setting, its rows, and their gains in points on a method on the same splits."""
+    """Images per class, setting, its rows, and their gains in points on a method on the same splits."""
     runs: dict[int, dict[tuple[str, ...], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in (row for path in paths for row in rows(path)):
         if row["val"]:
