@@ -120,12 +120,13 @@ class _ContrastiveLoss(torch.autograd.Function):
     def forward(
         ctx: Any, keys: Tensor, labels: Tensor, first: int, count: int, temperature: float, share: float
     ) -> Tensor:
-        needed, own, views = ctx.needs_input_grad[0], slice(first, first + count), keys.shape[1]
-        scale = _scale(keys, temperature)
-        pull, gradient = _pull(keys, labels, own, scale * share, needed)
-        rows = slice(own.start * views, own.stop * views)
+        views, scale = keys.shape[1], _scale(keys, temperature)
+        classes, fewer = _positives(labels, views)
+        pull = _pull(keys, classes[::views], fewer[::views], slice(first, first + count))
+        gradient = torch.zeros_like(keys) if ctx.needs_input_grad[0] else None
+        rows = slice(first * views, (first + count) * views)
         flat = None if gradient is None else gradient.flatten(0, 1)
-        spread = _sum_of_logsumexp(keys.flatten(0, 1), rows, temperature, flat, share)
+        spread = _sum_of_logsumexp(keys.flatten(0, 1), classes, fewer, rows, temperature, flat, share)
         ctx.save_for_backward(gradient)
         return torch.add(spread.mul_(share), pull, alpha=scale * share)
 
@@ -136,32 +137,31 @@ class _ContrastiveLoss(torch.autograd.Function):
         return grad * gradient, None, None, None, None, None
 
 
-def _pull(keys: Tensor, labels: Tensor, own: slice, scale: float, needed: bool) -> tuple[Tensor, Tensor | None]:
-    """Minus the sum over own views of their mean similarity to the other keys of their class; its gradient if needed.
+def _positives(labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """An index of each view's class, and minus the number of the other views of that class, ``(N V,)``.
 
-    That is ``sum_i z_i (S_i - z_i) / (1 - n_i)`` with the sum ``S_i`` and the number ``n_i`` of the class's views; the
-    gradient is multiplied by ``scale``. A class is identified by the start of its labels in sorted order: unlike
-    `torch.unique`, this does not synchronise.
+    A class is identified by the start of its labels in sorted order: unlike `torch.unique`, this does not synchronise.
     """
-    ordered = labels.sort().values
-    classes = torch.searchsorted(ordered, labels)
-    sizes = torch.searchsorted(ordered, labels, right=True) - classes
-    fewer = torch.rsub(sizes, 1, alpha=keys.shape[1]).to(keys.dtype).view(-1, 1, 1)
+    ordered, of_views = labels.sort().values, labels.repeat_interleave(views)
+    classes = torch.searchsorted(ordered, of_views)
+    sizes = torch.searchsorted(ordered, of_views, right=True) - classes
+    return classes, torch.rsub(sizes, 1, alpha=views)
 
-    def class_sums(some: slice) -> Tensor:
-        sums = torch.zeros_like(keys[:, 0]).index_add_(0, classes[some], keys[some].sum(1))
-        return sums[classes].unsqueeze(1)
 
-    everything = slice(0, len(keys))
-    others = (class_sums(everything) - keys).div_(fewer)
-    pull = (others * keys)[own].sum()
-    if not needed:
-        return pull, None
-    if own == everything:  # both views of a pair get the same gradient
-        return pull, others.mul_(2 * scale)
-    gradient = (class_sums(own) / fewer).expand_as(keys).clone()
-    gradient[own] += others[own] - (keys / fewer)[own]
-    return pull, gradient.mul_(scale)
+def _pull(keys: Tensor, classes: Tensor, fewer: Tensor, own: slice) -> Tensor:
+    """Minus the sum over own views of their mean similarity to the other keys of their class.
+
+    That is ``sum_i z_i (S_i - z_i) / (1 - n_i)`` with the sum ``S_i`` and the number ``n_i`` of the class's views.
+
+    Args:
+        keys: All views, ``(N, V, p)``.
+        classes: An index of each sample's class, ``(N,)``.
+        fewer: ``1 - n_i`` of each sample, ``(N,)``.
+        own: The samples of this process.
+    """
+    sums = torch.zeros_like(keys[:, 0]).index_add_(0, classes, keys.sum(1))
+    others = sums[classes[own]].unsqueeze(1) - keys[own]
+    return (others * keys[own]).sum((1, 2)).div_(fewer[own]).sum()
 
 
 def _scale(keys: Tensor, temperature: float) -> float:
@@ -169,14 +169,20 @@ def _scale(keys: Tensor, temperature: float) -> float:
     return min(1 / temperature, torch.finfo(keys.dtype).max)
 
 
-def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: Tensor | None, share: float) -> Tensor:
+def _sum_of_logsumexp(
+    keys: Tensor, classes: Tensor, fewer: Tensor, rows: slice, temperature: float, gradient: Tensor | None, share: float
+) -> Tensor:
     """Sum over rows of the logsumexp of their scaled similarities to all other keys, block by block.
 
     Args:
         keys: Unit vectors, ``(M, p)``.
+        classes: An index of each key's class, ``(M,)``.
+        fewer: One less the number of keys of that class, ``(M,)``.
         rows: The keys that are rows.
         temperature: Divisor of the similarities.
-        gradient: Accumulates ``share`` times the gradient of the keys, ``(M, p)``; None if it is not needed.
+        gradient: Accumulates ``share`` times the gradient of the loss, the pull of positives included, ``(M, p)``; None
+            if it is not needed. A positive's pull is subtracted from its weight before that is multiplied with the key:
+            at collapse both are nearly the same, and their products too large to tell the difference.
         share: Factor of the gradient.
     """
     count, scale = rows.stop - rows.start, _scale(keys, temperature)
@@ -195,6 +201,8 @@ def _sum_of_logsumexp(keys: Tensor, rows: slice, temperature: float, gradient: T
             shifts.append(highest.sum())
         torch.sum(weights.exp_(), 1, keepdim=True, out=sums)
         if gradient is not None:
+            weights.addcmul_(classes[part, None] == classes, sums / fewer[part, None])
+            weights.diagonal(start).zero_()
             gradient[part].addcdiv_(weights @ keys, sums, value=scale * share)
             gradient.addmm_(weights.T, block / sums, alpha=scale * share)
     return sum(shifts, start=all_sums.log_().sum())

@@ -103,6 +103,17 @@ def _masked(z: Tensor, labels: Tensor) -> Tensor:
     return -((positives * shares).sum(1) / positives.sum(1)).mean()
 
 
+def test_gradient_has_its_digits_where_classes_have_collapsed() -> None:
+    """There the pull and the push of a view are nearly the same: their difference is lost if they are formed apart."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(200) % 10
+    means = torch.eye(10, 32, dtype=torch.float64) - 0.1
+    z = (means[labels][:, None] + 3e-4 * torch.randn(200, 2, 32, generator=generator)).requires_grad_()
+    single = z.detach().float().requires_grad_()
+    (exact,) = torch.autograd.grad(_masked(z, labels), z)
+    (ours,) = torch.autograd.grad(contrastive_loss(single, labels), single)
+    assert (ours - exact).norm() < 1e-5 * exact.norm()
+
+
 def _counted(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, labels: Tensor) -> Launches:
     with Launches() as counted:
         loss(z, labels).backward()
