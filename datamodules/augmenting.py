@@ -91,8 +91,9 @@ class BatchAugmentation:
         self._step = None
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)``, resized to ``S`` if they differ, and normalised: ``(N, C, S, S)``."""
-        return render(images, self._size, self.mean, self.std)
+        """Images ``(N, C, H, W)``, resized to ``S`` if they differ, and normalised: ``(N, C, S, S)``; also views."""
+        flat = render(images.flatten(0, -4), self._size, self.mean, self.std)
+        return flat.view(*images.shape[:-3], *flat.shape[1:])
 
     def train(self, images: Tensor, labels: Tensor, step: tuple[int, ...], cropped: bool) -> Batch:
         """Images and labels augmented and normalised: ``(N, C, S, S)``, or ``(N, V, C, S, S)`` if there are views.

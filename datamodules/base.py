@@ -25,7 +25,7 @@ from .augmenting import BatchAugmentation
 from .decoding import CENTRE, Decoding
 from .images import Batch, FileImages, Labelled, Part, TensorImages, mixed_seed
 from .listing import image_paths
-from .loading import EpochLoader, Taken
+from .loading import EpochLoader, Loader, Taken
 from .recipes import Augmentation, recipe_for
 
 Normalize = Literal["data", "backbone"]
@@ -55,8 +55,9 @@ class ImageDataModule(LightningDataModule, ABC):
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader; None is 0 for images in memory, and otherwise the number of cores per
             process, at most 8: more rarely help, and each costs memory.
-        augmentation: A recipe's name, or a Recipe. ``plain`` is no augmentation; ``standard`` a random resized crop and
-            a flip; ``trivial`` adds TrivialAugment; ``simclr`` SimCLR's colour jitter and, from 64 pixels on, blur.
+        augmentation: A recipe's name, a Recipe, or a Recipe's arguments. ``plain`` is no augmentation; ``standard`` a
+            random resized crop and a flip; ``trivial`` adds TrivialAugment; ``simclr`` SimCLR's colour jitter and, from
+            64 pixels on, blur.
         strength: Strength of the recipe: 0 is no augmentation, 1 the published one.
         views: Views ``V`` of each training image; more than one make batches ``(N, V, C, S, S)``.
         mixup: Strength alpha of mixup (Zhang et al. 2018) in training; 0 is none. Labels become class probabilities,
@@ -198,7 +199,10 @@ class ImageDataModule(LightningDataModule, ABC):
             self._before = dict(state_dict)
 
     def setup(self, stage: str) -> None:
-        """Read the parts, once, and log their numbers of images per class."""
+        """Read the parts, once, log their numbers of images per class, and take the seed of rank 0."""
+        trainer: Any = self.trainer
+        # Here, where all processes are, and not when a loader is made, which one of them may do alone.
+        self._take_seed(torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed()))
         if not self._parts:
             self._parts = self._read()
             counts = (f"{name} {part.describe(self.num_classes)}" for name, part in self._parts.items())
@@ -209,10 +213,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in random order."""
-        trainer: Any = self.trainer
-        seed = torch.initial_seed()
-        self._seeded = seed if trainer is None else trainer.strategy.broadcast(seed)
-        self._run_seed = mixed_seed(self._seeded)
+        if self.trainer is None:
+            self._take_seed(torch.initial_seed())
         self._augmentation.restart()
         return self._loader("train", training=True)
 
@@ -265,6 +267,9 @@ class ImageDataModule(LightningDataModule, ABC):
         else:
             images = self._augmentation.evaluate(images)
         return (images, labels) if trainer is None else trainer.precision_plugin.convert_input((images, labels))
+
+    def _take_seed(self, seed: int) -> None:
+        self._seeded, self._run_seed = seed, mixed_seed(seed)
 
     def _read(self) -> Mapping[str, Part]:
         """The parts in use, after all options are applied."""
@@ -320,7 +325,7 @@ class ImageDataModule(LightningDataModule, ABC):
             workers = 0 if isinstance(dataset, TensorImages) else free_cores(trainer)
         to_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         there = isinstance(dataset, TensorImages) and dataset.images.is_cuda
-        kind = EpochLoader if training else DataLoader
+        kind = EpochLoader if training else Loader
         return kind(
             dataset,
             **batching,
@@ -341,7 +346,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _taken(self, size: int = 1) -> Callable[[Any], int]:
         """The number of batches of ``size`` that a resumed run has already trained on in its epoch; see `Taken`."""
-        return Taken(lambda source: size * self._taken_batches(source))
+        trainer: Any = self.trainer
+        fetched = (lambda: _batch_progress(trainer).total.ready) if trainer else (lambda: 0)
+        return Taken(lambda source: size * self._taken_batches(source), fetched)
 
     def _taken_batches(self, source: Any) -> int:
         """The number of the epoch's batches that were trained on, if they come from this sampler or stream."""
@@ -354,7 +361,7 @@ class ImageDataModule(LightningDataModule, ABC):
         # smaller batches.
         if within or 0 < batches < trainer.num_training_batches:
             self._warn_of_other_batches()
-        return batches
+        return batches if batches < trainer.num_training_batches else 0
 
     def _warn_of_other_batches(self) -> None:
         now = self._numbers()

@@ -74,6 +74,8 @@ class IndexedImages(ImageDataModule, ABC):
         super().__init__(num_classes, input_size, data_mean, data_std, **kwargs)
         check_numbers(shots=shots)
         _check_shares(fraction, val_fraction)
+        if seed < 0:
+            raise ValueError(f"expected a seed of at least 0, got {seed}")
         if shots is not None and fraction is not None:
             raise ValueError(f"expected shots or fraction, got both: shots={shots}, fraction={fraction}")
         check_choice("sampling", sampling, Sampling)

@@ -14,15 +14,23 @@ from .splits import draw_balanced
 
 
 class Taken:
-    """The part of its epoch that a resumed run has already trained on; later passes are over whole epochs."""
+    """The part of its epoch that a resumed run has already trained on; later passes are over whole epochs.
 
-    def __init__(self, count: Callable[[Any], int]) -> None:
-        self._count: Callable[[Any], int] | None = count
+    Args:
+        count: The amount for a sampler or stream.
+        fetched: The number of batches that the run has fetched.
+    """
+
+    def __init__(self, count: Callable[[Any], int], fetched: Callable[[], int]) -> None:
+        self._count, self._fetched = count, fetched
+        self._start: int | None = None
 
     def __call__(self, source: Any) -> int:
-        """The amount for this sampler or stream on the first call, and 0 on later calls."""
-        count, self._count = self._count, None
-        return count(source) if count else 0
+        """The amount until the run has fetched a batch, whoever looks at one before it does; then 0."""
+        fetched = self._fetched()
+        if self._start is None:
+            self._start = fetched
+        return self._count(source) if fetched == self._start else 0
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -103,7 +111,27 @@ class SameSampler(DistributedSampler[Any], SequentialSampler):
         yield from islice(super().__iter__(), self.taken(self), None)
 
 
-class EpochLoader(DataLoader[Batch]):
+class Loader(DataLoader[Batch]):
+    """A loader of which several passes can be under way at once.
+
+    The workers that torch keeps from pass to pass serve a single one, which would begin again where a second one does,
+    such as a callback's look at a batch. A pass that begins while another is under way has workers of its own.
+    """
+
+    _under_way = False
+
+    def __iter__(self) -> Any:
+        if self._under_way:
+            yield from self._get_iterator()
+            return
+        self._under_way = True
+        try:
+            yield from super().__iter__()
+        finally:
+            self._under_way = False
+
+
+class EpochLoader(Loader):
     """Training batches, fetched only once the first batch of an epoch is requested.
 
     Lightning creates the iterator of a resumed run before it sets the epoch; workers that started to fetch then would

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,12 +122,14 @@ RECIPES = {
 Augmentation = Literal["plain", "standard", "trivial", "simclr"] | Recipe
 
 
-def recipe_for(recipe: Augmentation, strength: float, size: int) -> Recipe:
-    """A recipe, given by name or as a `Recipe`, at a strength, for images of side ``size``.
+def recipe_for(recipe: Augmentation | Mapping[str, Any], strength: float, size: int) -> Recipe:
+    """A recipe, given by name, as a `Recipe` or as its arguments, at a strength, for images of side ``size``.
 
     Raises:
         ValueError: There is no recipe of that name; ``strength`` is negative.
     """
+    if isinstance(recipe, Mapping):  # as a YAML file has it
+        recipe = Recipe(**recipe)
     if isinstance(recipe, Recipe):
         return recipe.scaled(strength)
     if recipe not in RECIPES:

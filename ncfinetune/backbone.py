@@ -350,6 +350,11 @@ def _sample(parameter: nn.Parameter) -> Tensor:
 def _check_images(x: Tensor, spec: Mapping[str, Any]) -> None:
     channels = spec.get("in_chans", 3)
     if x.ndim == 4 and x.shape[1] == channels:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"the backbone takes images of a floating type, got {x.dtype}; our datamodules normalise stored images "
+                "in on_after_batch_transfer, so give the Trainer the datamodule, not its loader"
+            )
         return
     remedy = "; those are views, so give the datamodule views=1" if x.ndim == 5 else ""
     if x.ndim == 4:

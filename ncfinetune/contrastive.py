@@ -43,6 +43,8 @@ class Contrastive(Learner):
             training, batches of one view or one sample.
     """
 
+    plateau_monitor = "train/loss"  # validation images have no views
+
     def __init__(
         self,
         backbone: str | dict[str, Any] | Backbone,

@@ -42,7 +42,15 @@ from ncfinetune.loop_progress import (
 )
 from ncfinetune.resume import Resumption, last_saved
 from ncfinetune.sample_mean import SampleMean
-from ncfinetune.schedule import check_lengths, configured, follows_rates, images_a_step, monitored, scale_rates
+from ncfinetune.schedule import (
+    check_lengths,
+    check_monitors,
+    configured,
+    follows_rates,
+    images_a_step,
+    monitored,
+    scale_rates,
+)
 from ncfinetune.synchronised import synchronise
 from ncfinetune.weight_files import DATA
 
@@ -78,12 +86,15 @@ class Learner(LightningModule, ABC):
 
     Raises:
         ValueError: ``lr_batch`` is below 1; ``lr_interval`` is unknown, or there is no scheduler for it; a scheduler
-            would undo the factors of the learning rate; in training, an epoch ends without a batch.
+            would undo the factors of the learning rate, or monitors what the run does not measure; in training, an
+            epoch ends without a batch.
         FloatingPointError: In training, when the loss is not finite.
     """
 
     # The numbers that `log_mean` logs, each under train/, val/ and test/.
     logged: ClassVar[tuple[str, ...]] = ("loss",)
+    # What a ReduceLROnPlateau monitors unless it says.
+    plateau_monitor: ClassVar[str] = "val/loss"
 
     def __init__(
         self,
@@ -215,7 +226,7 @@ class Learner(LightningModule, ABC):
         self._resumption.configured = configured(optimizer)
         if scheduler is None:
             return optimizer
-        monitor = monitored(scheduler)
+        monitor = monitored(scheduler, self._lr_interval, self.plateau_monitor)
         config = {"scheduler": scheduler, "monitor": monitor, "interval": self._lr_interval, "frequency": 1}
         if self._lr_interval == "epoch" and "val" in str(monitor).split("/"):
             # Without it a plateau would have no number of an epoch without a validation, or an old one.
@@ -295,9 +306,10 @@ class Learner(LightningModule, ABC):
             save_average(self.trainer)
 
     def on_train_start(self) -> None:
-        """Refuse a schedule that ends early; restore progress, trained parameters and random state of a resumed run."""
+        """Refuse a schedule that cannot work; restore what a resumed run was at: progress, random state and more."""
         if not replaces_schedule(self.trainer):
             check_lengths(self.trainer)
+        check_monitors(self.trainer)
         # The logged values once more: the sanity check resets them, and some strategies load a checkpoint after the fit
         # has started.
         self._resumption.begin(self.trainer, self)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from timm.models._manipulate import group_with_matcher
 from torch import nn
@@ -60,6 +61,24 @@ def check_lengths(trainer: Any) -> None:
                 )
 
 
+def check_monitors(trainer: Any) -> None:
+    """Refuse a scheduler that monitors a number of the validation in a run that has none.
+
+    Raises:
+        ValueError: There is one.
+    """
+    # The loaders are known before training starts, if the first epoch is validated.
+    known = trainer.val_dataloaders is not None
+    if trainer.enable_validation and not (known and not sum(trainer.num_val_batches)):
+        return
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and "val" in str(config.monitor).split("/"):
+            raise ValueError(
+                f"the scheduler monitors {config.monitor}, but the run has no validation; give validation images, or "
+                "take lightning.pytorch.cli.ReduceLROnPlateau with the monitor train/loss"
+            )
+
+
 def _epochs_of(trainer: Any) -> float:
     """Number of epochs of a run, which may be infinite."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
@@ -82,13 +101,14 @@ def _accumulation(trainer: Any) -> GradientAccumulationScheduler | None:
 
 
 def images_a_step(trainer: Any) -> int:
-    """Training images of a step of the optimiser, over all processes and accumulated batches.
+    """Training images of a step of the optimiser, over all processes and accumulated batches; at most an epoch's.
 
     Raises:
         ValueError: The loader has no batch size, or a `GradientAccumulationScheduler` changes the number.
     """
     _ = trainer.estimated_stepping_batches  # creates the loader, which does not exist before the first epoch
-    size = getattr(trainer.train_dataloader, "batch_size", None)
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "dataset", None), "batch_size", None)
     if size is None:
         raise ValueError("lr_batch needs a training DataLoader with a batch_size; leave lr_batch out and give the rate")
     schedule, numbers = _accumulation(trainer), {trainer.accumulate_grad_batches}
@@ -100,7 +120,9 @@ def images_a_step(trainer: Any) -> int:
             f"lr_batch scales the learning rate once, but GradientAccumulationScheduler accumulates {sorted(numbers)} "
             "batches in turn; leave lr_batch out and give the rate"
         )
-    return size * trainer.world_size * numbers.pop()
+    batches = min(numbers.pop(), trainer.num_training_batches)  # the optimiser steps at the end of an epoch too
+    own = sized_len(getattr(loader, "sampler", None))
+    return trainer.world_size * int(size * batches if own is None else min(size * batches, own))
 
 
 def configured(optimizer: Optimizer) -> dict[str, list[float]]:
@@ -223,21 +245,30 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
 
 
-def monitored(scheduler: Any) -> str | None:
-    """The log name that a ReduceLROnPlateau monitors, by default ``val/loss``; None for other schedulers.
+def monitored(scheduler: Any, interval: str, loss: str) -> str | None:
+    """The log name that a ReduceLROnPlateau monitors; None for other schedulers.
+
+    Args:
+        scheduler: The scheduler.
+        interval: When it is stepped, each ``epoch`` or each ``step``.
+        loss: The log name that it monitors unless it names another.
 
     Raises:
-        ValueError: It maximises without naming what it monitors, which cannot be a loss.
+        ValueError: It maximises without naming what it monitors, which cannot be a loss, or is stepped each step.
     """
     name = getattr(scheduler, "monitor", None)
-    if name is not None or not isinstance(scheduler, ReduceLROnPlateau):
+    if not isinstance(scheduler, ReduceLROnPlateau):
         return name
-    if scheduler.mode == "max":
+    if interval == "step":
         raise ValueError(
-            "torch's ReduceLROnPlateau with mode='max' has no monitor, and the default val/loss is not maximised; "
+            'ReduceLROnPlateau needs lr_interval="epoch", got "step": what it monitors is the mean of an epoch'
+        )
+    if name is None and scheduler.mode == "max":
+        raise ValueError(
+            f"torch's ReduceLROnPlateau with mode='max' has no monitor, and the default {loss} is not maximised; "
             "take lightning.pytorch.cli.ReduceLROnPlateau and give its monitor, such as val/acc"
         )
-    return "val/loss"
+    return loss if name is None else name
 
 
 def two_groups(parameters: Iterable[nn.Parameter], backbone: nn.Module) -> list[dict[str, Any]]:

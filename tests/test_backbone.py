@@ -164,6 +164,11 @@ def test_what_is_no_batch_of_its_images(shape: tuple[int, ...], message: str) ->
         Backbone("test_resnet")(torch.zeros(shape))
 
 
+def test_images_that_are_not_normalised_yet() -> None:
+    with pytest.raises(ValueError, match=r"images of a floating type, got torch.uint8; our datamodules normalise stored"):
+        Backbone("test_resnet")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_missing_and_empty_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint '.*none.pt'; expected a .ckpt"):
         Backbone("test_resnet", checkpoint=str(tmp_path / "none.pt"))

@@ -116,6 +116,64 @@ def _folder(root: Path, **arguments: Any) -> ImageFolder:
     return ImageFolder(str(root), **{"image_size": 8, "num_workers": 0, "batch_size": 5, **arguments})
 
 
+def _looking(hook: str, loader: str) -> pl.Callback:
+    """A callback that looks at a batch of one of the trainer's loaders, as one that logs a picture of it does."""
+
+    class Looking(pl.Callback):
+        pass
+
+    def look(self: pl.Callback, trainer: pl.Trainer, *_: Any) -> None:
+        next(iter(getattr(trainer, loader)))
+
+    setattr(Looking, hook, look)
+    return Looking()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("hook", "loader"), [("on_train_batch_end", "train_dataloader"), ("on_validation_batch_end", "val_dataloaders")]
+)
+def test_a_look_at_a_batch_changes_no_pass(hook: str, loader: str, workers: int, folder: Path) -> None:
+    seen = []
+    for callbacks in ([], [_looking(hook, loader)]):
+        pl.seed_everything(0, verbose=False)
+        seen.append(_fit(_folder(folder, num_workers=workers), callbacks=callbacks, max_epochs=2).seen)
+    plain, looked = seen
+    assert [len(plain[name]) for name in ("train0", "train1", "val")] == [5, 5, 6]
+    for name, batches in plain.items():
+        for ours, theirs in zip(looked[name], batches, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+def test_passes_one_after_another_share_their_workers(folder: Path) -> None:
+    data = _folder(folder, num_workers=1)
+    data.setup("fit")
+    loader = data.val_dataloader()
+    first, begun = next(iter(loader)), loader._iterator  # the rest of this pass is not asked for
+    assert begun is not None
+    for images, labels in (next(iter(loader)), next(iter(loader))):
+        assert torch.equal(images, first[0])
+        assert torch.equal(labels, first[1])
+        assert loader._iterator is begun
+
+
+def test_one_process_alone_can_ask_for_training_images() -> None:
+    class Asking(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+            def alone(*_: Any) -> None:
+                raise AssertionError("the other processes would be waited for")
+
+            with pytest.MonkeyPatch.context() as patch:
+                for collective in ("broadcast", "barrier", "all_gather", "reduce"):
+                    patch.setattr(trainer.strategy, collective, alone)
+                data = trainer.datamodule
+                self.looked = [next(iter(make())) for make in (data.train_dataloader, data.val_dataloader)]
+
+    asking = Asking()
+    _fit(Digits([1, 2], batch_size=4), callbacks=[asking])
+    assert len(asking.looked) == 2
+
+
 @pytest.mark.parametrize("kind", ["digits", "few digits", "files", "memory", "table"])
 def test_data_sets_know_their_labels(kind: str, folder: Path, tmp_path: Path) -> None:
     """In the order of their samples, so that a pass that is limited takes each class in its share."""
@@ -320,6 +378,16 @@ def _epochs(data: ImageDataModule, seed: int = 0, **arguments: Any) -> list[Tens
     pl.seed_everything(seed, workers=True, verbose=False)
     model = _fit(data, max_epochs=2, **arguments)
     return [model.images("train0"), model.images("train1")]
+
+
+def test_views_of_files_outside_of_training_are_only_normalised(folder: Path) -> None:
+    data = _folder(folder, augmentation="standard", views=2)
+    data.setup("fit")
+    views, labels = next(iter(data.train_dataloader()))
+    assert views.shape == (5, 2, 3, 8, 8)
+    images, _ = data.on_after_batch_transfer((views, labels), 0)
+    one_by_one = [data.on_after_batch_transfer((views[:, view], labels), 0)[0] for view in (0, 1)]
+    assert torch.equal(images, torch.stack(one_by_one, 1))
 
 
 @pytest.mark.parametrize("cut", [{"views": 2}, {"views": 1, "cutmix": 1.0}])
@@ -708,6 +776,7 @@ def _part_without_images() -> None:
         (lambda: Digits(fraction=0.0), r"expected fraction in \(0, 1\], got 0.0"),
         (lambda: Digits(fraction=1.5), r"expected fraction in \(0, 1\], got 1.5"),
         (lambda: Digits(val_fraction=1.0), r"expected val_fraction in \[0, 1\), got 1.0"),
+        (lambda: Digits(seed=-1), "expected a seed of at least 0, got -1"),
         (lambda: Digits(shots=1, fraction=0.5), "expected shots or fraction, got both: shots=1, fraction=0.5"),
         (lambda: Digits(views=2, mixup=1.0), "0 with views=2 above 1, got mixup=1.0, cutmix=0.0"),
         (lambda: Digits(cutmix=-1.0), "expected mixup and cutmix of at least 0"),

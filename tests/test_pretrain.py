@@ -338,6 +338,34 @@ def test_learning_rate_is_scaled_to_the_images_a_step_and_logged(
     assert ("lr/factor" in text) == (lr_batch is not None)
 
 
+@pytest.mark.filterwarnings("ignore:The `lr_scheduler.step` was called")
+def test_a_plateau_of_a_contrastive_loss_is_that_of_training(tmp_path: Path) -> None:
+    never_better = {"patience": 0, "factor": 0.1, "threshold": 1e9, "threshold_mode": "abs"}
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, **never_better)
+    trainer = _trainer(tmp_path, max_epochs=3)
+    trainer.fit(SimCLR(SMALL, optimizer=_sgd, lr_scheduler=plateau), _views(), _plain())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**2)
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}])
+def test_a_plateau_of_a_validation_that_is_not_there_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    model = Supervised(3, SMALL, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    data = (_plain(), _plain()) if options else (_plain(),)
+    message = "the scheduler monitors val/loss, but the run has no validation; give validation images, or"
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, **options).fit(model, *data)
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulated"), [({"batch_size": 64}, 1), ({"batch_size": 4}, 100), ({"batch_size": 5}, 3)]
+)
+def test_a_step_has_no_more_images_than_an_epoch(options: dict[str, int], accumulated: int, tmp_path: Path) -> None:
+    model = Supervised(2, SMALL, optimizer=_sgd, lr_batch=16)
+    trainer = _trainer(tmp_path, accumulate_grad_batches=accumulated)
+    trainer.fit(model, datamodule=Digits([0, 1], shots=5, image_size=8, **options))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 10 / 16)
+
+
 def test_scaling_needs_a_batch_size(tmp_path: Path) -> None:
     loader = DataLoader(_views().dataset, batch_sampler=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match="lr_batch needs a training DataLoader with a batch_size"):
@@ -507,7 +535,7 @@ def test_scaling_counts_the_batches_that_a_scheduler_accumulates(scheduling: dic
         ):
             trainer.fit(model, _views())
         return
-    trainer.fit(model, _views())
+    trainer.fit(model, _views(32))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * _views().batch_size * 4 / 16)
 
 

@@ -1,7 +1,8 @@
 """Balanced sampling: classes in equal shares, exactly the same draws however a run is made and wherever it stops."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from image_files import write_image
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from test_datamodules import SUBTLE, Recorder, _epochs, _fit, _stored, _trainer
+from test_datamodules import SUBTLE, Recorder, _epochs, _fit, _looking, _stored, _trainer
 from torch.utils.data import WeightedRandomSampler
 
 from ncfinetune.cli import main
@@ -173,11 +174,14 @@ def test_an_image_that_is_drawn_again_is_cropped_anew(tmp_path: Path) -> None:
     assert len({image.numpy().tobytes() for image in again}) == len(again)
 
 
-def _steps(make: Callable[[], ImageDataModule], folder: Path, resume: Path | None = None) -> Recorder:
+def _steps(
+    make: Callable[[], ImageDataModule], folder: Path, resume: Path | None = None, callbacks: Sequence[pl.Callback] = ()
+) -> Recorder:
     pl.seed_everything(0, verbose=False)
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     model = Recorder()
-    _trainer(max_epochs=2, callbacks=[saving], enable_checkpointing=True).fit(model, make(), ckpt_path=resume)
+    callbacks = [saving, *callbacks]
+    _trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True).fit(model, make(), ckpt_path=resume)
     return model
 
 
@@ -190,8 +194,8 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_with_the_same_draws(
     whole = _steps(make, tmp_path)
     batches = [batch for epoch in ("train0", "train1") for batch in whole.seen[epoch]]
     assert len(batches) == 10
-    for step in (2, 5, 8):
-        rest = _steps(make, tmp_path, tmp_path / f"step={step}.ckpt")
+    for step, callbacks in itertools.product((2, 5, 8), ([], [_looking("on_train_start", "train_dataloader")])):
+        rest = _steps(make, tmp_path, tmp_path / f"step={step}.ckpt", callbacks)
         found = [batch for epoch in ("train0", "train1") for batch in rest.seen.get(epoch, [])]
         assert len(found) == 10 - step
         for ours, theirs in zip(found, batches[step:], strict=True):

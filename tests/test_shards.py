@@ -15,9 +15,9 @@ import torch
 from image_files import number_of, write_image
 from PIL import Image
 from test_datamodules import SUBTLE, Frozen, Recorder, ShardRecorder, _fit, _trainer
-from tiny import SMALL, plain_sgd
+from tiny import SMALL, plain_sgd, trainer_in
 
-from ncfinetune import FineTuner
+from ncfinetune import FineTuner, Supervised
 from ncfinetune.callbacks import NeuralCollapseTracker
 from ncfinetune.cli import main
 from ncfinetune.datamodules import ImageFolder, Recipe, Unlabelled, WebDataset
@@ -103,6 +103,13 @@ def test_samples_are_decoded_and_labelled(root: Path) -> None:
     assert _raw(data, "train_plain") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16]]
     assert _raw(data, "test") == [[104, 105, 106, 107], [108]]
     assert data.val_dataloader() == []
+
+
+def test_a_learning_rate_is_scaled_to_the_batches_of_shards(root: Path, tmp_path: Path) -> None:
+    model = Supervised(CLASSES, {**SMALL, "in_chans": 3}, optimizer=plain_sgd, lr_batch=16)
+    trainer = trainer_in(tmp_path, limit_val_batches=0)
+    trainer.fit(model, datamodule=_make(root))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 4 / 16)
 
 
 @pytest.mark.parametrize(("size", "share"), [(14, 1.0), (8, 0.875)])

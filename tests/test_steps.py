@@ -482,6 +482,8 @@ def test_plateau_watches_the_validation_loss_or_what_it_says() -> None:
     )
     with pytest.raises(ValueError, match=message):
         _rates(partial(lr_scheduler.ReduceLROnPlateau, mode="max"))
+    with pytest.raises(ValueError, match=r'ReduceLROnPlateau needs lr_interval="epoch", got "step": what it monitors'):
+        _rates(partial(lr_scheduler.ReduceLROnPlateau), lr_interval="step")
     never_better = {"patience": 0, "factor": 0.1, "threshold": 1e9, "threshold_mode": "abs"}
     assert _rates(partial(lr_scheduler.ReduceLROnPlateau, **never_better))[-1][0] < 0.01
     watching = partial(ReduceLROnPlateau, monitor="train/loss", **never_better)

@@ -256,6 +256,7 @@ def test_small_images_are_not_blurred_by_a_named_recipe() -> None:
         ),
         (lambda: Recipe(max_aspect=0.75), "expected max_aspect in 1..inf, got 0.75"),
         (lambda: Recipe().scaled(-1), "expected strength of at least 0, got -1"),
+        (lambda: recipe_for({"flip": 2.0}, 1.0, 32), "expected flip in 0..1, got 2.0"),
         (lambda: recipe_for("strong", 1.0, 32), "expected augmentation to be one of plain, standard, trivial, simclr"),
     ],
 )
