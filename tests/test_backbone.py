@@ -165,7 +165,7 @@ def test_what_is_no_batch_of_its_images(shape: tuple[int, ...], message: str) ->
 
 
 def test_images_that_are_not_normalised_yet() -> None:
-    with pytest.raises(ValueError, match=r"images of a floating type, got torch.uint8; our datamodules normalise stored"):
+    with pytest.raises(ValueError, match=r"of a floating type, got torch.uint8; our datamodules normalise"):
         Backbone("test_resnet")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
