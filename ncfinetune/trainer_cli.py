@@ -25,7 +25,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, found, interruptions, log_folders, predictions, settings, summary, trained
+from ncfinetune import (
+    class_help,
+    found,
+    interruptions,
+    log_folders,
+    predictions,
+    resumed_folder,
+    settings,
+    summary,
+    trained,
+)
 from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
@@ -320,7 +330,7 @@ class NCFinetuneCLI(LightningCLI):
             _log_as_usual(self.config.fit.trainer)
             self.save_config_kwargs["given"] = self.config.fit.clone()
             self.save_config_kwargs["given"].ckpt_path = None
-            self.config.fit.ckpt_path = interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
+            self.config.fit.ckpt_path = resumed_folder.place(self.config.fit.trainer, checkpoint_path, self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
             self._step, self._epoch = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0)
@@ -396,7 +406,7 @@ class NCFinetuneCLI(LightningCLI):
         trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        trainer.callbacks += [interruptions.SaveOnSIGTERM(), interruptions.KnownFolder()]
+        trainer.callbacks += [interruptions.SaveOnSIGTERM(), resumed_folder.KnownFolder()]
         # All processes use the folder of rank 0; another process would take the next version number.
         if getattr(rank_zero_only, "rank", 0):
             return
@@ -405,7 +415,7 @@ class NCFinetuneCLI(LightningCLI):
             self._check_alone(Path(run))
         trainer.callbacks.append(trained.ForgetFailedStart(Path(run)))
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
-            interruptions.last_of(self.trainer, Path(run))
+            resumed_folder.check_has_last(self.trainer, Path(run))
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")
             _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
@@ -448,7 +458,7 @@ class NCFinetuneCLI(LightningCLI):
                 f"{self.subcommand} has no checkpoint, and would log to the run in {str(run)!r}; give --ckpt_path "
                 f"{run / 'checkpoints' / 'NAME.ckpt'}, or {other}"
             )
-        if not interruptions.requeued(self.trainer.default_root_dir):
+        if not resumed_folder.requeued(self.trainer.default_root_dir):
             saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "there is no checkpoint in it; "
             self.parser.error(
@@ -468,7 +478,7 @@ class NCFinetuneCLI(LightningCLI):
         if not self.trainer.interrupted and not getattr(self.trainer, "fast_dev_run", False):
             rank_zero_info("\n".join(conclusion(self.trainer, self.model)))
         if not self.trainer.interrupted:
-            interruptions.forget_requeue(self.trainer)
+            resumed_folder.forget_requeue(self.trainer)
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
@@ -507,7 +517,7 @@ class NCFinetuneCLI(LightningCLI):
         images, split = (self._get(self.config, option) for option in ("images", "split"))
         data = self.config[self.subcommand].data
         checkpoint = self._get(self.config, "ckpt_path")
-        run = interruptions.run_of(checkpoint)
+        run = resumed_folder.run_of(checkpoint)
         if images is not None:  # set apart from a split of the data, as a folder may be named as one
             name = f"images_{Path(images).absolute().name}"
         else:
