@@ -486,6 +486,7 @@ def test_images_that_are_none_are_refused(
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
         ([*PIECES, "--data.batchsize", "8"], "no option 'batchsize'"),
+        ([*PIECES, "--data.place", "disk"], "no option 'place'; expected one of adversary, "),
         (["--config", "misspelt_data.yaml"], "nearest: shots"),
         ([*PIECES, "--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.train", "layer9.0"], "no layer fits 'layer9.0'"),
