@@ -10,7 +10,6 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,8 +19,8 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -36,7 +35,6 @@ from ncfinetune import (
     summary,
     trained,
 )
-from ncfinetune.atomic import replacing
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
@@ -46,6 +44,7 @@ from ncfinetune.learner import Learner, check_launched
 from ncfinetune.loaders import in_order
 from ncfinetune.passes import leaves_out
 from ncfinetune.safety import refuse_code
+from ncfinetune.saved_config import SaveConfigAfterBatch
 from ncfinetune.weight_files import DATA
 
 # Imported for the command line only: an imported class can be selected by its short name.
@@ -113,7 +112,7 @@ def _run(words: list[str]) -> int | None:
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
-            save_config_callback=_SaveConfigAfterBatch,
+            save_config_callback=SaveConfigAfterBatch,
             save_config_kwargs={"overwrite": True, "given": None},
             args=words,
         ).status
@@ -200,64 +199,6 @@ def _launched() -> dict[str, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
         return {}
     return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
-
-
-class _SaveConfigAfterBatch(SaveConfigCallback):
-    """Saves the configuration in the run's folder after the first batch, or after a run without a batch.
-
-    Lightning saves it before model, data and checkpoint are compared, so that a refused command would overwrite the
-    configuration of the run in that folder. The configuration of a training run, ``given``, omits the checkpoint that
-    it was resumed from and its folder, so that it starts a new run.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, *args: Any, given: Namespace | None, **kwargs: Any
-    ) -> None:
-        super().__init__(parser, given or config, *args, **kwargs)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do not save here, unlike the base class."""
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save once, atomically: Lightning would overwrite the existing file in place.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        if self.already_saved:
-            return
-        if stage == "fit":
-            found.record(self.config, trainer, pl_module)
-        folder, name = (
-            trainer.log_dir or trainer.default_root_dir,
-            self.config_filename,
-        )  # a collective call under several processes
-        whole = trainer.is_global_zero and "://" not in str(folder)
-        with replacing(Path(folder, name)) if whole else nullcontext() as part:
-            self.config_filename = part.name if part else name
-            super().setup(trainer, pl_module, stage)
-        self.config_filename = name
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "fit")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, if the run had no batch: with ``max_epochs: 0`` the model is a classifier in closed form."""
-        self._save(trainer, pl_module, "fit")
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch that is not of the sanity check, after which training may still be refused."""
-        if not trainer.sanity_checking:
-            self._save(trainer, pl_module, "validate")
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "test")
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "predict")
 
 
 class NCFinetuneCLI(LightningCLI):

@@ -163,6 +163,7 @@ IMPORTS = {
     "safety": set(),
     "sample_mean": set(),
     "samples": set(),
+    "saved_config": {"atomic", "found"},
     "scan": {"atomic", "bank", "cli_errors", "lab", "scores"},
     "scatter": {"inputs"},
     "schedule": set(),
@@ -184,7 +185,6 @@ IMPORTS = {
     "tracing": {"pooling"},
     "trained": {"checkpoint_io", "log_folders", "resumed_folder", "runs", "settings", "weight_files"},
     "trainer_cli": {
-        "atomic",
         "checkpoint_io",
         "class_help",
         "classifier",
@@ -202,6 +202,7 @@ IMPORTS = {
         "predictions",
         "resumed_folder",
         "safety",
+        "saved_config",
         "settings",
         "summary",
         "trained",
