@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -35,6 +34,7 @@ from ncfinetune import (
     summary,
     trained,
 )
+from ncfinetune.atomic import check_writable
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
@@ -261,7 +261,7 @@ class NCFinetuneCLI(LightningCLI):
             trained.place(str(self.subcommand), self.config[self.subcommand], checkpoint_path, self._arguments)
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
-            _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
+            _check_folder("predictions'", str(Path(asked).parent), "--predictions", self.parser)
         name = _CONFIG if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         self._trust_nothing_remote()
@@ -359,10 +359,10 @@ class NCFinetuneCLI(LightningCLI):
             resumed_folder.check_has_last(self.trainer, Path(run))
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")
-            _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
+            _check_folder("cache", cache, "--model.init_args.cache_dir", self.parser)
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
         # After all that refuses, since the folder that it makes remains: it reserves the number of the run.
-        _check_writable("run", run, f"--{option}", self.parser)
+        _check_folder("run", run, f"--{option}", self.parser)
         self._keep_rows(Path(run))
 
     def _keep_rows(self, run: Path) -> None:
@@ -570,10 +570,8 @@ class _SafeCLI(NCFinetuneCLI):
     safe = True
 
 
-def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
+def _check_folder(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         parser.error(f"cannot write to the {what} folder {folder!r} ({error.strerror}); choose another with {option}")

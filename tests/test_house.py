@@ -185,6 +185,7 @@ IMPORTS = {
     "tracing": {"pooling"},
     "trained": {"checkpoint_io", "log_folders", "resumed_folder", "runs", "settings", "weight_files"},
     "trainer_cli": {
+        "atomic",
         "checkpoint_io",
         "class_help",
         "classifier",
