@@ -64,8 +64,8 @@ _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
 BROKEN_IMAGES = 3
 
 
-def main(args: list[str] | None = None) -> int | None:
-    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
+def main(words: list[str]) -> int | None:
+    """Run one of the Trainer's commands, whose words begin with its name.
 
     With ``--safe`` among them, code from a configuration or a checkpoint is never run.
 
@@ -76,7 +76,6 @@ def main(args: list[str] | None = None) -> int | None:
         ValueError: Lightning refuses the configuration, a checkpoint is of another model, or ``--safe`` forbids
             something.
     """
-    words = sys.argv[1:] if args is None else list(args)
     if (option := class_help.asked(words)) is not None:
         print(class_help.classes(option))
         return None

@@ -580,7 +580,7 @@ def test_a_switch_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("bug", [RuntimeError, AttributeError, KeyError, KeyboardInterrupt])
 def test_bugs_keep_their_traceback(bug: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(args: list[str] | None) -> None:
+    def run(words: list[str]) -> None:
         raise bug
 
     monkeypatch.setattr("ncfinetune.trainer_cli.main", run)
