@@ -285,7 +285,7 @@ class NCFinetuneCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if self.subcommand != "fit" and path in ("last", "best"):
             fix = "--ckpt_path RUN/checkpoints/NAME.ckpt"
-            self.parser.error(f"ckpt_path {path} is of a fit; {self.subcommand} needs the file, {fix}")
+            self.parser.error(f"ckpt_path {path} works with fit only; {self.subcommand} needs the file, {fix}")
 
     def _read(self, path: str | None) -> Mapping[str, Any] | None:
         """The contents of a checkpoint, before data and network are built; see `read_checkpoint`."""

@@ -546,7 +546,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", "--data", "Digits"], "error: fit needs a model, which --model.help shows, or a --config FILE"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
-        (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last is of a fit; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last works with fit only; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "Early stopping conditioned on metric `val/loss` which is not available"),
         (["fit", *PIECES, *("--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs=1") * 2], "error: Found more than one stateful callback of type `ModelCheckpoint`"),
         (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
