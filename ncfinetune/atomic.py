@@ -1,8 +1,9 @@
-"""Atomic files: complete or absent, even if the process that writes them is killed."""
+"""Atomic files: complete or absent, even if the process that writes them is killed; folders that can be written."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def unwritten(path: Path, error: Exception) -> OSError:
     """The error for a file that could not be written, with the remedy."""
     return OSError(f"cannot write {str(path)!r}: {error}; make room there, or choose another folder")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder unless it is there, and try that files can be made in it.
+
+    Raises:
+        OSError: They cannot.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _remove(part: Path) -> None:

@@ -7,11 +7,9 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from ncfinetune.cli_errors import BASES, own_subclasses
 
-from ncfinetune.cli_errors import concrete_subclasses
-
-_BASES = {"model": LightningModule, "data": LightningDataModule}
+_OPTIONS = ("model", "data")
 _LINE = 120
 
 
@@ -19,15 +17,15 @@ def asked(words: Sequence[str]) -> str | None:
     """The option whose classes a command asks for, ``model`` or ``data``; None if it asks for none."""
     for word, after in zip(words, (*words[1:], "-"), strict=True):
         option = word.removeprefix("--").removesuffix(".help")
-        if word == f"--{option}.help" and option in _BASES and after.startswith("-"):
+        if word == f"--{option}.help" and option in _OPTIONS and after.startswith("-"):
             return option
     return None
 
 
 def classes(option: str) -> str:
     """Our classes that an option takes, as text."""
-    base = _BASES[option]
-    own = {c.__name__: c for c in concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")}
+    base = BASES[option]
+    own = {c.__name__: c for c in own_subclasses(base)}
     width = max(map(len, own)) + 2
     lines = [name.ljust(width) + _summary(own[name], _LINE - width) for name in sorted(own)]
     return "\n".join(

@@ -71,14 +71,12 @@ def _wrong_type(key: str, message: str) -> str:
 
 def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> str:
     key = re.findall(r'(?:Parser key "|^--)([\w.]+?)(?:"|\.help:)', message)[-1]
-    base = _BASES.get(key.split(".")[-1])
+    base = BASES.get(key.split(".")[-1])
     if base is None:
         return f"{key}: no class {name!r}"
-    classes = {c.__name__: c.__module__ for c in concrete_subclasses(base)}
-    # Other callbacks of ours belong to the command line itself.
-    home = "ncfinetune.callbacks." if base is Callback else "ncfinetune."
-    own = sorted(c for c, module in classes.items() if module.startswith(home))
-    return f"{key}: no class {name!r}; {_known(name, own or sorted(classes), classes)}"
+    classes = {c.__name__ for c in _concrete_subclasses(base)}
+    own = {c.__name__ for c in own_subclasses(base)}
+    return f"{key}: no class {name!r}; {_known(name, sorted(own or classes), classes)}"
 
 
 def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
@@ -89,8 +87,7 @@ def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningAr
 
 
 def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
-    own = [c for base in _BASES.values() for c in concrete_subclasses(base) if c.__module__.startswith("ncfinetune.")]
-    known = {c.__name__: _parameters(c) for c in own}
+    known = {c.__name__: _parameters(c) for base in BASES.values() for c in own_subclasses(base)}
     if owners := sorted(name for name, parameters in known.items() if option in parameters):
         return f"no option {option!r} where it was given; it belongs to {', '.join(owners)}"
     parameters = sorted(set().union(*known.values()))
@@ -147,7 +144,8 @@ _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"File does not exist: '(.+?)'": _no_file,
     r"arguments are required: (.+)": _missing,
 }
-_BASES = {
+# The options that take a class, with the class that it must be below.
+BASES: dict[str, type[Any]] = {
     "model": LightningModule,
     "data": LightningDataModule,
     "callbacks": Callback,
@@ -163,12 +161,19 @@ def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
     return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
 
 
-def concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
+def own_subclasses(base: type[Any]) -> list[type[Any]]:
+    """Our classes below another one that a command may be given."""
+    # Other callbacks of ours belong to the command line itself.
+    home = "ncfinetune.callbacks." if base is Callback else "ncfinetune."
+    return [subclass for subclass in _concrete_subclasses(base) if subclass.__module__.startswith(home)]
+
+
+def _concrete_subclasses(base: type[Any]) -> Iterator[type[Any]]:
     """The classes below another one that can be built and are not private."""
     for subclass in base.__subclasses__():
         if not inspect.isabstract(subclass) and not subclass.__name__.startswith("_"):
             yield subclass
-        yield from concrete_subclasses(subclass)
+        yield from _concrete_subclasses(subclass)
 
 
 def _with_subparsers(parser: LightningArgumentParser) -> list[LightningArgumentParser]:

@@ -43,13 +43,13 @@ img {{ max-width: 100%; }}
 """
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Print the table of the runs under the given folders, and save table and picture.
+def main(words: Sequence[str]) -> int:
+    """Print the table of the runs under the folders that the words name, and save table and picture.
 
     Raises:
         FileNotFoundError, ValueError: A folder does not exist, there is no run, or no run of the baseline.
     """
-    options = _options(args)
+    options = _options(words)
     experiments = group(find_runs(options.runs))
     table = rows(experiments, options.baseline)
     text = "\n\n".join(filter(None, [markdown(table), "\n".join(legend(table))]))
@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(args: Sequence[str] | None) -> argparse.Namespace:
+def _options(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ncfinetune report",
         description="Make one table and one picture of runs, from their configurations and what they logged. A row is "
@@ -87,7 +87,7 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
         "the first row of a task without one, unless given",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="table and picture as one HTML file, too")
-    return parser.parse_args(args)
+    return parser.parse_args(words)
 
 
 def _page(title: str, table: Sequence[dict[str, str]], drawn: bytes) -> str:

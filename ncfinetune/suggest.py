@@ -7,7 +7,6 @@ import logging
 import math
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from ncfinetune.atomic import replacing
+from ncfinetune.atomic import check_writable, replacing
 from ncfinetune.bank import Bank, Source, classes_of, fill, read_images
 from ncfinetune.closed_trials import Closed, closed_forms, closed_trial
 from ncfinetune.folds import balanced_folds, folds_of
@@ -154,10 +153,7 @@ def _check(options: Any) -> None:
     if options.out and Path(options.out).suffix != ".json":
         raise ValueError(f"expected --out of a .json file, got {options.out!r}")
     if options.out:  # before all fits
-        folder = Path(options.out).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(Path(options.out).parent)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from ncfinetune.checkpoint_io import read_checkpoint
-from ncfinetune.interruptions import run_of
 from ncfinetune.log_folders import folders
+from ncfinetune.resumed_folder import run_of
 from ncfinetune.runs import Run
 from ncfinetune.settings import evaluated_images
 from ncfinetune.weight_files import DATA

@@ -6,11 +6,9 @@ import importlib
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,13 +18,23 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ncfinetune import class_help, found, interruptions, log_folders, predictions, settings, summary, trained
-from ncfinetune.atomic import replacing
+from ncfinetune import (
+    class_help,
+    found,
+    interruptions,
+    log_folders,
+    predictions,
+    resumed_folder,
+    settings,
+    summary,
+    trained,
+)
+from ncfinetune.atomic import check_writable
 from ncfinetune.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
@@ -36,6 +44,7 @@ from ncfinetune.learner import Learner, check_launched
 from ncfinetune.loaders import in_order
 from ncfinetune.passes import leaves_out
 from ncfinetune.safety import refuse_code
+from ncfinetune.saved_config import SaveConfigAfterBatch
 from ncfinetune.weight_files import DATA
 
 # Imported for the command line only: an imported class can be selected by its short name.
@@ -55,8 +64,8 @@ _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
 BROKEN_IMAGES = 3
 
 
-def main(args: list[str] | None = None) -> int | None:
-    """Run one of the Trainer's commands; ``args`` are ``sys.argv[1:]`` unless given.
+def main(words: list[str]) -> int | None:
+    """Run one of the Trainer's commands, whose words begin with its name.
 
     With ``--safe`` among them, code from a configuration or a checkpoint is never run.
 
@@ -67,7 +76,6 @@ def main(args: list[str] | None = None) -> int | None:
         ValueError: Lightning refuses the configuration, a checkpoint is of another model, or ``--safe`` forbids
             something.
     """
-    words = sys.argv[1:] if args is None else list(args)
     if (option := class_help.asked(words)) is not None:
         print(class_help.classes(option))
         return None
@@ -103,7 +111,7 @@ def _run(words: list[str]) -> int | None:
             seed_everything_default=0,
             trainer_defaults={"logger": _LOGGER, **_launched()},
             parser_class=PlainParser,
-            save_config_callback=_SaveConfigAfterBatch,
+            save_config_callback=SaveConfigAfterBatch,
             save_config_kwargs={"overwrite": True, "given": None},
             args=words,
         ).status
@@ -192,64 +200,6 @@ def _launched() -> dict[str, int]:
     return {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
 
 
-class _SaveConfigAfterBatch(SaveConfigCallback):
-    """Saves the configuration in the run's folder after the first batch, or after a run without a batch.
-
-    Lightning saves it before model, data and checkpoint are compared, so that a refused command would overwrite the
-    configuration of the run in that folder. The configuration of a training run, ``given``, omits the checkpoint that
-    it was resumed from and its folder, so that it starts a new run.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, *args: Any, given: Namespace | None, **kwargs: Any
-    ) -> None:
-        super().__init__(parser, given or config, *args, **kwargs)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do not save here, unlike the base class."""
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save once, atomically: Lightning would overwrite the existing file in place.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        if self.already_saved:
-            return
-        if stage == "fit":
-            found.record(self.config, trainer, pl_module)
-        folder, name = (
-            trainer.log_dir or trainer.default_root_dir,
-            self.config_filename,
-        )  # a collective call under several processes
-        whole = trainer.is_global_zero and "://" not in str(folder)
-        with replacing(Path(folder, name)) if whole else nullcontext() as part:
-            self.config_filename = part.name if part else name
-            super().setup(trainer, pl_module, stage)
-        self.config_filename = name
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "fit")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, if the run had no batch: with ``max_epochs: 0`` the model is a classifier in closed form."""
-        self._save(trainer, pl_module, "fit")
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch that is not of the sanity check, after which training may still be refused."""
-        if not trainer.sanity_checking:
-            self._save(trainer, pl_module, "validate")
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "test")
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, after the first batch."""
-        self._save(trainer, pl_module, "predict")
-
-
 class NCFinetuneCLI(LightningCLI):
     """LightningCLI that links the number of classes from data to model, and checks folders and files at the start."""
 
@@ -310,7 +260,7 @@ class NCFinetuneCLI(LightningCLI):
             trained.place(str(self.subcommand), self.config[self.subcommand], checkpoint_path, self._arguments)
         if asked := self._get(self.config, "predictions"):
             predictions.check_format(Path(asked))
-            _check_writable("predictions'", str(Path(asked).parent), "--predictions", self.parser)
+            _check_folder("predictions'", str(Path(asked).parent), "--predictions", self.parser)
         name = _CONFIG if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         self._trust_nothing_remote()
@@ -320,7 +270,7 @@ class NCFinetuneCLI(LightningCLI):
             _log_as_usual(self.config.fit.trainer)
             self.save_config_kwargs["given"] = self.config.fit.clone()
             self.save_config_kwargs["given"].ckpt_path = None
-            self.config.fit.ckpt_path = interruptions.place(self.config.fit.trainer, checkpoint_path, self._arguments)
+            self.config.fit.ckpt_path = resumed_folder.place(self.config.fit.trainer, checkpoint_path, self._arguments)
         elif checkpoint is not None:
             self._take_from(checkpoint)
             self._step, self._epoch = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0)
@@ -335,7 +285,7 @@ class NCFinetuneCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if self.subcommand != "fit" and path in ("last", "best"):
             fix = "--ckpt_path RUN/checkpoints/NAME.ckpt"
-            self.parser.error(f"ckpt_path {path} is of a fit; {self.subcommand} needs the file, {fix}")
+            self.parser.error(f"ckpt_path {path} works with fit only; {self.subcommand} needs the file, {fix}")
 
     def _read(self, path: str | None) -> Mapping[str, Any] | None:
         """The contents of a checkpoint, before data and network are built; see `read_checkpoint`."""
@@ -396,7 +346,7 @@ class NCFinetuneCLI(LightningCLI):
         trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        trainer.callbacks += [interruptions.SaveOnSIGTERM(), interruptions.KnownFolder()]
+        trainer.callbacks += [interruptions.SaveOnSIGTERM(), resumed_folder.KnownFolder()]
         # All processes use the folder of rank 0; another process would take the next version number.
         if getattr(rank_zero_only, "rank", 0):
             return
@@ -405,13 +355,13 @@ class NCFinetuneCLI(LightningCLI):
             self._check_alone(Path(run))
         trainer.callbacks.append(trained.ForgetFailedStart(Path(run)))
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") == "last":
-            interruptions.last_of(self.trainer, Path(run))
+            resumed_folder.check_has_last(self.trainer, Path(run))
         if self.subcommand == "fit" and self._get(self.config, "model.init_args.cache") == "disk":
             cache = self._get(self.config, "model.init_args.cache_dir")
-            _check_writable("cache", cache, "--model.init_args.cache_dir", self.parser)
+            _check_folder("cache", cache, "--model.init_args.cache_dir", self.parser)
         option = "trainer.default_root_dir" if self.subcommand in trained.ALONE else "trainer.logger.init_args.save_dir"
         # After all that refuses, since the folder that it makes remains: it reserves the number of the run.
-        _check_writable("run", run, f"--{option}", self.parser)
+        _check_folder("run", run, f"--{option}", self.parser)
         self._keep_rows(Path(run))
 
     def _keep_rows(self, run: Path) -> None:
@@ -448,7 +398,7 @@ class NCFinetuneCLI(LightningCLI):
                 f"{self.subcommand} has no checkpoint, and would log to the run in {str(run)!r}; give --ckpt_path "
                 f"{run / 'checkpoints' / 'NAME.ckpt'}, or {other}"
             )
-        if not interruptions.requeued(self.trainer.default_root_dir):
+        if not resumed_folder.requeued(self.trainer.default_root_dir):
             saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             go_on = f"go on with it by --ckpt_path {saved[-1]}, " if saved else "there is no checkpoint in it; "
             self.parser.error(
@@ -468,7 +418,7 @@ class NCFinetuneCLI(LightningCLI):
         if not self.trainer.interrupted and not getattr(self.trainer, "fast_dev_run", False):
             rank_zero_info("\n".join(conclusion(self.trainer, self.model)))
         if not self.trainer.interrupted:
-            interruptions.forget_requeue(self.trainer)
+            resumed_folder.forget_requeue(self.trainer)
         if self._get(self.config, "test_after_fit"):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
@@ -507,7 +457,7 @@ class NCFinetuneCLI(LightningCLI):
         images, split = (self._get(self.config, option) for option in ("images", "split"))
         data = self.config[self.subcommand].data
         checkpoint = self._get(self.config, "ckpt_path")
-        run = interruptions.run_of(checkpoint)
+        run = resumed_folder.run_of(checkpoint)
         if images is not None:  # set apart from a split of the data, as a folder may be named as one
             name = f"images_{Path(images).absolute().name}"
         else:
@@ -619,10 +569,8 @@ class _SafeCLI(NCFinetuneCLI):
     safe = True
 
 
-def _check_writable(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
+def _check_folder(what: str, folder: str, option: str, parser: LightningArgumentParser) -> None:
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         parser.error(f"cannot write to the {what} folder {folder!r} ({error.strerror}); choose another with {option}")

@@ -486,6 +486,7 @@ def test_images_that_are_none_are_refused(
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
         ([*PIECES, "--data.batchsize", "8"], "no option 'batchsize'"),
+        ([*PIECES, "--data.place", "disk"], "no option 'place'; expected one of adversary, "),
         (["--config", "misspelt_data.yaml"], "nearest: shots"),
         ([*PIECES, "--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.train", "layer9.0"], "no layer fits 'layer9.0'"),
@@ -545,7 +546,7 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", "--data", "Digits"], "error: fit needs a model, which --model.help shows, or a --config FILE"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
-        (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last is of a fit; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
+        (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last works with fit only; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "Early stopping conditioned on metric `val/loss` which is not available"),
         (["fit", *PIECES, *("--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs=1") * 2], "error: Found more than one stateful callback of type `ModelCheckpoint`"),
         (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
@@ -579,7 +580,7 @@ def test_a_switch_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("bug", [RuntimeError, AttributeError, KeyError, KeyboardInterrupt])
 def test_bugs_keep_their_traceback(bug: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(args: list[str] | None) -> None:
+    def run(words: list[str]) -> None:
         raise bug
 
     monkeypatch.setattr("ncfinetune.trainer_cli.main", run)
