@@ -20,7 +20,6 @@ Data and networks are those of suggestions.py. Rows are written as they come; wh
 """
 
 import argparse
-import csv
 import logging
 import math
 import statistics
@@ -32,8 +31,8 @@ from typing import Any
 
 import torch
 import yaml
+from study import appending, so_far
 from study import rows as rows_of
-from study import so_far
 from suggestions import DIGITS, add_options, drawn, spread, tested, trainer
 from torch import Tensor
 
@@ -115,10 +114,7 @@ def run(options: argparse.Namespace) -> None:
     }
     spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
     backbone = Backbone(**spec, checkpoint=options.checkpoint)
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for seed in options.seeds:
             for shots in options.shots:
                 data = drawn(options, shots, seed)
@@ -132,8 +128,7 @@ def run(options: argparse.Namespace) -> None:
                     start = time.process_time()
                     row: dict[str, Any] = {"data": name, "shots": shots, "seed": seed}
                     row |= {"method": method.name, **measured(bench, method, test, seed)}
-                    table.writerow({**row, "seconds": time.process_time() - start})
-                    file.flush()
+                    append({**row, "seconds": time.process_time() - start})
                     print(shots, seed, method.name, flush=True)
 
 

@@ -14,7 +14,6 @@ file has already is not run again. Seconds are those of the processor.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import logging
@@ -30,8 +29,8 @@ from typing import Any
 import torch
 from downstream import by, regret
 from sources import UNRANKED, classes_alone, folder_of, network_of
+from study import appending, so_far
 from study import rows as rows_of
-from study import so_far
 from suggestions import spread, tested, trainer
 from torch import Tensor
 
@@ -123,10 +122,7 @@ def attempt(
 def run(options: argparse.Namespace) -> None:
     networks, known = networks_of(options)
     done = {tuple(row[key] for key in ("data", "shots", "seed", "network")) for row in so_far(options.out, FIELDS)}
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for seed, root, shots in itertools.product(options.seeds, options.data, options.shots):
             draw = {"data": root.name, "shots": shots, "seed": seed}
             left = {
@@ -135,8 +131,7 @@ def run(options: argparse.Namespace) -> None:
                 if tuple(map(str, (*draw.values(), name))) not in done
             }
             for row in attempt(options, left, root, shots, seed) if left else ():
-                table.writerow(draw | known[row["network"]] | row)
-                file.flush()
+                append(draw | known[row["network"]] | row)
                 print(*draw.values(), row["network"], flush=True)
 
 

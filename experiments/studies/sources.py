@@ -21,7 +21,6 @@ means with little variance between classes.
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
@@ -36,7 +35,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from study import rows, so_far
+from study import appending, rows, so_far
 from torch import Tensor
 
 from ncfinetune import Backbone, SimCLR, SupCon, Supervised
@@ -197,11 +196,8 @@ def run(options: argparse.Namespace) -> None:
             numbers = measure(options, network_of(options.runs, method, seed), source)
             row = {"method": method, "seed": seed, "epochs": options.epochs, **numbers}
             row["seconds"] = round(spent + time.process_time() - start)
-            with options.out.open("a", newline="") as file:
-                table = csv.DictWriter(file, fields)
-                if file.tell() == 0:
-                    table.writeheader()
-                table.writerow(row)
+            with appending(options.out, fields) as append:  # anew for each row, as others may write beside this
+                append(row)
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 

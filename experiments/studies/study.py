@@ -30,7 +30,8 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -303,16 +304,12 @@ def study(options: argparse.Namespace) -> None:
     backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
     options.pass_seconds = pass_seconds(options, backbone, images)
     done = {tuple(row[name] for name in RUN) for row in so_far(options.out, FIELDS)}
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not done:
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for run in planned(options):
             if tuple(str(run[name]) for name in RUN) not in done:
                 chosen = divide(options.validation, train, val, run["shots"], run["seed"])
                 row = tune(options, tuple((images[part], labels[part]) for part in chosen), run)
-                table.writerow(row)
-                file.flush()
+                append(row)
                 print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
@@ -322,6 +319,21 @@ def so_far(path: Path, fields: Sequence[str]) -> list[Row]:
     if found and list(found[0]) != list(fields):
         raise SystemExit(f"{path} has other columns than {', '.join(fields)}; give --out another file")
     return found
+
+
+@contextmanager
+def appending(path: Path, fields: Sequence[str]) -> Iterator[Callable[..., None]]:
+    """Gives what writes rows behind those of a study so far, at once, so that one that breaks off leaves its rows."""
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, fields)
+        if not file.tell():
+            table.writeheader()
+
+        def append(*more: Mapping[str, Any]) -> None:
+            table.writerows(more)
+            file.flush()
+
+        yield append
 
 
 def rows(path: Path) -> list[Row]:

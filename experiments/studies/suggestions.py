@@ -20,7 +20,6 @@ a folder of images as `datamodules.ImageFolder` takes it, with a test part.
 """
 
 import argparse
-import csv
 import logging
 import statistics
 import time
@@ -33,8 +32,8 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from scipy.stats import ttest_1samp
+from study import appending, so_far
 from study import rows as rows_of
-from study import so_far
 from torch import Tensor
 
 from ncfinetune import Backbone
@@ -169,16 +168,12 @@ def run(options: argparse.Namespace) -> None:
         for row in so_far(options.out, FIELDS)
         if row["data"] == name
     }
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for seed in options.seeds:
             for shots in options.shots:
                 for search in options.search:
                     if (search, str(shots), str(seed)) not in done:
-                        table.writerows(attempt(options, search, shots, seed))
-                        file.flush()
+                        append(*attempt(options, search, shots, seed))
                         print(search, shots, seed, flush=True)
 
 
