@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 import yaml
-from study import appending, so_far
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from suggestions import DIGITS, add_options, drawn, spread, tested, trainer
+from suggestions import DIGITS, add_options, drawn, tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone, FineTuner
@@ -163,9 +163,9 @@ def table(paths: list[Path]) -> str:
                 len(found_in),
                 len(means),
                 measure,
-                spread(known, 2) if known else "-",
+                mean_and_error(known) if known else "-",
                 f"{rho:.2f} ({p:.2g})",
-                spread([regret(best_first(own, measure), tests(own)) for own in by(rows, "seed").values()]),
+                mean_and_error([regret(best_first(own, measure), tests(own)) for own in by(rows, "seed").values()], 1),
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from downstream import by, regret
 from sources import UNRANKED, classes_alone, folder_of, network_of
-from study import appending, so_far
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from suggestions import spread, tested, trainer
+from suggestions import tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone
@@ -157,7 +157,9 @@ def table(path: Path) -> str:
     if grouped:
         lines += [f"| predicted less tested {rows[0]}", f"|---|{rows[1]}"]
         for name in ACCURACIES:
-            cells = [spread([predicted_less_tested(own, name) for own in draws]) for draws in grouped.values()]
+            cells = [
+                mean_and_error([predicted_less_tested(own, name) for own in draws], 1) for draws in grouped.values()
+            ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -179,7 +181,7 @@ def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> str
     """How a measure orders networks by an outcome: rho in each draw, rho and p of means over draws, and the regret."""
     tests = [[float(row[outcome]) for row in own] for own in draws]
     if measure == "chance":
-        return spread([regret([0.0] * len(own), own) for own in tests])
+        return mean_and_error([regret([0.0] * len(own), own) for own in tests], 1)
     values = [[MEASURES[measure] * float(row[measure]) for row in own] for own in draws]
     within = [-spearman(x, y)[0] for x, y in zip(values, tests, strict=True)]
     known = [rho for rho in within if not math.isnan(rho)]  # where all test alike there is none
@@ -187,7 +189,7 @@ def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> str
     means = [[statistics.mean(float(row[name]) for row in own) for name in (measure, outcome)] for own in networks]
     rho, p = spearman([MEASURES[measure] * mean for mean, _ in means], [mean for _, mean in means])
     lost = [regret(x, y) for x, y in zip(values, tests, strict=True)]
-    return f"{spread(known, 2) if known else '-'}; {-rho:.2f} ({p:.2g}); {spread(lost)}"
+    return f"{mean_and_error(known) if known else '-'}; {-rho:.2f} ({p:.2g}); {mean_and_error(lost, 1)}"
 
 
 def main() -> None:

@@ -356,8 +356,8 @@ def table(path: Path) -> str:
         rivals = [value for key, value in best.items() if key[:2] == (shots, number)]
         mark = " (chosen)" if len(rivals) > 1 and seeds is max(rivals, key=validation) else ""
         trained = f"{int(seeds[0]['trained']):,}"
-        percent = [spread([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
-        within = spread([float(row["nc1"]) for row in seeds], ".3f")
+        percent = [mean_and_deviation([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
+        within = mean_and_deviation([float(row["nc1"]) for row in seeds], ".3f")
         took = statistics.fmean(float(row["seconds"]) for row in seeds)
         cells = [shots, list(METHODS)[number], block + mark, seeds[0]["lr"], len(seeds), trained, *percent, within]
         lines.append(f"| {' | '.join(map(str, cells))} | {took:.0f} |")
@@ -409,16 +409,18 @@ def order_of(setting: tuple[str, ...]) -> int:
     return list(METHODS).index(setting[0]) if setting[2] else -1
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{error}"
+def mean_and_error(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def validation(seeds: list[Row]) -> float:
     return statistics.fmean(float(row["val"]) for row in seeds)
 
 
-def spread(values: list[float], form: str) -> str:
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
+    """Mean, written in this form, and standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return format(statistics.fmean(values), form) + deviation
 

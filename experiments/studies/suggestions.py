@@ -32,7 +32,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from scipy.stats import ttest_1samp
-from study import appending, so_far
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
 from torch import Tensor
 
@@ -203,11 +203,11 @@ def table(paths: list[Path]) -> str:
         for rule in RULES if len(members) > 1 else (rule for rule in RULES if rule != OTHERS):
             outcomes = [outcome(rule, rows, [other for other in members if other is not rows]) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
-            cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
+            cells = [data, shots, len(members), rule, mean_and_error(regret, 1), share(r <= 0.5 for r in regret)]
             if rule in SUGGESTIONS:
                 off = [100 * (predicted - got) for _, got, predicted, _ in outcomes]
                 cost = statistics.median(c for *_, c in outcomes)
-                cells += [spread(off), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
+                cells += [mean_and_error(off, 1), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
             else:
                 cells += ["", "", ""]
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -221,7 +221,7 @@ def paired(paths: list[Path]) -> str:
     for rule in RULES[1:]:
         own = [one for one in tries if rule != OTHERS or one[1]]
         below = [100 * (outcome(RULES[0], *one)[1] - outcome(rule, *one)[1]) for one in own]
-        lines.append(f"| {rule} | {len(below)} | {spread(below)} | {ttest_1samp(below, 0).pvalue:.2g} |")
+        lines.append(f"| {rule} | {len(below)} | {mean_and_error(below, 1)} | {ttest_1samp(below, 0).pvalue:.2g} |")
     return "\n".join(lines)
 
 
@@ -267,12 +267,6 @@ def outcome(
     }
     got = statistics.mean(map(test.__getitem__, blocks)) if rule == "random block" else test[names[rule]]
     return best, got, 0.0, 0.0
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and its standard error."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def share(hits: Any) -> str:
