@@ -31,12 +31,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from scipy.stats import ttest_1samp
 from study import appending, mean_and_error, so_far
 from study import rows as rows_of
 from torch import Tensor
 
-from ncfinetune import Backbone
+from ncfinetune import Backbone, report_statistics
 from ncfinetune.bank import Bank, Source, fill, read_images
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.folds import FoldMoments, folds_of
@@ -221,7 +220,8 @@ def paired(paths: list[Path]) -> str:
     for rule in RULES[1:]:
         own = [one for one in tries if rule != OTHERS or one[1]]
         below = [100 * (outcome(RULES[0], *one)[1] - outcome(rule, *one)[1]) for one in own]
-        lines.append(f"| {rule} | {len(below)} | {mean_and_error(below, 1)} | {ttest_1samp(below, 0).pvalue:.2g} |")
+        p = report_statistics.paired(below)[2]
+        lines.append(f"| {rule} | {len(below)} | {mean_and_error(below, 1)} | {p:.2g} |")
     return "\n".join(lines)
 
 
