@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from suggestions import DIGITS, add_options, drawn, tested, trainer
+from suggestions import add_options, backbone_of, drawn, tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone, FineTuner
@@ -112,8 +111,7 @@ def run(options: argparse.Namespace) -> None:
         for row in so_far(options.out, FIELDS)
         if row["data"] == name
     }
-    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
-    backbone = Backbone(**spec, checkpoint=options.checkpoint)
+    backbone = backbone_of(options)
     with appending(options.out, FIELDS) as append:
         for seed in options.seeds:
             for shots in options.shots:

@@ -63,6 +63,12 @@ def trainer(epochs: int = 1, **arguments: Any) -> Trainer:
     )
 
 
+def backbone_of(options: argparse.Namespace) -> Backbone:
+    """The network that was pre-trained; that of the digits is always the same."""
+    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
+    return Backbone(**spec, checkpoint=options.checkpoint)
+
+
 def drawn(options: argparse.Namespace, shots: int, seed: int) -> Any:
     if options.data == "digits":
         return Digits(classes=[5, 6, 7, 8, 9], shots=shots, seed=seed, batch_size=25)
@@ -125,8 +131,7 @@ def measured(backbone: Backbone, images: Tensor, bank: Bank, layers: list[str]) 
 
 def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> list[dict[str, Any]]:
     """The rows of a search."""
-    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
-    backbone = Backbone(**spec, checkpoint=options.checkpoint)
+    backbone = backbone_of(options)
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
     known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
     start = time.process_time()
