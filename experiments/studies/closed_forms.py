@@ -43,13 +43,14 @@ Features = Mapping[str, Tensor]
 # What a row makes of training features and labels: names of the features that it uses, and what gives logits of these.
 Row = Callable[[Features, Tensor, int], tuple[list[str], Callable[[Tensor], Tensor]]]
 PENULTIMATE = "penultimate"
+BATCH = 32  # images that pass the network together
 HEADER = "shots | head | test % | gain on ridge | on the probe | calibration error % | parameters | skips | CPU s"
 
 
-def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float, batch: int = 32) -> Features:
+def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float) -> Features:
     names = [*backbone.layers, PENULTIMATE]
     with torch.no_grad():
-        parts = [backbone.stages((images.float() / 255 - mean) / std, names) for images in pixels.split(batch)]
+        parts = [backbone.stages((images.float() / 255 - mean) / std, names) for images in pixels.split(BATCH)]
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 

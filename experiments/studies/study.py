@@ -77,6 +77,7 @@ RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precisi
 SETTING = ("method", "block", "lr", "steps", "batch_size", "precision")
 FIELDS = (*RUN, "trained", "val", "test", "calibration", "nc1", "seconds")
 MOST_REST = 20  # images a class that validate under ``rest``: ten classes of them cost half of what the test images do
+TIMED = 64  # images, at most, that tell what a pass of the network costs
 BACKBONE = "a timm name, or arguments of a Backbone as YAML"
 Part = tuple[Tensor, Tensor]
 Row = dict[str, str]
@@ -287,15 +288,16 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
-def pass_seconds(options: argparse.Namespace, backbone: Backbone, images: Tensor, count: int = 64) -> float:
+def pass_seconds(options: argparse.Namespace, backbone: Backbone, images: Tensor) -> float:
     """CPU seconds in which the network runs over an image."""
-    batches = ((images[:count].float() / 255 - options.mean) / options.std).split(options.batch_size)
+    timed = images[:TIMED]
+    batches = ((timed.float() / 255 - options.mean) / options.std).split(options.batch_size)
     with torch.no_grad(), torch.autocast("cpu", enabled=options.precision == "bf16-mixed"):
         backbone(batches[0])
         start = time.process_time()
         for batch in batches:
             backbone(batch)
-    return (time.process_time() - start) / len(images[:count])
+    return (time.process_time() - start) / len(timed)
 
 
 def study(options: argparse.Namespace) -> None:
