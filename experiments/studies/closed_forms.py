@@ -162,7 +162,7 @@ def main() -> None:
     images, train, val = read(options.root, options.size)
     labels, classes = torch.cat([train, val]), int(train.max()) + 1
     start = time.process_time()
-    features = features_of(backbone, images, options.mean, options.std)
+    features = features_of(backbone, images, mean=options.mean, std=options.std)
     pass_seconds = (time.process_time() - start) / len(images)
     with options.out.open("w") as file, options.out.with_suffix(".csv").open("w", newline="") as csv_file:
         rows = csv.DictWriter(csv_file, FIELDS)

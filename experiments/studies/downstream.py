@@ -117,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
             for shots in options.shots:
                 data = drawn(options, shots, seed)
                 images, labels = read_images(trainer(), backbone, data, 10**6)
-                how = (data.batch_size, options.lr, options.epochs, trainer)
-                bench = Bench(backbone, images, labels, int(labels.max()) + 1, folds_of(labels, FOLDS), *how)
+                how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs, "trainer": trainer}
+                bench = Bench(backbone, images, labels, int(labels.max()) + 1, folds_of(labels, FOLDS), **how)
                 test = tested(data)
                 for method in methods_of(backbone, options.every):
                     if (str(shots), str(seed), method.name) in done:

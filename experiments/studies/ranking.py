@@ -109,12 +109,13 @@ def attempt(
     sources = [Source.of(name, network, [PENULTIMATE]) for name, network in networks.items()]
     bank = fill(trainer(), sources, data, {}, 10**6)
     numbers, took = measured(bank), (time.process_time() - start) / len(networks)
-    how = (data.batch_size, options.lr, options.epochs, functools.partial(trainer, precision=options.precision))
+    how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs}
+    how["trainer"] = functools.partial(trainer, precision=options.precision)
     test = first_of_each(*tested(data), options.tested)
     for name, network in networks.items():
         start = time.process_time()
         images, labels = read_images(trainer(), network, data, 10**6)
-        bench = Bench(network, images, labels, bank.num_classes, torch.zeros_like(labels), *how)
+        bench = Bench(network, images, labels, bank.num_classes, torch.zeros_like(labels), **how)
         found = outcomes(bench, bank.of(name, PENULTIMATE), test, options.block, seed)
         yield {"network": name, **numbers[name], **found, "seconds": took + time.process_time() - start}
 

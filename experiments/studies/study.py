@@ -226,7 +226,7 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     seed_everything(run["seed"], verbose=False)
     train, *others = parts
     images, labels = (torch.cat(both) for both in zip(*others, strict=True))
-    data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
+    data = Images(train, (images, labels), run["batch_size"], mean=options.mean, std=options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     model = model_of(options, run, data.num_classes, epochs)
     watch = Watch()

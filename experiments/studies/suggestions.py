@@ -137,10 +137,10 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     start = time.process_time()
     bank = fill(trainer(), [source], data, {}, 10**6)
     images, _ = read_images(trainer(), backbone, data, 10**6)
-    how = (data.batch_size, options.lr, options.epochs, trainer)
+    how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs, "trainer": trainer}
     if search in SUGGESTIONS:
         blocks = options.blocks if search == "suggest" else 0
-        bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
+        bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), **how)
         rows = suggest(source, bank, bench, trainer(inference_mode=False), blocks, full=options.full and blocks > 0)
         seconds = time.process_time() - start
         return [
@@ -160,7 +160,7 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     test = {name: torch.cat([part[name] for part in parts]) for name in source.layers}
     features = {name: bank.of("net", name) for name in source.layers}
     labels, folds = torch.cat([bank.labels, test_labels]), torch.cat([torch.ones_like(bank.labels), 0 * test_labels])
-    bench = Bench(backbone, torch.cat([images, test_images]), labels, bank.num_classes, folds, *how)
+    bench = Bench(backbone, torch.cat([images, test_images]), labels, bank.num_classes, folds, **how)
     found = exhaustive(bench, features, test)
     return [{**known, "method": name, "test": accuracy, "seconds": took} for name, (accuracy, took) in found.items()]
 
@@ -237,11 +237,9 @@ def tested_in(rows: list[dict[str, str]]) -> dict[str, float]:
 
 def row_of(row: dict[str, str]) -> Row:
     """A row of suggest; the choice is made anew, so that a rule of choosing takes no fits to judge."""
-    gain, error = (float(row[name]) if row[name] else None for name in ("gain", "gain_error"))
-    seconds = 1.0 if row["fitted"] == "1" else None
-    return Row(
-        row["method"], float(row["predicted"]), float(row["error"]), gain, error, int(row["trained"]), seconds, {}
-    )
+    gains = {name: float(row[name]) if row[name] else None for name in ("gain", "gain_error")}
+    numbers = {"accuracy": float(row["predicted"]), "error": float(row["error"]), "trained": int(row["trained"])}
+    return Row(row["method"], **numbers, **gains, seconds=1.0 if row["fitted"] == "1" else None, knobs={})
 
 
 def outcome(
