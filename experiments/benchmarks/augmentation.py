@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision
-from common import in_a_new_process, options_of, spread, written
+from common import in_a_new_process, median_and_range, options_of, written
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -181,7 +181,7 @@ def measure(case: Case, repeats: int) -> str:
     pairs = [(seconds(case.ours, clock), seconds(case.theirs, clock)) for _ in range(repeats)]
     ratios = [theirs / ours for ours, theirs in pairs]
     mine, others = (case.images / statistics.median(times) for times in zip(*pairs, strict=True))
-    return f"| {case.name} | {mine:,.0f} | {others:,.0f} | {spread(ratios, 1)} |"
+    return f"| {case.name} | {mine:,.0f} | {others:,.0f} | {median_and_range(ratios, 1)} |"
 
 
 def _write_cifar(root: Path) -> None:

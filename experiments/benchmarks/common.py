@@ -46,7 +46,7 @@ def written(path: Path) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def median_and_range(values: Sequence[float], digits: int = 2) -> str:
     """Median, and in brackets the least and the greatest."""
     middle, least, most = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({least} to {most})"

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import in_a_new_process, options_of, peak_megabytes, quiet, spread, written
+from common import in_a_new_process, median_and_range, options_of, peak_megabytes, quiet, written
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -191,8 +191,9 @@ def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> No
             pairs = list(zip(taken[name], taken["full FT"], strict=True))
             step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
             say(
-                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {spread(step)} | "
-                f"{spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
+                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | "
+                f"{median_and_range(step)} | {median_and_range(epoch)} | "
+                f"{memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
             )
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from common import in_a_new_process, options_of, peak_megabytes, spread, written
+from common import in_a_new_process, median_and_range, options_of, peak_megabytes, written
 from torch import Tensor
 
 from ncfinetune.collapse import FAMILY
@@ -169,7 +169,7 @@ def compare(classes: int, dim: int, samples: int, repeats: int) -> tuple[dict[st
 def ratios(spent: dict[str, list[float]], way: str) -> str:
     """Seconds of a way by ours, turn by turn: the median and the range."""
     turns = [theirs / mine for theirs, mine in zip(spent[way], spent["ours"], strict=True)]
-    return spread(turns)
+    return median_and_range(turns)
 
 
 def megabytes(classes: int, dim: int, samples: int) -> float:

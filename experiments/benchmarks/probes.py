@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import options_of, spread, written
+from common import median_and_range, options_of, written
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
@@ -106,7 +106,8 @@ def probe(path: Path | None, repeats: int, tight: bool) -> str:
     size = f"{len(data[0]):,} | {data[0].shape[1]:,} | {classes}"
     slower = [f"{took / spent['ours']:.0f}" for took, _ in fits] + [""] * (2 - len(fits))
     right = [100 * value for value in (turns[0]["ours"][1], turns[0]["RidgeCV"][1], max(value for _, value in fits))]
-    cells = [name, size, f"{spent['ours']:.2f}", spread(ratios, 1), *slower, *(f"{value:.2f}" for value in right)]
+    cells = [name, size, f"{spent['ours']:.2f}", median_and_range(ratios, 1), *slower]
+    cells += [f"{value:.2f}" for value in right]
     return f"| {' | '.join(cells)} |"
 
 
@@ -127,7 +128,7 @@ def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 3
     return [
         "| N | d | K | ours, s | ours / z^T z |",
         "|" + "---|" * 5,
-        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {spread(ratios)} |",
+        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {median_and_range(ratios)} |",
     ]
 
 

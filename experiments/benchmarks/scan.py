@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import options_of, quiet, spread, written
+from common import median_and_range, options_of, quiet, written
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source
@@ -64,7 +64,8 @@ def row(name: str, images: int, timed: int, classes: int, repeats: int) -> str:
     scores = seconds(lambda: model_scores(bank, layer_scores(bank)))
     forward, scan = ([scale * turn[which] for turn in turns] for which in (0, 1))
     ratios = [(theirs + scores) / own for own, theirs in zip(forward, scan, strict=True)]
-    cells = [name, len(source.layers), spread(forward, 0), spread(scan, 0), f"{scores:.0f}", spread(ratios)]
+    taken = [median_and_range(forward, 0), median_and_range(scan, 0), f"{scores:.0f}"]
+    cells = [name, len(source.layers), *taken, median_and_range(ratios)]
     return f"| {' | '.join(map(str, cells))} |"
 
 
