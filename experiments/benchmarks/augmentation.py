@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision
-from common import in_a_new_process, median_and_range, options_of, written
+from common import in_a_new_process, median_and_range, options_of, seconds, written
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -167,12 +167,6 @@ def large_cases(root: Path) -> Iterator[Case]:
     theirs = DataLoader(pairs, 32, shuffle=True)
     name = "two SimCLR views with blur, 224x224, 0 workers"
     yield Case(name, LARGE_COUNT, lambda: through(views), lambda: drain(theirs))
-
-
-def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
 
 
 def measure(case: Case, repeats: int) -> str:

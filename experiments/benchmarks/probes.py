@@ -19,14 +19,12 @@ with ``features`` (N, d), ``labels`` (N,) and ``train`` (N,), the mask of the tr
 import itertools
 import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import median_and_range, options_of, written
+from common import median_and_range, options_of, seconds, seconds_and_value, written
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
@@ -58,12 +56,6 @@ def split(path: Path | None) -> tuple[str, Split]:
         stored["features"][~train],
         stored["labels"][~train],
     )
-
-
-def seconds(task: Callable[[], float]) -> tuple[float, float]:
-    start = time.process_time()
-    value = task()
-    return time.process_time() - start, value
 
 
 def ours(data: Split, classes: int) -> float:
@@ -99,8 +91,8 @@ def probe(path: Path | None, repeats: int, tight: bool) -> str:
     lams = ridge(data[0], data[1], classes).curve.lams.numpy()
     ways = {"ours": lambda: ours(data, classes), "RidgeCV": lambda: ridge_cv(data, classes, lams)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
-    turns = [{way: seconds(ways[way]) for way in order} for order in orders]
-    fits = [seconds(lambda fast=fast: logistic(data, fast)) for fast in (True, False)[: 1 + tight]]
+    turns = [{way: seconds_and_value(ways[way]) for way in order} for order in orders]
+    fits = [seconds_and_value(lambda fast=fast: logistic(data, fast)) for fast in (True, False)[: 1 + tight]]
     spent = {way: statistics.median(turn[way][0] for turn in turns) for way in ways}
     ratios = [turn["RidgeCV"][0] / turn["ours"][0] for turn in turns]
     size = f"{len(data[0]):,} | {data[0].shape[1]:,} | {classes}"
@@ -122,7 +114,7 @@ def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 3
     features, labels = made(samples, dim, classes)
     ways = {"ours": lambda: ridge(features, labels, classes).loo_error.item(), "z^T z": lambda: product(features)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
-    turns = [{way: seconds(ways[way])[0] for way in order} for order in orders]
+    turns = [{way: seconds(ways[way]) for way in order} for order in orders]
     ratios = [turn["ours"] / turn["z^T z"] for turn in turns]
     spent = statistics.median(turn["ours"] for turn in turns)
     return [

@@ -8,23 +8,15 @@ scan catches and pools the output of every block. Weights and pixels are random,
 """
 
 import platform
-import time
-from collections.abc import Callable
 
 import torch
-from common import median_and_range, options_of, quiet, written
+from common import median_and_range, options_of, quiet, seconds, written
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source
 from ncfinetune.scores import layer_scores, model_scores
 
 BATCH = 16
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def made(source: Source, images: int, classes: int) -> Bank:
