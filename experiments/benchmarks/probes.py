@@ -31,17 +31,18 @@ from torch import Tensor
 from ncfinetune.probes import ridge
 
 STRENGTHS = 45
+LARGE = 50_000, 2048, 37  # rows, width and classes
 HEADER = "| features | N | d | K | ours, s | RidgeCV / ours | logistic / ours | at 1e-12 | % | RidgeCV | logistic |"
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def made(samples: int, dim: int, classes: int, spread: float = 7.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+def made(samples: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
     """Class means and noise in directions whose variance falls as 1/j."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, dim + 1).rsqrt()
     labels = torch.arange(samples) % classes
     means = torch.randn(classes, dim, generator=generator)
-    return (means[labels] + spread * torch.randn(samples, dim, generator=generator)) * scale, labels
+    return (means[labels] + 7 * torch.randn(samples, dim, generator=generator)) * scale, labels
 
 
 def split(path: Path | None) -> tuple[str, Split]:
@@ -110,7 +111,8 @@ def product(features: Tensor) -> float:
     return total[0, 0].item()
 
 
-def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 37) -> list[str]:
+def large(repeats: int) -> list[str]:
+    samples, dim, classes = LARGE
     features, labels = made(samples, dim, classes)
     ways = {"ours": lambda: ridge(features, labels, classes).loo_error.item(), "z^T z": lambda: product(features)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
