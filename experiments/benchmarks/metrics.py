@@ -210,7 +210,7 @@ def main() -> None:
         )
         say("|" + "---|" * 11)
         for classes, dim in options.sizes:
-            spent, apart = compare(classes, dim, options.samples, options.repeats)
+            spent, apart = compare(classes, dim, samples=options.samples, repeats=options.repeats)
             middle = {name: statistics.median(values) for name, values in spent.items()}
             short, long = (
                 in_a_new_process(megabytes, classes, dim, n) for n in (options.samples // 5, options.samples)

@@ -76,7 +76,8 @@ def main() -> None:
         say("| network | layers | forward pass | pass of a scan | scores | scan / forward |")
         say("|---|---|---|---|---|---|")
         for name in options.networks:
-            say(row(name, options.images, options.timed, options.classes, options.repeats))
+            sizes = {"images": options.images, "timed": options.timed, "classes": options.classes}
+            say(row(name, **sizes, repeats=options.repeats))
 
 
 if __name__ == "__main__":
