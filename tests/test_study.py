@@ -149,6 +149,16 @@ def test_file_of_another_study_is_not_continued(study: ModuleType, tmp_path: Pat
         study.so_far(file, ("a", "c"))
 
 
+def test_rows_are_written_at_once_below_one_heading(study: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    with study.appending(file, ("a", "b")) as append:
+        append({"a": 1, "b": 2}, {"a": 3})
+        assert _rows(file) == [{"a": "1", "b": "2"}, {"a": "3", "b": ""}]
+    with study.appending(file, ("a", "b")) as append:
+        append({"a": 5, "b": 6})
+    assert file.read_text().splitlines() == ["a,b", "1,2", "3,", "5,6"]
+
+
 def test_names_of_blocks_are_filled_in(study: ModuleType) -> None:
     assert study.in_block(study.METHODS["SCL FT, skips chosen"]["train"], "b.1") == ["b.1.*.weight", "b.1.*.bias"]
     assert [study.in_block(value, "b.1") for value in ("BLOCK", "all", 3)] == ["b.1", "all", 3]

@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision
-from common import in_a_new_process, options_of, spread, written
+from common import in_a_new_process, median_and_range, options_of, seconds, written
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -169,19 +169,13 @@ def large_cases(root: Path) -> Iterator[Case]:
     yield Case(name, LARGE_COUNT, lambda: through(views), lambda: drain(theirs))
 
 
-def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
-
-
 def measure(case: Case, repeats: int) -> str:
     case.ours(), case.theirs()
     clock = time.process_time if case.workers == 0 else time.perf_counter
     pairs = [(seconds(case.ours, clock), seconds(case.theirs, clock)) for _ in range(repeats)]
     ratios = [theirs / ours for ours, theirs in pairs]
     mine, others = (case.images / statistics.median(times) for times in zip(*pairs, strict=True))
-    return f"| {case.name} | {mine:,.0f} | {others:,.0f} | {spread(ratios, 1)} |"
+    return f"| {case.name} | {mine:,.0f} | {others:,.0f} | {median_and_range(ratios, 1)} |"
 
 
 def _write_cifar(root: Path) -> None:

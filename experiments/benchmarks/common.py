@@ -4,17 +4,19 @@ import argparse
 import logging
 import multiprocessing
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RESULTS = Path("experiments/results")
+Value = TypeVar("Value")
 
 
 def options_of(doc: str | None, table: str, repeats: int = 5) -> argparse.ArgumentParser:
@@ -46,7 +48,21 @@ def written(path: Path) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def seconds(task: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of a task: of the processor, unless another clock is given. What the task makes is gone by their end."""
+    start = clock()
+    task()
+    return clock() - start
+
+
+def seconds_and_value(task: Callable[[], Value]) -> tuple[float, Value]:
+    """CPU seconds of a task, and what it gives."""
+    start = time.process_time()
+    value = task()
+    return time.process_time() - start, value
+
+
+def median_and_range(values: Sequence[float], digits: int = 2) -> str:
     """Median, and in brackets the least and the greatest."""
     middle, least, most = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({least} to {most})"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import lightning
 import torch
-from common import in_a_new_process, options_of, peak_megabytes, plain_supcon, spread, written
+from common import in_a_new_process, median_and_range, options_of, peak_megabytes, plain_supcon, written
 from lightly.loss import NTXentLoss
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -140,7 +140,7 @@ def loss_rows(repeats: int) -> Iterator[str]:
             memory = [in_a_new_process(megabytes, n, rival, which) for which in (0, 1)]
             yield (
                 f"| {n} | {rival} | {statistics.median(mine):.1f} | {statistics.median(theirs):.1f} | "
-                f"{spread(ratios)} | {memory[0]:.0f} | {memory[1]:.0f} | {apart:.0e} |"
+                f"{median_and_range(ratios)} | {memory[0]:.0f} | {memory[1]:.0f} | {apart:.0e} |"
             )
 
 
@@ -160,7 +160,7 @@ def step_rows(repeats: int, steps: int) -> Iterator[str]:
     }
     for key, name in names.items():
         ratios = [b / a for a, b in zip(times[key], times["bare"], strict=True)]
-        yield f"| {name} | {statistics.median(times[key]):.2f} | {spread(ratios)} |"
+        yield f"| {name} | {statistics.median(times[key]):.2f} | {median_and_range(ratios)} |"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import in_a_new_process, options_of, peak_megabytes, quiet, spread, written
+from common import in_a_new_process, median_and_range, options_of, peak_megabytes, quiet, written
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -183,7 +183,8 @@ def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> No
     say("| network | method | step, s | step / full FT | epoch / full FT | memory, MB | memory / full FT |")
     say("|---|---|---|---|---|---|---|")
     for network in options.networks:
-        taken = seconds(network, options.batch, options.steps, options.repeats, options.device)
+        sizes = {"batch": options.batch, "steps": options.steps, "repeats": options.repeats}
+        taken = seconds(network, **sizes, device=options.device)
         memory = {
             name: in_a_new_process(megabytes, network, name, options.memory_batch, options.device) for name in METHODS
         }
@@ -191,8 +192,9 @@ def compare_steps(options: argparse.Namespace, say: Callable[[str], None]) -> No
             pairs = list(zip(taken[name], taken["full FT"], strict=True))
             step, epoch = ([own[i] / full[i] for own, full in pairs] for i in (0, 1))
             say(
-                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | {spread(step)} | "
-                f"{spread(epoch)} | {memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
+                f"| {network} | {name} | {statistics.median(own[0] for own, _ in pairs):.3g} | "
+                f"{median_and_range(step)} | {median_and_range(epoch)} | "
+                f"{memory[name]:.0f} | {memory[name] / memory['full FT']:.2f} |"
             )
 
 
@@ -200,7 +202,8 @@ def compare_probe(options: argparse.Namespace, say: Callable[[str], None]) -> No
     say("\n| network | images | forward pass, s | 50 epochs of a cached linear probe, s | ratio |")
     say("|---|---|---|---|---|")
     for network in options.networks:
-        forward, whole = probe(network, options.probe_images, options.memory_batch, 50, options.device)
+        sizes = {"images": options.probe_images, "batch": options.memory_batch, "epochs": 50}
+        forward, whole = probe(network, **sizes, device=options.device)
         say(f"| {network} | {options.probe_images} | {forward:.1f} | {whole:.1f} | {whole / forward:.2f} |")
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import lightning
 import numpy as np
 import torch
-from common import RESULTS, options_of, plain_supcon, quiet, spread, written
+from common import RESULTS, median_and_range, options_of, plain_supcon, quiet, written
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,7 +183,7 @@ def metric_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
         for name, theirs in rivals.items():
             mine, others, ratios = compared(device, ours, theirs, repeats)
             what = f"metric family, N={sizes.samples}, K={classes}, d={width}"
-            yield f"| {what} | {name} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {spread(ratios)} |"
+            yield f"| {what} | {name} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {median_and_range(ratios)} |"
 
 
 # Contrastive loss
@@ -220,7 +220,7 @@ def contrastive_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str
             ours, theirs = (partial(_step, loss, z) for loss in losses)
             mine, others, ratios = compared(device, ours, theirs, repeats)
             what = f"contrastive loss, {n} pairs"
-            yield f"| {what} | {name} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {spread(ratios)} |"
+            yield f"| {what} | {name} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {median_and_range(ratios)} |"
             memory = [device.megabytes(run) for run in (ours, theirs)]
             share = f"{memory[1] / memory[0]:.1f}"
             yield f"| memory of it | {name} | {memory[0]:.0f} MB | {memory[1]:.0f} MB | {share} |"
@@ -308,7 +308,7 @@ def tracked_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
         mine, others = (statistics.median(times) for times in zip(*pairs, strict=True))
         yield (
             f"| tracked epoch, {what} | without the tracker | {mine:.2f} s | {others:.2f} s | "
-            f"{spread([1 / ratio for ratio in ratios])} |"
+            f"{median_and_range([1 / ratio for ratio in ratios])} |"
         )
 
 
@@ -371,7 +371,7 @@ def simclr_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str]:
         mine, others = statistics.median(times[name]), statistics.median(times[rival])
         ratios = [b / a for a, b in zip(times[name], times[rival], strict=True)]
         what = f"SimCLR step, {sizes.batch}x2, {name}"
-        yield f"| {what} | {words} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {spread(ratios)} |"
+        yield f"| {what} | {words} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {median_and_range(ratios)} |"
 
 
 class _NoValidation(Callback):

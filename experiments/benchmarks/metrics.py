@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from common import in_a_new_process, options_of, peak_megabytes, spread, written
+from common import in_a_new_process, median_and_range, options_of, peak_megabytes, seconds, seconds_and_value, written
 from torch import Tensor
 
 from ncfinetune.collapse import FAMILY
@@ -127,12 +127,6 @@ def usual(two_passes: Callable[[Batches, int, int], Sums], data: Batches, weight
     }
 
 
-def seconds(task: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
-    start = time.process_time()
-    values = task()
-    return time.process_time() - start, values
-
-
 def products(data: Batches, dim: int, samples: int) -> float:
     """CPU seconds of the products of all rows, on and above the diagonal in blocks, and of nothing else."""
     rows, block = torch.cat([features for features, _ in data[:8]]), max(64, dim // 8)
@@ -157,11 +151,11 @@ def compare(classes: int, dim: int, samples: int, repeats: int) -> tuple[dict[st
     for way in ways.values():
         way(data)
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
-    turns = [{name: seconds(lambda way=ways[name]: way(data)) for name in order} for order in orders]
+    turns = [{name: seconds_and_value(lambda way=ways[name]: way(data)) for name in order} for order in orders]
     mine, *others = (turns[0][name][1] for name in ways)
     apart = max(abs(mine[name] - other[name]) / abs(other[name]) for name in MEMBERS for other in others)
     spent = {name: [turn[name][0] for turn in turns] for name in ways}
-    spent["class by class"] = [seconds(lambda: usual(class_by_class, data, weight))[0]]
+    spent["class by class"] = [seconds(lambda: usual(class_by_class, data, weight))]
     spent["products"] = [products(data, dim, samples) for _ in range(repeats)]
     return spent, apart
 
@@ -169,7 +163,7 @@ def compare(classes: int, dim: int, samples: int, repeats: int) -> tuple[dict[st
 def ratios(spent: dict[str, list[float]], way: str) -> str:
     """Seconds of a way by ours, turn by turn: the median and the range."""
     turns = [theirs / mine for theirs, mine in zip(spent[way], spent["ours"], strict=True)]
-    return spread(turns)
+    return median_and_range(turns)
 
 
 def megabytes(classes: int, dim: int, samples: int) -> float:
@@ -216,7 +210,7 @@ def main() -> None:
         )
         say("|" + "---|" * 11)
         for classes, dim in options.sizes:
-            spent, apart = compare(classes, dim, options.samples, options.repeats)
+            spent, apart = compare(classes, dim, samples=options.samples, repeats=options.repeats)
             middle = {name: statistics.median(values) for name, values in spent.items()}
             short, long = (
                 in_a_new_process(megabytes, classes, dim, n) for n in (options.samples // 5, options.samples)

@@ -19,31 +19,30 @@ with ``features`` (N, d), ``labels`` (N,) and ``train`` (N,), the mask of the tr
 import itertools
 import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import options_of, spread, written
+from common import median_and_range, options_of, seconds, seconds_and_value, written
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
 from ncfinetune.probes import ridge
 
 STRENGTHS = 45
+LARGE = 50_000, 2048, 37  # rows, width and classes
 HEADER = "| features | N | d | K | ours, s | RidgeCV / ours | logistic / ours | at 1e-12 | % | RidgeCV | logistic |"
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def made(samples: int, dim: int, classes: int, spread: float = 7.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+def made(samples: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
     """Class means and noise in directions whose variance falls as 1/j."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, dim + 1).rsqrt()
     labels = torch.arange(samples) % classes
     means = torch.randn(classes, dim, generator=generator)
-    return (means[labels] + spread * torch.randn(samples, dim, generator=generator)) * scale, labels
+    return (means[labels] + 7 * torch.randn(samples, dim, generator=generator)) * scale, labels
 
 
 def split(path: Path | None) -> tuple[str, Split]:
@@ -58,12 +57,6 @@ def split(path: Path | None) -> tuple[str, Split]:
         stored["features"][~train],
         stored["labels"][~train],
     )
-
-
-def seconds(task: Callable[[], float]) -> tuple[float, float]:
-    start = time.process_time()
-    value = task()
-    return time.process_time() - start, value
 
 
 def ours(data: Split, classes: int) -> float:
@@ -99,14 +92,15 @@ def probe(path: Path | None, repeats: int, tight: bool) -> str:
     lams = ridge(data[0], data[1], classes).curve.lams.numpy()
     ways = {"ours": lambda: ours(data, classes), "RidgeCV": lambda: ridge_cv(data, classes, lams)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
-    turns = [{way: seconds(ways[way]) for way in order} for order in orders]
-    fits = [seconds(lambda fast=fast: logistic(data, fast)) for fast in (True, False)[: 1 + tight]]
+    turns = [{way: seconds_and_value(ways[way]) for way in order} for order in orders]
+    fits = [seconds_and_value(lambda fast=fast: logistic(data, fast)) for fast in (True, False)[: 1 + tight]]
     spent = {way: statistics.median(turn[way][0] for turn in turns) for way in ways}
     ratios = [turn["RidgeCV"][0] / turn["ours"][0] for turn in turns]
     size = f"{len(data[0]):,} | {data[0].shape[1]:,} | {classes}"
     slower = [f"{took / spent['ours']:.0f}" for took, _ in fits] + [""] * (2 - len(fits))
     right = [100 * value for value in (turns[0]["ours"][1], turns[0]["RidgeCV"][1], max(value for _, value in fits))]
-    cells = [name, size, f"{spent['ours']:.2f}", spread(ratios, 1), *slower, *(f"{value:.2f}" for value in right)]
+    cells = [name, size, f"{spent['ours']:.2f}", median_and_range(ratios, 1), *slower]
+    cells += [f"{value:.2f}" for value in right]
     return f"| {' | '.join(cells)} |"
 
 
@@ -117,17 +111,18 @@ def product(features: Tensor) -> float:
     return total[0, 0].item()
 
 
-def large(repeats: int, samples: int = 50_000, dim: int = 2048, classes: int = 37) -> list[str]:
+def large(repeats: int) -> list[str]:
+    samples, dim, classes = LARGE
     features, labels = made(samples, dim, classes)
     ways = {"ours": lambda: ridge(features, labels, classes).loo_error.item(), "z^T z": lambda: product(features)}
     orders = itertools.islice(itertools.cycle((list(ways), list(ways)[::-1])), repeats)
-    turns = [{way: seconds(ways[way])[0] for way in order} for order in orders]
+    turns = [{way: seconds(ways[way]) for way in order} for order in orders]
     ratios = [turn["ours"] / turn["z^T z"] for turn in turns]
     spent = statistics.median(turn["ours"] for turn in turns)
     return [
         "| N | d | K | ours, s | ours / z^T z |",
         "|" + "---|" * 5,
-        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {spread(ratios)} |",
+        f"| {samples:,} | {dim:,} | {classes} | {spent:.1f} | {median_and_range(ratios)} |",
     ]
 
 

@@ -8,23 +8,15 @@ scan catches and pools the output of every block. Weights and pixels are random,
 """
 
 import platform
-import time
-from collections.abc import Callable
 
 import torch
-from common import options_of, quiet, spread, written
+from common import median_and_range, options_of, quiet, seconds, written
 
 from ncfinetune import Backbone
 from ncfinetune.bank import Bank, Source
 from ncfinetune.scores import layer_scores, model_scores
 
 BATCH = 16
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def made(source: Source, images: int, classes: int) -> Bank:
@@ -64,7 +56,8 @@ def row(name: str, images: int, timed: int, classes: int, repeats: int) -> str:
     scores = seconds(lambda: model_scores(bank, layer_scores(bank)))
     forward, scan = ([scale * turn[which] for turn in turns] for which in (0, 1))
     ratios = [(theirs + scores) / own for own, theirs in zip(forward, scan, strict=True)]
-    cells = [name, len(source.layers), spread(forward, 0), spread(scan, 0), f"{scores:.0f}", spread(ratios)]
+    taken = [median_and_range(forward, 0), median_and_range(scan, 0), f"{scores:.0f}"]
+    cells = [name, len(source.layers), *taken, median_and_range(ratios)]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -83,7 +76,8 @@ def main() -> None:
         say("| network | layers | forward pass | pass of a scan | scores | scan / forward |")
         say("|---|---|---|---|---|---|")
         for name in options.networks:
-            say(row(name, options.images, options.timed, options.classes, options.repeats))
+            sizes = {"images": options.images, "timed": options.timed, "classes": options.classes}
+            say(row(name, **sizes, repeats=options.repeats))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from common import options_of, quiet, spread, written
+from common import median_and_range, options_of, quiet, written
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -140,7 +140,7 @@ def main() -> None:
                 ("pass over the training set, against a validation", pass_ratios(name, options.repeats)),
             ]
             for what, found in rows:
-                say(f"| {name} at {size} | {what} | {spread(found, 3)} |")
+                say(f"| {name} at {size} | {what} | {median_and_range(found, 3)} |")
 
 
 if __name__ == "__main__":

@@ -43,13 +43,14 @@ Features = Mapping[str, Tensor]
 # What a row makes of training features and labels: names of the features that it uses, and what gives logits of these.
 Row = Callable[[Features, Tensor, int], tuple[list[str], Callable[[Tensor], Tensor]]]
 PENULTIMATE = "penultimate"
+BATCH = 32  # images that pass the network together
 HEADER = "shots | head | test % | gain on ridge | on the probe | calibration error % | parameters | skips | CPU s"
 
 
-def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float, batch: int = 32) -> Features:
+def features_of(backbone: Backbone, pixels: Tensor, mean: float, std: float) -> Features:
     names = [*backbone.layers, PENULTIMATE]
     with torch.no_grad():
-        parts = [backbone.stages((images.float() / 255 - mean) / std, names) for images in pixels.split(batch)]
+        parts = [backbone.stages((images.float() / 255 - mean) / std, names) for images in pixels.split(BATCH)]
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
@@ -161,7 +162,7 @@ def main() -> None:
     images, train, val = read(options.root, options.size)
     labels, classes = torch.cat([train, val]), int(train.max()) + 1
     start = time.process_time()
-    features = features_of(backbone, images, options.mean, options.std)
+    features = features_of(backbone, images, mean=options.mean, std=options.std)
     pass_seconds = (time.process_time() - start) / len(images)
     with options.out.open("w") as file, options.out.with_suffix(".csv").open("w", newline="") as csv_file:
         rows = csv.DictWriter(csv_file, FIELDS)

@@ -20,7 +20,6 @@ Data and networks are those of suggestions.py. Rows are written as they come; wh
 """
 
 import argparse
-import csv
 import logging
 import math
 import statistics
@@ -31,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from study import so_far
-from suggestions import DIGITS, add_options, drawn, spread, tested, trainer
+from suggestions import add_options, backbone_of, drawn, tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone, FineTuner
@@ -113,18 +111,14 @@ def run(options: argparse.Namespace) -> None:
         for row in so_far(options.out, FIELDS)
         if row["data"] == name
     }
-    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
-    backbone = Backbone(**spec, checkpoint=options.checkpoint)
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    backbone = backbone_of(options)
+    with appending(options.out, FIELDS) as append:
         for seed in options.seeds:
             for shots in options.shots:
                 data = drawn(options, shots, seed)
                 images, labels = read_images(trainer(), backbone, data, 10**6)
-                how = (data.batch_size, options.lr, options.epochs, trainer)
-                bench = Bench(backbone, images, labels, int(labels.max()) + 1, folds_of(labels, FOLDS), *how)
+                how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs, "trainer": trainer}
+                bench = Bench(backbone, images, labels, int(labels.max()) + 1, folds_of(labels, FOLDS), **how)
                 test = tested(data)
                 for method in methods_of(backbone, options.every):
                     if (str(shots), str(seed), method.name) in done:
@@ -132,8 +126,7 @@ def run(options: argparse.Namespace) -> None:
                     start = time.process_time()
                     row: dict[str, Any] = {"data": name, "shots": shots, "seed": seed}
                     row |= {"method": method.name, **measured(bench, method, test, seed)}
-                    table.writerow({**row, "seconds": time.process_time() - start})
-                    file.flush()
+                    append({**row, "seconds": time.process_time() - start})
                     print(shots, seed, method.name, flush=True)
 
 
@@ -168,9 +161,9 @@ def table(paths: list[Path]) -> str:
                 len(found_in),
                 len(means),
                 measure,
-                spread(known, 2) if known else "-",
+                mean_and_error(known) if known else "-",
                 f"{rho:.2f} ({p:.2g})",
-                spread([regret(best_first(own, measure), tests(own)) for own in by(rows, "seed").values()]),
+                mean_and_error([regret(best_first(own, measure), tests(own)) for own in by(rows, "seed").values()], 1),
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -18,7 +18,9 @@ from study import matched
 
 METHODS = ("linear probe", "ridge, 3 skips", "layer FT", "SCL FT", "full FT", "LP-FT")
 # Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("0.5", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+OKABE_ITO = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilion": "#D55E00", "purple": "#CC79A7"}
+OKABE_ITO |= {"sky blue": "#56B4E9", "black": "#000000"}
+COLOURS = ("0.5", *OKABE_ITO.values())
 
 
 def curves(paths: list[Path], methods: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:

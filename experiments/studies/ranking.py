@@ -14,7 +14,6 @@ file has already is not run again. Seconds are those of the processor.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import logging
@@ -30,9 +29,9 @@ from typing import Any
 import torch
 from downstream import by, regret
 from sources import UNRANKED, classes_alone, folder_of, network_of
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from study import so_far
-from suggestions import spread, tested, trainer
+from suggestions import tested, trainer
 from torch import Tensor
 
 from ncfinetune import Backbone
@@ -110,12 +109,13 @@ def attempt(
     sources = [Source.of(name, network, [PENULTIMATE]) for name, network in networks.items()]
     bank = fill(trainer(), sources, data, {}, 10**6)
     numbers, took = measured(bank), (time.process_time() - start) / len(networks)
-    how = (data.batch_size, options.lr, options.epochs, functools.partial(trainer, precision=options.precision))
+    how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs}
+    how["trainer"] = functools.partial(trainer, precision=options.precision)
     test = first_of_each(*tested(data), options.tested)
     for name, network in networks.items():
         start = time.process_time()
         images, labels = read_images(trainer(), network, data, 10**6)
-        bench = Bench(network, images, labels, bank.num_classes, torch.zeros_like(labels), *how)
+        bench = Bench(network, images, labels, bank.num_classes, torch.zeros_like(labels), **how)
         found = outcomes(bench, bank.of(name, PENULTIMATE), test, options.block, seed)
         yield {"network": name, **numbers[name], **found, "seconds": took + time.process_time() - start}
 
@@ -123,10 +123,7 @@ def attempt(
 def run(options: argparse.Namespace) -> None:
     networks, known = networks_of(options)
     done = {tuple(row[key] for key in ("data", "shots", "seed", "network")) for row in so_far(options.out, FIELDS)}
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for seed, root, shots in itertools.product(options.seeds, options.data, options.shots):
             draw = {"data": root.name, "shots": shots, "seed": seed}
             left = {
@@ -135,8 +132,7 @@ def run(options: argparse.Namespace) -> None:
                 if tuple(map(str, (*draw.values(), name))) not in done
             }
             for row in attempt(options, left, root, shots, seed) if left else ():
-                table.writerow(draw | known[row["network"]] | row)
-                file.flush()
+                append(draw | known[row["network"]] | row)
                 print(*draw.values(), row["network"], flush=True)
 
 
@@ -162,7 +158,9 @@ def table(path: Path) -> str:
     if grouped:
         lines += [f"| predicted less tested {rows[0]}", f"|---|{rows[1]}"]
         for name in ACCURACIES:
-            cells = [spread([predicted_less_tested(own, name) for own in draws]) for draws in grouped.values()]
+            cells = [
+                mean_and_error([predicted_less_tested(own, name) for own in draws], 1) for draws in grouped.values()
+            ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,7 +182,7 @@ def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> str
     """How a measure orders networks by an outcome: rho in each draw, rho and p of means over draws, and the regret."""
     tests = [[float(row[outcome]) for row in own] for own in draws]
     if measure == "chance":
-        return spread([regret([0.0] * len(own), own) for own in tests])
+        return mean_and_error([regret([0.0] * len(own), own) for own in tests], 1)
     values = [[MEASURES[measure] * float(row[measure]) for row in own] for own in draws]
     within = [-spearman(x, y)[0] for x, y in zip(values, tests, strict=True)]
     known = [rho for rho in within if not math.isnan(rho)]  # where all test alike there is none
@@ -192,7 +190,7 @@ def judged(draws: list[list[dict[str, str]]], measure: str, outcome: str) -> str
     means = [[statistics.mean(float(row[name]) for row in own) for name in (measure, outcome)] for own in networks]
     rho, p = spearman([MEASURES[measure] * mean for mean, _ in means], [mean for _, mean in means])
     lost = [regret(x, y) for x, y in zip(values, tests, strict=True)]
-    return f"{spread(known, 2) if known else '-'}; {-rho:.2f} ({p:.2g}); {spread(lost)}"
+    return f"{mean_and_error(known) if known else '-'}; {-rho:.2f} ({p:.2g}); {mean_and_error(lost, 1)}"
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ means with little variance between classes.
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
@@ -36,7 +35,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from study import rows, so_far
+from study import appending, mean_and_deviation, rows, so_far
 from torch import Tensor
 
 from ncfinetune import Backbone, SimCLR, SupCon, Supervised
@@ -197,11 +196,8 @@ def run(options: argparse.Namespace) -> None:
             numbers = measure(options, network_of(options.runs, method, seed), source)
             row = {"method": method, "seed": seed, "epochs": options.epochs, **numbers}
             row["seconds"] = round(spent + time.process_time() - start)
-            with options.out.open("a", newline="") as file:
-                table = csv.DictWriter(file, fields)
-                if file.tell() == 0:
-                    table.writeheader()
-                table.writerow(row)
+            with appending(options.out, fields) as append:  # anew for each row, as others may write beside this
+                append(row)
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
@@ -242,7 +238,8 @@ def table(path: Path) -> str:
     columns = [*MEASURES, *accuracies]
     lines = [f"| method | seeds | {' | '.join(columns)} | CPU s |", "|" + "---|" * (len(columns) + 3)]
     for method, own in sorted(of_method.items(), key=lambda item: mean(item[1], "nc1")):
-        cells = [spread([float(row[name]) * (100 if name in accuracies else 1) for row in own]) for name in columns]
+        numbers = ([float(row[name]) * (100 if name in accuracies else 1) for row in own] for name in columns)
+        cells = [mean_and_deviation(values, ".3g") for values in numbers]
         took = statistics.median(float(row["seconds"]) for row in own)
         lines.append(f"| {method} | {len(own)} | {' | '.join(cells)} | {took:.0f} |")
     lines += ["", "| Spearman's rho (p) over methods | measure | " + " | ".join(accuracies) + " |"]
@@ -259,11 +256,6 @@ def table(path: Path) -> str:
 
 def mean(own: Sequence[dict[str, str]], name: str) -> float:
     return statistics.fmean(float(row[name]) for row in own)
-
-
-def spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3g}{deviation}"
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ RUN = ("method", "block", "shots", "seed", "lr", "steps", "batch_size", "precisi
 SETTING = ("method", "block", "lr", "steps", "batch_size", "precision")
 FIELDS = (*RUN, "trained", "val", "test", "calibration", "nc1", "seconds")
 MOST_REST = 20  # images per class that validate under ``rest``: ten classes cost half of what the test images do
+TIMED = 64  # images, at most, that tell what a pass of the network costs
 BACKBONE = "a timm name, or arguments of a Backbone as YAML"
 Part = tuple[Tensor, Tensor]
 Row = dict[str, str]
@@ -224,7 +226,7 @@ def tune(options: argparse.Namespace, parts: tuple[Part, Part, Part], run: dict[
     seed_everything(run["seed"], verbose=False)
     train, *others = parts
     images, labels = (torch.cat(both) for both in zip(*others, strict=True))
-    data = Images(train, (images, labels), run["batch_size"], options.mean, options.std)
+    data = Images(train, (images, labels), run["batch_size"], mean=options.mean, std=options.std)
     epochs = math.ceil(run["steps"] / len(data.train_dataloader()))
     model = model_of(options, run, data.num_classes, epochs)
     watch = Watch()
@@ -286,15 +288,16 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"method": method, "block": block, "shots": shots, "seed": seed, "lr": lr, **kind}
 
 
-def pass_seconds(options: argparse.Namespace, backbone: Backbone, images: Tensor, count: int = 64) -> float:
+def pass_seconds(options: argparse.Namespace, backbone: Backbone, images: Tensor) -> float:
     """CPU seconds in which the network runs over an image."""
-    batches = ((images[:count].float() / 255 - options.mean) / options.std).split(options.batch_size)
+    timed = images[:TIMED]
+    batches = ((timed.float() / 255 - options.mean) / options.std).split(options.batch_size)
     with torch.no_grad(), torch.autocast("cpu", enabled=options.precision == "bf16-mixed"):
         backbone(batches[0])
         start = time.process_time()
         for batch in batches:
             backbone(batch)
-    return (time.process_time() - start) / len(images[:count])
+    return (time.process_time() - start) / len(timed)
 
 
 def study(options: argparse.Namespace) -> None:
@@ -303,16 +306,12 @@ def study(options: argparse.Namespace) -> None:
     backbone = Backbone(**spec_of(options), checkpoint=options.checkpoint).eval()
     options.pass_seconds = pass_seconds(options, backbone, images)
     done = {tuple(row[name] for name in RUN) for row in so_far(options.out, FIELDS)}
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not done:
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for run in planned(options):
             if tuple(str(run[name]) for name in RUN) not in done:
                 chosen = divide(options.validation, train, val, run["shots"], run["seed"])
                 row = tune(options, tuple((images[part], labels[part]) for part in chosen), run)
-                table.writerow(row)
-                file.flush()
+                append(row)
                 print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
@@ -322,6 +321,21 @@ def so_far(path: Path, fields: Sequence[str]) -> list[Row]:
     if found and list(found[0]) != list(fields):
         raise SystemExit(f"{path} has other columns than {', '.join(fields)}; give --out another file")
     return found
+
+
+@contextmanager
+def appending(path: Path, fields: Sequence[str]) -> Iterator[Callable[..., None]]:
+    """Gives what writes rows behind those of a study so far, at once, so that one that breaks off leaves its rows."""
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, fields)
+        if not file.tell():
+            table.writeheader()
+
+        def append(*more: Mapping[str, Any]) -> None:
+            table.writerows(more)
+            file.flush()
+
+        yield append
 
 
 def rows(path: Path) -> list[Row]:
@@ -344,8 +358,8 @@ def table(path: Path) -> str:
         rivals = [value for key, value in best.items() if key[:2] == (shots, number)]
         mark = " (chosen)" if len(rivals) > 1 and seeds is max(rivals, key=validation) else ""
         trained = f"{int(seeds[0]['trained']):,}"
-        percent = [spread([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
-        within = spread([float(row["nc1"]) for row in seeds], ".3f")
+        percent = [mean_and_deviation([100 * float(row[name]) for row in seeds], ".1f") for name in ("val", "test")]
+        within = mean_and_deviation([float(row["nc1"]) for row in seeds], ".3f")
         took = statistics.fmean(float(row["seconds"]) for row in seeds)
         cells = [shots, list(METHODS)[number], block + mark, seeds[0]["lr"], len(seeds), trained, *percent, within]
         lines.append(f"| {' | '.join(map(str, cells))} | {took:.0f} |")
@@ -397,16 +411,18 @@ def order_of(setting: tuple[str, ...]) -> int:
     return list(METHODS).index(setting[0]) if setting[2] else -1
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{error}"
+def mean_and_error(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def validation(seeds: list[Row]) -> float:
     return statistics.fmean(float(row["val"]) for row in seeds)
 
 
-def spread(values: list[float], form: str) -> str:
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
+    """Mean, written in this form, and standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return format(statistics.fmean(values), form) + deviation
 

@@ -20,7 +20,6 @@ a folder of images as `datamodules.ImageFolder` takes it, with a test part.
 """
 
 import argparse
-import csv
 import logging
 import statistics
 import time
@@ -32,12 +31,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from scipy.stats import ttest_1samp
+from study import appending, mean_and_error, so_far
 from study import rows as rows_of
-from study import so_far
 from torch import Tensor
 
-from ncfinetune import Backbone
+from ncfinetune import Backbone, sample_statistics
 from ncfinetune.bank import Bank, Source, fill, read_images
 from ncfinetune.datamodules import Digits, ImageFolder
 from ncfinetune.folds import FoldMoments, folds_of
@@ -63,6 +61,12 @@ def trainer(epochs: int = 1, **arguments: Any) -> Trainer:
     return Trainer(
         max_epochs=epochs, limit_val_batches=0, devices=1, accelerator="cpu", enable_model_summary=False, **quiet
     )
+
+
+def backbone_of(options: argparse.Namespace) -> Backbone:
+    """The network that was pre-trained; that of the digits is always the same."""
+    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
+    return Backbone(**spec, checkpoint=options.checkpoint)
 
 
 def drawn(options: argparse.Namespace, shots: int, seed: int) -> Any:
@@ -127,17 +131,16 @@ def measured(backbone: Backbone, images: Tensor, bank: Bank, layers: list[str]) 
 
 def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> list[dict[str, Any]]:
     """The rows of a search."""
-    spec = DIGITS if options.data == "digits" else yaml.safe_load(options.backbone)
-    backbone = Backbone(**spec, checkpoint=options.checkpoint)
+    backbone = backbone_of(options)
     data, source = drawn(options, shots, seed), Source.of("net", backbone)
     known = {"data": Path(options.data).name, "shots": shots, "seed": seed, "search": search}
     start = time.process_time()
     bank = fill(trainer(), [source], data, {}, 10**6)
     images, _ = read_images(trainer(), backbone, data, 10**6)
-    how = (data.batch_size, options.lr, options.epochs, trainer)
+    how = {"batch_size": data.batch_size, "lr": options.lr, "epochs": options.epochs, "trainer": trainer}
     if search in SUGGESTIONS:
         blocks = options.blocks if search == "suggest" else 0
-        bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), *how)
+        bench = Bench(backbone, images, bank.labels, bank.num_classes, folds_of(bank.labels, 3), **how)
         rows = suggest(source, bank, bench, trainer(inference_mode=False), blocks, full=options.full and blocks > 0)
         seconds = time.process_time() - start
         return [
@@ -157,7 +160,7 @@ def attempt(options: argparse.Namespace, search: str, shots: int, seed: int) -> 
     test = {name: torch.cat([part[name] for part in parts]) for name in source.layers}
     features = {name: bank.of("net", name) for name in source.layers}
     labels, folds = torch.cat([bank.labels, test_labels]), torch.cat([torch.ones_like(bank.labels), 0 * test_labels])
-    bench = Bench(backbone, torch.cat([images, test_images]), labels, bank.num_classes, folds, *how)
+    bench = Bench(backbone, torch.cat([images, test_images]), labels, bank.num_classes, folds, **how)
     found = exhaustive(bench, features, test)
     return [{**known, "method": name, "test": accuracy, "seconds": took} for name, (accuracy, took) in found.items()]
 
@@ -169,16 +172,12 @@ def run(options: argparse.Namespace) -> None:
         for row in so_far(options.out, FIELDS)
         if row["data"] == name
     }
-    with options.out.open("a", newline="") as file:
-        table = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            table.writeheader()
+    with appending(options.out, FIELDS) as append:
         for seed in options.seeds:
             for shots in options.shots:
                 for search in options.search:
                     if (search, str(shots), str(seed)) not in done:
-                        table.writerows(attempt(options, search, shots, seed))
-                        file.flush()
+                        append(*attempt(options, search, shots, seed))
                         print(search, shots, seed, flush=True)
 
 
@@ -208,11 +207,11 @@ def table(paths: list[Path]) -> str:
         for rule in RULES if len(members) > 1 else (rule for rule in RULES if rule != OTHERS):
             outcomes = [outcome(rule, rows, [other for other in members if other is not rows]) for rows in members]
             regret = [100 * (best - got) for best, got, _, _ in outcomes]
-            cells = [data, shots, len(members), rule, spread(regret), share(r <= 0.5 for r in regret)]
+            cells = [data, shots, len(members), rule, mean_and_error(regret, 1), share(r <= 0.5 for r in regret)]
             if rule in SUGGESTIONS:
                 off = [100 * (predicted - got) for _, got, predicted, _ in outcomes]
                 cost = statistics.median(c for *_, c in outcomes)
-                cells += [spread(off), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
+                cells += [mean_and_error(off, 1), share(abs(o) <= 3 for o in off), f"{100 * cost:.0f}"]
             else:
                 cells += ["", "", ""]
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -226,7 +225,8 @@ def paired(paths: list[Path]) -> str:
     for rule in RULES[1:]:
         own = [one for one in tries if rule != OTHERS or one[1]]
         below = [100 * (outcome(RULES[0], *one)[1] - outcome(rule, *one)[1]) for one in own]
-        lines.append(f"| {rule} | {len(below)} | {spread(below)} | {ttest_1samp(below, 0).pvalue:.2g} |")
+        p = sample_statistics.paired(below)[2]
+        lines.append(f"| {rule} | {len(below)} | {mean_and_error(below, 1)} | {p:.2g} |")
     return "\n".join(lines)
 
 
@@ -237,11 +237,9 @@ def tested_in(rows: list[dict[str, str]]) -> dict[str, float]:
 
 def row_of(row: dict[str, str]) -> Row:
     """A row of suggest; the choice is made anew, so that a rule of choosing takes no fits to judge."""
-    gain, error = (float(row[name]) if row[name] else None for name in ("gain", "gain_error"))
-    seconds = 1.0 if row["fitted"] == "1" else None
-    return Row(
-        row["method"], float(row["predicted"]), float(row["error"]), gain, error, int(row["trained"]), seconds, {}
-    )
+    gains = {name: float(row[name]) if row[name] else None for name in ("gain", "gain_error")}
+    numbers = {"accuracy": float(row["predicted"]), "error": float(row["error"]), "trained": int(row["trained"])}
+    return Row(row["method"], **numbers, **gains, seconds=1.0 if row["fitted"] == "1" else None, knobs={})
 
 
 def outcome(
@@ -272,12 +270,6 @@ def outcome(
     }
     got = statistics.mean(map(test.__getitem__, blocks)) if rule == "random block" else test[names[rule]]
     return best, got, 0.0, 0.0
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and its standard error."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def share(hits: Any) -> str:

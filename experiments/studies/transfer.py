@@ -10,12 +10,13 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from gains import OKABE_ITO
 from matplotlib.figure import Figure
 from study import rows
 
 LABELS = {"nc1": "NC1 on the source", "cv_nc1": "cross-validated NC1", "cdnv": "CDNV", "nc1_ratio": "trace ratio"}
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = {"ce": "#0072B2", "mse": "#D55E00", "SupCon": "#009E73", "SimCLR": "#CC79A7", "PGD": "#E69F00"}
+COLOURS = {"ce": OKABE_ITO["blue"], "mse": OKABE_ITO["vermilion"], "SupCon": OKABE_ITO["green"]}
+COLOURS |= {"SimCLR": OKABE_ITO["purple"], "PGD": OKABE_ITO["orange"]}
 MARKERS = {"linear head": "s", "mlp head": "^", "plain": "v", "strength 0.25": "<", "strength 1": ">"}
 MARKERS |= {"2/255": "P", "4/255": "X"}
 
