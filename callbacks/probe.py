@@ -69,7 +69,8 @@ class OnlineProbe(Callback):
         optimizer: Makes the optimiser of the linear classifier; None is Adam with learning rate 1e-3.
         knn: Number of neighbours in kNN, limited to the size of the bank; 0 is no kNN.
         downstream: Datamodule of a second data set, whose accuracy shows how the features transfer.
-        every_n_epochs: Epochs between the passes for the bank and the second data set.
+        every_n_epochs: Epochs between the passes for the bank and the second data set, of which the last is after the
+            last epoch.
         max_samples: Largest number of images of each split in a pass, evenly spread over it; of a stream, the first.
         classifier: The classifier's name, whose input is ``penultimate``; ``auto`` as in `NeuralCollapseTracker`.
         batch_to_labels: Takes the labels ``(N,)`` from a batch; None as in `NeuralCollapseTracker`. The linear

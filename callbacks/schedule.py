@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ncfinetune.loop_progress import ends_now
+
 # Values of each parameter that are compared to detect swapped weights: averages differ from raw weights in nearly all.
 _LOOKED_AT = 16
 
@@ -18,7 +20,7 @@ def is_new(trainer: Any) -> bool:
 
 
 class PassSchedule:
-    """Determines when passes are due: every few epochs, in the epoch's validation if it has one.
+    """Determines when passes are due: every few epochs and after the last, in the epoch's validation if it has one.
 
     Weight averaging and some optimisers swap the weights during a validation. So that a pass and the validation measure
     the same weights, the pass is made right before the first batch of the validation, after the swap. An epoch that
@@ -49,12 +51,10 @@ class PassSchedule:
 
     def is_due(self, trainer: Any) -> bool:
         """Whether a pass is due in the current epoch and has not been made."""
-        every = self._every
-        return (
-            bool(every)
-            and trainer.state.fn == "fit"
-            and (trainer.current_epoch + 1) // every > self._epochs_done // every
-        )
+        every, epochs = self._every, trainer.current_epoch + 1
+        if not every or trainer.state.fn != "fit" or epochs <= self._epochs_done:
+            return False
+        return epochs // every > self._epochs_done // every or ends_now(trainer)
 
     def open_validation(self, trainer: Any) -> bool:
         """Whether to make the pass at the start of a validation, because a process may get no batch in it."""

@@ -72,7 +72,8 @@ class NeuralCollapseTracker(Callback):
             product of its batch's features and, for ``nc1``, a float64 matrix of its width squared.
         metrics: Names of metrics, or ``all``. Without ``nc1`` nothing of the width squared is computed. The default is
             all but ``numerical_rank``, which costs an eigendecomposition per class and batch.
-        train_every_n_epochs: Epochs between passes over the training set; 0 is never.
+        train_every_n_epochs: Epochs between passes over the training set, of which the last is after the last epoch; 0
+            is never.
         max_train_batches: Largest number of batches of a pass over the training set, per process, evenly spread over
             it; None is all.
         classifier: The classifier's name; ``auto`` is the linear layer with ``num_classes`` outputs, and if there are
@@ -136,6 +137,7 @@ class NeuralCollapseTracker(Callback):
         self._train_result: Result | None = None
         self._beside: dict[str, float] = {}  # results of the training set in the current validation
         self._passes_done = 0
+        self._measured_at = 0
         self._drawn_at: int | None = None
         self._class_names: list[str] | None = None
         self._described = False
@@ -397,6 +399,7 @@ class NeuralCollapseTracker(Callback):
         with evaluation(trainer, pl_module):
             self._meter.run(ready_batches(trainer, batches))
         (self._train_result,) = self._meter.finish("train", trainer.strategy)
+        self._measured_at = trainer.global_step
         values = self._remember(trainer, "train", [self._train_result], self._training_set.limited)
         self._schedule.done(trainer)
         earlier, self._passes_done = self._passes_done, self._passes_done + 1
@@ -405,8 +408,8 @@ class NeuralCollapseTracker(Callback):
         return values
 
     def _draw(self, trainer: Trainer) -> None:
-        """Draw the last pass over the training set, at most once per step."""
-        result, step = self._train_result, trainer.global_step
+        """Draw the last pass over the training set, at the step at which it was made, once."""
+        result, step = self._train_result, self._measured_at
         if self.figures and result is not None and self._drawn_at != step and pictures.accepting(trainer):
             drawn = figures.of_pass(self.history.get("train", {}), result.moments, result.sample, self._class_names)
             pictures.log_figures(trainer, {f"neural_collapse/{name}": figure for name, figure in drawn.items()}, step)

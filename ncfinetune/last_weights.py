@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ncfinetune.loop_progress import ends_now
+
 
 class LastWeights:
     """Makes checkpoint callbacks that keep the last weights save them at the end of a fit.
@@ -21,7 +23,7 @@ class LastWeights:
     def save(self, trainer: Any) -> None:
         """Make them save at the end of this epoch if it is the last one; for `on_train_epoch_end` of a module."""
         self.restore()
-        if not _ends(trainer):
+        if not ends_now(trainer):
             return
         for callback in _keeping_last(trainer):
             if callback.monitor is None and callback._save_on_train_epoch_end is None:
@@ -62,10 +64,3 @@ def _saves_at_times(callback: Any) -> bool:
     """Whether it saves every few epochs, steps or minutes."""
     several = callback._every_n_epochs != 1 or callback._every_n_train_steps
     return bool(several) or callback._train_time_interval is not None
-
-
-def _ends(trainer: Any) -> bool:
-    """Whether the run ends with the epoch that ends now, as far as is known."""
-    epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    return epochs or steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)

@@ -170,3 +170,10 @@ def _begin_again(progress: dict[str, Any]) -> None:
     for part in ("total", "current"):
         progress[part].update(ready=1, started=1, processed=0, completed=0)
     progress["is_last_batch"] = False
+
+
+def ends_now(trainer: Any) -> bool:
+    """Whether the run ends with its current epoch, as far as is known."""
+    epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return epochs or steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)

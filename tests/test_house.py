@@ -97,7 +97,7 @@ IMPORTS = {
     "knobs": {"backbone", "cache", "heads", "split"},
     "lab": {"backbone", "bank", "cli_errors"},
     "layers": {"blocks", "texts"},
-    "last_weights": set(),
+    "last_weights": {"loop_progress"},
     "learner": {
         "averages",
         "backbone",
@@ -269,7 +269,7 @@ IMPORTS = {
         "passes",
     },
     "callbacks.records": {"callbacks.figures"},
-    "callbacks.schedule": set(),
+    "callbacks.schedule": {"loop_progress"},
     "callbacks.tracker": {
         "callbacks.adapters",
         "callbacks.figures",

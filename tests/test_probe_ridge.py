@@ -174,10 +174,18 @@ def test_without_validation_the_left_out_accuracy_of_plain_images_is_there(tmp_p
 
 EVERY = {
     "validation each epoch": ({}, 1, {0: "acc held_out", 1: "acc held_out", 2: "acc held_out"}),
-    "each second": ({}, 2, {1: "acc held_out"}),
+    "each second, and the last": ({}, 2, {1: "acc held_out", 2: "acc held_out"}),
     "validation each second": ({"check_val_every_n_epoch": 2}, 1, {0: "held_out", 1: "acc held_out", 2: "held_out"}),
-    "twice an epoch": ({"val_check_interval": 0.5}, 2, {1: "acc acc held_out held_out"}),
-    "by steps": ({"val_check_interval": 5, "check_val_every_n_epoch": None}, 2, {1: "acc held_out held_out"}),
+    "twice an epoch": (
+        {"val_check_interval": 0.5},
+        2,
+        {1: "acc acc held_out held_out", 2: "acc acc held_out held_out"},
+    ),
+    "by steps": (
+        {"val_check_interval": 5, "check_val_every_n_epoch": None},
+        2,
+        {1: "acc held_out held_out", 2: "held_out"},
+    ),
 }
 
 

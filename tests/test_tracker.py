@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import stranger
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -261,7 +261,36 @@ def test_epochs_between_passes_and_their_length(tmp_path: Path) -> None:
     model = Counted()
     tracker = NeuralCollapseTracker(3, train_every_n_epochs=2, max_train_batches=2)
     _trainer(tmp_path, tracker, max_epochs=5, limit_val_batches=0).fit(model, _loader(), _loader())
-    assert model.passed == 3 * 2  # before the first epoch, after the second and the fourth
+    assert model.passed == 4 * 2  # before the first epoch, after the second and the fourth, and after the last
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 7}, {"max_epochs": 9}])
+def test_the_end_of_a_fit_is_measured_and_drawn_whenever_it_comes(end: dict[str, int], tmp_path: Path) -> None:
+    class Ending(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 2  # as EarlyStopping sets it
+
+    tracker, drawn = NeuralCollapseTracker(3, train_every_n_epochs=5), []
+    trainer = _trainer(tmp_path, tracker, *([Ending()] if end == {"max_epochs": 9} else []), **end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncfinetune.callbacks.pictures.accepting", lambda trainer: [trainer])
+        patch.setattr("ncfinetune.callbacks.pictures.log_figures", lambda _, figures, step: drawn.append(step))
+        trainer.fit(Stranger(), _loader(), _loader())
+    assert list(tracker.history["train"]) == [0, trainer.current_epoch]
+    assert drawn == [0, trainer.global_step]
+
+
+def test_pictures_of_an_earlier_pass_are_not_drawn_again(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.should_stop = True  # after the tracker was asked whether to measure this epoch
+
+    tracker, drawn = NeuralCollapseTracker(3, train_every_n_epochs=5), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncfinetune.callbacks.pictures.accepting", lambda trainer: [trainer])
+        patch.setattr("ncfinetune.callbacks.pictures.log_figures", lambda _, figures, step: drawn.append(step))
+        _trainer(tmp_path, tracker, Failing(), max_epochs=9).fit(Stranger(), _loader(), _loader())
+    assert drawn == [0]
 
 
 def test_no_pass_when_never(tmp_path: Path) -> None:
