@@ -28,6 +28,7 @@ from ncfinetune import (
     found,
     interruptions,
     log_folders,
+    prediction_commands,
     predictions,
     resumed_folder,
     settings,
@@ -41,8 +42,6 @@ from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.command_trainer import CommandTrainer
 from ncfinetune.conclusion import conclusion
 from ncfinetune.learner import Learner, check_launched
-from ncfinetune.loaders import in_order
-from ncfinetune.passes import leaves_out
 from ncfinetune.safety import refuse_code
 from ncfinetune.saved_config import SaveConfigAfterBatch
 from ncfinetune.weight_files import DATA
@@ -60,8 +59,6 @@ _LOGGER: dict[str, Any] = {
 _CONFIG = "config.yaml"
 # Options of predict and of evaluate; those of predict are in the configurations of runs, where they are null.
 _OF = {"images": ("predict", "evaluate"), "predictions": ("predict",)}
-# Exit status of a prediction with images that have none, most often since they cannot be read.
-BROKEN_IMAGES = 3
 
 
 def main(words: list[str]) -> int | None:
@@ -70,7 +67,8 @@ def main(words: list[str]) -> int | None:
     With ``--safe`` among them, code from a configuration or a checkpoint is never run.
 
     Returns:
-        The exit status: None, `BROKEN_IMAGES`, `interruptions.STATUS` after SIGTERM or `INTERRUPTED` after Ctrl-C.
+        The exit status: None, `prediction_commands.BROKEN_IMAGES`, `interruptions.STATUS` after SIGTERM, or
+        `INTERRUPTED` after Ctrl-C.
 
     Raises:
         ValueError: Lightning refuses the configuration, a checkpoint is of another model, or ``--safe`` forbids
@@ -438,129 +436,23 @@ class NCFinetuneCLI(LightningCLI):
         """Write class probabilities to ``--predictions`` or the run's folder, a row for each image.
 
         Raises:
-            ValueError: There are several processes, or the model predicts no class probabilities.
+            ValueError, OSError: As `prediction_commands.predict`.
         """
         path = Path(self._get(self.config, "predictions") or Path(self._run_folder, "predictions.csv"))
-        rows = self._predicted(path, kwargs)
-        part = self._part(rows)
-        print(f"predictions: {path}" + (f" ({part})" if part else ""))
-        self._report_broken(rows)
+        self.status = prediction_commands.predict(self._asked(kwargs), path)
 
     def evaluate(self, **kwargs: Any) -> None:
         """Write and print what is right and wrong about the predictions of labelled images.
 
         Raises:
-            ValueError: As `predict`; also images without a class.
+            ValueError, OSError: As `prediction_commands.evaluate`.
         """
-        from ncfinetune.evaluating import conclude
+        out, data = self._get(self.config, "out"), self.config[self.subcommand].data
+        self.status = prediction_commands.evaluate(self._asked(kwargs), Path(self._run_folder), out, data, self._step)
 
-        images, split = (self._get(self.config, option) for option in ("images", "split"))
-        data = self.config[self.subcommand].data
-        checkpoint = self._get(self.config, "ckpt_path")
-        run = resumed_folder.run_of(checkpoint)
-        if images is not None:  # set apart from a split of the data, as a folder may be named as one
-            name = f"images_{Path(images).absolute().name}"
-        else:
-            name = split if run is None else trained.own_or_other("evaluate", split, data, run, self._takes_all, split)
-        folder = Path(self._get(self.config, "out") or Path(self._run_folder, "evaluation", name))
-        rows = self._predicted(folder / "predictions.csv", kwargs)
-        facts = {
-            "data": name,
-            "images_of": images or settings.evaluated_images(data.as_dict(), split),
-            # Said here, since a report may be made from where the paths lead elsewhere, or nowhere.
-            "own_images": run is not None and name == split,
-            "checkpoint": checkpoint,
-            "step": self._step,
-            "run": None if run is None else str(run),
-            "part": self._part(rows),
-            "unreadable": rows.table.errors,
-            "first_error": rows.table.first_error or None,
-        }
-        top_k = self._get(self.config, "top_k")
-        print(conclude(rows.probabilities, rows.labels, rows.names, rows.mistakes, folder, facts, top_k))
-        self._report_broken(rows)
-
-    def _predicted(self, path: Path, kwargs: dict[str, Any]) -> Any:
-        """The predictions, which are written to a file."""
-        from ncfinetune.predicting import PredictionRows, no_probabilities
-
-        if self.trainer.world_size > 1:
-            raise ValueError(f"{self.subcommand} writes its rows in order, from one process; give --trainer.devices 1")
-        if hasattr(self.datamodule, "mark_broken"):
-            self.datamodule.mark_broken = True
-        images, evaluates = self._get(self.config, "images"), self.subcommand == "evaluate"
-        files = self._files(images)
-        # With evaluate the number is that of the accuracy.
-        top_k = None if evaluates else self._get(self.config, "top_k")
-        rows = PredictionRows(path, images, files, top_k, evaluates)
-        trainer: Any = self.trainer
-        trainer.callbacks.append(rows)
-        try:
-            trainer.predict(**{**kwargs, "return_predictions": False})
-        except BaseException:
-            if rows.table is not None and rows.table.keep():
-                print(f"{rows.table.rows} predictions so far: {rows.table.partial}", file=sys.stderr)
-            raise
-        if rows.table is None:
-            raise ValueError(no_probabilities(self.model))
-        rows.table.finish()
-        return rows
-
-    @property
-    def _takes_all(self) -> bool:
-        """Whether ``limit_predict_batches`` leaves no image out."""
-        return not leaves_out(self.trainer.limit_predict_batches)
-
-    def _part(self, rows: Any) -> str | None:
-        """Which of the images were predicted, in words, where ``limit_predict_batches`` left some out."""
-        if self._takes_all:
-            return None
-        trainer: Any = self.trainer
-        try:
-            images = len(trainer.predict_dataloaders.dataset)
-        except (AttributeError, TypeError):  # a stream
-            return f"the first {rows.table.rows:,} images"
-        return f"the first {rows.table.rows:,} of {images:,} images" if rows.table.rows < images else None
-
-    def _report_broken(self, rows: Any) -> None:
-        """Say how many images have no prediction, which is the exit status too."""
-        if rows.table.errors:
-            self.status = BROKEN_IMAGES
-            print(
-                f"error: {rows.table.errors} of {rows.table.rows} images have no prediction; see the column error "
-                f"of their rows, first: {rows.table.first_error}",
-                file=sys.stderr,
-            )
-
-    def _files(self, folder: str | None) -> list[str] | None:
-        """The image files to predict, which are set in the datamodule; None are those of ``--split``."""
-        data, split = self.datamodule, self._get(self.config, "split")
-        if folder is None:
-            if hasattr(data, "predict_part"):
-                data.predict_part = split
-            elif self.subcommand == "evaluate" or split != "test":
-                data.predict_dataloader = lambda: _loader(data, split)
-            return None
-        if split != "test":
-            self.parser.error("split chooses among the data's images, which images replaces; give one of them")
-        if not hasattr(data, "predict_files"):
-            self.parser.error(f"images needs a datamodule that has predict_files; {type(data).__name__} hasn't")
-        try:
-            return data.predict_files(folder)
-        except FileNotFoundError as error:
-            self.parser.error(str(error))
-
-
-def _loader(data: LightningDataModule, split: str) -> Any:
-    """The loader of a part of a datamodule that is not ours, which may set up a part only when it is asked for it.
-
-    Training images come in the order of the data set, which numbers the rows of predictions, and without augmentation
-    if the datamodule offers that.
-    """
-    data.setup({"train": "fit", "val": "validate"}.get(split, split))
-    if split != "train":
-        return getattr(data, f"{split}_dataloader")()
-    return in_order(getattr(data, "train_plain_dataloader", data.train_dataloader)())
+    def _asked(self, arguments: dict[str, Any]) -> prediction_commands.Asked:
+        images, split, top_k = (self._get(self.config, option) for option in ("images", "split", "top_k"))
+        return prediction_commands.Asked(self.trainer, arguments, images, split, top_k)
 
 
 class _SafeCLI(NCFinetuneCLI):

@@ -32,11 +32,11 @@ from ncfinetune.evaluation_figures import Mistake, confusion, sheet
 from ncfinetune.image_predictions import ImagePredictions
 from ncfinetune.log_folders import folders as log_folders
 from ncfinetune.predicting import PredictionRows, folder_labels, picture
+from ncfinetune.prediction_commands import plain_loader
 from ncfinetune.predictions import Table
 from ncfinetune.runs import Run
 from ncfinetune.settings import evaluated_images
 from ncfinetune.trained import ForgetFailedStart, complete
-from ncfinetune.trainer_cli import _loader
 
 NAMES = ["apple", "lime", "plum"]
 
@@ -663,7 +663,7 @@ def test_training_images_of_any_datamodule_are_predicted_in_their_order(options:
 
     drawn = [2, 4, 5, 7, 9] if "sampler" in options else list(range(10))
     state = torch.get_rng_state()
-    assert torch.cat([labels for _, labels in _loader(Theirs(), "train")]).tolist() == drawn
+    assert torch.cat([labels for _, labels in plain_loader(Theirs(), "train")]).tolist() == drawn
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -675,4 +675,4 @@ def test_training_images_of_any_datamodule_are_predicted_without_augmentation() 
         def train_plain_dataloader(self) -> DataLoader[Any]:
             return DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4)
 
-    assert len(_loader(Theirs(), "train")) == 3
+    assert len(plain_loader(Theirs(), "train")) == 3
