@@ -202,7 +202,7 @@ def test_contrastive_learners_are_probed_on_the_features_of_every_view(method, t
 def test_digits_and_a_layer_by_name(tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     probe = OnlineProbe(layer="layer3.0", knn=20, downstream=Digits([5, 6, 7]), every_n_epochs=2)
-    trainer = _trainer(tmp_path, probe, max_epochs=4)
+    trainer = _trainer(tmp_path, probe, max_epochs=8)
     trainer.fit(Supervised(3, SMALL), Digits([0, 1, 2]))
     assert trainer.callback_metrics["probe/downstream_acc/layer3.0"] > 0.6
     assert trainer.callback_metrics["probe/knn/layer3.0"] > 0.6
