@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -109,6 +110,19 @@ class SameSampler(DistributedSampler[Any], SequentialSampler):
 
     def __iter__(self) -> Iterator[int]:
         yield from islice(super().__iter__(), self.taken(self), None)
+
+
+def outlive_one_sigterm(worker: int) -> None:
+    """Have a worker process ignore the first SIGTERM, and end by the next one.
+
+    Schedulers and ``timeout`` send it to all processes of a job at once, of which the main one then finishes its batch
+    and saves a checkpoint: it needs its workers until it ends them itself.
+    """
+
+    def end_by_the_next(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, end_by_the_next)
 
 
 class Loader(DataLoader[Batch]):

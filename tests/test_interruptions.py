@@ -3,10 +3,13 @@
 import os
 import re
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import active_children
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
@@ -36,18 +39,29 @@ RUN = [
 
 
 class Terminate(Callback):
-    """Sends its process SIGTERM after a batch of training, or of validation, that ``step`` steps came before."""
+    """Sends SIGTERM after a batch of training, or of validation, that ``step`` steps came before.
+
+    Its process gets it, and, as a job's processes do, those of its loaders.
+    """
 
     def __init__(self, step: int, validation: bool = False) -> None:
         self.step, self.validation = step, validation
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and not self.validation:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.terminate()
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and self.validation:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.terminate()
+
+    def terminate(self) -> None:
+        for worker in active_children():
+            # By another process: torch's workers take a signal of their own parent for the end of the pass.
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+            time.sleep(0.2)
+            assert worker.is_alive()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _place(folder: Path) -> list[str]:
@@ -55,17 +69,20 @@ def _place(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "stop",
+    ("stop", "workers"),
     [
-        pytest.param({"step": 7}, id="training"),
-        pytest.param({"step": 10, "validation": True}, id="validation", marks=pytest.mark.slow),
+        pytest.param({"step": 7}, 1, id="training"),
+        pytest.param({"step": 10, "validation": True}, 0, id="validation", marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_loses_nothing(stop: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*RUN, *_place(tmp_path / "whole")]) is None
+def test_sigterm_loses_nothing(
+    stop: dict[str, Any], workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*RUN, "--data.num_workers", str(workers)]
+    assert main([*run, *_place(tmp_path / "whole")]) is None
     terminate = ["--trainer.callbacks+=test_interruptions.Terminate"]
     terminate += [f"--trainer.callbacks.{name}={value}" for name, value in stop.items()]
-    assert main([*RUN, *terminate, *_place(tmp_path / "stopped")]) == 143
+    assert main([*run, *terminate, *_place(tmp_path / "stopped")]) == 143
     whole, stopped = (tmp_path / name / "version_0" for name in ("whole", "stopped"))
     way = capsys.readouterr().err.strip().splitlines()[-1]
     command = f"fit --config {stopped / 'config.yaml'} --ckpt_path {stopped / 'checkpoints' / 'stopped.ckpt'}"
