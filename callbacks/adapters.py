@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,9 @@ class BatchReader:
             return network(_joined(inputs) if views else inputs)
         except (NoTensorError, PoolError):
             raise
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search(r"\b(shapes?|sizes?)\b", str(error)):
+                raise  # out of memory, a process that ended, and the like
             raise ValueError(
                 f"cannot run {type(network).__name__} on the inputs of {sketch(batch)} ({type(error).__name__}: "
                 f"{error}); give {self.asker}(forward=lambda module, batch: ...)"

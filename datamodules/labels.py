@@ -66,7 +66,7 @@ def read_labels(file: Path, root: Path) -> list[Row]:
 
 
 def class_names(rows: list[Row]) -> list[str]:
-    """The classes in the order of their labels: sorted as numbers if all are integers, and otherwise by name."""
+    """The classes in the order of their labels: sorted as numbers if all are digits, and otherwise by name."""
     names = {row.label for row in rows}
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))

@@ -117,7 +117,9 @@ class Contrastive(Learner):
         It is the same on each process, as the loss that is trained is the mean over processes.
         """
         processes = self.trainer.world_size
-        return samples if processes == 1 else sum_of_all(torch.full((), samples / processes, device=self.device))
+        if processes == 1:
+            return samples
+        return sum_of_all(torch.full((), samples / processes, dtype=torch.float32, device=self.device))
 
 
 class SupCon(Contrastive):

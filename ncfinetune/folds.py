@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ncfinetune.inputs import as_indices
+
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -94,7 +96,7 @@ class FoldMoments:
         if not len(features):
             return
         with torch.inference_mode(False), torch.no_grad():
-            self._add(features.detach().double(), labels.to(features.device).long())
+            self._add(features.detach().double(), as_indices(labels, features.device))
 
     def _add(self, features: Tensor, labels: Tensor) -> None:
         if self._state is None:
@@ -125,7 +127,7 @@ class FoldMoments:
         ``H_f = S - s^T mu - mu^T s + mu^T diag(n) mu`` is the scatter of fold ``f`` around the class means ``mu`` of
         the other folds, ``Sigma_B(f)`` the covariance between these means as in NC1 (Li et al. 2022, arXiv 2212.12206);
         ``K`` counts the classes present. Unlike NC1 around the samples' own means, it does not fall to 0 because
-        samples are few.
+        samples are few. It is nan where the class means of some folds coincide.
 
         Raises:
             ValueError: No features, labels out of range, values that are not finite, fewer than two classes, or a class
@@ -138,6 +140,8 @@ class FoldMoments:
             count, sums, squares = (part[fold] for part in (state.counts, state.sums, state.squares))
             mean = ((state.sums.sum(0) - sums)[present]) / (state.counts.sum(0) - count)[present, None]
             white = whitening(mean)
+            if not len(white):  # the class means coincide
+                return total.new_full((), torch.nan)
             around = white @ mean.T
             total += torch.tensordot(white @ squares, white) - 2 * (white @ sums[present].T * around).sum()
             total += (around.square() * count[present]).sum()

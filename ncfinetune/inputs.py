@@ -28,6 +28,17 @@ def whole(labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.long()
 
 
+def as_indices(labels: Tensor, device: torch.device) -> Tensor:
+    """Integer labels as int64 on a device.
+
+    Raises:
+        TypeError: Labels that are not integers, which would be cut off.
+    """
+    if labels.is_floating_point():
+        raise TypeError(f"expected integer labels, got {labels.dtype}")
+    return labels.to(device).long()
+
+
 def check_shapes(features: Tensor, labels: Tensor) -> None:
     """Refuse anything but pooled features ``(N, d)`` with labels ``(N,)``.
 

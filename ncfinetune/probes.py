@@ -46,6 +46,7 @@ from ncfinetune.closed_forms import (
     within,
 )
 from ncfinetune.folds import balanced_folds
+from ncfinetune.inputs import as_indices
 
 ClassWeight = Literal["balanced"] | Sequence[float] | Tensor
 Strengths = Sequence[float] | Tensor
@@ -420,7 +421,7 @@ def _checked(
     if len(features) < 2:
         raise ValueError(f"expected at least two samples, so that one can be left out, got {len(features)}")
     features = features.detach() if features.device.type != "mps" else features.detach().cpu()  # it has no float64
-    labels = labels.to(features.device).long()
+    labels = as_indices(labels, features.device)
     valid = labels.clamp(0, num_classes - 1)
     weight = _sample_weights(sample_weight, features)
     weight = weight * _class_weights(class_weight, valid, num_classes, weight)

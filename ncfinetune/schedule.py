@@ -82,17 +82,30 @@ def check_monitors(trainer: Any) -> None:
 def _epochs_of(trainer: Any) -> float:
     """Number of epochs of a run, which may be infinite."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    batches = trainer.max_steps * trainer.accumulate_grad_batches
-    return epochs if batches < 0 else min(epochs, math.ceil(batches / max(1, trainer.num_training_batches)))
+    if trainer.max_steps < 0:
+        return epochs
+    if trainer.num_training_batches == math.inf:
+        return 0  # not known: a single one may have all steps
+    begun, steps = 0, 0
+    while begun < epochs and steps < trainer.max_steps:
+        steps += _steps_in(trainer, begun)
+        begun += 1
+    return begun
+
+
+def _steps_in(trainer: Any, epoch: int) -> int:
+    """Steps of the optimiser in an epoch, whose last batch is followed by one in any case."""
+    schedule = _accumulation(trainer)
+    accumulated = schedule.get_accumulate_grad_batches(epoch) if schedule else trainer.accumulate_grad_batches
+    return math.ceil(max(1, trainer.num_training_batches) / accumulated)
 
 
 def _steps_of(trainer: Any) -> float:
     """Steps of the optimiser in a run; Lightning counts those of a `GradientAccumulationScheduler` without it."""
     steps: float = trainer.estimated_stepping_batches
-    batches, epochs, schedule = trainer.num_training_batches, trainer.max_epochs, _accumulation(trainer)
-    if schedule is None or epochs == -1 or batches == math.inf:
+    if _accumulation(trainer) is None or trainer.max_epochs == -1 or trainer.num_training_batches == math.inf:
         return steps
-    counted = sum(math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    counted = sum(_steps_in(trainer, epoch) for epoch in range(trainer.max_epochs))
     return counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncfinetune.inputs import as_indices
+
 _EPS = torch.finfo(torch.float64).eps
 # Neighbours and temperature of the weighted vote of Wu et al. 2018, as DINO's evaluation has them.
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
@@ -193,7 +195,7 @@ def _checked(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor
         raise ValueError(
             f"expected features (N, d) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}"
         )
-    labels = labels.to(features.device).long()
+    labels = as_indices(labels, features.device)
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(f"expected labels from 0 to num_classes - 1 = {num_classes - 1}, got {lowest} to {highest}")

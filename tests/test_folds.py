@@ -1,5 +1,8 @@
 """Numbers of fold sums against the features that made them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 import reference
 from ncfinetune.folds import FoldMoments
 from ncfinetune.probes import ridge
+from ncfinetune.transferability import h_score
 
 
 def _data(samples: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +31,22 @@ def _filled(features: Tensor, labels: Tensor, classes: int, batch: int) -> tuple
     shift, counts, sums, _, _ = marked._state
     members = sums.sum(1) + counts.sum(1)[:, None] * shift
     return moments, members.argmax(0)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [FoldMoments(3).update, lambda x, y: ridge(x, y, 3), lambda x, y: h_score(x, y, 3)],
+    ids=["sums", "fit", "score"],
+)
+def test_labels_that_would_be_cut_off_are_refused(fit: Callable[[Tensor, Tensor], Any]) -> None:
+    with pytest.raises(TypeError, match="expected integer labels, got torch.float32"):
+        fit(torch.randn(12, 3), torch.tensor([0.0, 0.9, 1.7] * 4))
+
+
+def test_class_means_that_coincide_leave_nc1_undefined() -> None:
+    moments = FoldMoments(4)
+    moments.update(torch.full((60, 3), 0.1), torch.arange(60) % 4)
+    assert moments.nc1().isnan()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])

@@ -382,6 +382,11 @@ SHORT = partial(WarmupCosine, epochs=2)
     [
         ("epoch", {"max_epochs": 3}, "the run has 3 epochs; give epochs=3"),
         ("epoch", {"max_epochs": -1, "max_steps": 5}, "the run has 3 epochs; give epochs=3"),
+        (
+            "epoch",
+            {"max_epochs": -1, "max_steps": 4, "callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+            "the run has 3 epochs; give epochs=3",
+        ),
         ("step", {"max_epochs": 2}, "the run has 4 steps, by which lr_interval=step counts; give epochs=4"),
     ],
 )
@@ -397,13 +402,14 @@ def test_a_schedule_that_ends_before_the_run_is_refused(interval: Any, arguments
     [
         {"max_epochs": 2},
         {"max_epochs": 9, "max_steps": 4},
+        {"max_epochs": -1, "max_steps": 2, "accumulate_grad_batches": 3},  # each epoch has two batches, and one step
         {"max_epochs": 3, "callbacks": [StochasticWeightAveraging(0.01, swa_epoch_start=2)]},
     ],
 )
 def test_a_schedule_as_long_as_the_run_or_its_replacement_is_not(arguments: dict[str, Any]) -> None:
     model = Supervised(3, VIT, lr_scheduler=SHORT)
     _trainer(**arguments).fit(model, DataLoader(_uneven(8, 0), batch_size=4))
-    assert model.trainer.global_step == (6 if "callbacks" in arguments else 4)
+    assert model.trainer.current_epoch == (3 if "callbacks" in arguments else 2)
 
 
 def test_a_run_is_resumed_with_a_longer_schedule(tmp_path: Path) -> None:

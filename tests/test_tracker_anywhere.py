@@ -823,6 +823,15 @@ def test_forward_of_the_whole_batch_is_explained(tmp_path: Path) -> None:
         _trainer(tmp_path, NeuralCollapseTracker(K)).fit(module, _loader(), _loader())
 
 
+def test_forward_of_another_network_is_explained(tmp_path: Path) -> None:
+    class Generating(type(_training(pl, _small()))):
+        def forward(self, noise: Tensor) -> Tensor:
+            return noise @ torch.zeros(7, 3)
+
+    with pytest.raises(ValueError, match=r"cannot run Generating on .* \(RuntimeError: .*forward=lambda"):
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(Generating(), _loader(), _loader())
+
+
 @pytest.mark.slow
 def test_trial_runs_with_a_logger(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
