@@ -468,8 +468,8 @@ def test_images_that_are_none_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, SimCLR, SupCon, Supervised; nearest: Supervised"),
-        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Aircraft, "),
+        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of Supervised, FineTuner, SimCLR, SupCon; nearest: Supervised"),
+        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Digits, Aircraft, "),
         ([*PIECES, "--model.backbon", "x"], "no option 'backbon'; expected one of"),
         (["--config", "misspelt.yaml"], "nearest: backbone"),
         ([*PIECES, "--trainer.max_epoch", "3"], "no option 'trainer.max_epoch'; expected one of trainer"),
@@ -485,8 +485,25 @@ def test_images_that_are_none_are_refused(
         ([*PIECES, "--trainer.val_check_interval", "0.0"], "expected trainer.val_check_interval above 0, got 0.0"),
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
-        ([*PIECES, "--data.batchsize", "8"], "no option 'batchsize'"),
-        ([*PIECES, "--data.place", "disk"], "no option 'place'; expected one of adversary, "),
+        ([*PIECES, "--data.batchsize", "8"], "Digits has no option 'batchsize'; expected one of batch_size, "),
+        ([*PIECES, "--data.place", "disk"], "Digits has no option 'place'; expected one of "),
+        (["--data.image_size", "8", *PIECES], "no option 'image_size' where it was given; options of a class come after --data CLASS; it belongs to Aircraft, "),
+        ([*PIECES[:4], "--data.shots", "8"], "no option 'shots' where it was given; options of a class come after --data CLASS; it belongs to Aircraft, "),
+        ([*PIECES, "--data.augmentation", "strong"], "error: augmentation: expected one of plain, standard, trivial, simclr, got 'strong'"),
+        ([*PIECES, "--model.lr_interval", "x"], "error: lr_interval: expected one of epoch, step, got 'x'"),
+        ([*PIECES, "--model.lr", "0.1"], "error: Supervised has no option 'lr'; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        (["--model.lr", "0.1", *PIECES], "come after --model CLASS; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        ([*PIECES, "--model.optimizer.lr", "0.1"], "error: no option 'lr' where it was given; options of a class come after --model.optimizer CLASS"),
+        ([*PIECES, "--model.optimizer", "SGD", "--model.optimizer.l", "0.1"], "SGD has no option 'l'; expected one of lr, params, "),
+        ([*PIECES, "--lr", "0.1"], "no option 'lr'; expected one of seed_everything, trainer, model, data; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        ([*PIECES, "--epochs", "3"], "no option 'epochs'; expected one of seed_everything, trainer, model, data; nearest: trainer.max_epochs, trainer.min_epochs"),
+        ([*PIECES, "--batch_size", "3"], "nearest: data.batch_size (after --data CLASS)"),
+        ([*PIECES, "--trainer.callbacks+=NeuralCollapseTracker", "--trainer.callbacks.layer", "x"], "NeuralCollapseTracker has no option 'layer'; it belongs to OnlineProbe; nearest: layers"),
+        ([*PIECES, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.patience=abc"], "error: patience: expected int, got 'abc'"),
+        ([*PIECES, "--trainer.callbacks.monitor=x"], "no option 'monitor' where it was given; options of a class come after --trainer.callbacks CLASS"),
+        ([*PIECES, "--model.optimizer", "{class_path: SGD, init_args: {lrr: 1}}"], "SGD has no option 'lrr'; expected one of lr, params, "),
+        ([*PIECES, "--trainer.callbacks+=EarlyStopping"], "error: EarlyStopping: the following arguments are required: monitor"),
+        ([*PIECES, "a.ckpt"], "error: expected an option, got 'a.ckpt'; a checkpoint is given by --ckpt_path, images to predict or evaluate by --images, a configuration by --config"),
         (["--config", "misspelt_data.yaml"], "nearest: shots"),
         ([*PIECES, "--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.train", "layer9.0"], "no layer fits 'layer9.0'"),
@@ -600,7 +617,7 @@ def test_missing_file_of_the_installation_names_its_neighbours(
     monkeypatch.chdir(tmp_path)
     error = _refusal(capsys, "fit", "--config", "experiments/start/prob.yaml")
     assert error.endswith(
-        "prob.yaml'; expected one of full.yaml, layer.yaml, probe.yaml, scl.yaml; nearest: probe.yaml, layer.yaml"
+        "prob.yaml'; expected one of probe.yaml, layer.yaml, full.yaml, scl.yaml; nearest: probe.yaml, layer.yaml"
     )
 
 
