@@ -371,6 +371,8 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path, trained: tupl
     for row, known in zip(got[1:], expected[1:4], strict=True):
         assert row[1] == known[2]
         assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[3:-1]], abs=1e-5)
+    main(["predict", *words, "--images", str(tmp_path / "photos" / "b.png")])
+    assert list(csv.reader((run / "predictions.csv").read_text().splitlines())) == [got[0], got[2]]
 
 
 @pytest.mark.parametrize(
