@@ -565,6 +565,8 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", "--data", "Digits"], "error: fit needs a model, which --model.help shows, or a --config FILE"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
+        (["evaluate", "--ckpt_path", "run"], "error: expected the file of a checkpoint, got the folder 'run'; its checkpoints: run/checkpoints/a.ckpt, run/checkpoints/b.ckpt"),
+        (["fit", *PIECES, "--ckpt_path", "run/checkpoints"], "error: expected the file of a checkpoint, got the folder 'run/checkpoints'; its checkpoints: run/checkpoints/a.ckpt, "),
         (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last works with fit only; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "Early stopping conditioned on metric `val/loss` which is not available"),
         (["fit", *PIECES, *("--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs=1") * 2], "error: Found more than one stateful callback of type `ModelCheckpoint`"),
@@ -582,6 +584,9 @@ def test_what_a_run_refuses_is_said_in_a_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").write_text("")
+    Path("run/checkpoints").mkdir(parents=True)
+    for name in ("a", "b"):
+        Path("run/checkpoints", f"{name}.ckpt").write_text("")
     for root in ("bad", "cut", "good"):
         _pictures(root)
     write_image(Path("empty/train/b/0.jpg"), 0)
