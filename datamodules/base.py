@@ -247,10 +247,10 @@ class ImageDataModule(LightningDataModule, ABC):
         """Set the images to predict, with evaluation's preprocessing; returns their paths.
 
         Args:
-            images: A folder, searched recursively, or the files themselves.
+            images: A folder, searched recursively, a file, or several.
 
         Raises:
-            FileNotFoundError: No such folder, or no images in it.
+            FileNotFoundError: No such folder or file, or no images in the folder.
         """
         paths = self._readable(image_paths(images)) if isinstance(images, str | Path) else list(map(str, images))
         self._files = paths

@@ -113,6 +113,9 @@ class ImageFolder(FileDataModule):
             prediction; otherwise an error names such a file when it is read. The command line's predict gives it a row
             with its error either way.
 
+    Attributes:
+        refused: Why there is no test part although there are images for it, after `setup`: ``{"test": error}``.
+
     Raises:
         ValueError: There are fewer than two classes, splits with other classes than train, or files that are no images.
         FileNotFoundError: A folder or a file is missing, or a class is empty.
@@ -146,7 +149,7 @@ class ImageFolder(FileDataModule):
             _check_classes(self.root, self._folders["train"], names)
         self.test_fraction = test_fraction
         self.skip_broken = skip_broken
-        self._refused: dict[str, Exception] = {}
+        self.refused: dict[str, Exception] = {}
         super().__init__(num_classes=len(names), **kwargs)
         self.class_names = names
 
@@ -154,14 +157,14 @@ class ImageFolder(FileDataModule):
         """The parts that have folders or a split in the CSV file, and the test part if it is split off."""
         if self._table:
             self._check_paths()
-        parts, self._refused = {}, {}
+        parts, self.refused = {}, {}
         for name in (part for part in PARTS if part in self._part_names()):
             try:
                 parts[name] = self._labelled(name)
             except (ValueError, FileNotFoundError) as error:
                 if name != "test":
                     raise
-                self._refused[name] = error
+                self.refused[name] = error
                 rank_zero_warn(f"there is no test part: {error}")
         if self.test_fraction and "test" not in self._part_names():
             parts |= self._split(parts["train"], {"test": self.test_fraction})
@@ -255,8 +258,8 @@ class ImageFolder(FileDataModule):
         return super()._held(parts)
 
     def _part(self, name: str) -> Labelled:
-        if name in self._refused:
-            raise self._refused[name]
+        if name in self.refused:
+            raise self.refused[name]
         return super()._part(name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from .listing import counted, some
+from .listing import counted, is_image, some
 
 _COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "image"),
@@ -56,6 +56,7 @@ def read_labels(file: Path, root: Path) -> list[Row]:
     rows = [_row(f"line {number} of {str(file)!r}", cells, columns, total, roots) for number, cells in lines[first:]]
     if not rows:
         raise ValueError(f"{str(file)!r} has no rows; expected path,label")
+    _refuse_swapped(file, rows)
     _refuse_lists(file, {row.label for row in rows})
     if len({row.part is None for row in rows}) > 1:
         raise ValueError(f"expected a split in every row of {str(file)!r} or in none")
@@ -117,6 +118,15 @@ def _columns(file: Path, lines: list[tuple[int, list[str]]]) -> tuple[dict[str, 
             "(multi-label, one-hot) is not supported: give one label per image"
         )
     return {column: places[0] for column, places in named.items() if places}, 1
+
+
+def _refuse_swapped(file: Path, rows: list[Row]) -> None:
+    """Refuse rows whose labels, and not their paths, are names of image files."""
+    if all(is_image(row.label) for row in rows) and not any(is_image(row.path) for row in rows):
+        raise ValueError(
+            f"expected path,label in {str(file)!r}, got images as labels, such as {rows[0].label!r} of the path "
+            f"{rows[0].path!r}; the columns may be swapped: exchange them, or name them in a first line label,path"
+        )
 
 
 def _refuse_lists(file: Path, labels: set[str]) -> None:

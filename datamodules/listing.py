@@ -97,14 +97,14 @@ def holds_images(folder: Path) -> bool:
 
 
 def image_paths(folder: str | Path) -> list[str]:
-    """The image files below a folder, searched recursively; files left out are reported.
+    """The image files below a folder, searched recursively; files left out are reported. A file is the only one.
 
     Raises:
-        FileNotFoundError: No such folder, or no images in it.
+        FileNotFoundError: No such folder or file, or no images in the folder.
     """
+    if Path(folder).is_file():
+        return [str(folder)]
     if not Path(folder).is_dir():
-        if Path(folder).is_file():
-            raise FileNotFoundError(f"expected a folder of images, got the file {str(folder)!r}; give a list of files")
         raise FileNotFoundError(f"no folder {str(folder)!r}; expected one with images")
     found = Found().add(folder)
     found.report(repr(str(folder)))

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ncfinetune.atomic import replacing
 from ncfinetune.checksums import check_zip
+from ncfinetune.texts import some
 
 # Values of --ckpt_path that are not paths.
 _NAMED = ("best", "last", "hpc", "registry")
@@ -50,6 +51,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
+def _refuse_run(path: str) -> None:
+    """Refuse the folder of a run, or of its checkpoints, and name these."""
+    found = [str(one) for one in sorted([*Path(path).glob("*.ckpt"), *Path(path).glob("checkpoints/*.ckpt")])]
+    if found:
+        raise ValueError(f"expected the file of a checkpoint, got the folder {path!r}; its checkpoints: {some(found)}")
+
+
 def read_checkpoint(path: str) -> Mapping[str, Any] | None:
     """The contents of a Lightning checkpoint, read as data, its tensors as they are needed.
 
@@ -57,9 +65,13 @@ def read_checkpoint(path: str) -> Mapping[str, Any] | None:
     with objects of other classes, which Lightning may be told to trust.
 
     Raises:
-        ValueError: There is no such file, or it is no checkpoint of Lightning or a damaged one.
+        ValueError: There is no such file, it is a folder with checkpoints, or it is no checkpoint of Lightning or a
+            damaged one.
     """
-    if path in _NAMED or re.match(r"\w+:", path) or Path(path).is_dir():
+    if path in _NAMED or re.match(r"\w+:", path):
+        return None
+    if Path(path).is_dir():
+        _refuse_run(path)
         return None
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path!r}; a run writes its checkpoints to RUN/checkpoints")

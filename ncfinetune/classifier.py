@@ -239,13 +239,13 @@ class Classifier(Learner):
             ...     print(file, name, probability)
 
         Args:
-            images: A folder, searched recursively, or the files themselves.
+            images: A folder, searched recursively, a file, or several.
             batch_size: Images per batch.
             num_workers: Worker processes that decode; 0 decodes in this process.
 
         Raises:
             ValueError: The model does not know its preprocessing, or there are no images.
-            FileNotFoundError: No such folder, or no images in it.
+            FileNotFoundError: No such folder or file, or no images in the folder.
         """
         return predict_images(self, images, batch_size, num_workers)
 

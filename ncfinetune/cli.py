@@ -25,9 +25,9 @@ commands:
   validate   loss, accuracy and collapse on the validation set
   test       the same on the test set
              a trained run:         ncfinetune test --ckpt_path RUN/checkpoints/NAME.ckpt
-  predict    class probabilities of a folder of images, on any machine, or without --images of the run's test set, as
-             RUN/predictions.csv or as the .csv or .parquet file that --predictions names; images that cannot be read
-             have an error in their row, and the exit status is then 3:
+  predict    class probabilities of a folder of images or of one, on any machine, or without --images of the run's test
+             set, as RUN/predictions.csv or as the .csv or .parquet file that --predictions names; images that cannot be
+             read have an error in their row, and the exit status is then 3:
                                     ncfinetune predict --ckpt_path RUN/checkpoints/NAME.ckpt --images FOLDER
   evaluate   confusion matrix, precision and recall of each class, calibration, and the most confident mistakes, of the
              run's test set (--split val: of its validation set), or with --images of a folder FOLDER/CLASS/*.jpg:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +31,9 @@ class PlainParser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and one line."""
+        """Exit with status 2 and one line; a class's parser leaves that to the command's, which knows the class."""
+        if not self.exit_on_error:
+            super().error(message, ex)
         self.exit(2, f"error: {one_line(message, self)}\n")
 
     def made(self, config: Namespace) -> Namespace:
@@ -51,9 +55,11 @@ def check_configurations(words: Iterable[Any], parser: LightningArgumentParser) 
 
 def one_line(message: str, parser: LightningArgumentParser) -> str:
     """A jsonargparse error in one line, with the valid names if a name is misspelt."""
+    message = _of_the_chosen(message)
     for pattern, explain in _EXPLANATIONS.items():
         if found := re.findall(pattern, message):
             return explain(found[-1], message, parser)
+    message = _innermost(message)
     lines = [line.strip(" -") for line in message.splitlines()]
     kept = [line for line in lines if line and not line.startswith(_NOISE)]
     if len(kept) == 1 and (key := re.fullmatch(r'Parser key "([\w.]+)":', kept[0])):
@@ -61,10 +67,39 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     return "; ".join(dict.fromkeys(kept))
 
 
+def _of_the_chosen(message: str) -> str:
+    """The error without the attempt to take a base class, as one callback, in place of the one that was chosen."""
+    bases = "|".join(base.__name__ for base in BASES.values())
+    rest = re.sub(
+        rf"- Problem with given class_path '(?:\w+\.)*(?:{bases})':\s+Option '[\w.]+' is not accepted", "", message
+    )
+    return rest if "Problem with given class_path" in rest else message
+
+
+def _innermost(message: str) -> str:
+    """Of errors that contain one another the part on the innermost key."""
+    lines = message.splitlines()
+    keys = [place for place, line in enumerate(lines) if line.lstrip(" -").startswith('Parser key "')]
+    if not keys:
+        return message
+    key, *after = lines[keys[-1] :]
+    own = itertools.takewhile(lambda line: not line.strip() or _indent(line) > _indent(key), after)
+    return "\n".join([key.strip(" -"), *own])
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def _wrong_type(key: str, message: str) -> str:
     """What an option takes and was given, of an error that says nothing else."""
+    choices = [
+        str(one) for found in re.findall(r"typing\.Literal(\[.*?\])", message) for one in ast.literal_eval(found)
+    ]
     types = re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", message)
-    wanted = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(types))
+    named = ["null" if name == "NoneType" else name for name in dict.fromkeys(types)]
+    listed = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
+    wanted = " or ".join([*listed, *named])
     given = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     return f"{key}: expected {wanted or 'another type'}" + (f", got {' '.join(given[1].split())!r}" if given else "")
 
@@ -73,25 +108,58 @@ def _unknown_class(name: str, message: str, parser: LightningArgumentParser) -> 
     key = re.findall(r'(?:Parser key "|^--)([\w.]+?)(?:"|\.help:)', message)[-1]
     base = BASES.get(key.split(".")[-1])
     if base is None:
-        return f"{key}: no class {name!r}"
+        return _wrong_type(key, _innermost(message)) if "typing.Literal[" in message else f"{key}: no class {name!r}"
     classes = {c.__name__ for c in _concrete_subclasses(base)}
     own = {c.__name__ for c in own_subclasses(base)}
     return f"{key}: no class {name!r}; {_known(name, sorted(own or classes), classes)}"
 
 
-def _unknown_parameter(found: tuple[str, str], message: str, parser: LightningArgumentParser) -> str:
-    path, option = found
-    module, name = path.rsplit(".", 1)
-    parameters = _parameters(getattr(importlib.import_module(module), name))
-    return f"{name} has no option {option!r}; {_known(option, parameters, parameters)}"
+def _unknown_parameter(option: str, message: str, parser: LightningArgumentParser) -> str:
+    """An option that a class hasn't; without a class jsonargparse looks for it in the base class of all."""
+    refused = rf"Option '{re.escape(option)}' is not accepted"
+    paths = re.findall(rf"class_path '([\w.]+)':\s+{refused}", message)
+    paths += re.findall(rf"{refused}\W+Got value: Namespace\(class_path='([\w.]+)'", message)
+    owners = [getattr(importlib.import_module(module), name) for module, _, name in (p.rpartition(".") for p in paths)]
+    if not owners:
+        return f"no option {option!r} where it was given"
+    owner = owners[0]
+    kind = next((kind for kind, base in BASES.items() if inspect.isclass(owner) and issubclass(owner, base)), "")
+    own = own_subclasses(BASES[kind]) if kind else []
+    homes = sorted(c.__name__ for c in own if option in _parameters(c))
+    belongs = f"; it belongs to {', '.join(homes)}" if homes else ""
+    if owner in BASES.values():
+        place = _PLACES[kind]
+        others = [one for one in _elsewhere(option, parser) if not one.startswith(f"{place}.{option} ")]
+        start = f"no option {option!r} where it was given; options of a class come after --{place} CLASS"
+        return start + (belongs or _nearest(others))
+    parameters, start = _parameters(owner), f"{owner.__name__} has no option {option!r}"
+    if belongs:
+        return start + belongs + _nearest(_alike(option, parameters))
+    if elsewhere := _elsewhere(option, parser):
+        return start + _nearest(elsewhere)
+    return f"{start}; {_known(option, parameters, parameters)}"
 
 
-def _unknown_parameter_of_some_class(option: str, message: str, parser: LightningArgumentParser) -> str:
-    known = {c.__name__: _parameters(c) for base in BASES.values() for c in own_subclasses(base)}
-    if owners := sorted(name for name, parameters in known.items() if option in parameters):
-        return f"no option {option!r} where it was given; it belongs to {', '.join(owners)}"
-    parameters = sorted(set().union(*known.values()))
-    return f"no option {option!r}; {_known(option, parameters, parameters)}"
+def _elsewhere(option: str, parser: LightningArgumentParser) -> list[str]:
+    """Options of this name in another place, or of this name after another word, as max_epochs.
+
+    Of the classes that may be chosen there, those count that half of them have.
+    """
+    name, options = option.rsplit(".", 1)[-1], _options(parser)
+    found = [(known.rsplit(".", 1)[-1], known) for known in options]
+    for kind in ("model", "data", "optimizer", "lr_scheduler"):
+        place = _PLACES[kind]
+        if place.split(".")[0] in options:
+            found += [(known, f"{place}.{known} (after --{place} CLASS)") for known in _common_parameters(BASES[kind])]
+    same = [where for last, where in found if last == name]
+    return (same or [where for last, where in found if re.fullmatch(f"[a-z]+_{re.escape(name)}", last)])[:3]
+
+
+def _common_parameters(base: type[Any]) -> list[str]:
+    """The arguments that half of the classes below one have."""
+    classes = list(_concrete_subclasses(base))
+    counts = Counter(name for subclass in classes for name in _parameters(subclass))
+    return [name for name, count in counts.items() if 2 * count >= len(classes)]
 
 
 def _parameters(owner: Any) -> list[str]:
@@ -102,8 +170,10 @@ def _parameters(owner: Any) -> list[str]:
 
 
 def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -> str:
-    option = found.split()[0].lstrip("-").split("=")[0]
-    options = sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
+    word, options = found.split()[0], _options(parser)
+    option = word.lstrip("-").split("=")[0]
+    if not word.startswith("-") and "ckpt_path" in options:
+        return f"expected an option, got {word!r}; {_WAYS}"
     group = option.rsplit(".", 1)[0] + "."
     siblings = [known for known in options if known.startswith(group)] or [
         "seed_everything",
@@ -111,14 +181,19 @@ def _unknown_option(found: str, message: str, parser: LightningArgumentParser) -
         "model",
         "data",
     ]
-    return f"no option {option!r}; {_known(option, siblings, options)}"
+    return f"no option {option!r}; {_known(option, siblings, options, _elsewhere(option, parser))}"
+
+
+def _options(parser: LightningArgumentParser) -> list[str]:
+    return sorted({known.lstrip("-") for p in _with_subparsers(parser) for known in p._option_string_actions})
 
 
 def _missing(found: str, message: str, parser: LightningArgumentParser) -> str:
     """What a command lacks, of ``COMMAND.model`` and ``COMMAND.data``."""
     command, lacks = found.partition(".")[0], [name for name in ("model", "data") if f".{name}" in found]
     if not lacks:
-        return " ".join(message.split())
+        owner = re.search(r"class_path '(?:\w+\.)*(\w+)':\s+the following", message)
+        return (f"{owner[1]}: " if owner else "") + f"the following arguments are required: {found}"
     needs = " and ".join({"model": "a model", "data": "data"}[name] for name in lacks)
     if command != "fit":
         return f"{command} needs {needs}; for those of a run give --ckpt_path RUN/checkpoints/NAME.ckpt"
@@ -134,11 +209,10 @@ def _no_file(path: str, message: str, parser: LightningArgumentParser) -> str:
 
 
 # Beginnings of the lines in jsonargparse's errors that list its attempts and not the error.
-_NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Given value")
+_NOISE = ("Does not validate", "Subtypes", "Errors", "Expected a <class", "Expected a typing.Literal", "Given value")
 _EXPLANATIONS: dict[str, Callable[[Any, str, LightningArgumentParser], str]] = {
     r"Expected a dot import path string: (\S+)": _unknown_class,
-    r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted": _unknown_parameter,
-    r"^Option '([\w.]+)' is not accepted": _unknown_parameter_of_some_class,
+    r"Option '([\w.]+)' is not accepted": _unknown_parameter,
     r"unrecognized arguments: (.+)": _unknown_option,
     r"does not accept option '([\w.]+)'": _unknown_option,
     r"File does not exist: '(.+?)'": _no_file,
@@ -153,12 +227,33 @@ BASES: dict[str, type[Any]] = {
     "optimizer": torch.optim.Optimizer,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
 }
+# Where they are on the command line.
+_PLACES = {
+    "model": "model",
+    "data": "data",
+    "callbacks": "trainer.callbacks",
+    "logger": "trainer.logger",
+    "optimizer": "model.optimizer",
+    "lr_scheduler": "model.lr_scheduler",
+}
+# How to give what is often given as a word of its own.
+_WAYS = "a checkpoint is given by --ckpt_path, images to predict or evaluate by --images, a configuration by --config"
 
 
-def _known(name: str, shown: list[str], all_names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(all_names), n=3)
+def _known(name: str, shown: list[str], all_names: Iterable[str], nearest: Sequence[str] = ()) -> str:
+    nearest = nearest or _alike(name, all_names)
+    # The nearest first, since not all may be shown.
+    shown = sorted(shown, key=lambda one: nearest.index(one) if one in nearest else len(nearest))
     listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
-    return f"expected one of {listed}" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
+    return f"expected one of {listed}{_nearest(nearest)}"
+
+
+def _alike(name: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(names), n=3)
+
+
+def _nearest(names: Sequence[str]) -> str:
+    return f"; nearest: {', '.join(names)}" if names else ""
 
 
 def own_subclasses(base: type[Any]) -> list[type[Any]]:

@@ -22,6 +22,9 @@ def conclusion(trainer: Trainer, module: Any) -> Iterator[str]:
         module: Its model.
     """
     yield f"run: {trainer.log_dir or trainer.default_root_dir}, {_ended(trainer)}"
+    data: Any = getattr(trainer, "datamodule", None)
+    for part, error in getattr(data, "refused", {}).items():
+        yield f"there is no {part} part: {error}"
     callback: Any = trainer.checkpoint_callback
     last = Path(getattr(callback, "dirpath", None) or "", "last.ckpt")
     best = getattr(callback, "best_model_path", "")
@@ -31,9 +34,9 @@ def conclusion(trainer: Trainer, module: Any) -> Iterator[str]:
     kind = "best" if best and getattr(callback, "monitor", None) else "last"
     yield f"{kind} checkpoint: {path}{_numbers(path)}"
     if isinstance(module, Classifier):
-        splits = getattr(getattr(trainer, "datamodule", None), "splits", ["test"])
-        split = "" if "test" in splits else " --split val"
-        yield f"next: ncfinetune evaluate --ckpt_path {path}{split}"
+        splits = getattr(data, "splits", ["test"])
+        images = "" if "test" in splits else " --split val" if "val" in splits else " --images FOLDER"
+        yield f"next: ncfinetune evaluate --ckpt_path {path}{images}"
 
 
 def _ended(trainer: Any) -> str:

@@ -68,7 +68,7 @@ def predict_images(
 
     Raises:
         ValueError: The model does not know its preprocessing, or there are no images.
-        FileNotFoundError: No such folder, or no images in it.
+        FileNotFoundError: No such folder or file, or no images in the folder.
     """
     if model.preprocessing is None:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
@@ -23,6 +24,8 @@ from ncfinetune.texts import some
 
 # Images of a sheet: four rows of six.
 _MOST_MISTAKES = 24
+# Names of the folders of splits, in any case.
+_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 class PredictionRows(Callback):
@@ -162,24 +165,29 @@ def folder_labels(files: Sequence[str], folder: str, names: Sequence[str], neede
 
     Args:
         files: Paths of the images.
-        folder: The folder.
+        folder: The folder, or the only image.
         names: Names of the classes.
-        needed: Refuse images in no folder of a class.
+        needed: Refuse images in no folder of a class, and warn of several splits.
 
     Raises:
         ValueError: There are such images.
     """
+    folder = os.path.dirname(folder) if os.path.isfile(folder) else folder
     numbers = {name: label for label, name in enumerate(names)}
-    paths = [Path(os.path.relpath(file, folder)).parts for file in files]
+    paths = [Path(os.path.relpath(file, folder or ".")).parts for file in files]
     homes = [[name for name in path[:-1] if name in numbers] for path in paths]
     labels = [numbers[home[-1]] if home else -1 for home in homes]
     if needed and min(labels) < 0:
         others = sorted({path[0] for path, label in zip(paths, labels, strict=True) if label < 0})
         found = f"{labels.count(-1)} of {len(labels)} images are elsewhere: {some(others)}"
         raise ValueError(
-            f"evaluate needs the class of each image: expected {folder}/CLASS/ for the model's classes "
-            f"{some(names)}; {found}"
+            f"evaluate needs the class of each image: expected {os.path.join(folder, 'CLASS', '')} for the model's "
+            f"classes {some(names)}; {found}"
         )
+    splits = sorted({path[0] for path in paths if path[0].lower() in _SPLITS} - numbers.keys())
+    if needed and len(splits) > 1:
+        where = [os.path.join(folder, split) for split in splits]
+        rank_zero_warn(f"{' and '.join(where)} are evaluated together; for one of them alone give --images {where[0]}")
     return labels
 
 

@@ -87,7 +87,13 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         "the first row of a task without one, unless given",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="table and picture as one HTML file, too")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    out = options.out
+    if out is not None and not out.is_dir() and (out.is_file() or out.suffix in (".md", ".png", ".html")):
+        parser.error(
+            f"expected --out FOLDER, for report.md and report.png in it, got {str(out)!r}; a page is --html FILE"
+        )
+    return options
 
 
 def _page(title: str, table: Sequence[dict[str, str]], drawn: bytes) -> str:

@@ -62,7 +62,7 @@ def check_lengths(trainer: Any) -> None:
 
 
 def check_monitors(trainer: Any) -> None:
-    """Refuse a scheduler that monitors a number of the validation in a run that has none.
+    """Refuse a scheduler or callback that monitors a number of the validation in a run that has none.
 
     Raises:
         ValueError: There is one.
@@ -71,12 +71,28 @@ def check_monitors(trainer: Any) -> None:
     known = trainer.val_dataloaders is not None
     if trainer.enable_validation and not (known and not sum(trainer.num_val_batches)):
         return
-    for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau and "val" in str(config.monitor).split("/"):
+    plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    monitors = [("the scheduler", config.monitor) for config in plateaus]
+    # A callback that is not strict does without.
+    strict = [callback for callback in trainer.callbacks if getattr(callback, "strict", True)]
+    monitors += [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in strict]
+    for who, monitor in monitors:
+        if "val" in str(monitor).split("/"):
+            other = "lightning.pytorch.cli.ReduceLROnPlateau with the" if who == "the scheduler" else "another"
             raise ValueError(
-                f"the scheduler monitors {config.monitor}, but the run has no validation; give validation images, or "
-                "take lightning.pytorch.cli.ReduceLROnPlateau with the monitor train/loss"
+                f"{who} monitors {monitor}, but the run has no validation{_images_of(trainer)}; give validation images "
+                "(a folder val, or a val_fraction above 0 of two images or more of a class), or take "
+                f"{other} monitor, as train/loss"
             )
+
+
+def _images_of(trainer: Any) -> str:
+    """How many training images each class has, where the datamodule tells it."""
+    counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+    if counts is None or not len(counts):
+        return ""
+    low, high = min(counts), max(counts)
+    return f" (training images of a class: {low if low == high else f'{low} to {high}'})"
 
 
 def _epochs_of(trainer: Any) -> float:

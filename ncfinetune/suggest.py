@@ -111,6 +111,7 @@ def main(words: Sequence[str]) -> int:
     with _quiet():
         # Read once, since a datamodule may split or shuffle its images anew at each pass.
         images, labels = read_images(pass_trainer(options), networks[0].backbone, data, options.max_images)
+        _check_several(labels, data)
         bench = Bench(
             networks[0].backbone,
             images,
@@ -131,6 +132,18 @@ def main(words: Sequence[str]) -> int:
     print(f"\n{_LEGEND.format(images=len(labels), classes=len(classes_of(data)))}")
     _publish(rows, _recipe(options), _given(options, words), options.out)
     return 0
+
+
+def _check_several(labels: Tensor, data: Any) -> None:
+    """Refuse one image of each class, and say whether others were put aside for validation."""
+    if int(torch.unique(labels, return_counts=True)[1].max()) > 1:
+        return
+    aside = [split for split in getattr(data, "splits", ()) if split != "train"]
+    others = f"; further ones are put aside as {' and '.join(aside)}, which suggest does not use" if aside else ""
+    free = ", or --data.val_fraction 0" if "val" in aside else ""
+    raise ValueError(
+        f"expected two training images of some class at least, got one of each{others}; give more images{free}"
+    )
 
 
 def _publish(rows: Sequence[Row], recipe: str, given: str, out: str | None) -> None:

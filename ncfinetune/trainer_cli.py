@@ -230,8 +230,8 @@ class NCFinetuneCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="After fit, test the last weights on the test set."
         )
         add: Any = parser.add_argument
-        text = "With predict and evaluate: a folder of images, in place of the data's; folders in it that are named as "
-        add("--images", type=str | None, default=None, help=f"{text}classes are the true classes.")
+        text = "With predict and evaluate: a folder of images, or an image to predict, in place of the data's; folders "
+        add("--images", type=str | None, default=None, help=f"{text}in it that are named as classes are the true ones.")
         text = "With predict: the .csv or .parquet file to write, in place of RUN/predictions.csv."
         add("--predictions", type=str | None, default=None, help=text)
         if self._command in trained.ALONE:

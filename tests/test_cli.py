@@ -371,6 +371,8 @@ def test_images_of_a_folder_are_classified_by_file(tmp_path: Path, trained: tupl
     for row, known in zip(got[1:], expected[1:4], strict=True):
         assert row[1] == known[2]
         assert [float(p) for p in row[2:-1]] == pytest.approx([float(p) for p in known[3:-1]], abs=1e-5)
+    main(["predict", *words, "--images", str(tmp_path / "photos" / "b.png")])
+    assert list(csv.reader((run / "predictions.csv").read_text().splitlines())) == [got[0], got[2]]
 
 
 @pytest.mark.parametrize(
@@ -468,8 +470,8 @@ def test_images_that_are_none_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of FineTuner, SimCLR, SupCon, Supervised; nearest: Supervised"),
-        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Aircraft, "),
+        (["--model", "Superviced", "--data", "Digits"], "model: no class 'Superviced'; expected one of Supervised, FineTuner, SimCLR, SupCon; nearest: Supervised"),
+        (["--model", "Supervised", "--data", "Digit"], "data: no class 'Digit'; expected one of Digits, Aircraft, "),
         ([*PIECES, "--model.backbon", "x"], "no option 'backbon'; expected one of"),
         (["--config", "misspelt.yaml"], "nearest: backbone"),
         ([*PIECES, "--trainer.max_epoch", "3"], "no option 'trainer.max_epoch'; expected one of trainer"),
@@ -485,8 +487,25 @@ def test_images_that_are_none_are_refused(
         ([*PIECES, "--trainer.val_check_interval", "0.0"], "expected trainer.val_check_interval above 0, got 0.0"),
         (["--config", "nowhere.yaml"], "no file"),
         ([*PIECES, "--model.num_classes", "3"], "the model is given num_classes=3, but the data has 10; leave it out"),
-        ([*PIECES, "--data.batchsize", "8"], "no option 'batchsize'"),
-        ([*PIECES, "--data.place", "disk"], "no option 'place'; expected one of adversary, "),
+        ([*PIECES, "--data.batchsize", "8"], "Digits has no option 'batchsize'; expected one of batch_size, "),
+        ([*PIECES, "--data.place", "disk"], "Digits has no option 'place'; expected one of "),
+        (["--data.image_size", "8", *PIECES], "no option 'image_size' where it was given; options of a class come after --data CLASS; it belongs to Aircraft, "),
+        ([*PIECES[:4], "--data.shots", "8"], "no option 'shots' where it was given; options of a class come after --data CLASS; it belongs to Aircraft, "),
+        ([*PIECES, "--data.augmentation", "strong"], "error: augmentation: expected one of plain, standard, trivial, simclr, got 'strong'"),
+        ([*PIECES, "--model.lr_interval", "x"], "error: lr_interval: expected one of epoch, step, got 'x'"),
+        ([*PIECES, "--model.lr", "0.1"], "error: Supervised has no option 'lr'; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        (["--model.lr", "0.1", *PIECES], "come after --model CLASS; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        ([*PIECES, "--model.optimizer.lr", "0.1"], "error: no option 'lr' where it was given; options of a class come after --model.optimizer CLASS"),
+        ([*PIECES, "--model.optimizer", "SGD", "--model.optimizer.l", "0.1"], "SGD has no option 'l'; expected one of lr, params, "),
+        ([*PIECES, "--lr", "0.1"], "no option 'lr'; expected one of seed_everything, trainer, model, data; nearest: model.optimizer.lr (after --model.optimizer CLASS)"),
+        ([*PIECES, "--epochs", "3"], "no option 'epochs'; expected one of seed_everything, trainer, model, data; nearest: trainer.max_epochs, trainer.min_epochs"),
+        ([*PIECES, "--batch_size", "3"], "nearest: data.batch_size (after --data CLASS)"),
+        ([*PIECES, "--trainer.callbacks+=NeuralCollapseTracker", "--trainer.callbacks.layer", "x"], "NeuralCollapseTracker has no option 'layer'; it belongs to OnlineProbe; nearest: layers"),
+        ([*PIECES, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.patience=abc"], "error: patience: expected int, got 'abc'"),
+        ([*PIECES, "--trainer.callbacks.monitor=x"], "no option 'monitor' where it was given; options of a class come after --trainer.callbacks CLASS"),
+        ([*PIECES, "--model.optimizer", "{class_path: SGD, init_args: {lrr: 1}}"], "SGD has no option 'lrr'; expected one of lr, params, "),
+        ([*PIECES, "--trainer.callbacks+=EarlyStopping"], "error: EarlyStopping: the following arguments are required: monitor"),
+        ([*PIECES, "a.ckpt"], "error: expected an option, got 'a.ckpt'; a checkpoint is given by --ckpt_path, images to predict or evaluate by --images, a configuration by --config"),
         (["--config", "misspelt_data.yaml"], "nearest: shots"),
         ([*PIECES, "--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--model", "FineTuner", "--model.backbone", TINY, "--data", "Digits", "--model.train", "layer9.0"], "no layer fits 'layer9.0'"),
@@ -546,8 +565,11 @@ def _pair(learner: str, *words: str) -> list[str]:
         (["fit", "--data", "Digits"], "error: fit needs a model, which --model.help shows, or a --config FILE"),
         (["validate", *PIECES, "--ckpt_path", "no.ckpt"], "no checkpoint 'no.ckpt'; a run writes its checkpoints to RUN/checkpoints"),
         (["validate", *PIECES, "--ckpt_path", "file"], "'file' is no checkpoint of a run, or a damaged one"),
+        (["evaluate", "--ckpt_path", "run"], "error: expected the file of a checkpoint, got the folder 'run'; its checkpoints: run/checkpoints/a.ckpt, run/checkpoints/b.ckpt"),
+        (["fit", *PIECES, "--ckpt_path", "run/checkpoints"], "error: expected the file of a checkpoint, got the folder 'run/checkpoints'; its checkpoints: run/checkpoints/a.ckpt, "),
         (["test", *PIECES, "--ckpt_path", "last"], "error: ckpt_path last works with fit only; test needs the file, --ckpt_path RUN/checkpoints/NAME.ckpt"),
-        (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "Early stopping conditioned on metric `val/loss` which is not available"),
+        (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"], "EarlyStopping monitors val/loss, but the run has no validation (training images of a class: 4); give validation images (a folder val, or a val_fraction above 0 of two images or more of a class), or take another monitor, as train/loss"),
+        (["fit", *PIECES, "--trainer.limit_val_batches", "0", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"], "ModelCheckpoint monitors val/loss, but the run has no validation (training"),
         (["fit", *PIECES, *("--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs=1") * 2], "error: Found more than one stateful callback of type `ModelCheckpoint`"),
         (["predict", *PIECES], "predict needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
         (["evaluate", *PIECES], "evaluate needs a trained classifier; give --ckpt_path RUN/checkpoints/NAME.ckpt"),
@@ -563,6 +585,9 @@ def test_what_a_run_refuses_is_said_in_a_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").write_text("")
+    Path("run/checkpoints").mkdir(parents=True)
+    for name in ("a", "b"):
+        Path("run/checkpoints", f"{name}.ckpt").write_text("")
     for root in ("bad", "cut", "good"):
         _pictures(root)
     write_image(Path("empty/train/b/0.jpg"), 0)
@@ -600,7 +625,7 @@ def test_missing_file_of_the_installation_names_its_neighbours(
     monkeypatch.chdir(tmp_path)
     error = _refusal(capsys, "fit", "--config", "experiments/start/prob.yaml")
     assert error.endswith(
-        "prob.yaml'; expected one of full.yaml, layer.yaml, probe.yaml, scl.yaml; nearest: probe.yaml, layer.yaml"
+        "prob.yaml'; expected one of probe.yaml, layer.yaml, full.yaml, scl.yaml; nearest: probe.yaml, layer.yaml"
     )
 
 

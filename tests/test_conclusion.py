@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_image
 from test_cli import PIECES, QUIET, TINY
 
 from ncfinetune.cli import main
@@ -77,3 +78,15 @@ def test_without_test_images_the_validation_images_are_to_be_evaluated(
     monkeypatch.setattr("ncfinetune.datamodules.Digits.splits", ["train", "val"])
     lines = _said(tmp_path, caplog, *PIECES, "--trainer.max_epochs=1")
     assert lines[-1].endswith(".ckpt --split val")
+
+
+@pytest.mark.filterwarnings("ignore:there is no test part", "ignore:Total length of")
+def test_test_images_of_other_classes_are_said_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, place in enumerate(("train/a", "train/b", "test/b", "test/c")):
+        write_image(tmp_path / "photos" / place / "0.png", number)
+    data = ["--data", "ImageFolder", "--data.root", str(tmp_path / "photos"), "--data.image_size=8"]
+    colour = ["--model", "Supervised", "--model.backbone", TINY.replace("in_chans: 1", "in_chans: 3")]
+    lines = _said(tmp_path, caplog, *colour, *data, "--data.num_workers=0", "--trainer.max_epochs=1")
+    other = "it lacks ['a'] and has also ['c']"
+    assert lines[1] == f"there is no test part: expected the classes of train in test; {other}"
+    assert lines[-1].endswith(".ckpt --images FOLDER")

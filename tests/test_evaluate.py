@@ -303,6 +303,27 @@ def test_classes_of_a_folder_are_its_folders() -> None:
         folder_labels(files, "there", NAMES, needed=True)
 
 
+def test_a_file_alone_is_in_no_folder_of_a_class(tmp_path: Path) -> None:
+    file = tmp_path / "plum" / "a.png"
+    file.parent.mkdir()
+    file.write_text("")
+    assert folder_labels([str(file)], str(file), NAMES) == [-1]
+    with pytest.raises(
+        ValueError, match=r"expected .*plum/CLASS/ for the model's .*; 1 of 1 images are elsewhere: a.png"
+    ):
+        folder_labels([str(file)], str(file), NAMES, needed=True)
+
+
+def test_splits_that_are_evaluated_together_are_said() -> None:
+    files = ["there/Test/plum/a.png", "there/train/apple/b.png"]
+    message = "there/Test and there/train are evaluated together; for one of them alone give --images there/Test"
+    with pytest.warns(UserWarning, match=message):
+        assert folder_labels(files, "there", NAMES, needed=True) == [2, 0]
+    folder_labels(files, "there", NAMES)  # of a table each row names its file
+    folder_labels(files[:1], "there", NAMES, needed=True)
+    folder_labels(files, "there", [*NAMES, "train"], needed=True)  # a class of that name
+
+
 @pytest.fixture(scope="module")
 def _run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos and a run on them."""

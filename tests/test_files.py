@@ -532,14 +532,17 @@ def test_images_in_both_parts_that_have_copies_count_once(tmp_path: Path) -> Non
     assert said.endswith(".png: results on test are too good; leave each image in one split")
 
 
-def test_a_loader_before_setup_and_a_file_for_a_folder_are_refused_in_words(tmp_path: Path) -> None:
+def test_a_loader_before_setup_is_refused_in_words(tmp_path: Path) -> None:
     _write(tmp_path, {"train": 4, "val": 2})
     data = _make(tmp_path)
     with pytest.raises(ValueError, match=r"expected setup\(\) before a loader of train images; call it first"):
         data.train_dataloader()
+
+
+def test_a_file_to_predict_is_the_only_one(tmp_path: Path) -> None:
+    _write(tmp_path, {"train": 4, "val": 2})
     file = next((tmp_path / "train").rglob("*.png"))
-    with pytest.raises(FileNotFoundError, match=f"expected a folder of images, got the file '{file}'; give a list of"):
-        data.predict_files(file)
+    assert _make(tmp_path).predict_files(file) == [str(file)]
 
 
 def test_classes_that_are_named_as_splits_are_told_how(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ IMPORTS = {
     "cache": {"checksums", "loaders", "passes", "samples", "split", "store"},
     "calibration": set(),
     "channels": {"pooling", "tracing"},
-    "checkpoint_io": {"atomic", "checksums"},
+    "checkpoint_io": {"atomic", "checksums", "texts"},
     "checksums": set(),
     "chosen": {"layers"},
     "class_help": {"cli_errors"},

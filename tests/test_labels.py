@@ -135,6 +135,11 @@ MULTI = r"\(?multi-label"
         ("path,split,label,split\n00.png,train,a,val", "expected one column split in .*, got split and split, each of"),
         ("path,label,Class\n00.png,3,cat", "expected one column label in .*, got label and Class, each of which could"),
         ("00.png,a\n00.png,b", rf"has 00.png with the labels 'a' and 'b'; {MULTI} images are not supported"),
+        (
+            "a,00.png\na,deeper/01.png\nb,02.png",
+            "expected path,label in .*, got images as labels, such as '00.png' of the path 'a'; the columns may be sw",
+        ),
+        ("path,label,split\na,00.png,train\nb,02.png,val", "expected path,label in .*; the columns may be swapped"),
         ("00.png,a|b\ndeeper/01.png,b", rf"expected one label in line 1 of .*, got 'a\|b'; {MULTI} images are not"),
         ('00.png,a\n02.png,b\ndeeper/01.png,"a, b"', rf"expected one label a row in .*, got 'a, b'; {MULTI}"),
         ('00.png,"a,b"\n02.png,"a,c"\ndeeper/01.png,"c, b"', rf"expected one label a row in .*, got 'a,b'; {MULTI}"),

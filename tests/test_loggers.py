@@ -210,6 +210,12 @@ def test_headline_of_a_run() -> None:
     }
 
 
+def test_equal_features_have_a_picture_of_their_spread() -> None:
+    features, labels = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
+    figure = of_pass({0: {"b": 2.0}}, {"b": class_moments(features, labels, 2)}, (features, labels), None)["spread_b"]
+    assert figure.axes[0].get_xlim() == (0, 1)
+
+
 def test_pictures_name_the_classes() -> None:
     labels = torch.arange(30) % 3
     features = torch.randn(30, 4) + 3 * nn.functional.one_hot(labels, 4)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -351,9 +351,28 @@ def test_a_plateau_of_a_contrastive_loss_is_that_of_training(tmp_path: Path) -> 
 def test_a_plateau_of_a_validation_that_is_not_there_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     model = Supervised(3, SMALL, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     data = (_plain(), _plain()) if options else (_plain(),)
-    message = "the scheduler monitors val/loss, but the run has no validation; give validation images, or"
+    message = r"the scheduler monitors val/loss, but the run has no validation; give validation images \(a folder val, "
     with pytest.raises(ValueError, match=message):
         _trainer(tmp_path, **options).fit(model, *data)
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_a_callback_that_monitors_a_validation_that_is_not_there_is_refused(kind: Any, tmp_path: Path) -> None:
+    saves = {"enable_checkpointing": True}
+    trainer = _trainer(tmp_path, callbacks=[kind(monitor="val/loss")], **saves)
+    message = (
+        f"{kind.__name__} monitors val/loss, but the run has no validation; .*, or take another monitor, as train/loss"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Supervised(3, SMALL), _plain())
+    assert trainer.global_step == 0
+    _trainer(tmp_path, callbacks=[kind(monitor="train/loss")], **saves).fit(Supervised(3, SMALL), _plain())
+
+
+def test_a_callback_that_is_not_strict_does_without_a_validation(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, callbacks=[EarlyStopping("val/loss", strict=False)])
+    trainer.fit(Supervised(3, SMALL), _plain())
+    assert trainer.global_step == 2
 
 
 @pytest.mark.parametrize(

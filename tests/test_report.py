@@ -1274,6 +1274,16 @@ def test_report_writes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "runs" / "report.md").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there").write_text("")
+    for name in ("both.md", "there"):
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path), "--out", str(tmp_path / name)])
+        said = capsys.readouterr().err
+        assert f"expected --out FOLDER, for report.md and report.png in it, got '{tmp_path / name}'; a page" in said
+    assert not (tmp_path / "both.md").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_report_of_real_runs_one_of_which_went_on_elsewhere(

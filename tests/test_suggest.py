@@ -540,7 +540,7 @@ def test_images_and_labels_are_of_one_pass(weights, monkeypatch):
         (["--backbone", SPEC, SPEC, "--allow_random", "true"], "suggest takes one backbone, got 2; scan ranks several"),
         (
             ["--data.shots", "1", "--allow_random", "true"],
-            "expected two images of some class at least, got one of each",
+            "expected two training images of some class at least, got one of each; further ones are put aside as val",
         ),
     ],
 )
