@@ -64,7 +64,7 @@ def test_takes_what_helps_in_order_and_leaves_noise() -> None:
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_layers_are_taken_than_asked_for(most: int) -> None:
-    layers = {name: (LABELS == number).double()[:, None] for number, name in enumerate(("zero", "one"))}
+    layers = {name: (number == LABELS).double()[:, None] for number, name in enumerate(("zero", "one"))}
     assert len(choose_skips(_noise(24, 4), layers, LABELS, most=most)) == most
 
 
