@@ -58,6 +58,29 @@ def test_one_long_step_on_a_linear_model_is_the_sign_of_its_weights() -> None:
     torch.testing.assert_close(found - x, 0.1 * direction, atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_the_model_is_called_once_a_step(steps: int) -> None:
+    linear, calls = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), []
+    linear.register_forward_hook(lambda *_: calls.append(1))
+    PGD(0.1, steps=steps)(linear, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+    assert len(calls) == steps
+
+
+def test_one_step_of_the_default_length_crosses_the_ball() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+    x = torch.full((20, 3, 4, 4), 0.5)
+    found = PGD(0.1, steps=1)(linear, x, torch.zeros(20).long())
+    torch.testing.assert_close((found - x).abs(), torch.full_like(x, 0.1))
+
+
+def test_starts_fill_the_euclidean_ball_evenly() -> None:
+    starts = PGD(0.25, norm="l2")._start(torch.full((4000, 3, 1, 1), 0.5))
+    volumes = (_length(starts, "l2") / 0.25) ** 3  # uniform between 0 and 1
+    assert volumes.max() <= 1 + 1e-5
+    assert volumes.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert starts.mean(0).abs().max() < 0.01
+
+
 def test_examples_do_not_depend_on_the_normalisation() -> None:
     class Normalised(nn.Module):
         def __init__(self, net: nn.Module) -> None:
