@@ -14,6 +14,7 @@ import torch
 from image_files import number_of, write_image
 from launches import Launches
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from scipy.stats import beta, chisquare
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
@@ -340,6 +341,43 @@ def test_mixed_labels_are_shares_in_training_alone(mix: dict[str, float]) -> Non
     torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
     assert ((shares > 0.05).sum(1) == 2).any()
     assert model.labels("val").dtype == torch.int64
+
+
+def _mixed(steps: int, **mix: float) -> tuple[Tensor, Tensor]:
+    """A black and a white image mixed at each step: pixels ``(steps, 2, 64)``, and shares of white, ``(steps, 2)``."""
+    augmentation = BatchAugmentation((1, 8, 8), 2, [0.0], [1.0], Recipe(), **mix)
+    images, labels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.arange(2)
+    batches = [augmentation.train(images, labels, (0, step), False) for step in range(steps)]
+    return torch.stack([pixels.flatten(1) for pixels, _ in batches]), torch.stack([shares for _, shares in batches])[
+        ..., 1
+    ]
+
+
+@pytest.mark.parametrize("mix", [{"mixup": 1.0}, {"cutmix": 1.0}])
+def test_labels_have_the_shares_that_pixels_have(mix: dict[str, float]) -> None:
+    pixels, shares = _mixed(20, **mix)
+    torch.testing.assert_close(pixels.mean(2), shares)
+    torch.testing.assert_close(shares.sum(1), torch.ones(20))
+    if "mixup" in mix:
+        torch.testing.assert_close(pixels, shares[..., None].expand(pixels.shape))
+    else:
+        assert ((pixels == 0) | (pixels == 1)).all()
+
+
+def test_shares_of_mixup_are_of_the_beta_distribution_of_its_strength() -> None:
+    edges = np.array([0, 0.02, 0.5, 0.98, 1])
+    found, _ = np.histogram(_mixed(200, mixup=0.1)[1][:, 0], edges)
+    assert chisquare(found, 200 * np.diff(beta(0.1, 0.1).cdf(edges))).pvalue > 1e-3
+
+
+def test_mixup_and_cutmix_together_take_turns_by_chance() -> None:
+    pixels, _ = _mixed(200, mixup=1.0, cutmix=1.0)
+    assert 70 <= ((pixels == 0) | (pixels == 1)).all(2).all(1).sum() <= 130
+
+
+def test_grey_images_get_the_mean_of_three_statistics() -> None:
+    augmentation = BatchAugmentation((1, 8, 8), 2, [0.3, 0.6, 0.9], [0.1, 0.2, 0.6], Recipe())
+    torch.testing.assert_close(torch.cat([augmentation.mean, augmentation.std]), torch.tensor([0.6, 0.3]))
 
 
 def test_mixing_seeds_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
