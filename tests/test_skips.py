@@ -62,6 +62,20 @@ def test_takes_what_helps_in_order_and_leaves_noise() -> None:
     assert "noise" not in choose_skips(start, layers, LABELS, most=4)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_layers_are_taken_than_asked_for(most: int) -> None:
+    layers = {name: (number == LABELS).double()[:, None] for number, name in enumerate(("zero", "one"))}
+    assert len(choose_skips(_noise(24, 4), layers, LABELS, most=most)) == most
+
+
+def test_a_gain_of_one_standard_error_is_not_clear() -> None:
+    start, block = MEANS[LABELS] + 2 * _noise(24, 4), 0.4 * MEANS[LABELS] + _noise(24, 4, seed=33)
+    lam = ridge(start, LABELS, 3).lam
+    gain = _brute(start, lam) - _brute(torch.cat([start, block], 1), lam)
+    assert gain.mean() / (gain.std() / 24**0.5) == pytest.approx(1, abs=0.1)
+    assert choose_skips(start, {"block": block}, LABELS) == []
+
+
 def test_without_features_to_start_from_the_best_layer_is_taken_in_any_case() -> None:
     layers = {"one": _noise(24, 6, seed=3), "other": MEANS[LABELS] + _noise(24, 4)}
     assert choose_skips(None, layers, LABELS) == ["other"]
