@@ -326,6 +326,19 @@ def test_warm_up_and_cosine() -> None:
             WarmupCosine(optimizer, epochs=6, warmup=warmup)
 
 
+@pytest.mark.parametrize(("interval", "rates"), [("step", [0.1, 0.05, 0.025]), ("epoch", [0.1, 0.1, 0.1])])
+def test_a_contrastive_learner_steps_its_scheduler_as_told(interval: Any, rates: list[float], tmp_path: Path) -> None:
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    seen: list[float] = []
+    halve = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    model = SimCLR(SMALL, optimizer=_sgd, lr_scheduler=halve, lr_interval=interval)
+    _trainer(tmp_path, callbacks=[Rates()]).fit(model, _views(24))
+    assert seen == pytest.approx(rates)
+
+
 @pytest.mark.parametrize(("lr_batch", "factor"), [(None, 1), (256, 8 * 2 / 256), (4, 4)])
 def test_learning_rate_is_scaled_to_the_images_a_step_and_logged(
     lr_batch: int | None, factor: float, tmp_path: Path
