@@ -66,8 +66,9 @@ def test_weights_lie_between_base_and_delta(strength: float, tmp_path: Path) -> 
         whole = name.startswith("head.") or not after.is_floating_point()
         expected = after if whole else before[name] + strength * (after - before[name])
         torch.testing.assert_close(between[name], expected, msg=name)
-    with pytest.raises(ValueError, match="expected a strength from 0, the base, to 1, the delta, got 1.5"):
-        FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=1.5)
+    for outside in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=f"expected a strength from 0, the base, to 1, the delta, got {outside}"):
+            FineTuner.from_delta(tmp_path / "delta.safetensors", checkpoint=base, strength=outside)
 
 
 def test_delta_holds_nothing_but_what_was_tuned(tmp_path: Path) -> None:
@@ -102,9 +103,8 @@ def test_delta_of_a_base_vit_is_a_tenth_of_it(tmp_path: Path) -> None:
 
 
 def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
-    model = FineTuner(3, SMALL, checkpoint=_base(tmp_path), train="layer3.0")
-    path = tmp_path / "delta.safetensors"
-    model.save_delta(path)
+    base, path = _base(tmp_path), tmp_path / "delta.safetensors"
+    FineTuner(3, SMALL, checkpoint=base, train="layer3.0").save_delta(path)
     with safe_open(path, framework="pt") as file:
         theirs = file.metadata()["base_fingerprint"]
     with pytest.raises(
@@ -115,10 +115,21 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
         FineTuner(3, {**SMALL, "name": "resnet34"}, train="layer3.0").load_delta(path)
     for knobs, message in [
         ({"train": "layer3.1"}, "was tuned with train='layer3.0', but the model has 'layer3.1'"),
+        ({"train": "layer3.0", "num_classes": 4}, "was tuned with num_classes=3, but the model has 4"),
         ({"train": "layer3.0", "skip_from": "layer1.0"}, "was tuned with skip_from=None, but the model has 'layer1.0'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            FineTuner(3, SMALL, checkpoint=str(tmp_path / "base.pt"), **knobs).load_delta(path)
+            FineTuner(**{"num_classes": 3, "backbone": SMALL, "checkpoint": base, **knobs}).load_delta(path)
+
+
+def test_another_join_of_tensors_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    base, path = _base(tmp_path), tmp_path / "delta.safetensors"
+    knobs = {"num_classes": 3, "backbone": SMALL, "checkpoint": base, "train": "layer4.1", "skip_from": "layer4.1"}
+    padded, alone = (FineTuner(**knobs, skip_join=join) for join in ("pad", "only"))
+    assert [v.shape for v in padded.state_dict().values()] == [v.shape for v in alone.state_dict().values()]
+    padded.save_delta(path)
+    with pytest.raises(ValueError, match="was tuned with skip_join='pad', but the model has 'only'"):
+        alone.load_delta(path)
 
 
 def test_fingerprint_does_not_depend_on_what_was_tuned(tmp_path: Path) -> None:
@@ -332,6 +343,17 @@ def test_other_layers_than_the_fit_started_from_are_not_averaged(train: str, pre
     trainer_in(tmp_path, precision=precision).fit(again, data)
     again.save_delta(tmp_path / "again.safetensors")
     FineTuner.from_delta(tmp_path / "again.safetensors", checkpoint=base, strength=0.5)
+
+
+def test_a_fit_from_a_delta_starts_from_the_base_of_the_first_one(tmp_path: Path) -> None:
+    base, data, path = _base(tmp_path), Digits([7, 8, 9], shots=4), tmp_path / "delta.safetensors"
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=plain_sgd)
+    trainer_in(tmp_path).fit(model, data)
+    model.save_delta(path)
+    again = FineTuner.from_delta(path, checkpoint=base)
+    trainer_in(tmp_path).fit(again, data)
+    again.save_delta(path)
+    FineTuner.from_delta(path, checkpoint=base, strength=0.5)
 
 
 class _Wrapping(FineTuner):
