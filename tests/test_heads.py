@@ -52,6 +52,14 @@ def test_nearest_mean_is_the_posterior_of_isotropic_gaussians() -> None:
     assert torch.allclose((points @ weight.T + bias).softmax(1), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("images", [1, 4])
+def test_means_without_variation_have_the_scale_of_their_distance(images: int) -> None:
+    features = torch.tensor([[3.0], [-3.0]], dtype=torch.float64).repeat(images, 1) + 3
+    weight, bias = nearest_mean_classifier(class_moments(features, torch.arange(2).repeat(images), 2))
+    assert weight.flatten().tolist() == pytest.approx([1 / 3, -1 / 3])  # 1 / tr(Sigma_B) = 1 / 9
+    assert (weight @ torch.tensor([3.0]).double() + bias).tolist() == pytest.approx([-1 / 2, -1 / 2])
+
+
 @pytest.mark.parametrize("images", [1, 6])
 def test_nearest_mean_decides_by_distance_whatever_the_covariance(images: int) -> None:
     labels = torch.arange(5).repeat(images)

@@ -1,5 +1,6 @@
 """Closed-form heads against refits without each sample, scikit-learn, and what can be said beforehand."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ncfinetune import closed_forms, folds
 from ncfinetune.calibration import fit_temperature
-from ncfinetune.probes import Head, decided_rightly, lda, nearest_mean, ridge, simplex_etf
+from ncfinetune.probes import Head, decided_rightly, lda, nearest_mean, nearest_simplex, ridge, simplex_etf
 
 FITS: dict[str, Callable[..., Head]] = {"ridge": ridge, "lda": lda, "nearest_mean": nearest_mean}
 # N, d, K: more samples than features, fewer, as many, two per class, two classes.
@@ -377,6 +378,57 @@ def test_simplex_etf(classes: int, dim: int) -> None:
     torch.testing.assert_close(weight @ weight.T, gram)
     assert weight.equal(simplex_etf(classes, dim, seed=3))
     assert dim == 1 or not weight.allclose(simplex_etf(classes, dim, seed=4))
+
+
+def test_the_nearest_simplex_is_nearer_than_any_other_at_any_scale() -> None:
+    weight = torch.tensor([[2.0, 0], [-1, 0], [-1, 0]], dtype=torch.float64)
+    found = nearest_simplex(weight)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert (weight - found).square().sum().item() == pytest.approx(3)
+    turns = torch.linspace(0, 2 * torch.pi, 200, dtype=torch.float64)[:, None] + 2 * torch.pi / 3 * torch.arange(3)
+    for mirror in (1, -1):  # every orientation, each at its best scale
+        others = torch.stack([turns.cos(), mirror * turns.sin()], 2)
+        others = others * ((weight * others).sum((1, 2)) / 3)[:, None, None]
+        assert (weight - others).square().sum((1, 2)).min() > 3 - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("fit", "features", "labels", "error"),
+    [
+        (nearest_mean, [0.0, 4.0, -4.0, -4.0], [0, 0, 1, 1], 0.25),  # the first is as near to 4 as to -4
+        (ridge, [0.0, 0.0, 0.0, 0.0], [0, 1, 2, 2], 1.0),  # without one of class 2 all shares are equal
+    ],
+)
+def test_a_tie_is_an_error(fit: Callable[..., Head], features: list[float], labels: list[int], error: float) -> None:
+    assert fit(torch.tensor(features)[:, None], torch.tensor(labels), 3).loo_error.item() == pytest.approx(error)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_lda_without_the_only_sample_that_varies_is_sure_of_the_others(dim: int) -> None:
+    """Without one of class 0 nothing varies within classes, so that distances to the other means are endless."""
+    features, labels = torch.tensor([[0.0, 1, 9, 9, 9, -9, -9, -9]]).T, torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    head = lda(F.pad(features, (0, dim - 1)), labels, 3)
+    assert head.loo_scores.isfinite().all()
+    assert head.loo_error == 0
+    assert head.curve is not None
+    assert head.curve.loss[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_default_strengths_are_those_that_are_documented() -> None:
+    features, labels = _data(6, 20, 2)
+    ridged, shrunk = ridge(features, labels, 2).curve, lda(features, labels, 2).curve
+    assert ridged is not None
+    assert shrunk is not None
+    trace = (features - features.mean(0)).square().sum()
+    torch.testing.assert_close(ridged.lams[[0, -1]] / trace, torch.tensor([1e-6, 1e3], dtype=torch.float64) / 5)
+    torch.testing.assert_close(shrunk.lams.logit(), math.log(10) * torch.linspace(-3, 3, 25, dtype=torch.float64))
+
+
+def test_balanced_weights_do_not_count_absent_classes() -> None:
+    features, labels = _data(30, 4, 3)
+    labels[6:12] = 0
+    fits = [ridge(features, labels, classes, class_weight="balanced", lams=[1.0]) for classes in (3, 5)]
+    torch.testing.assert_close(fits[1].weight[:3], fits[0].weight)
 
 
 def _broken(**changes: Any) -> dict[str, Any]:
