@@ -163,6 +163,28 @@ def test_trivialaugment_draws_torchvisions_space() -> None:
     assert chisquare(bits.int().bincount(minlength=9)[2:], expected[2:] * (len(bits) / 31)).pvalue > 1e-3
 
 
+# Least and largest strength of each change of torchvision's wide space.
+RANGES = {
+    **dict.fromkeys(("shear_x", "shear_y", "brightness", "colour", "contrast", "sharpness"), (-0.99, 0.99)),
+    **{"translate_x": (-32, 32), "translate_y": (-32, 32), "rotate": (-135, 135)},
+    **{"posterise": (2, 8), "solarise": (0, 1)},
+    **dict.fromkeys(("identity", "autocontrast", "equalise"), (0, 0)),
+}
+
+
+def test_strengths_of_trivialaugment_have_torchvisions_ranges() -> None:
+    change, strength = draw_trivial(10 * COUNT, 1.0, _generator())
+    found = {name: strength[change == number].aminmax() for number, name in enumerate(CHANGES)}
+    assert {name: (low.item(), high.item()) for name, (low, high) in found.items()} == {
+        name: pytest.approx(ends) for name, ends in RANGES.items()
+    }
+
+
+def test_trivialaugment_changes_images_with_its_probability() -> None:
+    changed = draw_trivial(COUNT, 0.25, _generator())[0] >= 0
+    assert abs(changed.double().mean().item() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / COUNT)
+
+
 def test_trivialaugment_spares_images_with_its_probability() -> None:
     images = torch.rand(COUNT, 1, 8, 8)
     before = images.clone()
