@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from ncfinetune.calibration import calibration_error, fit_temperature
+from ncfinetune.calibration import calibration_error, fit_temperature, reliability
 
 
 def _scores(samples: int, classes: int, gain: float) -> tuple[Tensor, Tensor]:
@@ -68,6 +68,20 @@ def test_calibration_error_of_two_bins() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "samples"),
+    [
+        ([[0.5, 0.5], [0.75, 0.25]], [0, 1, 1, 0]),  # each is the upper end of its bin
+        ([[0.0, 0.0], [1.0, 0.0]], [1, 0, 0, 1]),
+        ([[1 + 1e-7, 0.0], [0.0, 1 + 1e-7]], [0, 0, 0, 2]),  # as rounding of a softmax leaves it
+    ],
+)
+def test_bins_exclude_their_lower_end_but_for_zero(rows: list[list[float]], samples: list[int]) -> None:
+    found, confidence, _ = reliability(torch.tensor(rows, dtype=torch.float64), torch.tensor([0, 1]), bins=4)
+    assert found.tolist() == samples
+    assert confidence.isnan().tolist() == [number == 0 for number in samples]
+
+
+@pytest.mark.parametrize(
     ("scores", "labels", "text"),
     [
         (torch.zeros(3), torch.zeros(3).long(), r"expected scores \(N, K\) and labels \(N,\), got \(3,\) and \(3,\)"),
@@ -83,7 +97,8 @@ def test_scores_without_sense_are_refused(scores: Tensor, labels: Tensor, text: 
 
 
 def test_probabilities_without_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected probabilities from 0 to 1, got values outside: take the softmax"):
-        calibration_error(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+    for row in ([-0.1, 0.6], [1.4, 0.1]):
+        with pytest.raises(ValueError, match="expected probabilities from 0 to 1, got values outside: take the softm"):
+            calibration_error(torch.tensor([row]), torch.tensor([0]))
     with pytest.raises(ValueError, match="expected at least one bin, got 0"):
         calibration_error(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), bins=0)
