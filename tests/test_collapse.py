@@ -96,6 +96,13 @@ def test_self_duality_by_structure_is_zero_for_parallel_weights() -> None:
     assert collapse.self_duality_structure(moments, _etf_means()).item() == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.parametrize("classes", [2, K])
+def test_self_duality_by_structure_is_two_for_opposed_weights(classes: int) -> None:
+    features, labels = _isotropic(_etf_means(classes))
+    moments = class_moments(features, labels, classes)
+    assert collapse.self_duality_structure(moments, -_etf_means(classes)).item() == pytest.approx(2, abs=1e-10)
+
+
 @pytest.mark.parametrize("name", ["nc1", "nc1_ratio", "cdnv", "equinorm", "equiangularity", "etf_distance"])
 @pytest.mark.parametrize(("classes", "dim"), [(5, 16), (40, 8), (2, 3)])
 def test_against_the_reference(name: str, classes: int, dim: int) -> None:
@@ -206,6 +213,13 @@ def test_numerical_rank() -> None:
     features = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [2, 2, 2]])
     assert collapse.numerical_rank(features, labels, 3).item() == pytest.approx((6 / 4 + 1) / 2)
     assert collapse.numerical_rank(features, labels, 3, centred=True).item() > 1
+
+
+def test_numerical_rank_about_the_class_means() -> None:
+    steps = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    labels = torch.arange(2).repeat_interleave(4)
+    features = steps + torch.tensor([[5.0, 7], [-3, 1]])[labels]
+    assert collapse.numerical_rank(features, labels, 2, centred=True).item() == pytest.approx((10 / 8 + 4 / 2) / 2)
 
 
 @pytest.mark.parametrize("gap", [1e-4, 1e-6])

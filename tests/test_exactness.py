@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import reference
-from ncfinetune import accumulator
+from ncfinetune import accumulator, moment_accumulator
 from ncfinetune.collapse import FAMILY, RoundingWarning, class_moments, nc1, nc1_ratio, nc1_with_error
 from ncfinetune.metrics import NC1, NC1Ratio, neural_collapse
 from ncfinetune.moment_accumulator import MomentAccumulator
@@ -408,6 +408,36 @@ def test_accumulators_of_two_kinds_do_not_merge() -> None:
         first.merge([second])
 
 
+def test_a_sample_without_a_label_may_have_features_that_are_not_finite() -> None:
+    accumulated = MomentAccumulator(2, ignore_index=-1)
+    accumulated.update(torch.tensor([[torch.nan], [1.0], [2.0]]), torch.tensor([-1, 0, 1]))
+    accumulated.check("features")
+    assert accumulated.moments().mean.flatten().tolist() == [1, 2]
+
+
+def test_what_each_merged_part_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (accumulator, moment_accumulator):
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)  # as on an accelerator
+    first, second = MomentAccumulator(2), MomentAccumulator(2)
+    first.update(torch.ones(2, 3), torch.tensor([0, 1]))
+    second.update(torch.ones(3, 3), torch.tensor([0, 7, 1]))
+    first.merge([second])
+    with pytest.raises(ValueError, match=r"features: expected labels in 0..1 .*, got 1 of 5 samples with labels out"):
+        first.check("features")
+
+
+def test_an_error_above_a_millionth_is_warned_of() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, scales = torch.arange(180) % 10, torch.logspace(0, -5.8, 10, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=torch.float64))[0]
+    features = torch.randn(10, 10, generator=generator, dtype=torch.float64)[labels]
+    features = (features + torch.randn(180, 10, generator=generator, dtype=torch.float64)) * scales @ rotation
+    moments = class_moments(features, labels, 10)
+    assert nc1_with_error(moments)[1] == pytest.approx(1e-5, rel=0.8)
+    with pytest.warns(RoundingWarning, match=r"rounding may have moved nc1 by up to \de-0[56] of it"):
+        nc1(moments)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("offset", [1e8, 1e12])
 def test_class_means_far_from_the_origin_keep_their_differences(offset: float, parts: int) -> None:
@@ -424,4 +454,5 @@ def test_class_means_far_from_the_origin_keep_their_differences(offset: float, p
     for name in FAMILY:
         value, _ = found[name]
         assert value == pytest.approx(true[name], rel=1e-9), name
-        assert FAMILY[name](dense).item() == pytest.approx(true[name], rel=1e-9), name
+        for moments in (dense, dense.to("cpu")):
+            assert FAMILY[name](moments).item() == pytest.approx(true[name], rel=1e-9), name

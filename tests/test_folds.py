@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
-from ncfinetune.folds import FoldMoments
+from ncfinetune.folds import FoldMoments, folds_of
 from ncfinetune.probes import ridge
 from ncfinetune.transferability import h_score
 
@@ -116,6 +116,31 @@ def test_classes_of_one_batch_are_spread_over_the_folds() -> None:
     assert counts.max() - counts.min() <= 1
 
 
+def test_single_samples_are_spread_over_the_folds() -> None:
+    moments = FoldMoments(2, folds=3)
+    for label in torch.arange(120) % 2:
+        moments.update(torch.zeros(1, 3), label[None])
+    assert moments._state is not None
+    assert (moments._state.counts - 20).abs().max() < 14  # of binomial numbers, whose deviation is 3.7
+
+
+def test_an_offset_costs_no_digits() -> None:
+    features, labels = _data(90, 6, 4)
+    features = (features * 2**20).round() / 2**20  # so that none is rounded by the offset
+    near, far = FoldMoments(4), FoldMoments(4)
+    near.update(features, labels)
+    far.update(features + 2**27, labels)
+    assert far.nc1().item() == pytest.approx(near.nc1().item(), rel=1e-9)
+
+
+def test_folds_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected no more folds than there are images, got 5 for 4"):
+        folds_of(torch.tensor([0, 0, 1, 2]), 5)
+    assert folds_of(torch.tensor([0, 0, 1, 2]), 4).sort().values.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="expected two images of some class at least, got one of each"):
+        folds_of(torch.tensor([0, 1, 2, 3]), 2)
+
+
 def test_absent_classes_change_nothing() -> None:
     features, labels = _data(90, 6, 4)
     few, many = FoldMoments(4), FoldMoments(9)
@@ -128,6 +153,8 @@ def test_absent_classes_change_nothing() -> None:
 def test_input_without_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="expected at least two classes and two folds, got 3 and 1"):
         FoldMoments(3, folds=1)
+    with pytest.raises(ValueError, match="expected at least two classes and two folds, got 1 and 5"):
+        FoldMoments(1)
     moments = FoldMoments(3)
     with pytest.raises(ValueError, match="expected features to take moments of, got none"):
         moments.nc1()

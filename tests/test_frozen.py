@@ -77,6 +77,22 @@ def test_statistics_of_tuned_layers_are_those_of_the_average(base: str, tmp_path
     torch.testing.assert_close(mean, seen[0].mean((0, 2, 3)), rtol=0.5, atol=0.05)
 
 
+class _Drifting(callbacks.EMAWeightAveraging):
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        with torch.no_grad():
+            pl_module.backbone.net.conv1.weight.mul_(1.5)
+
+
+def test_an_average_is_validated_on_the_frozen_tensors_of_the_base(base: str, tmp_path: Path) -> None:
+    data = Digits([0, 1, 2], **_DATA)
+    model = FineTuner(3, SMALL, checkpoint=base, train="layer4.1", optimizer=plain_sgd)
+    trainer = trainer_in(tmp_path, callbacks=[_Drifting(decay=0.5)])
+    trainer.fit(model, data)
+    (after,) = trainer_in(tmp_path).validate(model, data, verbose=False)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(after["val/loss"], rel=1e-6)
+
+
 class _Moves(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
         with torch.no_grad():

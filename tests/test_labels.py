@@ -7,6 +7,7 @@ import pytest
 from image_files import number_of, write_image
 
 from ncfinetune.datamodules import ImageFolder
+from ncfinetune.datamodules.labels import Row, class_names, read_labels
 
 
 def _images(root: Path, count: int = 8) -> list[str]:
@@ -27,7 +28,18 @@ def _read(data: ImageFolder, split: str) -> list[tuple[int, str]]:
     return [(number, data.class_names[label]) for number, label in rows]
 
 
-@pytest.mark.parametrize("start", ["", "path,label\n", "\ufeffPath, Label\n", "file_name,class\n", "image,label\r\n"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "",
+        "path,label\n",
+        "\ufeffPath, Label\n",
+        "file_name,class\n",
+        "image,label\r\n",
+        "file,label\n",
+        "filename,label\n",
+    ],
+)
 def test_path_and_label(start: str, tmp_path: Path) -> None:
     names = _images(tmp_path)
     lines = [f'"{name}",{"hot dog" if number < 4 else "cat"}' for number, name in enumerate(names)]
@@ -65,6 +77,30 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path: Path, caplog: pyt
         data = _make(tmp_path, "\n".join([*rows, f"./{names[0]},5"]))
     assert data.class_names == ["5", "6", "7", "8", "9", "10", "11", "12"]
     assert "ignored 1 duplicate row of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "1", "01", "001", "0001", "00001"], ["00001", "0001", "001", "01", "1", "9", "10"]),
+        (["²", "10", "9"], ["10", "9", "²"]),  # a superscript is no number
+    ],
+)
+def test_the_order_of_classes_is_one_whatever_the_order_of_rows(names: list[str], order: list[str]) -> None:
+    assert class_names([Row(f"{name}.png", name, None) for name in names]) == order
+
+
+def test_lines_without_cells_and_spaces_before_quotes_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text('a.png, "hot dog, large", validation\n,,\n"b.png",cat,train\n')
+    rows = read_labels(tmp_path / "labels.csv", tmp_path)
+    assert rows == [Row("a.png", "hot dog, large", "val"), Row("b.png", "cat", "train")]
+
+
+@pytest.mark.parametrize("label", ["cat;dog", "cat|dog"])
+def test_several_labels_in_a_cell_are_refused(label: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"a.png,{label}\nb.png,cat\n")
+    with pytest.raises(ValueError, match="expected one label in line 1 of .*; multi-label images are not supported"):
+        read_labels(tmp_path / "labels.csv", tmp_path)
 
 
 def test_a_path_may_be_written_in_any_way(

@@ -195,3 +195,20 @@ def test_squared_error_on_one_hot_targets(k: float, m: float) -> None:
     mixed = 0.3 * soft + 0.7 * soft.flip(0)
     both = 0.3 * one_hot_mse(logits, labels, k, m) + 0.7 * one_hot_mse(logits, labels.flip(0), k, m)
     torch.testing.assert_close(one_hot_mse(logits, mixed, k, m), both)
+
+
+def test_class_weights_of_probabilities_are_the_mean_weight_of_the_classes() -> None:
+    logits, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
+    weights = torch.tensor([1.0, 2.0, 5.0, 0.5])
+    total = norm = 0.0
+    for row, share in zip(logits.tolist(), shares.tolist(), strict=True):
+        weight = sum(s * w for s, w in zip(share, weights.tolist(), strict=True))
+        total += weight * sum(s * 3 * (v - 2) ** 2 + (1 - s) * v**2 for s, v in zip(share, row, strict=True)) / 4
+        norm += weight
+    assert one_hot_mse(logits, shares, 3.0, 2.0, weights).item() == pytest.approx(total / norm, rel=1e-5)
+
+
+def test_a_temperature_whose_inverse_is_too_large_for_the_type_is_taken() -> None:
+    z = torch.eye(4).repeat_interleave(2, 0).view(4, 2, 4).requires_grad_()
+    contrastive_loss(z, torch.arange(4), 1e-40).backward()
+    assert torch.equal(z.grad, torch.zeros(4, 2, 4))  # each view is at its positive already, and far from all others

@@ -613,12 +613,16 @@ def test_mean_start_outlives_a_tuner_of_the_same_model(tmp_path: Path) -> None:
     torch.testing.assert_close(model.classifier.weight, alone.classifier.weight)
 
 
-@pytest.mark.parametrize(("scheduling", "steps"), [({0: 2}, 2), ({0: 2, 1: 1}, 3)])
-def test_steps_of_a_schedule_are_those_of_accumulated_batches(scheduling: dict[int, int], steps: int) -> None:
+@pytest.mark.parametrize(
+    ("scheduling", "most", "steps"), [({0: 2}, -1, 2), ({0: 2, 1: 1}, -1, 3), ({0: 2, 1: 1}, 2, 2)]
+)
+def test_steps_of_a_schedule_are_those_of_accumulated_batches(
+    scheduling: dict[int, int], most: int, steps: int
+) -> None:
     def fitted(length: int) -> int:
         schedule = partial(WarmupCosine, epochs=length)
         model = Supervised(3, VIT, lr_scheduler=schedule, lr_interval="step")
-        trainer = _trainer(max_epochs=2, callbacks=[GradientAccumulationScheduler(scheduling)])
+        trainer = _trainer(max_epochs=2, max_steps=most, callbacks=[GradientAccumulationScheduler(scheduling)])
         trainer.fit(model, DataLoader(_uneven(8, 0), batch_size=4))
         return trainer.global_step
 
