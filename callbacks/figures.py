@@ -105,7 +105,7 @@ def spread(moments: ClassMoments, names: Sequence[str] | None = None) -> Figure:
     within = moments.variance[present].sqrt().cpu().numpy()
     between = moments.centred.norm(dim=1).cpu().numpy()
     axes.scatter(between, within, s=24, color="#0072B2")
-    top = 1.1 * float(max(within.max(), between.max())) or 1.0  # of one image a class, say, before a step
+    top = 1.1 * float(max(within.max(), between.max())) or 1.0  # of one image per class, say, before a step
     axes.plot([0, top], [0, top], color="0.7", linewidth=1, zorder=0)
     axes.set(xlim=(0, top), ylim=(0, top), title="spread within and between classes")
     axes.set(xlabel="distance of class mean from global mean", ylabel="standard deviation within class")

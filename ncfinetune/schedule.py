@@ -92,7 +92,7 @@ def _images_of(trainer: Any) -> str:
     if counts is None or not len(counts):
         return ""
     low, high = min(counts), max(counts)
-    return f" (training images of a class: {low if low == high else f'{low} to {high}'})"
+    return f" (training images per class: {low if low == high else f'{low} to {high}'})"
 
 
 def _epochs_of(trainer: Any) -> float:
