@@ -156,8 +156,8 @@ def _elsewhere(option: str, parser: LightningArgumentParser) -> list[str]:
 
 
 def _common_parameters(base: type[Any]) -> list[str]:
-    """The arguments that half of the classes below one have."""
-    classes = list(_concrete_subclasses(base))
+    """The arguments that half of the classes below one have, of ours and torch's."""
+    classes = [one for one in _concrete_subclasses(base) if one.__module__.startswith(("ncfinetune.", "torch."))]
     counts = Counter(name for subclass in classes for name in _parameters(subclass))
     return [name for name, count in counts.items() if 2 * count >= len(classes)]
 

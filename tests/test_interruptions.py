@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import active_children
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
@@ -49,14 +48,14 @@ class Terminate(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and not self.validation:
-            self.terminate()
+            self.terminate(trainer)
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and self.validation:
-            self.terminate()
+            self.terminate(trainer)
 
-    def terminate(self) -> None:
-        for worker in active_children():
+    def terminate(self, trainer: Any) -> None:
+        for worker in getattr(trainer.train_dataloader._iterator, "_workers", []):
             # By another process: torch's workers take a signal of their own parent for the end of the pass.
             subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
             time.sleep(0.2)

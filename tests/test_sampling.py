@@ -240,4 +240,4 @@ def test_balanced_sampling_on_the_command_line(capsys: pytest.CaptureFixture[str
     main(["fit", *model, *trainer, *data, "balanced"])
     with pytest.raises(SystemExit):
         main(["fit", *model, *trainer, *data, "equal"])
-    assert "Expected a typing.Literal['uniform', 'balanced']. Got value: equal" in capsys.readouterr().err
+    assert "sampling: expected one of uniform, balanced, got 'equal'" in capsys.readouterr().err
