@@ -99,7 +99,7 @@ def _wrong_type(key: str, message: str) -> str:
     types = re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", message)
     named = ["null" if name == "NoneType" else name for name in dict.fromkeys(types)]
     listed = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
-    wanted = " or ".join([*listed, *named])
+    wanted = " or ".join([*listed, *sorted(named, key="null".__eq__)])  # null last
     given = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     return f"{key}: expected {wanted or 'another type'}" + (f", got {' '.join(given[1].split())!r}" if given else "")
 
