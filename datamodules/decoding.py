@@ -157,7 +157,7 @@ def read_image(
 def _reason(error: Exception) -> str:
     """Why Pillow cannot read an image, and what to do."""
     if not isinstance(error, Image.DecompressionBombError):
-        return f"{error}; repair or remove the file"
+        return f"{error}; repair or remove the file; skip_broken=true of ImageFolder leaves out all such files"
     most = Image.MAX_IMAGE_PIXELS or 0  # Pillow warns above it, and refuses above twice as many
     return (
         f"it states more pixels than Pillow's limit of {2 * most:,} allows; if the file is intact, make it smaller, or "
