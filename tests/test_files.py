@@ -448,7 +448,7 @@ def test_files_that_are_no_images_are_refused_when_they_are_read(tmp_path: Path)
     (tmp_path / "broken.png").write_bytes(b"no image")
     data = Digits(num_workers=0)
     data.predict_files(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot read .*broken.png .*; repair or remove the file; skip_broken=true of Im"):
+    with pytest.raises(ValueError, match=r"cannot read .*broken.png .*; repair or remove the file; skip_broken=true"):
         next(iter(data.predict_dataloader()))
 
 
