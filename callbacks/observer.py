@@ -320,7 +320,7 @@ class LayerObserver:
             raise no_tensor(name, output)
         tensor = first.detach()
         self._how[name] = f"the given function of outputs {tuple(tensor.shape)}"
-        return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
+        return pooling(tensor).to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
     def _views(self, features: dict[str, Tensor], samples: int, batch: Any) -> tuple[int, bool]:
         """Rows per sample, the same for every layer, and whether they are ordered by view."""

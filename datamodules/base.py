@@ -25,7 +25,7 @@ from .augmenting import BatchAugmentation
 from .decoding import CENTRE, Decoding
 from .images import Batch, FileImages, Labelled, Part, TensorImages, mixed_seed
 from .listing import image_paths
-from .loading import EpochLoader, Loader, Taken, outlive_one_sigterm
+from .loading import EpochLoader, Loader, Taken, end_by_parent
 from .recipes import Augmentation, recipe_for
 
 Normalize = Literal["data", "backbone"]
@@ -331,7 +331,7 @@ class ImageDataModule(LightningDataModule, ABC):
             **batching,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=outlive_one_sigterm,
+            worker_init_fn=end_by_parent,
             pin_memory=to_gpu and not there,
             persistent_workers=workers > 0,
             # A separate generator, so that seeding workers draws no number from the global generator of the model.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -112,17 +114,22 @@ class SameSampler(DistributedSampler[Any], SequentialSampler):
         yield from islice(super().__iter__(), self.taken(self), None)
 
 
-def outlive_one_sigterm(worker: int) -> None:
-    """Have a worker process ignore the first SIGTERM, and end by the next one.
+def end_by_parent(worker: int) -> None:
+    """Have a worker process end by a SIGTERM of its parent, as torch's do, and by no other's.
 
     Schedulers and ``timeout`` send it to all processes of a job at once, of which the main one then finishes its batch
-    and saves a checkpoint: it needs its workers until it ends them itself.
+    and saves a checkpoint: it needs its workers until it ends them itself. Where the sender is not known (macOS,
+    Windows) a worker is left as it is.
     """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
 
-    def end_by_the_next(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, end_by_the_next)
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Loader(DataLoader[Batch]):

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from ncfinetune.overlays import installed_folder
+from ncfinetune.texts import some
 
 
 class PlainParser(LightningArgumentParser):
@@ -244,8 +245,7 @@ def _known(name: str, shown: list[str], all_names: Iterable[str], nearest: Seque
     nearest = nearest or _alike(name, all_names)
     # The nearest first, since not all may be shown.
     shown = sorted(shown, key=lambda one: nearest.index(one) if one in nearest else len(nearest))
-    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
-    return f"expected one of {listed}{_nearest(nearest)}"
+    return f"expected one of {some(shown, 20)}{_nearest(nearest)}"
 
 
 def _alike(name: str, names: Iterable[str]) -> list[str]:

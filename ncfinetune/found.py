@@ -27,7 +27,7 @@ def record(config: Namespace, trainer: Trainer, module: LightningModule) -> None
         if "lr_batch" in arguments:
             arguments.lr_batch = None
         if arguments.optimizer is None:
-            arguments.optimizer = Namespace({"class_path": "torch.optim.AdamW"})  # type: ignore[no-untyped-call]  # it has no types
+            arguments.optimizer = Namespace({"class_path": "torch.optim.AdamW"})
         arguments.optimizer["init_args.lr"] = rate
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if _ours(config.data) and size is not None and _remove(config, "BatchSizeFinder"):

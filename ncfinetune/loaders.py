@@ -160,13 +160,12 @@ def drawn_by(loader: DataLoader[Any]) -> Sequence[int]:
         return range(len(possible)) if len(possible) == len(sampler.weights) else possible.tolist()
     own, of_batches = copy_of(sampler, loader.dataset), sampler is loader.batch_sampler
     with isolate_rng():  # from here on, since a sampler may draw its whole order when it is asked for an iterator
-        drawn = (
-            islice(own, len(sampler)) if sized_len(sampler) is not None else own
-        )  # an epoch, since it may go on after it
+        length = sized_len(sampler)
+        drawn: Iterable[Any] = islice(own, length)  # an epoch, since it may go on after it
         drawn = itertools.chain.from_iterable(drawn) if of_batches else drawn
         drawn = (index.item() if isinstance(index, Tensor) else index for index in drawn)  # tensors differ by identity
         most = len(cast(Sized, loader.dataset))
-        return sorted(set(drawn) if sized_len(sampler) is not None else _until_nothing_new(drawn, most))
+        return sorted(_until_nothing_new(drawn, most) if length is None else set(drawn))
 
 
 def drawn_by_all(loader: DataLoader[Any], processes: int) -> Sequence[int]:

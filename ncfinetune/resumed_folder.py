@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ncfinetune.log_folders import folders
+from ncfinetune.texts import some
 
 
 class KnownFolder(Callback):
@@ -129,5 +130,5 @@ def check_has_last(trainer: Trainer, run: Path) -> None:
         return
     runs = run.parent
     there = sorted((str(path) for path in runs.rglob("*.ckpt")), key=os.path.getmtime, reverse=True)
-    found = f"there are {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else f"none below {runs}"
+    found = f"there are {some(there, 3)}" if there else f"none below {runs}"
     raise ValueError(f"no last checkpoint in {' or '.join(map(str, places))}; {found}")

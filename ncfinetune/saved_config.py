@@ -40,10 +40,8 @@ class SaveConfigAfterBatch(SaveConfigCallback):
             return
         if stage == "fit":
             found.record(self.config, trainer, pl_module)
-        folder, name = (
-            trainer.log_dir or trainer.default_root_dir,
-            self.config_filename,
-        )  # a collective call under several processes
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call under several processes
+        name = self.config_filename
         whole = trainer.is_global_zero and "://" not in str(folder)
         with replacing(Path(folder, name)) if whole else nullcontext() as part:
             self.config_filename = part.name if part else name

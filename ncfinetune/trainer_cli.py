@@ -184,11 +184,7 @@ def _log_as_usual(trainer: Any) -> None:
     """Put our logger in the place of Lightning's (``true`` and null), whose folders are not known beforehand."""
     if trainer.logger in (None, True):
         arguments = {f"init_args.{name}": value for name, value in {"version": None, **_LOGGER["init_args"]}.items()}
-        trainer.logger = _namespace({"class_path": _LOGGER["class_path"], **arguments})
-
-
-def _namespace(entries: dict[str, Any]) -> Namespace:
-    return Namespace(entries)  # type: ignore[no-untyped-call]  # jsonargparse has no types for it
+        trainer.logger = Namespace({"class_path": _LOGGER["class_path"], **arguments})
 
 
 def _launched() -> dict[str, int]:
@@ -322,7 +318,7 @@ class NCFinetuneCLI(LightningCLI):
             given = {name: value for name, value in loading.items() if value is not None}
             arguments = {**given, **trained.unlabelled(checkpoint)}
             path = "ncfinetune.datamodules.Unlabelled"
-            config.data = _namespace({"class_path": path, "init_args": arguments})
+            config.data = Namespace({"class_path": path, "init_args": arguments})
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and check that their folders are writable.

@@ -332,7 +332,7 @@ def _adapted(name: str, tensor: Tensor, net: Any, own: Mapping[str, Tensor], in_
     try:
         further = {} if tensor.shape[1] == 3 else {"base_chans": tensor.shape[1]}
         return adapt_input_conv(channels, tensor, **further)
-    except (NotImplementedError, TypeError):  # older versions of timm accept three channels only
+    except (NotImplementedError, TypeError):  # not of a Conv2d, or a timm that knows no base_chans
         return tensor
 
 

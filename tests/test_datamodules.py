@@ -2,6 +2,8 @@
 
 import functools
 import pickle
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from scipy.stats import beta, chisquare
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
 from ncfinetune.callbacks import NeuralCollapseTracker
@@ -146,16 +149,31 @@ def test_a_look_at_a_batch_changes_no_pass(hook: str, loader: str, workers: int,
             assert all(map(torch.equal, ours, theirs))
 
 
-def test_passes_one_after_another_share_their_workers(folder: Path) -> None:
+def test_passes_one_after_another_share_their_workers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _folder(folder, num_workers=1)
     data.setup("fit")
-    loader = data.val_dataloader()
-    first, begun = next(iter(loader)), loader._iterator  # the rest of this pass is not asked for
-    assert begun is not None
-    for images, labels in (next(iter(loader)), next(iter(loader))):
-        assert torch.equal(images, first[0])
-        assert torch.equal(labels, first[1])
-        assert loader._iterator is begun
+    loader, begun = data.val_dataloader(), []
+    monkeypatch.setattr(loader, "_get_iterator", lambda: begun.append(DataLoader._get_iterator(loader)) or begun[-1])
+    first, again = next(iter(loader)), next(iter(loader))  # the rest of a pass is not asked for
+    assert all(map(torch.equal, first, again))
+    assert len(list(loader)) == 3
+    assert len(begun) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is not known here")
+def test_a_worker_ends_by_a_signal_of_its_parent_alone(folder: Path) -> None:
+    """Otherwise one that is left at the end of a program would be waited for without end."""
+    data = _folder(folder, num_workers=1)
+    data.setup("fit")
+    iterator = data.val_dataloader()._get_iterator()
+    next(iterator)
+    (worker,) = iterator._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    next(iterator)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_one_process_alone_can_ask_for_training_images() -> None:

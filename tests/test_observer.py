@@ -587,10 +587,11 @@ def test_a_quantised_head_is_read_by_what_it_does_or_is_nan_with_a_line(tmp_path
     assert torch.tensor(tracker.values["nc3/val/penultimate"]).isnan()
 
 
-def test_features_are_copies_of_what_a_network_writes_over() -> None:
+@pytest.mark.parametrize("pool", [None, lambda output: output], ids=["found", "given"])
+def test_features_are_copies_of_what_a_network_writes_over(pool: Any) -> None:
     """As an in-place ReLU does, and a network compiled with CUDA graphs."""
     network = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Linear(D, K))
-    observer = LayerObserver(network, ["0"], adapters.BatchReader("NeuralCollapseTracker", K))
+    observer = LayerObserver(network, ["0"], adapters.BatchReader("NeuralCollapseTracker", K), pool=pool)
     observer.listen((IMAGES, LABELS))
     with torch.no_grad():
         network(IMAGES)
