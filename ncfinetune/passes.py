@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -99,17 +100,36 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """`eval_mode` without gradients or logged numbers; on exit all buffers, the trainer's stage and the random state
-    are restored too.
+    """`eval_mode` without gradients or logged numbers, of one network on all processes; all of them must enter it.
+
+    On exit all buffers, the trainer's stage and the random state are restored too.
     """
     stage = trainer.state.stage
     precision = trainer.precision_plugin.forward_context()
     with isolate_rng(), torch.no_grad(), precision, eval_mode(module), buffers_kept(module), unlogged(module):
         try:
             trainer.validating = True
+            _take_buffers_of_rank_zero(trainer, module)
             yield
         finally:
             trainer.state.stage = stage
+
+
+def _take_buffers_of_rank_zero(trainer: Trainer, module: nn.Module) -> None:
+    """Give all processes the buffers that validation and checkpoints have.
+
+    DDP copies rank 0's at the next pass through its wrapper only, so that after a training step each process has batch
+    norm's statistics of its own batch, and a pass that is divided among the processes would be one of several networks.
+    """
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return
+    found = [buffer for buffer in module.buffers() if not is_lazy(buffer) and not hasattr(buffer, "to_local")]
+    for dtype in dict.fromkeys(buffer.dtype for buffer in found):
+        some = [buffer for buffer in found if buffer.dtype == dtype]
+        values = torch.cat([buffer.flatten().to(trainer.strategy.root_device) for buffer in some])
+        dist.broadcast(values, src=0)
+        for buffer, value in zip(some, values.split([buffer.numel() for buffer in some]), strict=True):
+            buffer.copy_(value.view_as(buffer))
 
 
 @contextmanager

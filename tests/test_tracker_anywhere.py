@@ -38,6 +38,7 @@ from torch.utils.data import (
 import reference
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe
 from ncfinetune.callbacks.adapters import BatchReader
+from ncfinetune.probes import decided_rightly, ridge
 
 K, N = 3, 50
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -1008,6 +1009,45 @@ def test_two_processes_find_what_one_does() -> None:
         assert {"nc1/train/0", "nc3/val/penultimate", "nc4/val/penultimate", "numerical_rank/val/0"} <= set(one)
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-10, abs=1e-14), (number, name)
+
+
+@pytest.mark.parametrize("validated", [True, False], ids=["before validation", "at the end"])
+def test_two_processes_measure_the_training_set_in_one_network(validated: bool, tmp_path: Path) -> None:
+    """That of rank 0, which a checkpoint has: batch norm's statistics differ until the next step, and go on as they do."""
+    module, tracker, probe = Scaled(_net()), NeuralCollapseTracker(K), OnlineProbe(K, kind="ridge")
+    spread = {"strategy": "ddp_fork", "devices": 2, "limit_val_batches": 1.0 if validated else 0}
+    trainer = _trainer(tmp_path, Apart(validated), tracker, probe, max_epochs=2, **spread)
+    trainer.fit(module, _loader(batch_size=5), _loader())
+    found = trainer.callback_metrics
+    assert float(found["nc1/train/penultimate"]) == pytest.approx(_of_the_end(module.net, _images()[0]), rel=1e-4)
+    with torch.no_grad():
+        head = ridge(module.net[:-1].eval()(_images()[0]), _images()[1], K)
+    right = decided_rightly(head.held_out(), _images()[1]).double().mean()
+    assert float(found["probe/held_out_acc"]) == pytest.approx(float(right), abs=1e-6)
+
+
+class Apart(pl.Callback):
+    """Checks that two processes come to a pass, and leave it, with batch norm's statistics of their own."""
+
+    def __init__(self, validated: bool) -> None:
+        self.validated = validated
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.validated and not trainer.sanity_checking:
+            self.check(pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.validated:
+            self.check(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.validated:
+            self.check(pl_module)
+
+    def check(self, module: Any) -> None:
+        means: list[Any] = [None, None]
+        torch.distributed.all_gather_object(means, module.net[1].running_mean)
+        assert not torch.equal(*means)
 
 
 # ---- what modules of others do to their batches, their copies and their logs
