@@ -244,6 +244,29 @@ def _named_inputs(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     return taken
 
 
+def inputs_by_name(network: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a network is called with, without labels, by the names of its parameters."""
+    signature = inspect.signature(network.forward)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # which the call itself is about to raise
+        return {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            given |= {f"{name}[{index}]": value for index, value in enumerate(given.pop(name, ()))}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if name not in _LABEL_KEYS and not _is_vector(value)}
+
+
+def inputs_of_pass(network: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The tensors that `BatchReader.forward` calls a network with, by the names of its parameters; none of lists."""
+    if isinstance(batch, Mapping):
+        return inputs_by_name(network, (), _named_inputs(network, batch))
+    return inputs_by_name(network, (inputs_of(batch),), {})
+
+
 def defines(module: nn.Module, method: str) -> bool:
     """Whether a module overrides a method of torch and Lightning (either of its two packages)."""
     home = getattr(type(module), method).__module__.split(".")[0]

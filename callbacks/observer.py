@@ -6,7 +6,7 @@ Legend: ``N`` samples of a batch, ``V`` views of a sample, ``K`` classes, ``d`` 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,11 +82,14 @@ class LayerObserver:
         for name, layer in found.items():
             self._hook_output(name, layer)
         self._hooked = {*found.values(), *self._rivals.values()}
-        self._given: Any = None
-        self._compares = reader.run is None and not adapters.defines(module, "forward")
-        if self._compares and (network := adapters.network_of(module)) is not None:
-            self._hook_input(network)
+        self._given: dict[str, Tensor] = {}
+        self._compares = reader.run is None
+        self._network = adapters.network_of(module)
+        if self._compares and self._network is not None:
+            self._hook_input(self._network)
         self._inputs: dict[str, Tensor] = {}
+        # Inputs of layers that may be the classifier which cannot be its features.
+        self._misfits: dict[str, PoolError] = {}
         self._outputs: dict[str, list[Any]] = {}
         self._sharded = False
         self._whole: Any = None
@@ -188,6 +191,7 @@ class LayerObserver:
 
     def _forget(self) -> None:
         self._caught, self._inputs, self._outputs, self._batch = {}, {}, {}, None
+        self._misfits = {}
 
     def _listening(self) -> bool:
         return (
@@ -225,11 +229,10 @@ class LayerObserver:
 
     def _hook_classifier(self, path: str, layer: nn.Module, is_penultimate: bool) -> None:
         def catch(m: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._listening():
+            if not self._listening() or self.classifier not in (None, m):
                 return
             if is_penultimate:
-                rows = args[0] if args else kwargs["input"]
-                self._inputs[path] = self._pooled(PENULTIMATE, rows, self._pool or _as_it_is(path, rows))
+                self._keep_input(path, m, args[0] if args else kwargs["input"])
             if self._sharded and self._whole is None and self.classifier is m:
                 self._whole = adapters.weight_of(m)
 
@@ -240,6 +243,15 @@ class LayerObserver:
         self._handles.append(layer.register_forward_pre_hook(Hook(catch), with_kwargs=True))
         if len(self._rivals) > 1:
             self._handles.append(layer.register_forward_hook(Hook(catch_output)))
+
+    def _keep_input(self, path: str, layer: nn.Module, rows: Tensor) -> None:
+        """Keep the input of a layer that is, or may be, the classifier."""
+        try:
+            self._inputs[path] = self._pooled(PENULTIMATE, rows, self._pool or _as_it_is(path, rows))
+        except PoolError as error:
+            if self.classifier is layer:
+                raise
+            self._misfits[path] = error
 
     def _hook_networks(self) -> None:
         """Keep the module's output, to find the classifier that made it."""
@@ -253,29 +265,31 @@ class LayerObserver:
             self._handles.append(network.register_forward_hook(Hook(catch)))
 
     def _hook_input(self, network: nn.Module) -> None:
-        """Keep what an evaluation step of a module without ``forward`` gives its network, until it was compared once.
+        """Keep what an evaluation step gives the network, until it was compared once.
 
         A training step may augment the inputs, which passes do not.
         """
 
-        def catch(m: nn.Module, args: Any) -> None:
+        def catch(m: nn.Module, args: Any, kwargs: Any) -> None:
             if self._compares and self._step not in (None, "training_step") and self._listening():
-                self._given = args[0] if args else None
+                self._given = adapters.inputs_by_name(m, args, kwargs)
 
-        self._handles.append(network.register_forward_pre_hook(Hook(catch)))
+        self._handles.append(network.register_forward_pre_hook(Hook(catch), with_kwargs=True))
 
     def _compare_input(self, batch: Any) -> None:
         """Warn once if a step gives the network something other than the inputs of the batch, as passes do."""
-        given, self._given = self._given, None
-        inputs = None if isinstance(batch, Mapping) else adapters.inputs_of(batch)
-        if not isinstance(given, Tensor) or not isinstance(inputs, Tensor):
+        given, self._given = self._given, {}
+        inputs = adapters.inputs_of_pass(self._network, batch) if given and self._network is not None else {}
+        if not inputs:
             return
         self._compares = False
-        if given.shape == inputs.shape and not ((given == inputs.to(given)) | given.isnan()).all():
+        pairs = [(given[name], value) for name, value in inputs.items() if name in given]
+        changed = (a for a, b in pairs if a.shape == b.shape and not ((a == b.to(a)) | a.isnan()).all())
+        if set(given) - set(inputs) or next(changed, None) is not None:
             asker = self._reader.asker
             rank_zero_warn(
-                f"{type(self._module).__name__} has no forward, and its {self._step} gives the network something other "
-                f"than the inputs of the batch; {asker} gives it these inputs when it reads training images. Give it "
+                f"{type(self._module).__name__}'s {self._step} gives the network something other than the inputs of "
+                f"the batch; {asker} gives it these inputs when it reads training images. Give it "
                 f"{asker}(forward=lambda module, batch: ...) that runs the network as the step does"
             )
 
@@ -283,6 +297,8 @@ class LayerObserver:
         """The captured features, with the input of the classifier, which is searched for if it is not known yet."""
         if self.classifier is None and set(self._outputs) - {""}:
             path = self._find_classifier()
+            if path in self._misfits:
+                raise self._misfits[path]
             self.classifier = self._rivals[path]
             rank_zero_info(f"{self._reader.asker} takes {path!r} as the classifier, among {', '.join(self._rivals)}")
         features = {name: self._caught[name] for name in self.names if name in self._caught}
@@ -313,7 +329,7 @@ class LayerObserver:
         if isinstance(pooling, Pool):
             chosen = list(tensors(output))[pooling.index].detach()
             how = "" if pooling.ndim == 2 else f" ({pooling.describe()} of outputs {tuple(chosen.shape)})"
-            self._how[name] = f"{pooling.width} features{how}"
+            self._how[name] = f"{pooling.dim} features{how}"
             return pooling(output, torch.promote_types(chosen.dtype, torch.float32)).detach()
         first = next(tensors(output), None)
         if first is None:

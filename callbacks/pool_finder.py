@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ncfinetune.passes import unlogged
 from ncfinetune.pool_search import find_pools, guess_pool
-from ncfinetune.pooling import Pool, SampleAxisError, tensors
+from ncfinetune.pooling import Pool, SampleAxisError, TokensDifferError, tensors
 from ncfinetune.tracing import few
 
 from .hook import Hook
@@ -104,7 +104,7 @@ class PoolFinder:
         try:
             with _second_run(network):
                 pools = find_pools(network, missing, run, strict=False)
-        except SampleAxisError:
+        except (SampleAxisError, TokensDifferError):
             raise
         except _MISFITS as error:
             rank_zero_debug(f"cannot run {type(network).__name__} on two samples ({type(error).__name__}: {error})")

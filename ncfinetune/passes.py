@@ -128,7 +128,7 @@ def _take_buffers_of_rank_zero(trainer: Trainer, module: nn.Module) -> None:
         some = [buffer for buffer in found if buffer.dtype == dtype]
         values = torch.cat([buffer.flatten().to(trainer.strategy.root_device) for buffer in some])
         dist.broadcast(values, src=0)
-        for buffer, value in zip(some, values.split([buffer.numel() for buffer in some]), strict=True):
+        for buffer, value in zip(some, torch.split(values, [buffer.numel() for buffer in some]), strict=True):
             buffer.copy_(value.view_as(buffer))
 
 

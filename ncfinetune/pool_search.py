@@ -36,7 +36,7 @@ from ncfinetune.pooling import (
     no_tensor,
     tensors,
 )
-from ncfinetune.tokens import FeatureGradients, LastTokens, is_all, last_tokens
+from ncfinetune.tokens import FeatureGradients, LastTokens, last_tokens
 from ncfinetune.tracing import Call, Trace
 
 # Names of the class tokens of timm, torchvision and Hugging Face.
@@ -81,6 +81,7 @@ def find_pools(
         PoolError: A layer's output has no tensor with one entry per sample, or two possible channel axes.
         NoTensorError: A layer's output holds no tensor.
         SampleAxisError: The samples are not on the first axis of a layer's output, ``strict`` or not.
+        TokensDifferError: Features depend on other tokens in each sample, ``strict`` or not.
     """
     # Validation runs in inference mode, whose tensors cannot have gradients.
     with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), eval_mode(module), buffers_kept(module):
@@ -101,7 +102,9 @@ def _candidates(name: str, call: Call, trace: Trace, samples: int) -> _Candidate
         raise no_tensor(name, call.output)
     _refuse_sequence_first(name, call.outputs, call.module)
     found = {}
-    for index, tensor in enumerate(call.outputs):
+    # Behind its outputs a recurrent layer has states, whose first axis is that of its layers.
+    outputs = call.outputs[:1] if isinstance(call.module, nn.RNNBase) else call.outputs
+    for index, tensor in enumerate(outputs):
         if tensor.is_floating_point() and tensor.ndim > 1 and len(tensor) == samples:
             axis = 1 if tensor.ndim == 2 else axis_by_pass(name, tensor, call, trace)
             found[index] = tensor, Pool(tensor.ndim, tensor.shape[axis], axis, index=index)
@@ -138,7 +141,7 @@ def _settled(found: Mapping[str, _Candidates], trace: Trace, features: Tensor) -
         pools[name] = pool
         if pool.of_tokens:
             positions = gradients.positions(tensor)
-            if not positions or is_all(positions):
+            if not positions or ALL_TOKENS in positions:  # in one of several parts, if a skip connection joins them
                 positions = ends.positions(tensor.shape[1])
             pools[name] = dataclasses.replace(pool, tokens=positions)
     return pools

@@ -35,6 +35,10 @@ class SampleAxisError(PoolError):
     """The samples of a layer's output lie on another axis than its first one."""
 
 
+class TokensDifferError(PoolError):
+    """The features are computed from tokens at other positions in each sample."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """A pooling of a layer's output to one vector per sample.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ncfinetune.pooling import ALL_TOKENS, CLASS_TOKEN, Positions
+from ncfinetune.pooling import ALL_TOKENS, CLASS_TOKEN, OTHERWISE, Positions, TokensDifferError
 from ncfinetune.tracing import Trace
 
 # Features wider than this multiple of a layer's width do not count as concatenated means.
@@ -49,6 +49,9 @@ class FeatureGradients:
         """Positions of the tokens ``(N, T, C)`` that the features depend on; empty if they depend on none.
 
         If the features are several times as wide as the tokens, the positions that each part depends on.
+
+        Raises:
+            TokensDifferError: They differ between samples.
         """
         gradient = self.of.get(id(tensor))
         used = () if gradient is None else _used(gradient)
@@ -93,10 +96,13 @@ class LastTokens:
 
     def __init__(self, last: Mapping[int, Tensor], trace: Trace, gradients: FeatureGradients) -> None:
         positions = {number: gradients.positions(tensor) for number, tensor in last.items()}
-        self._ends = {number: used for number, used in positions.items() if used and not is_all(used)}
+        ends = {number: used for number, used in positions.items() if used and used != (ALL_TOKENS,)}
         # A single token is the class token alone, whose position among several tokens is unknown.
-        several = [number for number in last if number in self._ends and number > 1]
+        several = [number for number in last if number in ends and number > 1]
         self._final = several[-1] if several else None
+        # Tokens before the last ones that a part of the features mixes and another uses, as a skip connection does.
+        mixed = {number for number, used in ends.items() if number != self._final and ALL_TOKENS in used}
+        self._ends = {number: used for number, used in ends.items() if number not in mixed}
         maps = [tensor for call in trace.calls for tensor in call.inputs if tensor.ndim == 4]
         self._aspect = maps[0].shape[2] / maps[0].shape[3] if maps else 1.0
 
@@ -117,14 +123,21 @@ class LastTokens:
         return height > 0 and patches % height == 0 and abs(patches / height - height / self._aspect) < 1
 
 
-def is_all(groups: tuple[Positions, ...]) -> bool:
-    """Whether all tokens are used."""
-    return groups == (ALL_TOKENS,)
-
-
 def _used(gradient: Tensor) -> Positions:
-    """Ranges of the positions at which a gradient ``(N, T, C)`` is not 0."""
-    used = (gradient != 0).any(2).any(0).tolist()
+    """Ranges of the positions at which a gradient ``(N, T, C)`` is not 0.
+
+    Raises:
+        TokensDifferError: They differ between samples, as with padding or where the last token of a text is used. A
+            maximum over the tokens, which has other positions in each channel, is not meant.
+    """
+    channels = gradient != 0
+    rows = channels.any(2)
+    if (rows != rows[:1]).any() and channels[rows].double().mean() > 0.5:
+        raise TokensDifferError(
+            "the network computes its features from tokens at other positions in each sample, as texts of different "
+            f"lengths have them; {OTHERWISE}"
+        )
+    used = rows.any(0).tolist()
     starts = [i for i, u in enumerate(used) if u and (i == 0 or not used[i - 1])]
     stops = [i + 1 for i, u in enumerate(used) if u and (i + 1 == len(used) or not used[i + 1])]
     spans = zip(starts, stops, strict=True)

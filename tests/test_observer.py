@@ -31,6 +31,7 @@ import reference
 from ncfinetune import accumulator, metrics, moment_accumulator
 from ncfinetune.callbacks import NeuralCollapseTracker, OnlineProbe, adapters
 from ncfinetune.callbacks.observer import LayerObserver
+from ncfinetune.pooling import PoolError
 
 K, N, D = 4, 60, 8
 LABELS = torch.arange(N) % K
@@ -496,6 +497,36 @@ def test_the_classifier_is_the_one_whose_output_the_module_returns(network: Any,
     assert tracker.values["nc1/val/penultimate"] == pytest.approx(expected, rel=1e-5)
     assert tracker.values["nc1/train/penultimate"] == pytest.approx(expected, rel=1e-5)
     assert "nc3/val/penultimate" in tracker.values
+
+
+class Inner(nn.Module):
+    """A linear layer of as many outputs as there are classes on the positions of maps, as for attention's biases."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.body, self.bias, self.head, self.dense = nn.Linear(D, 6), nn.Linear(6, K), nn.Linear(6, K), dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        inner, logits = self.bias(torch.stack([x, x], 1)), self.head(x)
+        return inner if self.dense else logits
+
+
+def test_a_linear_layer_within_the_network_is_not_taken_for_the_classifier(tmp_path: Path) -> None:
+    module = Net(Inner(dense=False))
+    tracker, probe = NeuralCollapseTracker(K), OnlineProbe(K)
+    _fit(tmp_path, module, [tracker, probe])
+    assert tracker.values["nc1/val/penultimate"] == pytest.approx(_nc1(module.net.body(IMAGES)), rel=1e-4)
+
+
+def test_a_classifier_among_several_whose_input_is_no_vector_is_refused(tmp_path: Path) -> None:
+    class Module(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 0 * self(batch[0]).sum()
+
+    message = r"expected features \(N, d\) as the input of the classifier 'net.bias', got \(\d+, 2, 6\)"
+    with pytest.raises(PoolError, match=message):
+        _fit(tmp_path, Module(Inner(dense=True)), [NeuralCollapseTracker(K)])
 
 
 @pytest.mark.parametrize("network", [Both, Ensemble])

@@ -10,7 +10,7 @@ from torch import nn
 
 from ncfinetune.layers import find_layers
 from ncfinetune.pool_search import find_pools, guess_pool
-from ncfinetune.pooling import NoTensorError, Pool
+from ncfinetune.pooling import NoTensorError, Pool, TokensDifferError
 
 
 def _pools(module: nn.Module, layers: list[str], images: torch.Tensor) -> dict[str, Pool]:
@@ -132,6 +132,55 @@ def test_tokens_that_count_are_those_that_the_features_depend_on(pooled: str, wo
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None and p.requires_grad is not frozen for p in net.parameters())
     assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+def test_a_layer_that_a_skip_joins_is_pooled_as_the_skip_pools_it() -> None:
+    """The end's features, which attention mixes from all tokens, are no evidence of the layer's own."""
+
+    class Joined(Tokens):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = skip = self.blocks[:2](torch.cat([self.token.expand(len(x), 1, 8), x], 1))
+            x = self.blocks[2:](torch.cat([x[:, :1], x[:, 1:].unfold(1, 4, 4).mean(-1)], 1))
+            return torch.cat([x[:, 0], skip[:, 0]], 1)
+
+    net = Joined(0, "token")
+    net.blocks = nn.Sequential(*net.blocks)
+    pools = _pools(net, ["blocks.*"], torch.rand(2, 16, 8))
+    assert [pool.describe() for pool in pools.values()] == ["class token"] * 4
+
+
+@pytest.mark.parametrize("layers", [["blocks.3"], ["blocks.*"]])
+def test_tokens_at_other_positions_in_each_sample_are_refused(layers: list[str]) -> None:
+    class OfLength(Tokens):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            if self.pooled == "greatest":
+                return x.amax(1)
+            used = torch.arange(x.shape[1]) < 4 + torch.arange(len(x))[:, None]
+            if self.pooled == "last":
+                return x[torch.arange(len(x)), used.sum(1) - 1]
+            return (x * used[..., None]).sum(1) / used.sum(1, keepdim=True)
+
+    for pooled in ("last", "mean"):
+        with pytest.raises(TokensDifferError, match="from tokens at other positions in each sample, .*; name another"):
+            _pools(OfLength(4, pooled), layers, torch.rand(2, 9, 8))
+    assert len(_pools(OfLength(4, "greatest"), layers, torch.rand(2, 9, 8))) in (1, 4)
+
+
+def test_states_of_a_recurrent_layer_are_no_rows() -> None:
+    """As many layers as samples are looked at would pass for the samples."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(5, 7, 2, batch_first=True), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x)[1][0][-1])
+
+    (pool,) = _pools(Net(), ["lstm"], torch.rand(2, 4, 5)).values()
+    assert (pool.index, pool.ndim, pool.width) == (0, 3, 7)
 
 
 def test_of_several_tensors_the_one_that_counts_is_pooled() -> None:

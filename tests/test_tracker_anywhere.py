@@ -1013,7 +1013,7 @@ def test_two_processes_find_what_one_does() -> None:
 
 @pytest.mark.parametrize("validated", [True, False], ids=["before validation", "at the end"])
 def test_two_processes_measure_the_training_set_in_one_network(validated: bool, tmp_path: Path) -> None:
-    """That of rank 0, which a checkpoint has: batch norm's statistics differ until the next step, and go on as they do."""
+    """That of rank 0, as checkpoints have it; batch norm's statistics differ until the next step."""
     module, tracker, probe = Scaled(_net()), NeuralCollapseTracker(K), OnlineProbe(K, kind="ridge")
     spread = {"strategy": "ddp_fork", "devices": 2, "limit_val_batches": 1.0 if validated else 0}
     trainer = _trainer(tmp_path, Apart(validated), tracker, probe, max_epochs=2, **spread)
@@ -1246,14 +1246,103 @@ class Normalising(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class NormalisingBefore(Scaled):
+    """A forward, and preprocessing that the steps put before it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(10 * batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(10 * batch[0])
+
+
+class NormalisingMappings(Normalising):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(input=10 * batch["image"]), batch["labels"])
+
+
+class Conditioned(Scaled):
+    """A forward with more inputs than passes give it."""
+
+    def forward(self, x: Tensor, shift: Any = 0.0) -> Tensor:
+        return self.net(x + shift)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0], batch[1]), batch[2])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0], batch[1])
+
+
+class AsGiven(Conditioned):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[2])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(x=batch[0])
+
+
+class Rows(Dataset):
+    """The images with something beside them, or as mappings."""
+
+    def __init__(self, mapping: bool) -> None:
+        self.mapping = mapping
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = (part[index] for part in _images())
+        return {"image": image, "labels": label} if self.mapping else (image, image.flip(-1), label)
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        (lambda: NormalisingBefore(_net()), TensorDataset(*_images())),
+        (lambda: NormalisingMappings(_net(), 1), Rows(mapping=True)),
+        (lambda: Conditioned(_net()), Rows(mapping=False)),
+    ],
+    ids=["forward", "mapping", "more inputs"],
+)
+def test_other_inputs_are_noticed_whatever_the_module_is(
+    module: Callable[[], Any], data: Dataset, tmp_path: Path
+) -> None:
+    loader = DataLoader(data, batch_size=16)
+    with pytest.warns(UserWarning, match="validation_step gives the network something other than the inputs of"):
+        _trainer(tmp_path, NeuralCollapseTracker(K)).fit(module(), loader, loader)
+
+
+def test_inputs_that_are_those_of_the_batch_are_not_warned_of(tmp_path: Path) -> None:
+    for module, mapping in ((AsGiven(_net()), False), (Mapped(_net()), True)):
+        loader = DataLoader(Rows(mapping), batch_size=16)
+        tracker = NeuralCollapseTracker(K)
+        _trainer(tmp_path, tracker).fit(module, loader, loader)
+        expected = tracker.values["nc1/val/penultimate"]
+        assert tracker.values["nc1/train/penultimate"] == pytest.approx(expected, rel=1e-4)
+
+
+class Mapped(Scaled):
+    """A forward that takes all of a mapping, and its labels."""
+
+    def forward(self, image: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.net(image)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(**batch), batch["labels"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(**batch)
+
+
 def test_other_inputs_than_those_of_the_batch_are_said_once(tmp_path: Path) -> None:
     message = (
-        r"Normalising has no forward, and its validation_step gives the network something other than the inputs of the "
+        r"Normalising's validation_step gives the network something other than the inputs of the "
         r"batch; NeuralCollapseTracker gives it these inputs when it reads .* NeuralCollapseTracker\(forward=lambda"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         _trainer(tmp_path, NeuralCollapseTracker(K)).fit(Normalising(_net(), 10), _loader(), _loader())
-    assert sum("has no forward" in str(warning.message) for warning in caught) == 1
+    assert sum("something other than the inputs" in str(warning.message) for warning in caught) == 1
     _trainer(tmp_path, NeuralCollapseTracker(K)).fit(Normalising(_net(), 1), _loader(), _loader())
     as_the_step = NeuralCollapseTracker(K, forward=lambda module, batch: module.net(10 * batch[0]))
     _trainer(tmp_path, as_the_step).fit(Normalising(_net(), 10), _loader(), _loader())
