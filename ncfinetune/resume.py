@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,7 +242,13 @@ def _take_up_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> No
 
 
 def last_saved(trainer: Any) -> str | None:
-    """The newest file that a trainer's checkpoint callbacks have saved last, or as their best; None without one."""
-    names = ("last_model_path", "best_model_path")
-    paths = [getattr(callback, name, "") for callback in trainer.checkpoint_callbacks for name in names]
-    return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+    """The newest file that a trainer's checkpoint callbacks have saved last, or as their best; None without one.
+
+    While they save, the file that they name may not be there yet; then it is the newest in their folders.
+    """
+    callbacks, names = trainer.checkpoint_callbacks, ("last_model_path", "best_model_path")
+    paths = [getattr(callback, name, "") for callback in callbacks for name in names]
+    folders = (getattr(callback, "dirpath", None) for callback in callbacks)
+    named = [*filter(os.path.isfile, paths)]
+    others = (str(path) for folder in folders if folder for path in Path(folder).glob("*.ckpt"))
+    return max(named or others, key=os.path.getmtime, default=None)

@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -363,6 +365,114 @@ class Requeue(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class Late(Callback):
+    """A signal after the seventh step, to one process that is late or to both, while the other waits for it."""
+
+    def __init__(self, number: int, both: bool = False) -> None:
+        self.number, self.both = number, both
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.due = trainer.global_step < 7
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.due and trainer.global_step == 7:
+            if trainer.is_global_zero:
+                time.sleep(0.5)
+            if trainer.is_global_zero or self.both:
+                os.kill(os.getpid(), self.number)
+        if self.both and self.due and trainer.global_step == 9:
+            raise SystemExit(9)
+
+
+TWO = [*RUN, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "10"]
+
+
+def _started(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    tests = str(Path(__file__).parent)
+    paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "ncfinetune", *words],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    try:
+        return [(process.wait(), said) for process in processes for said in [process.communicate(timeout=100)[1]]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _last_weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "checkpoints").glob("epoch=2*.ckpt")
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_processes_that_wait_for_each_other_stop_together(tmp_path: Path) -> None:
+    late = ["--trainer.callbacks+=test_interruptions.Late", f"--trainer.callbacks.number={int(signal.SIGTERM)}"]
+    ((code, said),) = _ended(_started([*TWO, *_place(tmp_path / "stopped"), *late]))
+    run = tmp_path / "stopped" / "version_0"
+    resume = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "stopped.ckpt")]
+    assert code == 143
+    assert f"stopped by SIGTERM in epoch 1 after step 8; to resume: ncfinetune {' '.join(resume)}" in said
+    ends = _ended(_started(resume), _started([*TWO, *_place(tmp_path / "whole")]))
+    assert [code for code, _ in ends] == [0, 0], ends
+    stopped, whole = (_last_weights(tmp_path / name / "version_0") for name in ("stopped", "whole"))
+    assert all(torch.equal(whole[name], value) for name, value in stopped.items())
+
+
+@pytest.mark.slow
+def test_tasks_of_a_job_that_wait_for_each_other_are_queued_again(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    command.chmod(0o755)
+    late = ["--trainer.callbacks+=test_interruptions.Late", f"--trainer.callbacks.number={int(signal.SIGUSR1)}"]
+    words = [*TWO, *_place(tmp_path / "runs"), *late, "--trainer.callbacks.both=true"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"JOB_ID": "17", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NODEID": "0"}
+    for starts, codes in enumerate(([9, 9], [0, 0])):
+        tasks = [{**job, "NODELIST": "127.0.0.1", "PROCID": str(rank), "LOCALID": str(rank)} for rank in range(2)]
+        path = {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "MASTER_ADDR": "127.0.0.1"}
+        path["MASTER_PORT"] = str(port + starts)
+        ends = _ended(*(_started(words, **path, **{f"SLURM_{k}": v for k, v in task.items()}) for task in tasks))
+        assert [code for code, _ in ends] == codes, ends
+        saved = [torch.load(path, weights_only=False)["global_step"] for path in tmp_path.rglob("hpc_ckpt_1.ckpt")]
+        assert saved == ([7] if not starts else [])
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    (run,) = (tmp_path / "runs").iterdir()
+    assert Run(run).epochs == 3
+
+
+def test_ctrl_c_while_a_checkpoint_is_saved_names_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning has its new name by then, and not the file."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main([*RUN, *_place(tmp_path), "--trainer.callbacks+=test_interruptions.InterruptSave"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    (before,) = (tmp_path / "version_0" / "checkpoints").glob("*.ckpt")
+    assert before.name == "epoch=0-step=5.ckpt"
+    assert f"--ckpt_path {before}" in capsys.readouterr().err
+
+
+class InterruptSave(Callback):
+    """Ctrl-C while the second checkpoint is saved."""
+
+    def on_save_checkpoint(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step > 5:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("logger", ["true", "null"])
