@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ncfinetune.launches import warn_of_what_stays
 from ncfinetune.layers import PENULTIMATE
+from ncfinetune.loop_progress import epochs_trained
 from ncfinetune.passes import TrainingSet, evaluated, evaluation, leaves_out, ready_batches
 
 from . import adapters, figures, logs, pages, pictures, records
@@ -143,6 +147,9 @@ class NeuralCollapseTracker(Callback):
         self._described = False
         self._first_epoch: int | None = None
         self._loaded_epochs: int | None = None  # that the weights of a checkpoint were trained for
+        self._unread = (
+            False  # whether the checkpoint of a validation or test, if there is one, has not told that number
+        )
         self._keeps_records = False
 
     def __repr__(self) -> str:
@@ -193,9 +200,7 @@ class NeuralCollapseTracker(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note for how many epochs the weights were trained; without a fit the trainer stays at its own epoch."""
-        # Counts the epoch in which the checkpoint was saved, as a fit does.
-        begun = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
-        self._loaded_epochs = begun if checkpoint["global_step"] else 0
+        self._loaded_epochs, self._unread = epochs_trained(checkpoint), False
         self._keeps_records = trainer.state.fn != "fit" and bool(self.records)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,6 +214,7 @@ class NeuralCollapseTracker(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hook the layers, unless the module makes them later."""
+        self._unread = stage in ("validate", "test")
         if stage != "predict":  # which measures nothing
             adapters.hooks_early(pl_module, lambda: self._attach(trainer, pl_module))
 
@@ -224,6 +230,7 @@ class NeuralCollapseTracker(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the layers if that was not done in `setup`."""
+        warn_of_what_stays(trainer, f"{_NAME} has no values, records and plots afterwards, but its loggers have")
         self._attach(trainer, pl_module)
         self._described, self._first_epoch, self._loaded_epochs = False, None, None
 
@@ -383,6 +390,11 @@ class NeuralCollapseTracker(Callback):
 
     def _epochs(self, trainer: Trainer) -> int:
         """The epochs that the weights were trained for, with the current one."""
+        if self._unread and (path := getattr(trainer, "ckpt_path", None)):
+            self._unread = False  # of weights alone, of which callbacks are told nothing
+            with suppress(UnpicklingError):  # of options that are no plain values
+                content = trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=True)
+                self._loaded_epochs = epochs_trained(content)
         if self._loaded_epochs is not None:
             return self._loaded_epochs
         return trainer.current_epoch + (trainer.state.fn == "fit" and trainer.global_step > 0)

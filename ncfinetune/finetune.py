@@ -25,6 +25,7 @@ from ncfinetune.classifier import ClassWeight
 from ncfinetune.gathering import rows_of_parts
 from ncfinetune.heads import ClosedForm, SkipHead, SkipJoin, classifier_of, new_head
 from ncfinetune.knobs import CACHE_DIR, NO_LAYER, HeadInit, Refit
+from ncfinetune.launches import warn_of_what_stays
 from ncfinetune.learner import Batch, Interval
 from ncfinetune.linearised import choose_block, require_gradients
 from ncfinetune.loaders import is_stream
@@ -219,6 +220,7 @@ class FineTuner(PartlyFrozen):
         self._cache.fill(self.trainer, self, self._tuned_and_frozen()[1])
         if not self._head_ready:
             rank_zero_info(f"classifier: initialised as {self.head_init} of the training images without augmentation")
+            warn_of_what_stays(self.trainer, f"another fit of this model starts from head_init={self.head_init!r} anew")
             self._fit_head("head_init", self.head_init)
             self._head_ready = True
             average_from_here(self.trainer, self)

@@ -34,6 +34,7 @@ from ncfinetune.checksums import check_zip
 from ncfinetune.finders import refuse_finders_of_resumed, scale_search
 from ncfinetune.inputs import may_look
 from ncfinetune.last_weights import LastWeights
+from ncfinetune.launches import check_launched, warn_of_what_stays
 from ncfinetune.loop_progress import (
     forget_interrupted_validation,
     let_plateaus_step,
@@ -266,6 +267,7 @@ class Learner(LightningModule, ABC):
         names, images = _described(getattr(self.trainer, "datamodule", None))
         self.compare_data(names, images)
         if stage == "fit":
+            warn_of_what_stays(self.trainer, "this model does not get the names of its classes nor their preprocessing")
             if not self.training:
                 self.train()
             if not (self.class_names and are_numbers(names)):  # which may stand for the names that are known
@@ -383,21 +385,6 @@ def _check_interval(interval: str, scheduler: LRSchedulerCallable | None) -> Non
         raise ValueError(f"expected lr_interval epoch or step, got {interval!r}")
     if interval == "step" and scheduler is None:
         raise ValueError('lr_interval="step" needs an lr_scheduler to step')
-
-
-def check_launched(trainer: Trainer) -> None:
-    """Refuse a Trainer whose world size is below the number of launched processes: they would train independently.
-
-    Raises:
-        ValueError: The world size is smaller.
-    """
-    by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-    launched = int(os.environ["WORLD_SIZE"]) if by_torchrun else trainer.world_size
-    if launched != trainer.world_size:
-        raise ValueError(
-            f"torchrun launched {launched} processes, but the Trainer has {trainer.world_size}; give it as many "
-            "(devices a node, and num_nodes), or start one process"
-        )
 
 
 def are_numbers(names: list[str] | None) -> bool:

@@ -6,6 +6,7 @@ corrects one case in which a resumed run would differ from one that was not inte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,6 +14,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 # Key under which Lightning's `WeightAveraging` saves the weights that are trained; ``state_dict`` has their averages.
 _TRAINED_WEIGHTS = "current_model_state"
+
+
+def epochs_trained(checkpoint: Mapping[str, Any]) -> int:
+    """For how many epochs a checkpoint's weights were trained, with the one in which it was saved, as a fit counts."""
+    begun: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    return begun if checkpoint["global_step"] else 0
 
 
 def take_up_after_last_batch(checkpoint: dict[str, Any]) -> None:

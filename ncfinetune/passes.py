@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ncfinetune.copies import CopyError, copy_of
+from ncfinetune.launches import returns_weights_only
 from ncfinetune.loaders import batch_size_of, drawn_by_all, evenly, flat, in_order, is_stream, like
 from ncfinetune.mode_caches import has_own_train, own_tensors
 from ncfinetune.progress import watched
@@ -228,7 +228,7 @@ def rows_to_choose_by(trainer: Trainer, module: LightningModule, option: str) ->
         ValueError: The trainer has no datamodule with a ``train_plain_dataloader``, or a strategy that trains in forked
             or spawned processes, which return weights only.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if returns_weights_only(trainer):
         raise ValueError(
             f"{option} needs a strategy such as ddp, since strategies that fork or spawn processes return only "
             "weights and not the chosen layers; or name the layers that a fit in one process chooses"

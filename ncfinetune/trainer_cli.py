@@ -41,7 +41,8 @@ from ncfinetune.classifier import Classifier
 from ncfinetune.cli_errors import PlainParser, check_configurations, one_line
 from ncfinetune.command_trainer import CommandTrainer
 from ncfinetune.conclusion import conclusion
-from ncfinetune.learner import Learner, check_launched
+from ncfinetune.launches import check_launched
+from ncfinetune.learner import Learner
 from ncfinetune.safety import refuse_code
 from ncfinetune.saved_config import SaveConfigAfterBatch
 from ncfinetune.weight_files import DATA

@@ -422,6 +422,31 @@ def test_resumed_runs_continue_their_curves(tmp_path: Path) -> None:
             assert again.history[split][epoch] == {k: pytest.approx(v, rel=1e-6) for k, v in layers.items()}
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("only", [False, True], ids=["whole", "weights only"])
+def test_a_test_of_a_checkpoint_is_recorded_at_its_epoch(only: bool, fresh: bool, tmp_path: Path) -> None:
+    """Lightning tells callbacks nothing of a checkpoint of weights only."""
+
+    def made() -> Any:
+        module = _training(pl, _small())
+        type(module).test_step = type(module).validation_step
+        return module
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt", weights_only=only)
+
+    tracker, module = NeuralCollapseTracker(K), made()
+    trainer = _trainer(tmp_path, Save(), tracker, max_epochs=3)
+    trainer.fit(module, _loader(), _loader())
+    if fresh:
+        tracker = NeuralCollapseTracker(K)
+        trainer, module = _trainer(tmp_path, tracker), made()
+    for epoch in (1, 0):
+        trainer.test(module, _loader(), ckpt_path=str(tmp_path / f"{epoch}.ckpt"), verbose=False)
+    assert list(tracker.records["test"]) == [2, 1]
+
+
 def test_two_trackers_in_one_run_keep_their_own_state() -> None:
     keys = {NeuralCollapseTracker(K, layers=layers).state_key for layers in ("auto", ["0", "auto"])}
     assert len(keys) == 2
