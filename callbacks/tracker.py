@@ -147,9 +147,7 @@ class NeuralCollapseTracker(Callback):
         self._described = False
         self._first_epoch: int | None = None
         self._loaded_epochs: int | None = None  # that the weights of a checkpoint were trained for
-        self._unread = (
-            False  # whether the checkpoint of a validation or test, if there is one, has not told that number
-        )
+        self._unread = False  # whether the checkpoint of a validation or test, if any, has not told that number
         self._keeps_records = False
 
     def __repr__(self) -> str:
