@@ -27,6 +27,7 @@ from ncfinetune.datamodules import Digits
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message=".*does not have many workers|.*is smaller than the logging interval|.*Leaf")
 warnings.filterwarnings("ignore", message=".*isinstance.treespec|.*recommended to use `self.log|.*compute.. method of")
+warnings.filterwarnings("ignore", message="strategies that fork or spawn processes")
 torch.set_num_threads(1)
 def fitted(devices, knobs):
     torch.manual_seed(0)

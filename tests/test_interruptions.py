@@ -389,12 +389,17 @@ class Late(Callback):
 TWO = [*RUN, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "10"]
 
 
+# What Lightning leaves in the environment of a process that has trained with others, as that of these tests may have.
+LEFT = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 def _started(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in LEFT}
     tests = str(Path(__file__).parent)
     paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", "ncfinetune", *words],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env={**clean, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -403,7 +408,7 @@ def _started(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def _ended(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     try:
-        return [(process.wait(), said) for process in processes for said in [process.communicate(timeout=100)[1]]]
+        return [(process.wait(), said) for process in processes for said in [process.communicate(timeout=300)[1]]]
     finally:
         for process in processes:
             process.kill()
