@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from common import median_and_range, options_of, seconds, seconds_and_value, written
 from sklearn.linear_model import LogisticRegression, RidgeCV
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ncfinetune.probes import ridge
@@ -134,7 +135,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
     torch.set_num_threads(1)
-    with written(options.out) as say:
+    # NumPy's and SciPy's threads too, whose waiting would count as the rivals' CPU seconds.
+    with threadpool_limits(1), written(options.out) as say:
         say(f"torch {torch.__version__}, {platform.machine()}, one thread, {options.repeats} turns: median (range).\n")
         if options.only != "large":
             say(HEADER)
