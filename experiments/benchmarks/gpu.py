@@ -7,7 +7,7 @@ device's peak. Synchronisations are those that CUDA reports; on the CPU, operato
 
     python experiments/benchmarks/gpu.py [--device cuda] [--repeats 5] [--out FILE]
 
-``--device cpu`` runs the same rows on small sizes: it shows that they run, not how fast a GPU is, and
+``--device cpu`` runs the same rows, but for memory, on small sizes: it shows that they run, not how fast a GPU is, and
 writes no table unless one is named.
 """
 
@@ -93,9 +93,7 @@ class Device:
         return time.perf_counter() - start
 
     def megabytes(self, run: Run) -> float:
-        """What the peak of the device's memory grows by; nan on the CPU, where torch does not count it."""
-        if not self.on_gpu:
-            return float("nan")
+        """What the peak of the GPU's memory grows by."""
         self.wait()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -221,9 +219,10 @@ def contrastive_rows(device: Device, sizes: Sizes, repeats: int) -> Iterator[str
             mine, others, ratios = compared(device, ours, theirs, repeats)
             what = f"contrastive loss, {n} pairs"
             yield f"| {what} | {name} | {mine * 1e3:.1f} ms | {others * 1e3:.1f} ms | {median_and_range(ratios)} |"
-            memory = [device.megabytes(run) for run in (ours, theirs)]
-            share = f"{memory[1] / memory[0]:.1f}"
-            yield f"| memory of it | {name} | {memory[0]:.0f} MB | {memory[1]:.0f} MB | {share} |"
+            if device.on_gpu:
+                memory = [device.megabytes(run) for run in (ours, theirs)]
+                share = f"{memory[1] / memory[0]:.1f}"
+                yield f"| memory of it | {name} | {memory[0]:.0f} MB | {memory[1]:.0f} MB | {share} |"
 
 
 # Training
