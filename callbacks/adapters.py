@@ -267,6 +267,15 @@ def inputs_of_pass(network: nn.Module, batch: Any) -> dict[str, Tensor]:
     return inputs_by_name(network, (inputs_of(batch),), {})
 
 
+def is_other(name: str, given: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a network was given something other than its inputs in a pass, and one of ``*args`` than all of these."""
+    if name not in inputs and not name.endswith("]"):
+        return True
+    fitting = [inputs[name]] if name in inputs else inputs.values()
+    alike = [value for value in fitting if value.shape == given.shape]
+    return bool(alike) and not any(((given == value.to(given)) | given.isnan()).all() for value in alike)
+
+
 def defines(module: nn.Module, method: str) -> bool:
     """Whether a module overrides a method of torch and Lightning (either of its two packages)."""
     home = getattr(type(module), method).__module__.split(".")[0]

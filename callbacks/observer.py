@@ -283,9 +283,7 @@ class LayerObserver:
         if not inputs:
             return
         self._compares = False
-        pairs = [(given[name], value) for name, value in inputs.items() if name in given]
-        changed = (a for a, b in pairs if a.shape == b.shape and not ((a == b.to(a)) | a.isnan()).all())
-        if set(given) - set(inputs) or next(changed, None) is not None:
+        if any(adapters.is_other(name, value, inputs) for name, value in given.items()):
             asker = self._reader.asker
             rank_zero_warn(
                 f"{type(self._module).__name__}'s {self._step} gives the network something other than the inputs of "

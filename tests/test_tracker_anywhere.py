@@ -1307,6 +1307,19 @@ class AsGiven(Conditioned):
         self(x=batch[0])
 
 
+class Wrapped(Normalising):
+    """A forward whose parameters have no names, which the steps call by position."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.net(*args, *kwargs.values())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(self.scale * batch["image"]), batch["labels"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(self.scale * batch["image"])
+
+
 class Rows(Dataset):
     """The images with something beside them, or as mappings."""
 
@@ -1324,11 +1337,12 @@ class Rows(Dataset):
 @pytest.mark.parametrize(
     ("module", "data"),
     [
+        (lambda: Wrapped(_net(), 10), Rows(mapping=True)),
         (lambda: NormalisingBefore(_net()), TensorDataset(*_images())),
         (lambda: NormalisingMappings(_net(), 1), Rows(mapping=True)),
         (lambda: Conditioned(_net()), Rows(mapping=False)),
     ],
-    ids=["forward", "mapping", "more inputs"],
+    ids=["wrapper", "forward", "mapping", "more inputs"],
 )
 def test_other_inputs_are_noticed_whatever_the_module_is(
     module: Callable[[], Any], data: Dataset, tmp_path: Path
@@ -1339,7 +1353,7 @@ def test_other_inputs_are_noticed_whatever_the_module_is(
 
 
 def test_inputs_that_are_those_of_the_batch_are_not_warned_of(tmp_path: Path) -> None:
-    for module, mapping in ((AsGiven(_net()), False), (Mapped(_net()), True)):
+    for module, mapping in ((AsGiven(_net()), False), (Mapped(_net()), True), (Wrapped(_net(), 1), True)):
         loader = DataLoader(Rows(mapping), batch_size=16)
         tracker = NeuralCollapseTracker(K)
         _trainer(tmp_path, tracker).fit(module, loader, loader)
