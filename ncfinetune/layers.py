@@ -1,7 +1,8 @@
 """Layers by name.
 
 A layer's name is its dotted module path (``layer3.1``, ``blocks.8``), or the end of the path if only one module fits,
-so that ``layer3.1`` also names ``backbone.net.layer3.1`` of a surrounding module.
+so that ``layer3.1`` also names ``backbone.net.layer3.1`` of a surrounding module. Of several modules that fit it names
+the one whose surrounding module has all the others: ``blocks.0`` is ``net.blocks.0``, not ``net.blocks.0.blocks.0``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def find_layers(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Modu
         ``{name: submodule}``; a name is the part of the path that its pattern matched.
 
     Raises:
-        ValueError: A pattern fits no layer, or one name fits several.
+        ValueError: A pattern fits no layer, or one name fits several, none of which is outermost.
     """
     paths = {path: layer for path, layer in module.named_modules() if path}
     names: dict[str, str] = {}
@@ -44,11 +45,16 @@ def _match(paths: Mapping[str, nn.Module], pattern: str, module: nn.Module) -> d
     fitting = fitting_paths(paths, pattern)
     if not fitting:
         raise ValueError(_no_match(pattern, module, paths))
-    for tail in fitting.values():
-        same = [path for path, other in fitting.items() if other == tail]
-        if len(same) > 1:
-            raise ValueError(f"layer name {tail!r} fits {len(same)} modules ({some(same, 4)}); give a longer path")
-    return fitting
+    return {_outermost(tail, fitting): tail for tail in dict.fromkeys(fitting.values())}
+
+
+def _outermost(tail: str, fitting: Mapping[str, str]) -> str:
+    """The path with this end whose surrounding module has all others."""
+    same = [path for path, other in fitting.items() if other == tail]
+    first = min(same, key=len)
+    if not all(path.startswith(first.removesuffix(tail)) for path in same):
+        raise ValueError(f"layer name {tail!r} fits {len(same)} modules ({some(same, 4)}); give a longer path")
+    return first
 
 
 def fitting_paths(paths: Iterable[str], pattern: str) -> dict[str, str]:

@@ -54,6 +54,16 @@ def test_name_of_several_layers_is_refused() -> None:
         find_layers(_network(2), ["fc"])
 
 
+@pytest.mark.parametrize(("pattern", "names"), [("blocks.1", ["blocks.1"]), ("blocks.*", ["blocks.0", "blocks.1"])])
+def test_name_means_the_same_in_a_network_and_around_it(pattern: str, names: list[str]) -> None:
+    net = _network(2)["net"]
+    for block in net["blocks"]:
+        block.blocks = nn.Sequential(Block(), Block())
+    found = find_layers(nn.ModuleDict({"backbone": nn.ModuleDict({"net": net})}), [pattern])
+    assert list(found) == names
+    assert [id(layer) for layer in found.values()] == [id(net["blocks"][int(name[-1])]) for name in names]
+
+
 def test_blocks_inside_blocks_do_not_count() -> None:
     outer = Block()
     outer.inner = Block()
