@@ -1,8 +1,8 @@
 """Layers by name.
 
-A layer's name is its dotted module path (``layer3.1``, ``blocks.8``), or the end of the path if only one module fits,
-so that ``layer3.1`` also names ``backbone.net.layer3.1`` of a surrounding module. Of several modules that fit it names
-the one whose surrounding module has all the others: ``blocks.0`` is ``net.blocks.0``, not ``net.blocks.0.blocks.0``.
+A layer's name is its dotted module path (``layer3.1``, ``blocks.8``) or the end of the path, so that ``layer3.1`` also
+names ``backbone.net.layer3.1`` of a surrounding module. Of several modules that fit it names the one whose surrounding
+module has all the others (``net.blocks.0``, not ``net.blocks.0.blocks.0``); if there is none, the name is ambiguous.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def find_layers(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Modu
         ``{name: submodule}``; a name is the part of the path that its pattern matched.
 
     Raises:
-        ValueError: A pattern fits no layer, or one name fits several, none of which is outermost.
+        ValueError: A pattern fits no layer, or a name is ambiguous.
     """
     paths = {path: layer for path, layer in module.named_modules() if path}
     names: dict[str, str] = {}
